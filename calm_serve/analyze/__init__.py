@@ -1,0 +1,1 @@
+"""Analyze: a request becomes numbers, numbers become predictions."""

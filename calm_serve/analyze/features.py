@@ -1,0 +1,275 @@
+"""The only place where a request becomes numbers.
+
+No tokenizer, bounded in time for any prompt length but for one thing: safety patterns see the whole
+text, which is as long as the body may be. Markers see its first and last `SCAN_CHARS` characters,
+word hashing the first and last words of the last user message, the prefix chain the first
+`MAX_BLOCKS` blocks. Everything is plain data afterwards, so a logged context replays to the same
+decision.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+from zlib import crc32
+
+from calm_serve.analyze.request import ChatRequest, Overrides
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.types import OutputShape, RoutingContext, SLMState
+
+SCAN_CHARS = 1024
+FOCUS_CHARS = 512
+HEAD_WORDS, TAIL_WORDS = 48, 16
+BUCKETS = 1024
+BLOCK_CHARS = 128
+MAX_BLOCKS = 64
+CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts for real
+
+NUMBER_NAMES: tuple[str, ...] = (
+    "log_prompt_chars",
+    "log_user_chars",
+    "user_words",
+    "mean_word_chars",
+    "turns",
+    "has_system",
+    "log_system_chars",
+    "shape_json",
+    "shape_tools",
+    "shape_guided",
+    "log_max_output_tokens",
+    "numerals",
+    "large_numerals",
+    "digit_ratio",
+    "upper_ratio",
+    "punctuation_ratio",
+    "sentences",
+    "question_marks",
+    "quotes",
+    "slashes",
+    "braces",
+    "operators",
+    "newlines",
+    "ends_with_question",
+    "starts_upper",
+    "has_code",
+    "markers",
+    "non_ascii_ratio",
+    "quantity_words",
+    "type_token_ratio",
+)
+LOAD_NAMES: tuple[str, ...] = (
+    "load_ratio",
+    "waiting",
+    "kv_usage_ratio",
+    "cached_prefix_ratio",
+    "hot",
+    "log_analytic_ttft",
+)
+
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[^\w\s]")
+_NUMERAL = re.compile(r"\d+(?:[.,]\d+)*")
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_CODE = re.compile(
+    r"```|^\s*(?:def |class |import |#include|function |SELECT )|Traceback \(most recent"
+    r"|error: |\w\(\)|=>|::|;\s*$|\{\s*$",
+    re.MULTILINE,
+)
+_QUANTITY = re.compile(
+    r"\b(?:each|every|per|times|twice|half|double|more|less|fewer|total|left|remain\w*|altogether"
+    r"|how many|how much)\b",
+    re.IGNORECASE,
+)
+# A few frequent words are enough to tell these languages apart in a sentence; others are "und".
+# Words that English has too ("was", "as", "come", "per", "die") are left out of the other lists.
+_FREQUENT = {
+    "en": "the a an is are of to in and what how for with on my me i you it as was by which",
+    "de": "der das und ist ein eine nicht ich zu mit auf wie für den",
+    "fr": "le la les et est un une des du je pour dans que qui avec sur",
+    "es": "el la los las y es un una de que en por con para como mi",
+    "it": "il lo la gli e di un una che con sono non mi",
+    "pt": "o a os e um uma de que em por com para como não meu",
+}
+_STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
+_LANGUAGE_WORD = re.compile(r"[^\W\d_]+")
+
+
+# Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
+_MESSAGE_START = re.compile("\x02\\w+\x03")
+_FLAGS = re.IGNORECASE | re.MULTILINE
+
+
+class ContextBuilder:
+    """Turns requests into RoutingContexts for one fleet; compile once, use for every request."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._markers = [(n, re.compile(p, _FLAGS)) for n, p in fleet.markers.items()]
+        self._safety = [(s, re.compile(s.pattern, _FLAGS)) for s in fleet.safety]
+
+    def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
+        """Return the context. Only the safety patterns' cost grows with the prompt."""
+        whole, user = request.text, request.last_user
+        scan = _MESSAGE_START.sub("\n", _ends(whole, SCAN_CHARS)).lstrip("\n")
+        focus = _ends(user, FOCUS_CHARS)
+        markers = tuple(sorted(n for n, p in self._markers if p.search(scan)))
+        # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
+        lines = _MESSAGE_START.sub("\n", whole).lstrip("\n") if self._safety else ""
+        safety = next((s for s, p in self._safety if p.search(lines)), None)
+        has_code = bool(_CODE.search(focus))
+        chain = prefix_chain(whole)
+        words = _words(focus)
+        session = overrides.session_id
+        return RoutingContext(
+            request_id=request_id,
+            requested_model=request.model,
+            prompt_chars=len(whole),
+            prompt_tokens=max(1, round(len(whole) / CHARS_PER_TOKEN)),
+            max_output_tokens=request.max_output_tokens,
+            output_shape=request.output_shape,
+            turns=request.turns,
+            stream=request.stream,
+            language=detect_language(focus[:512]),
+            has_code=has_code,
+            has_image=request.has_image,
+            safety_class=safety.name if safety else "none",
+            markers=markers,
+            session_key=f"{_hash(session):08x}" if session else "",
+            prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
+            prefix_chain=chain,
+            slo_ttft_ms=overrides.slo_ttft_ms,
+            slo_tpot_ms=overrides.slo_tpot_ms,
+            deadline_s=overrides.deadline_s,
+            local_only=overrides.local_only or bool(safety and safety.local_only),
+            quality_floor=overrides.quality_floor,
+            numbers=_numbers(request, focus, words, has_code, len(markers)),
+            buckets=word_buckets(words),
+        )
+
+
+def prefix_chain(text: str) -> tuple[int, ...]:
+    """Chained CRC-32 of the first blocks of `text`: equal prefixes give equal chain starts.
+
+    The last, partial block is included, so that even a short prompt has a family. CRC is stable
+    across processes (Python's hash is not), which is what lets routers agree without talking.
+
+    >>> long = "You are a helpful assistant. " * 10
+    >>> prefix_chain(long + "one")[0] == prefix_chain(long + "two")[0]
+    True
+    """
+    size = BLOCK_CHARS * MAX_BLOCKS
+    data = text[:size].encode("utf-8", "surrogatepass")[:size]  # a character is 1 to 4 bytes
+    chain, value = [], 0
+    for start in range(0, len(data), BLOCK_CHARS):
+        value = crc32(data[start : start + BLOCK_CHARS], value)
+        chain.append(value)
+    return tuple(chain) or (0,)
+
+
+def word_buckets(words: list[str]) -> tuple[int, ...]:
+    """Hash words and word pairs into `BUCKETS` presence features (the hashing trick)."""
+    if len(words) > HEAD_WORDS + TAIL_WORDS:
+        words = words[:HEAD_WORDS] + words[-TAIL_WORDS:]
+    half = BUCKETS // 2
+    pairs = (f"{a} {b}" for a, b in pairwise(words))
+    found = {_hash(w) % half for w in words}
+    found.update(half + _hash(p) % half for p in pairs)
+    return tuple(sorted(found))
+
+
+def detect_language(text: str) -> str:
+    """ISO 639-1 code by counting frequent words; "und" when nothing tells.
+
+    >>> detect_language("Wie ist das Wetter in Berlin?")
+    'de'
+    """
+    words = _LANGUAGE_WORD.findall(text.lower())
+    distinct = set(words)
+    best, best_hits = "und", 0
+    for code, stopwords in _STOPWORDS.items():
+        hits = len(distinct & stopwords)
+        if hits > best_hits:
+            best, best_hits = code, hits
+    # One word proves little: names and commands hold some. A request taken for the wrong language
+    # finds no SLM, so plain ASCII letters are English unless two words say otherwise.
+    return "en" if best_hits < 2 and words and text.isascii() else best
+
+
+def load_vector(spec: SLMSpec, state: SLMState, analytic_ttft_s: float) -> tuple[float, ...]:
+    """Live-state features of one candidate, in the order of LOAD_NAMES."""
+    del spec
+    return (
+        state.load_ratio,
+        float(state.waiting),
+        state.kv_usage_ratio,
+        state.cached_prefix_ratio,
+        1.0 if state.replicas else 0.0,
+        math.log(max(analytic_ttft_s, 1e-6)),
+    )
+
+
+def _hash(text: str) -> int:
+    # A lone surrogate is legal in a Python string and must not fail a request.
+    return crc32(text.encode("utf-8", "surrogatepass"))
+
+
+def _words(text: str) -> list[str]:
+    # Numbers become one word: their size is not vocabulary, their presence is.
+    return ["0" if w[0].isdigit() else w for w in _WORD.findall(text.lower())]
+
+
+def _ends(text: str, limit: int) -> str:
+    if len(text) <= 2 * limit:
+        return text
+    return text[:limit] + "\n" + text[-limit:]
+
+
+def _numbers(
+    request: ChatRequest, text: str, words: list[str], has_code: bool, markers: int
+) -> tuple[float, ...]:
+    size = max(len(text), 1)
+    numerals = _NUMERAL.findall(text)
+    alphabetic = [w for w in words if w[0].isalpha()]
+    digits = sum(len(n) for n in numerals)
+    upper = sum(map(str.isupper, text))
+    punctuation = len(words) - len(alphabetic) - len(numerals)
+    shape = request.output_shape
+    count = text.count
+    return (
+        math.log1p(len(request.text)),
+        math.log1p(len(request.last_user)),
+        float(len(alphabetic)),
+        sum(map(len, alphabetic)) / max(len(alphabetic), 1),
+        float(request.turns),
+        1.0 if request.system_chars else 0.0,
+        math.log1p(request.system_chars),
+        1.0 if shape in (OutputShape.JSON, OutputShape.JSON_SCHEMA) else 0.0,
+        1.0 if shape is OutputShape.TOOLS else 0.0,
+        1.0 if shape is OutputShape.GUIDED else 0.0,
+        math.log1p(request.max_output_tokens or 0),
+        float(len(numerals)),
+        float(sum(len(n) > 3 for n in numerals)),
+        digits / size,
+        upper / size,
+        max(punctuation, 0) / size,
+        float(len(_SENTENCE_END.findall(text))),
+        float(count("?")),
+        float(count('"') + count("'")),
+        float(count("/") + count("~")),
+        float(count("{") + count("[") + count("<")),
+        float(count("=") + count("+") + count("*") + count("|")),
+        float(count("\n")),
+        1.0 if text.rstrip().endswith("?") else 0.0,
+        1.0 if text[:1].isupper() else 0.0,
+        1.0 if has_code else 0.0,
+        float(markers),
+        0.0 if text.isascii() else sum(not c.isascii() for c in text) / size,
+        float(len(_QUANTITY.findall(text))),
+        len(set(words)) / max(len(words), 1),
+    )
+
+
+def describe(context: RoutingContext) -> Mapping[str, Any]:
+    """The numeric features by name, for explanations."""
+    return dict(zip(NUMBER_NAMES, context.numbers, strict=True))

@@ -1,0 +1,266 @@
+"""`calm`: check a configuration, explain a decision, look at the fleet.
+
+Exit status: 0 done; 1 the service or the request said no; 2 the configuration is wrong. Every error
+is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from calm_serve import cli_text
+from calm_serve.config import Fleet, ServeArgs
+from calm_serve.config_load import check_resources, load_args
+from calm_serve.errors import (
+    CalmError,
+    ComponentError,
+    ConfigError,
+    KnowledgeError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from calm_serve.analyze.predictor import Predictor
+
+DEFAULT_CONFIG = "serve_config.yaml"
+DEFAULT_URL = "http://127.0.0.1:8000"
+PREDICTOR_FILE = "predictor.bin"  # inside the fleet's `predictor` folder
+TIMEOUT_S = 30.0
+WATCH_PERIOD_S = 2.0
+_CLEAR = "\x1b[H\x1b[2J"
+
+# Ray sets this much of a node's memory aside for its object store, so SLMs cannot have it.
+_OBJECT_STORE_RATIO = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a Ray node started here would offer."""
+
+    cpus: float
+    gpus: float
+    memory_bytes: float
+
+
+Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
+
+
+def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    """GET `url`, or POST `body` to it, and return the JSON object.
+
+    Raises ComponentError when nothing answers and RequestError when the answer is an error or
+    no JSON object.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise RequestError(f"{url}: {_error_message(error)}") from error
+    except urllib.error.URLError as error:
+        raise ComponentError(f"cannot reach {url}: {error.reason}") from error
+    except OSError as error:  # reset or timed out while it was answering
+        raise ComponentError(f"cannot reach {url}: {error}") from error
+    except ValueError as error:
+        raise RequestError(f"{url}: no JSON answer: {error}") from error
+    if not isinstance(answer, dict):
+        raise RequestError(f"{url}: expected a JSON object")
+    return answer
+
+
+def this_machine() -> Machine:
+    """Read CPUs (affinity and container quota), NVIDIA GPUs and memory of this machine."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cpus = min(cpus, int(quota[0]) / int(quota[1]))
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = _cgroup("memory.max").strip()
+    if limit.isdigit():
+        memory = min(memory, float(limit))
+    gpus = float(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    return Machine(cpus, gpus, memory * (1.0 - _OBJECT_STORE_RATIO))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the commands touch outside this process."""
+
+    fetch: Fetch = fetch_json
+    machine: Callable[[], Machine] = this_machine
+    sleep: Callable[[float], None] = time.sleep
+
+
+def main(argv: Sequence[str] | None = None, world: World | None = None) -> int:
+    """Run `calm` with `argv` (the process's arguments by default) and return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args, world or World())
+        sys.stdout.flush()
+    except ConfigError as error:
+        return _complain(error.message, 2)
+    except CalmError as error:
+        return _complain(error.message, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; without this Python complains again while exiting.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="calm", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="validate a configuration against this machine")
+    check.add_argument("config", nargs="?", default=DEFAULT_CONFIG, metavar="CONFIG")
+    check.set_defaults(run=_check)
+
+    route = commands.add_parser("route", help="explain where a prompt would go, and why")
+    route.add_argument("prompt", metavar="PROMPT")
+    source = route.add_mutually_exclusive_group()
+    source.add_argument(
+        "--config", default=DEFAULT_CONFIG, help="decide here, for an idle fleet (%(default)s)"
+    )
+    source.add_argument("--url", help=f"ask a running service, such as {DEFAULT_URL}")
+    route.add_argument("--json", action="store_true", help="print the whole decision record")
+    route.set_defaults(run=_route)
+
+    fleet = commands.add_parser("fleet", help="show the SLMs of a running service")
+    fleet.add_argument("--url", default=DEFAULT_URL, help="the service (%(default)s)")
+    fleet.add_argument("--watch", action="store_true", help="refresh until interrupted")
+    fleet.set_defaults(run=_fleet)
+    return parser
+
+
+def _check(args: argparse.Namespace, world: World) -> None:
+    typed, fleet = _load(Path(args.config))
+    machine = world.machine()
+    predictor = _shipped_predictor(fleet)
+    check_resources(
+        fleet,
+        machine.cpus,
+        machine.gpus,
+        machine.memory_bytes,
+        typed.router.num_cpus * typed.router.replicas,
+    )
+    print(cli_text.fleet_file(fleet))
+    need_cpus, need_bytes = _minimum(typed, fleet)
+    print(
+        f"\nok: {len(fleet.slms)} SLMs, {len(fleet.rules)} rules, {len(fleet.safety)} safety "
+        f"patterns, predictor {predictor.version if predictor else 'none'}; minimum replicas and "
+        f"routers take {need_cpus:g} of {machine.cpus:g} CPUs and "
+        f"{cli_text.size(need_bytes)} of {cli_text.size(machine.memory_bytes)}"
+    )
+
+
+def _route(args: argparse.Namespace, world: World) -> None:
+    body = {"model": "auto", "messages": [{"role": "user", "content": args.prompt}]}
+    if args.url:
+        decision = world.fetch(f"{args.url.rstrip('/')}/v1/route", body)
+    else:
+        decision = _decide_here(Path(args.config), body)
+    if args.json:
+        print(json.dumps(decision, indent=2))
+    else:
+        print(_rendered(cli_text.decision, decision))
+
+
+def _fleet(args: argparse.Namespace, world: World) -> None:
+    url = f"{args.url.rstrip('/')}/v1/fleet"
+    while True:
+        text = _rendered(cli_text.fleet_state, world.fetch(url, None))
+        print(f"{_CLEAR}{text}" if args.watch else text, flush=True)
+        if not args.watch:
+            return
+        world.sleep(WATCH_PERIOD_S)
+
+
+def _load(path: Path) -> tuple[ServeArgs, Fleet]:
+    if not path.is_file():
+        raise ConfigError(f"configuration not found: {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
+    applications = data.get("applications") if isinstance(data, dict) else None
+    for application in applications or ():
+        args = application.get("args") if isinstance(application, dict) else None
+        if isinstance(args, dict) and "fleet" in args:
+            return load_args(args, path.resolve().parent)
+    raise ConfigError(f"{path.name}: no application with args.fleet")
+
+
+def _minimum(args: ServeArgs, fleet: Fleet) -> tuple[float, float]:
+    cpus, memory = args.router.num_cpus * args.router.replicas, 0.0
+    for slm in fleet.slms:
+        if slm.locality == "local":
+            cpus += slm.resources.num_cpus * slm.scaling.min_replicas
+            memory += slm.resources.memory_bytes * slm.scaling.min_replicas
+    return cpus, memory
+
+
+def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
+    # Imported here: `calm fleet` should not wait for numpy and LightGBM.
+    from calm_serve.analyze.request import parse_chat, parse_overrides
+    from calm_serve.loop import Loop
+
+    args, fleet = _load(config)
+    loop = Loop(fleet, args.goals, predictor=_shipped_predictor(fleet))
+    decision = loop.decide(parse_chat(body), parse_overrides({}), "local")
+    return loop.explain(decision)
+
+
+def _shipped_predictor(fleet: Fleet) -> Predictor | None:
+    from calm_serve.analyze.lightgbm import LightGBMPredictor, load_artifact
+    from calm_serve.analyze.prior import MetadataPrior
+
+    if not fleet.predictor:
+        return None
+    try:
+        artifact = load_artifact(Path(fleet.predictor) / PREDICTOR_FILE)
+        return LightGBMPredictor(artifact, MetadataPrior())
+    except KnowledgeError as error:
+        raise ConfigError(f"predictor: {error.message}") from error
+
+
+def _rendered(render: Callable[[Mapping[str, Any]], str], answer: Mapping[str, Any]) -> str:
+    try:
+        return render(answer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # A service of another version, or something else behind the URL.
+        raise RequestError(f"the answer does not look like calm_serve's: {error!r}") from error
+
+
+def _error_message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"HTTP {error.code} {error.reason}"
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"calm: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,169 @@
+"""What `calm` prints: plain-text tables from configuration and from the service's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calm_serve.config import Fleet, Scaling
+
+_UNKNOWN = "-"
+_FILE = "SLM WEIGHTS WHERE RESIDENCY BATCHING REPLICAS CPUS GPUS MEMORY CONTEXT SKILLS"
+_STATE = (
+    "SLM STATE REPLICAS RUNNING WAITING KV CACHED MEMORY START TTFT TPOT J/TOKEN REQUESTS FAILURES "
+    "NOTE"
+)
+_DECISION = "SLM SCORE QUALITY LATENCY ENERGY SWITCHING P(OK) TOKENS TTFT E2E JOULES NOTE"
+
+
+def table(header: str, rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return aligned columns under the words of `header`.
+
+    The first `left` columns and the last one are text; the others are numbers, right-aligned.
+    """
+    lines = [header.split(), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = {*range(left), len(widths) - 1}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def size(count: float | None) -> str:
+    """Return bytes with a binary unit, "-" for None."""
+    if count is None:
+        return _UNKNOWN
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def seconds(value: float | None) -> str:
+    """Return a time in the unit that reads best, "-" for None."""
+    if value is None:
+        return _UNKNOWN
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    return f"{value * 1e3:.4g} ms" if value < 1 else f"{value:.4g} s"
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """Return a formatted number, "-" for None."""
+    return _UNKNOWN if value is None else format(value, form)
+
+
+def fleet_file(fleet: Fleet) -> str:
+    """Return the table of `calm check`: what each SLM is and what one replica takes."""
+    rows = [
+        (
+            slm.id,
+            Path(slm.model).name,
+            slm.locality,
+            slm.residency,
+            slm.batching.value,
+            _replicas(slm.scaling),
+            f"{slm.resources.num_cpus:g}",
+            f"{slm.resources.num_gpus:g}",
+            size(slm.resources.memory_bytes) if slm.remote is None else _UNKNOWN,
+            str(slm.context_tokens),
+            ", ".join(slm.skills),
+        )
+        for slm in fleet.slms
+    ]
+    return table(_FILE, rows, left=5)
+
+
+def fleet_state(answer: Mapping[str, Any]) -> str:
+    """Return the table of `calm fleet` from GET /v1/fleet's answer."""
+    rows = [
+        (
+            slm["id"],
+            slm["state"],
+            f"{slm['replicas']}/{slm['target_replicas']}",
+            f"{slm['running']}/{slm['capacity']}",
+            str(slm["waiting"]),
+            number(slm["kv_usage_ratio"], ".0%"),
+            number(slm["cached_prefix_ratio"], ".0%"),
+            size(slm["memory_bytes"]),
+            seconds((slm["ready_s"] or {}).get("total")),
+            seconds(slm["ttft_s"]),
+            seconds(slm["tpot_s"]),
+            number(slm["energy_j_per_token"]),
+            str(slm["requests"]),
+            str(slm["failures"]),
+            slm["detail"] or "",
+        )
+        for slm in answer["slms"]
+    ]
+    version = (answer.get("predictor") or {}).get("version") or "none"
+    ready = "ready" if answer["ready"] else "not ready"
+    return f"fleet {ready}, predictor {version}\n\n{table(_STATE, rows, left=2)}"
+
+
+def decision(record: Mapping[str, Any]) -> str:
+    """Return a decision record (as `Loop.explain` gives it) for people."""
+    context, versions = record["context"], record["versions"]
+    chosen = f"{record['slm_id']}:{record['adapter']}" if record["adapter"] else record["slm_id"]
+    because = f"{record['path']}, {record['reason']}"
+    if record["rule"]:
+        because += f", rule {record['rule']}"
+    seen = [
+        f"about {context['prompt_tokens']} tokens",
+        f"output {context['output_shape']}",
+        f"language {context['language']}",
+    ]
+    if context["markers"]:
+        seen.append(f"markers {', '.join(context['markers'])}")
+    if context["safety_class"] not in ("", "none"):
+        seen.append(f"safety class {context['safety_class']}")
+    facts = [f"propensity {record['propensity']:.3g}"]
+    if record["complexity"] is not None:
+        facts.append(f"complexity {record['complexity']:.2f}")
+    facts.append(f"decided in {seconds(record['decided_in_s'])}")
+    facts.append(f"predictor {versions['predictor']}")
+    if others := [slm_id for slm_id in record["ranking"] if slm_id != record["slm_id"]]:
+        facts.append(f"failover to {', '.join(others)}")
+    rows = [_candidate(c, record["slm_id"]) for c in record["candidates"]]
+    return "\n".join(
+        (
+            f"-> {chosen}  ({because})",
+            f"   prompt: {'; '.join(seen)}",
+            f"   {'; '.join(facts)}",
+            "",
+            table(_DECISION, rows),
+        )
+    )
+
+
+def _candidate(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
+    name = candidate["slm_id"]
+    if candidate["excluded_by"]:
+        return (f"  {name}", *[_UNKNOWN] * 10, f"excluded: {candidate['excluded_by']}")
+    name = f"{'>' if name == chosen else ' '} {name}"
+    expected = candidate["prediction"]
+    if expected is None:  # a rule named it, so nothing was predicted
+        return (name, number(candidate["score"]), *[_UNKNOWN] * 9, "")
+    e2e_s = expected["ttft_s"] + expected["tpot_s"] * max(expected["output_tokens"] - 1, 0)
+    return (
+        name,
+        number(candidate["score"]),
+        *(number(candidate[term]) for term in ("quality", "latency", "energy", "switching")),
+        number(expected["success_ratio"], ".2f"),
+        number(expected["output_tokens"], ".0f"),
+        seconds(expected["ttft_s"]),
+        seconds(e2e_s),
+        number(expected["energy_j"]),
+        "",
+    )
+
+
+def _replicas(scaling: Scaling) -> str:
+    low, high = scaling.min_replicas, scaling.max_replicas
+    return str(low) if low == high else f"{low}-{high}"

@@ -1,0 +1,301 @@
+"""Everything an operator may write down: typed, bounded, defaulted, documented.
+
+An unknown key is an error that names the key and the nearest valid one. Files are read in
+`config_load.py`; this module is pure validation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class Config(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors with a suggestion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
+                    hint = f"; the nearest valid key is {near[0]!r}" if near else ""
+                    raise ValueError(f"unknown key {key!r}{hint}")
+        return data
+
+
+class BatchingProfile(StrEnum):
+    """Named trade-off between queueing and batching; see `BATCHING`."""
+
+    EXTRACTION = "extraction"
+    BALANCED = "balanced"
+    INTERACTIVE = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """What one profile means for vLLM (`max_num_*`) and for Serve (ongoing and queued requests)."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_ongoing_requests: int
+    max_queued_requests: int
+
+
+# Ongoing is a little above max_num_seqs, so the engine always has the next request at hand, and
+# the queue bound keeps the wait short where somebody is watching the answer appear.
+BATCHING: dict[BatchingProfile, Batching] = {
+    BatchingProfile.EXTRACTION: Batching(32, 4096, 40, 256),
+    BatchingProfile.BALANCED: Batching(16, 2048, 20, 128),
+    BatchingProfile.INTERACTIVE: Batching(8, 2048, 10, 64),
+}
+
+
+class Adapter(Config):
+    """A LoRA adapter of an SLM, addressed as `slm:adapter`."""
+
+    name: Identifier = Field(description="Name after the colon in `slm:adapter`.")
+    path: str = Field(description="Folder with a PEFT adapter, relative to the fleet file.")
+    description: str = Field(default="", description="One line for people and `/v1/models`.")
+
+
+class Resources(Config):
+    """What one replica may take. Ray gates on these; the engine is told to stay inside them."""
+
+    num_cpus: float = Field(default=1.0, gt=0, le=512, description="Ray CPUs; fractions share.")
+    num_gpus: float = Field(default=0.0, ge=0, le=64, description="Ray GPUs.")
+    memory_bytes: ByteSize = Field(
+        default=ByteSize(2 << 30),
+        description="Ray's `memory` resource for the whole replica: process, weights, KV cache.",
+    )
+    kv_cache_bytes: ByteSize = Field(
+        default=ByteSize(256 << 20), description="KV cache on CPU; on GPU vLLM sizes it itself."
+    )
+    threads: int = Field(default=1, ge=1, le=512, description="OpenMP threads of the engine.")
+
+
+class Scaling(Config):
+    """Replicas and Ray's autoscaling."""
+
+    min_replicas: int = Field(default=1, ge=0, le=1000, description="0 lets the SLM go cold.")
+    max_replicas: int = Field(default=1, ge=1, le=1000, description="Upper bound.")
+    target_ongoing_requests: float = Field(
+        default=8.0, gt=0, le=10_000, description="Requests per replica that Ray aims at."
+    )
+    upscale_delay_s: float = Field(default=2.0, ge=0, le=3600, description="Patience upwards.")
+    downscale_delay_s: float = Field(default=60.0, ge=0, le=86_400, description="And downwards.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
+class Capabilities(Config):
+    """What the SLM can do beyond plain text; hard filters read this."""
+
+    json_output: bool = Field(default=True, description="`response_format` and guided decoding.")
+    tools: bool = Field(default=False, description="Tool calls.")
+    vision: bool = Field(default=False, description="Image parts in messages.")
+
+
+class Priors(Config):
+    """What is believed before anything was measured; outcomes replace it, nothing starts at 0."""
+
+    quality: Ratio = Field(default=0.5, description="P(success) on a prompt outside its skills.")
+    skill_quality: Ratio = Field(default=0.8, description="P(success) on a prompt of its skills.")
+    ttft_s: float = Field(default=0.05, gt=0, le=600, description="Idle time to first token.")
+    tpot_s: float = Field(default=0.01, gt=0, le=60, description="Idle time per output token.")
+    output_tokens: float = Field(default=64.0, gt=0, le=1e6, description="Typical answer length.")
+    energy_j_per_token: float = Field(
+        default=0.1, gt=0, le=1e5, description="Joules per output token, estimated."
+    )
+    wake_s: float = Field(default=20.0, ge=0, le=3600, description="Cold start to ready.")
+
+
+class Remote(Config):
+    """An OpenAI-compatible upstream that stands in for a local engine."""
+
+    base_url: str = Field(pattern=r"^https?://", description="URL up to and including `/v1`.")
+    api_key_env: str = Field(default="", description="Environment variable with the API key.")
+    timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Whole-answer timeout.")
+
+
+class SLMSpec(Config):
+    """One SLM of the fleet: one metadata entry, one Serve deployment."""
+
+    id: Identifier = Field(description="Unique; the name clients use in `model`.")
+    model: str = Field(min_length=1, description="Weights: folder or hub id; remote: its name.")
+    description: str = Field(default="", description="One line for people and `/v1/models`.")
+    skills: tuple[Identifier, ...] = Field(default=(), description="What it is good at.")
+    languages: tuple[str, ...] = Field(default=("en",), description="ISO 639-1; empty is any.")
+    context_tokens: int = Field(default=2048, ge=64, le=10_000_000, description="Context length.")
+    parameters: int = Field(default=0, ge=0, description="Parameter count, 0 if unknown.")
+    locality: Literal["local", "remote"] = Field(
+        default="local", description="Sensitive requests stay on local SLMs."
+    )
+    residency: Literal["hot", "on_demand"] = Field(
+        default="hot", description="hot: must be ready before /health answers 200."
+    )
+    batching: BatchingProfile = Field(default=BatchingProfile.BALANCED, description="Profile.")
+    engine: dict[str, Any] = Field(default={}, description="vLLM engine arguments, as they are.")
+    env: dict[str, str] = Field(default={}, description="Environment of the SLM's process.")
+    adapters: tuple[Adapter, ...] = Field(default=(), description="LoRA adapters.")
+    max_resident_adapters: int = Field(default=2, ge=1, le=64, description="LRU beyond this.")
+    validator: Literal["", "json", "sql", "shell"] = Field(
+        default="", description="Its answers must pass this check; a failure is a bad outcome."
+    )
+    capabilities: Capabilities = Field(default=Capabilities(), description="See Capabilities.")
+    resources: Resources = Field(default=Resources(), description="Per replica.")
+    scaling: Scaling = Field(default=Scaling(), description="Replicas and autoscaling.")
+    priors: Priors = Field(default=Priors(), description="Beliefs before outcomes.")
+    remote: Remote | None = Field(default=None, description="Required when locality is remote.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SLMSpec:
+        if (self.locality == "remote") != (self.remote is not None):
+            raise ValueError("`remote` is required when locality is remote, and only then")
+        _unique("SLM id", ["auto", self.id])  # "auto" is how clients let the router choose
+        _unique("adapter name", [a.name for a in self.adapters])
+        if self.residency == "hot" and self.scaling.min_replicas == 0:
+            raise ValueError("residency hot needs scaling.min_replicas of at least 1")
+        return self
+
+    @property
+    def limits(self) -> Batching:
+        """The batching profile's numbers."""
+        return BATCHING[self.batching]
+
+
+class Rule(Config):
+    """One deterministic rule of the fast path: every condition given must hold."""
+
+    name: Identifier = Field(description="Shown in `x-calm-reason` and in the metrics.")
+    marker: str = Field(default="", description="Name of a marker pattern that must be present.")
+    without: tuple[str, ...] = Field(default=(), description="Markers that must be absent.")
+    output_shape: Literal["", "text", "json", "json_schema", "tools", "guided"] = Field(
+        default="", description="What the client asked the answer to look like."
+    )
+    max_prompt_chars: int = Field(default=0, ge=0, description="0 is no limit.")
+    min_prompt_chars: int = Field(default=0, ge=0, description="0 is no limit.")
+    language: str = Field(default="", description="ISO 639-1.")
+    slms: tuple[Identifier, ...] = Field(min_length=1, description="Short list, best first.")
+
+
+class Safety(Config):
+    """A pattern that pins the request to one SLM, whatever anybody else wants."""
+
+    name: Identifier = Field(description="Shown in decisions as the safety class.")
+    pattern: str = Field(description="Regular expression, case-insensitive.")
+    slm: Identifier = Field(description="Id of the SLM that answers.")
+    local_only: bool = Field(default=True, description="Never leaves local SLMs.")
+
+
+class Fleet(Config):
+    """The fleet file: SLMs, markers, rules."""
+
+    slms: tuple[SLMSpec, ...] = Field(min_length=1, description="At least one.")
+    markers: dict[Identifier, str] = Field(
+        default={},
+        description="Name to regular expression over the prompt's ends; ^ starts a message.",
+    )
+    rules: tuple[Rule, ...] = Field(default=(), description="Ordered; the first match wins.")
+    safety: tuple[Safety, ...] = Field(default=(), description="Checked before everything else.")
+    predictor: str = Field(default="", description="Folder of a shipped predictor; '' is none.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Fleet:
+        ids = [s.id for s in self.slms]
+        _unique("SLM id", ids)
+        _unique("rule name", [r.name for r in self.rules])
+        _unique("safety name", ["none", *(s.name for s in self.safety)])  # "none": no match
+        for name, pattern in [*self.markers.items(), *((s.name, s.pattern) for s in self.safety)]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"pattern {name!r} does not compile: {error}") from error
+        owners = [(r.name, s) for r in self.rules for s in r.slms]
+        for owner, slm in owners + [(s.name, s.slm) for s in self.safety]:
+            if slm not in ids:
+                raise ValueError(f"{owner!r} names unknown SLM {slm!r}{_nearest(slm, ids)}")
+        for rule in self.rules:
+            for marker in (rule.marker, *rule.without):
+                if marker and marker not in self.markers:
+                    hint = _nearest(marker, list(self.markers))
+                    raise ValueError(f"rule {rule.name!r} uses unknown marker {marker!r}{hint}")
+        return self
+
+
+class Goals(Config):
+    """What the operator wants. Weights are quality points (0 to 1) per unit."""
+
+    latency_weight_per_s: float = Field(
+        default=0.1, ge=0, le=100, description="Quality given up to save one second."
+    )
+    energy_weight_per_j: float = Field(
+        default=0.002, ge=0, le=100, description="Quality given up to save one joule."
+    )
+    switching_weight: float = Field(
+        default=0.05, ge=0, le=100, description="Cost of losing a session's cached prefix."
+    )
+    quality_floor: Ratio = Field(default=0.0, description="Exclude SLMs predicted below this.")
+    exploration_ratio: float = Field(
+        default=0.01, ge=0, le=0.5, description="Share of scored requests that explore."
+    )
+
+
+class Learning(Config):
+    """The knowledge actor: where outcomes live and when it retrains."""
+
+    store_url: str = Field(default="", description="SQLAlchemy URL; '' is SQLite in `state_dir`.")
+    state_dir: str = Field(default=".calm", description="Champion, spool and SQLite database.")
+    keep_prompts: bool = Field(default=False, description="Store prompt text with outcomes.")
+    min_outcomes: int = Field(default=200, ge=20, le=10**9, description="Before first training.")
+    retrain_every: int = Field(default=200, ge=10, le=10**9, description="New labelled outcomes.")
+    max_rows: int = Field(default=1_000_000, ge=1000, description="Retention; oldest go first.")
+    holdout_ratio: float = Field(default=0.25, gt=0, lt=0.9, description="Newest share, by time.")
+
+
+class RouterOptions(Config):
+    """The router deployment."""
+
+    replicas: int = Field(default=1, ge=1, le=256, description="One per node is usual.")
+    num_cpus: float = Field(default=0.2, ge=0, le=64, description="Ray CPUs per router replica.")
+    max_ongoing_requests: int = Field(default=512, ge=1, le=100_000, description="Per replica.")
+    max_body_bytes: ByteSize = Field(default=ByteSize(4 << 20), description="413 above this.")
+    request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Per request.")
+    retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")
+    decision_log: int = Field(default=2048, ge=1, description="Decisions kept for explanation.")
+
+
+class ServeArgs(Config):
+    """`args` of the application in serve_config.yaml."""
+
+    fleet: str | Fleet = Field(description="Path of a fleet file, or the fleet inline.")
+    goals: Goals = Field(default=Goals(), description="See Goals.")
+    learning: Learning = Field(default=Learning(), description="See Learning.")
+    router: RouterOptions = Field(default=RouterOptions(), description="See RouterOptions.")
+
+
+def _unique(kind: str, names: list[str]) -> None:
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"duplicate or reserved {kind} {twice[0]!r}")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return f"; the nearest is {near[0]!r}" if near else ""

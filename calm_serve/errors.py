@@ -1,0 +1,95 @@
+"""Every error this project raises on purpose, and what the caller may do about it.
+
+CalmError
+├── ConfigError               the operator's input is wrong; nothing was started
+├── RequestError              the client's input is wrong (4xx); retrying does not help
+│   ├── UnknownModelError     404
+│   └── NoCandidateError      400: every SLM was excluded by a hard filter
+├── CapacityError             429 or 503 with Retry-After; retrying later helps
+└── ComponentError            a part is dead; someone else has to restart it
+    ├── SLMUnavailableError   503: no replica of the chosen SLM answers
+    └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class CalmError(Exception):
+    """Base of all errors; knows how to show itself in OpenAI's error format."""
+
+    http_status = 500
+    error_type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def to_openai(self) -> dict[str, Any]:
+        """Return the body `{"error": {"message", "type", "param", "code"}}`."""
+        return openai_error(self.message, self.error_type, self.param, self.code)
+
+
+class ConfigError(CalmError):
+    """The configuration is wrong; the message names the field."""
+
+
+class RequestError(CalmError):
+    """The request is wrong."""
+
+    http_status = 400
+    error_type = "invalid_request_error"
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that the fleet does not have."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class NoCandidateError(RequestError):
+    """Hard filters exclude every SLM; the message lists each SLM's reason."""
+
+    code = "no_capable_model"
+
+
+class CapacityError(CalmError):
+    """The fleet is full; `retry_after_s` is computed from the queue."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+    code = "fleet_saturated"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ComponentError(CalmError):
+    """A component is dead."""
+
+    http_status = 503
+    error_type = "service_unavailable"
+
+
+class SLMUnavailableError(ComponentError):
+    """No replica of the SLM answered before the first byte."""
+
+    code = "model_unavailable"
+
+
+class KnowledgeError(ComponentError):
+    """The knowledge store or actor does not answer."""
+
+    code = "knowledge_unavailable"
+
+
+def openai_error(
+    message: str, error_type: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return OpenAI's error body."""
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}

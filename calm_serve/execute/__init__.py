@@ -1,0 +1,1 @@
+"""Execute: prefix affinity and queue length choose the replica."""

@@ -1,0 +1,46 @@
+"""How good predicted probabilities were: log loss, AUC, calibration. Labels may be soft."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+CALIBRATION_BINS = 10
+# One confident mistake must not decide a comparison: losses are capped at -log(0.001), about 6.9.
+CLIP = 1e-3
+
+
+def log_losses(labels: Values, predicted: Values) -> Values:
+    """Cross-entropy of each prediction in nats."""
+    p = np.clip(predicted, CLIP, 1.0 - CLIP)
+    losses: Values = -(labels * np.log(p) + (1.0 - labels) * np.log1p(-p))
+    return losses
+
+
+def log_loss(labels: Values, predicted: Values, weights: Values) -> float:
+    """Weighted mean cross-entropy in nats."""
+    return float(np.average(log_losses(labels, predicted), weights=weights))
+
+
+def auc(labels: Values, predicted: Values, weights: Values) -> float | None:
+    """Weighted area under the ROC curve; None when all labels are on one side of one half."""
+    positive = labels >= 0.5
+    if positive.all() or not positive.any():
+        return None
+    order = np.argsort(predicted, kind="stable")
+    values, starts = np.unique(predicted[order], return_index=True)
+    del values
+    wins = np.add.reduceat(np.where(positive, weights, 0.0)[order], starts)
+    losses = np.add.reduceat(np.where(positive, 0.0, weights)[order], starts)
+    below = np.cumsum(losses) - losses
+    area = np.sum(wins * (below + 0.5 * losses))  # a tie counts half
+    return float(area / (wins.sum() * losses.sum()))
+
+
+def calibration_error(labels: Values, predicted: Values, weights: Values) -> float:
+    """Expected calibration error over equal-width bins, in [0, 1]."""
+    bins = np.minimum((predicted * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gap = np.bincount(bins, weights=weights * (predicted - labels), minlength=CALIBRATION_BINS)
+    return float(np.abs(gap).sum() / weights.sum())

@@ -1,0 +1,270 @@
+"""The durable log of outcomes: SQLAlchemy Core, SQLite by default, PostgreSQL by URL.
+
+Acknowledged means durable: every write is one transaction, and SQLite runs with WAL and
+`synchronous=FULL`. Writing is for one process (the knowledge actor); others may read. Methods
+block; call them in a thread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.codec import from_columns, to_columns
+from calm_serve.knowledge.labels import quality_label
+from calm_serve.knowledge.schema import META, METADATA, OUTCOMES, SIGNALS
+from calm_serve.types import Outcome, QualitySignal
+
+SCHEMA_VERSION = "1"
+BUSY_TIMEOUT_MS = 10_000
+CONNECT_TIMEOUT_S = 10
+_CHUNK = 500  # ids per IN list
+
+
+class OutcomeStore:
+    """Outcomes and what was said about their quality. Every method raises KnowledgeError."""
+
+    def __init__(self, url: str) -> None:
+        """Open or create the tables. `url` is an SQLAlchemy URL; `postgresql://` uses psycopg."""
+        self._name = "store"
+        with self._guard("open"):
+            parsed = sa.make_url(url)
+            if parsed.drivername in ("postgresql", "postgres"):
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            self._name = parsed.render_as_string(hide_password=True)
+            self._engine = _engine(parsed)
+            postgres = self._engine.dialect.name == "postgresql"
+            self._insert: Callable[[sa.Table], Any] = (
+                postgresql.insert if postgres else sqlite.insert
+            )
+            METADATA.create_all(self._engine)
+        self._check_schema()
+
+    def append(self, rows: Sequence[Outcome]) -> int:
+        """Store outcomes in one transaction; return how many were new (ids decide)."""
+        if not rows:
+            return 0
+        insert = self._insert(OUTCOMES).on_conflict_do_nothing(index_elements=["outcome_id"])
+        with self._guard("append"), self._engine.begin() as connection:
+            new = connection.execute(
+                insert.returning(OUTCOMES.c.outcome_id),
+                [{**to_columns(o), "labelled": False} for o in rows],
+            )
+            added = set(new.scalars())
+            said = [(o.outcome_id, s) for o in rows if o.outcome_id in added for s in o.signals]
+            self._write_signals(connection, said)
+            self._mark_labelled(connection, sorted(added))
+        return len(added)
+
+    def add_signals(self, outcome_id: str, signals: Sequence[QualitySignal]) -> bool:
+        """Store statements about an outcome; the latest of each source counts.
+
+        Returns whether the outcome is known. If not, the signals wait for it.
+        """
+        with self._guard("add signals"), self._engine.begin() as connection:
+            self._write_signals(connection, [(outcome_id, s) for s in signals])
+            self._mark_labelled(connection, [outcome_id])
+            known = sa.select(OUTCOMES.c.row).where(OUTCOMES.c.outcome_id == outcome_id)
+            return connection.execute(known).first() is not None
+
+    def get(self, outcome_id: str) -> Outcome | None:
+        """The outcome with its signals, None when there is none."""
+        found = self._read(sa.select(OUTCOMES).where(OUTCOMES.c.outcome_id == outcome_id))
+        return found[0][1] if found else None
+
+    def rows(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
+        """At most `limit` outcomes after `since_row` in order of arrival, with their row."""
+        return self._read(_page(since_row, limit))
+
+    def labelled(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
+        """As `rows`, only outcomes with a quality label."""
+        return self._read(_page(since_row, limit).where(OUTCOMES.c.labelled))
+
+    def recent(self, limit: int) -> list[Outcome]:
+        """The newest `limit` outcomes, oldest first by `at`: what training reads."""
+        newest = sa.select(OUTCOMES).order_by(OUTCOMES.c.at.desc(), OUTCOMES.c.row.desc())
+        return [outcome for _, outcome in reversed(self._read(newest.limit(limit)))]
+
+    def count(self) -> int:
+        """Outcomes in the store."""
+        return self._scalar(sa.select(sa.func.count()).select_from(OUTCOMES))
+
+    def labelled_count(self) -> int:
+        """Outcomes with a quality label in the store."""
+        query = sa.select(sa.func.count()).select_from(OUTCOMES).where(OUTCOMES.c.labelled)
+        return self._scalar(query)
+
+    def labelled_total(self) -> int:
+        """Outcomes that ever got a label; unlike `labelled_count` it never falls."""
+        return int(self.meta("labelled_total") or 0)
+
+    def prune(self, max_rows: int) -> int:
+        """Delete all but the newest `max_rows` outcomes, and bound signals without an outcome.
+
+        Returns the number of outcomes deleted.
+        """
+        newest_gone = _nth_newest(OUTCOMES, max_rows)
+        known = sa.select(OUTCOMES.c.outcome_id)
+        with self._guard("prune"), self._engine.begin() as connection:
+            deleted = connection.execute(
+                sa.delete(OUTCOMES).where(OUTCOMES.c.row <= newest_gone)
+            ).rowcount
+            connection.execute(
+                sa.delete(SIGNALS).where(
+                    SIGNALS.c.row <= _nth_newest(SIGNALS, max_rows),
+                    SIGNALS.c.outcome_id.not_in(known),
+                )
+            )
+        return deleted
+
+    def meta(self, key: str) -> str | None:
+        """A stored value, None when it was never set."""
+        with self._guard("read"), self._engine.connect() as connection:
+            found: str | None = connection.execute(
+                sa.select(META.c.value).where(META.c.key == key)
+            ).scalar()
+            return found
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Store a value under a key."""
+        with self._guard("write"), self._engine.begin() as connection:
+            self._write_meta(connection, key, value)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def _check_schema(self) -> None:
+        found = self.meta("schema_version")
+        if found is None:
+            self.set_meta("schema_version", SCHEMA_VERSION)
+        elif found != SCHEMA_VERSION:
+            self.close()
+            raise KnowledgeError(
+                f"{self._name}: schema version {found}, this program needs {SCHEMA_VERSION}"
+            )
+
+    def _write_signals(
+        self, connection: sa.Connection, said: Sequence[tuple[str, QualitySignal]]
+    ) -> None:
+        insert = self._insert(SIGNALS)
+        newer = insert.on_conflict_do_update(
+            index_elements=["outcome_id", "source"],
+            set_={"value": insert.excluded.value, "at": insert.excluded.at},
+            where=insert.excluded.at >= SIGNALS.c.at,
+        )
+        for outcome_id, signal in said:
+            connection.execute(
+                newer,
+                {
+                    "outcome_id": outcome_id,
+                    "source": signal.source,
+                    "value": signal.value,
+                    "at": signal.at,
+                },
+            )
+
+    def _mark_labelled(self, connection: sa.Connection, outcome_ids: Sequence[str]) -> None:
+        """Set the flag where signals give a label, and count what is new."""
+        by_id = _signals_of(connection, outcome_ids)
+        ids = [i for i, signals in by_id.items() if quality_label(signals)]
+        marked = 0
+        for chunk in _chunks(ids):
+            unmarked = OUTCOMES.c.outcome_id.in_(chunk) & ~OUTCOMES.c.labelled
+            update = sa.update(OUTCOMES).where(unmarked).values(labelled=True)
+            marked += connection.execute(update).rowcount
+        if marked:
+            key = "labelled_total"
+            old = connection.execute(
+                sa.select(META.c.value).where(META.c.key == key).with_for_update()
+            ).scalar()
+            self._write_meta(connection, key, str(int(old or 0) + marked))
+
+    def _write_meta(self, connection: sa.Connection, key: str, value: str) -> None:
+        insert = self._insert(META).values(key=key, value=value)
+        connection.execute(
+            insert.on_conflict_do_update(
+                index_elements=["key"], set_={"value": insert.excluded.value}
+            )
+        )
+
+    def _read(self, query: sa.Select[Any]) -> list[tuple[int, Outcome]]:
+        with self._guard("read"), self._engine.connect() as connection:
+            found = connection.execute(query).all()
+            by_id = _signals_of(connection, [row.outcome_id for row in found])
+        return [
+            (row.row, from_columns(row._asdict(), by_id.get(row.outcome_id, ()))) for row in found
+        ]
+
+    def _scalar(self, query: sa.Select[Any]) -> int:
+        with self._guard("count"), self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            raise KnowledgeError(
+                f"{self._name}: no database driver ({error}); install calm-serve[postgres]"
+            ) from error
+        except (SQLAlchemyError, ValueError, TypeError) as error:
+            # The first line only: the rest repeats the statement and its parameters.
+            first = str(error).strip().partition("\n")[0]
+            raise KnowledgeError(f"{self._name}: cannot {what}: {first}") from error
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    # JSON without NaN on both databases: PostgreSQL refuses it, SQLite would keep it.
+    postgres = url.get_backend_name() == "postgresql"
+    engine = sa.create_engine(
+        url,
+        json_serializer=partial(json.dumps, allow_nan=False),
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": CONNECT_TIMEOUT_S} if postgres else {},
+    )
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    cursor.close()
+
+
+def _page(since_row: int, limit: int) -> sa.Select[Any]:
+    after = sa.select(OUTCOMES).where(OUTCOMES.c.row > since_row)
+    return after.order_by(OUTCOMES.c.row).limit(limit)
+
+
+def _nth_newest(table: sa.Table, n: int) -> sa.ScalarSelect[Any]:
+    return sa.select(table.c.row).order_by(table.c.row.desc()).offset(n).limit(1).scalar_subquery()
+
+
+def _signals_of(
+    connection: sa.Connection, outcome_ids: Sequence[str]
+) -> dict[str, list[QualitySignal]]:
+    by_id: dict[str, list[QualitySignal]] = {}
+    for chunk in _chunks(outcome_ids):
+        query = sa.select(SIGNALS).where(SIGNALS.c.outcome_id.in_(chunk))
+        for row in connection.execute(query.order_by(SIGNALS.c.row)):
+            signal = QualitySignal(row.source, row.value, row.at)
+            by_id.setdefault(row.outcome_id, []).append(signal)
+    return by_id
+
+
+def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), _CHUNK):
+        yield ids[start : start + _CHUNK]

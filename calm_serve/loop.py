@@ -1,0 +1,270 @@
+"""The decision on the hot path: context, rules, filters, predictions, objective, record.
+
+`Loop` composes the stages and owns no policy. It never blocks, does no I/O and makes no remote
+call; everything it reads is in memory, and `predictor` and `goals` are swapped as one attribute.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+from zlib import crc32
+
+from calm_serve.analyze.features import ContextBuilder
+from calm_serve.analyze.predictor import Predictor
+from calm_serve.analyze.prior import MetadataPrior
+from calm_serve.analyze.request import ChatRequest, Overrides
+from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.plan import filters, objective, rules
+from calm_serve.types import (
+    Candidate,
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    Residency,
+    RoutingContext,
+    SLMState,
+    Versions,
+)
+
+StateReader = Callable[[SLMSpec], SLMState]
+
+
+def assume_hot(spec: SLMSpec) -> SLMState:
+    """The state of an idle fleet; what `calm route` explains against without a running service."""
+    return SLMState(
+        slm_id=spec.id, residency=Residency.HOT, replicas=1, capacity=spec.limits.max_num_seqs
+    )
+
+
+def config_version(*sections: Any) -> str:
+    """Short stable hash of validated configuration, for decision records."""
+    text = json.dumps([s.model_dump(mode="json") for s in sections], sort_keys=True)
+    return f"{crc32(text.encode()):08x}"
+
+
+class Loop:
+    """Decides for one fleet. Single-threaded: one instance per event loop."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        goals: Goals,
+        *,
+        read_state: StateReader = assume_hot,
+        predictor: Predictor | None = None,
+        timer: Callable[[], float] = time.perf_counter,
+        decision_log: int = 2048,
+    ) -> None:
+        self.set_goals(goals)
+        self.predictor: Predictor = predictor or MetadataPrior()
+        self._read_state = read_state
+        self._timer = timer
+        self._log: OrderedDict[str, Decision] = OrderedDict()
+        self._log_size = decision_log
+        self.set_fleet(fleet)
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Swap the fleet (an SLM came or went). Decisions in flight keep their records."""
+        self.fleet = fleet
+        self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
+        self._pins = {s.name: s.slm for s in fleet.safety}
+        self._builder = ContextBuilder(fleet)
+        self._fleet_version = config_version(fleet)
+
+    def set_goals(self, goals: Goals) -> None:
+        """Swap the goals; the next decision uses them."""
+        self.goals = goals
+        self._goals_version = config_version(goals)
+
+    @property
+    def versions(self) -> Versions:
+        """Versions that the next decision will carry."""
+        return Versions(self.predictor.version, self._goals_version, self._fleet_version)
+
+    def decide(self, request: ChatRequest, overrides: Overrides, decision_id: str) -> Decision:
+        """Choose the SLM for a parsed request.
+
+        Raises UnknownModelError, NoCandidateError, or SLMUnavailableError when a pinned SLM has
+        no replica.
+        """
+        started = self._timer()
+        context = self._builder.build(request, overrides, decision_id)
+        decision = self.decide_context(context)
+        decision = replace(decision, decided_in_s=self._timer() - started)
+        self._log[decision_id] = decision
+        while len(self._log) > self._log_size:
+            self._log.popitem(last=False)
+        return decision
+
+    def decide_context(self, context: RoutingContext) -> Decision:
+        """Choose the SLM for a context; the same context and state give the same decision."""
+        if context.safety_class in self._pins:
+            pin = self._pins[context.safety_class]
+            return self._pinned(context, pin, DecisionReason.SAFETY_PIN, context.safety_class)
+        if context.slm_id or context.adapter:
+            if context.slm_id not in self.specs:
+                raise UnknownModelError(self._unknown(context), param="model")
+            return self._pinned(context, context.slm_id, DecisionReason.REQUESTED)
+        rule = rules.first_match(self.fleet.rules, context)
+        states = {i: self._read_state(s) for i, s in self.specs.items()}
+        allowed, excluded = self._filter(context, states)
+        if rule is not None:
+            short = [i for i in rule.slms if i in allowed]
+            if len(short) == 1:
+                return self._by_rule(context, short[0], rule.name, allowed, excluded)
+            if short:
+                return self._scored(context, short, excluded, states, rule.name)
+        return self._scored(context, allowed, excluded, states, "")
+
+    def recall(self, decision_id: str) -> Decision | None:
+        """A recent decision, None when it is unknown or too old."""
+        return self._log.get(decision_id)
+
+    def explain(self, decision: Decision) -> dict[str, Any]:
+        """The decision as plain JSON-ready data."""
+        return asdict(decision)
+
+    def _pinned(
+        self, context: RoutingContext, slm_id: str, reason: DecisionReason, rule: str = ""
+    ) -> Decision:
+        spec = self.specs[slm_id]
+        adapter = context.adapter if reason is DecisionReason.REQUESTED else ""
+        if adapter and not any(a.name == adapter for a in spec.adapters):
+            raise UnknownModelError(self._unknown(context), param="model")
+        state = self._read_state(spec)
+        # A safety pin answers instead of the model and adapter that the client named.
+        held_to = context if adapter else replace(context, requested_model=slm_id)
+        why = filters.excluded_by(held_to, spec, state, pinned=True)
+        if why == "available":
+            raise SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
+        if why:
+            raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {why}")
+        (prediction,) = self.predictor.predict(context, [spec], [state])
+        candidate = objective.evaluate(context, prediction, state, self.goals)
+        return self._record(
+            context,
+            DecisionPath.PINNED,
+            reason,
+            (candidate,),
+            (slm_id,),
+            rule=rule,
+            adapter=adapter,
+        )
+
+    def _by_rule(
+        self,
+        context: RoutingContext,
+        slm_id: str,
+        rule: str,
+        allowed: list[str],
+        excluded: list[Candidate],
+    ) -> Decision:
+        # The rest stays in the ranking as failover targets, broadest first: whoever lists most
+        # skills is the likeliest to do somebody else's job, and no scoring was paid.
+        rest = [i for i in allowed if i != slm_id]
+        rest.sort(key=lambda i: (-len(self.specs[i].skills), -self.specs[i].parameters))
+        return self._record(
+            context,
+            DecisionPath.RULE,
+            DecisionReason.RULE_MATCH,
+            (Candidate(slm_id=slm_id, score=1.0), *excluded),
+            (slm_id, *rest),
+            rule=rule,
+        )
+
+    def _scored(
+        self,
+        context: RoutingContext,
+        allowed: list[str],
+        excluded: list[Candidate],
+        states: Mapping[str, SLMState],
+        rule: str,
+    ) -> Decision:
+        specs = [self.specs[i] for i in allowed]
+        predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
+        scored = [objective.evaluate(context, p, states[p.slm_id], self.goals) for p in predictions]
+        floor = max(self.goals.quality_floor, context.quality_floor)
+        order = objective.ranked(objective.above_floor(scored, floor))
+        chosen, propensity, explored = objective.explore(
+            order, context.request_id, self.goals.exploration_ratio
+        )
+        prior = self.predictor.version == MetadataPrior.version
+        path = DecisionPath.PRIOR if prior else DecisionPath.SCORED
+        reason = DecisionReason.BEST_PRIOR if prior else DecisionReason.BEST_SCORE
+        if explored:
+            path, reason = DecisionPath.EXPLORED, DecisionReason.EXPLORATION
+        elif len(order) == 1:
+            reason = DecisionReason.ONLY_CANDIDATE
+        ranking = (chosen.slm_id, *(c.slm_id for c in order if c is not chosen))
+        return self._record(
+            context,
+            path,
+            reason,
+            (*objective.ranked(scored), *excluded),
+            ranking,
+            rule=rule,
+            propensity=propensity,
+            complexity=objective.complexity(scored, self.specs),
+        )
+
+    def _filter(
+        self, context: RoutingContext, states: Mapping[str, SLMState]
+    ) -> tuple[list[str], list[Candidate]]:
+        allowed: list[str] = []
+        excluded: list[Candidate] = []
+        for slm_id, spec in self.specs.items():
+            why = filters.excluded_by(context, spec, states[slm_id])
+            if why:
+                excluded.append(Candidate(slm_id=slm_id, excluded_by=why))
+            else:
+                allowed.append(slm_id)
+        if not allowed:
+            soft = filters.RELAXED_IF_NOBODY_PASSES
+            allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
+            excluded = [c for c in excluded if c.excluded_by != soft]
+        if not allowed:
+            reasons = ", ".join(f"{c.slm_id}: {c.excluded_by}" for c in excluded)
+            if all(c.excluded_by in ("available", "breaker") for c in excluded):
+                raise SLMUnavailableError(f"no SLM is available ({reasons})")
+            raise NoCandidateError(f"no SLM can take this request ({reasons})")
+        return allowed, excluded
+
+    def _record(
+        self,
+        context: RoutingContext,
+        path: DecisionPath,
+        reason: DecisionReason,
+        candidates: tuple[Candidate, ...],
+        ranking: tuple[str, ...],
+        *,
+        rule: str = "",
+        adapter: str = "",
+        propensity: float = 1.0,
+        complexity: float | None = None,
+    ) -> Decision:
+        return Decision(
+            decision_id=context.request_id,
+            slm_id=ranking[0],
+            adapter=adapter,
+            path=path,
+            reason=reason,
+            rule=rule,
+            propensity=propensity,
+            complexity=complexity,
+            candidates=candidates,
+            ranking=ranking,
+            context=context,
+            versions=self.versions,
+        )
+
+    def _unknown(self, context: RoutingContext) -> str:
+        known = sorted(
+            [*self.specs, *(f"{s.id}:{a.name}" for s in self.fleet.slms for a in s.adapters)]
+        )
+        return f"model {context.requested_model!r} not found; known: auto, {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Monitor: windows over what happened, and energy meters."""

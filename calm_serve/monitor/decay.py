@@ -1,0 +1,106 @@
+"""Statistics that forget: a decayed mean, a decayed rate and a bounded quantile window.
+
+Decay is by time, not by count, so an SLM that answers once a minute and one that answers a thousand
+times a second both speak about the same recent past. Every `now` is in seconds on one monotonic
+clock of the caller's; a `now` that runs backwards counts as no time passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+_LN2 = math.log(2.0)
+
+
+class Ewma:
+    """Mean whose weights halve every `half_life_s` seconds."""
+
+    __slots__ = ("_at", "_half_life_s", "_mean", "_weight")
+
+    def __init__(self, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._mean = 0.0
+        self._weight = 0.0
+        self._at = -math.inf
+
+    @property
+    def mean(self) -> float | None:
+        """The mean, in the unit of the values; None before the first one.
+
+        Silence does not change it: it only makes the next value count for more.
+        """
+        return self._mean if self._weight > 0.0 else None
+
+    def weight(self, now: float) -> float:
+        """How many values (or how much weight) the mean still rests on."""
+        if self._weight == 0.0:
+            return 0.0
+        return self._weight * _halvings(now - self._at, self._half_life_s)
+
+    def add(self, value: float, now: float, weight: float = 1.0) -> None:
+        """Count `value` with `weight` (above 0)."""
+        self._weight = self.weight(now) + weight
+        self._mean += (value - self._mean) * weight / self._weight
+        self._at = max(now, self._at)
+
+
+class DecayedRate:
+    """Amount per second over roughly the last half-life."""
+
+    __slots__ = ("_amount", "_at", "_half_life_s", "_since")
+
+    def __init__(self, half_life_s: float, now: float) -> None:
+        self._half_life_s = half_life_s
+        self._amount = 0.0
+        self._at = now
+        self._since = now
+
+    def add(self, amount: float, now: float) -> None:
+        """Count `amount` at `now`."""
+        self._amount = self._decayed(now) + amount
+        self._at = max(now, self._at)
+
+    def per_s(self, now: float) -> float:
+        """Return the rate per second."""
+        # A young window has not seen a full half-life: divide by the share that it has seen, and
+        # by at least one second's worth, so that the first event is not a rate of infinity.
+        watched_s = max(now - self._since, 1.0)
+        seen = 1.0 - _halvings(watched_s, self._half_life_s)
+        return self._decayed(now) * _LN2 / self._half_life_s / seen
+
+    def _decayed(self, now: float) -> float:
+        return self._amount * _halvings(now - self._at, self._half_life_s)
+
+
+class QuantileWindow:
+    """The last `size` values, none older than `max_age_s`; exact quantiles over them."""
+
+    __slots__ = ("_max_age_s", "_values")
+
+    def __init__(self, size: int, max_age_s: float) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=size)
+        self._max_age_s = max_age_s
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float, now: float) -> None:
+        """Append `value`; the oldest one leaves when the window is full."""
+        self._values.append((now, value))
+
+    def quantiles(self, ratios: tuple[float, ...], now: float) -> tuple[float | None, ...]:
+        """Return the nearest-rank quantile for each ratio in [0, 1]; None when empty.
+
+        Drops values that are too old, then sorts: O(size log size), so not for the hot path.
+        """
+        while self._values and self._values[0][0] < now - self._max_age_s:
+            self._values.popleft()
+        if not self._values:
+            return tuple(None for _ in ratios)
+        ordered = sorted(value for _, value in self._values)
+        return tuple(ordered[max(math.ceil(r * len(ordered)) - 1, 0)] for r in ratios)
+
+
+def _halvings(elapsed_s: float, half_life_s: float) -> float:
+    return float(0.5 ** (max(elapsed_s, 0.0) / half_life_s))

@@ -1,0 +1,243 @@
+"""What this process has recently seen of each SLM: latency, energy, rates, failures.
+
+`FleetMonitor` is written by one event loop (a router's), once per finished request, and read once
+per decision; it holds no lock and does no I/O. Its size is bounded by the number of SLMs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from calm_serve.config import SLMSpec
+from calm_serve.monitor.breaker import Breaker, BreakerLimits, BreakerState
+from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
+from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
+
+Clock = Callable[[], float]
+
+HALF_LIFE_S = 30.0  # long against one answer, short against a change of load
+WINDOW_SIZE = 256  # values behind each quantile
+MAX_AGE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class SLMSnapshot:
+    """One SLM's recent past. Means and quantiles are None before the first observation."""
+
+    slm_id: str
+    ttft_s: float | None
+    ttft_p50_s: float | None
+    ttft_p95_s: float | None
+    tpot_s: float | None
+    tpot_p95_s: float | None
+    e2e_s: float | None
+    e2e_p95_s: float | None
+    queue_s: float | None
+    energy_j_per_token: float | None
+    output_tokens_per_s: float
+    requests_per_s: float
+    failure_ratio: float
+    consecutive_failures: int
+    breaker: BreakerState
+    requests: int  # since the process started
+    failures: int
+    cold_starts: int
+    wake_s: float | None  # last measured time from start to ready
+    age_s: float  # since the last outcome, or since the window was made
+
+
+class SLMWindow:
+    """Recent outcomes of one SLM, forgetting with a half-life of `HALF_LIFE_S`."""
+
+    def __init__(self, slm_id: str, clock: Clock, limits: BreakerLimits | None = None) -> None:
+        now = clock()
+        self._clock = clock
+        self._slm_id = slm_id
+        self._seen_at = now
+        self._requests = self._failures = self._cold_starts = 0
+        self._queue_s = Ewma(HALF_LIFE_S)
+        self._ttft, self._tpot, self._e2e = (_Latency() for _ in range(3))
+        self._energy_j_per_token = Ewma(HALF_LIFE_S)
+        self._output_tokens = DecayedRate(HALF_LIFE_S, now)
+        self._arrivals = DecayedRate(HALF_LIFE_S, now)
+        self._breaker = Breaker(limits or BreakerLimits())
+        self.wake_s: float | None = None
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count one finished request (any status)."""
+        now = self._clock()
+        self._seen_at = now
+        self._requests += 1
+        self._arrivals.add(1.0, now)
+        self._count_attempt(outcome, now)
+        self._cold_starts += outcome.cold
+        # The wait for a cold start is predicted from `wake_s`; in the mean it would make an SLM
+        # look slow for minutes after it has woken.
+        if outcome.ttft_s is not None and not outcome.cold:
+            self._ttft.add(outcome.ttft_s, now)
+        if outcome.tpot_s is not None:
+            self._tpot.add(outcome.tpot_s, now)
+        if outcome.e2e_s is not None and outcome.status == "ok" and not outcome.cold:
+            self._e2e.add(outcome.e2e_s, now)
+        if outcome.queue_s is not None:
+            self._queue_s.add(outcome.queue_s, now)
+        if outcome.output_tokens > 0:
+            self._output_tokens.add(outcome.output_tokens, now)
+            if outcome.energy_j is not None:
+                per_token = outcome.energy_j / outcome.output_tokens
+                self._energy_j_per_token.add(per_token, now, weight=outcome.output_tokens)
+
+    def attempt_failed(self) -> None:
+        """Count an attempt that failed before its first byte and was served elsewhere."""
+        self._failures += 1
+        self._breaker.record(True, self._clock())
+
+    def snapshot(self, now: float) -> SLMSnapshot:
+        """Return everything this window knows at `now`; sorts, so not for the hot path."""
+        ttft_p50, ttft_p95 = self._ttft.window.quantiles((0.5, 0.95), now)
+        return SLMSnapshot(
+            slm_id=self._slm_id,
+            ttft_s=self._ttft.recent.mean,
+            ttft_p50_s=ttft_p50,
+            ttft_p95_s=ttft_p95,
+            tpot_s=self._tpot.recent.mean,
+            tpot_p95_s=self._tpot.window.quantiles((0.95,), now)[0],
+            e2e_s=self._e2e.recent.mean,
+            e2e_p95_s=self._e2e.window.quantiles((0.95,), now)[0],
+            queue_s=self._queue_s.mean,
+            energy_j_per_token=self._energy_j_per_token.mean,
+            output_tokens_per_s=self._output_tokens.per_s(now),
+            requests_per_s=self._arrivals.per_s(now),
+            failure_ratio=self._breaker.failure_ratio,
+            consecutive_failures=self._breaker.consecutive,
+            breaker=self._breaker.state(now),
+            requests=self._requests,
+            failures=self._failures,
+            cold_starts=self._cold_starts,
+            wake_s=self.wake_s,
+            age_s=max(now - self._seen_at, 0.0),
+        )
+
+    def state(
+        self, spec: SLMSpec, replicas: Sequence[ReplicaState], now: float, absent: Residency
+    ) -> SLMState:
+        """Return the live state; see `FleetMonitor.state`."""
+        running, waiting = _load(replicas, spec.limits.max_num_seqs)
+        in_flight = sum(r.queue_length for r in replicas)
+        count = max(len(replicas), 1)
+        return SLMState(
+            slm_id=self._slm_id,
+            residency=Residency.HOT if replicas else absent,
+            replicas=len(replicas),
+            running=running,
+            waiting=waiting,
+            capacity=spec.limits.max_num_seqs * len(replicas),
+            kv_usage_ratio=sum(r.kv_usage_ratio for r in replicas) / count,
+            cached_prefix_ratio=sum(r.cached_prefix_ratio for r in replicas) / count,
+            ttft_s=self._ttft.recent.mean,
+            tpot_s=self._tpot.recent.mean,
+            energy_j_per_token=self._energy_j_per_token.mean,
+            failure_ratio=self._breaker.failure_ratio,
+            breaker_open=self._breaker.blocks(now, in_flight),
+            wake_s=spec.priors.wake_s if self.wake_s is None else self.wake_s,
+            age_s=max(now - self._seen_at, 0.0),
+        )
+
+    def _count_attempt(self, outcome: Outcome, now: float) -> None:
+        # A client that hangs up, a full queue and a malformed request say nothing of the SLM.
+        if outcome.status == "error" and not 400 <= outcome.http_status < 500:
+            self._failures += 1
+            self._breaker.record(True, now)
+        elif outcome.status == "ok":
+            self._breaker.record(False, now)
+
+
+class FleetMonitor:
+    """One `SLMWindow` per SLM of the fleet."""
+
+    def __init__(self, slm_ids: Iterable[str], clock: Clock) -> None:
+        self._clock = clock
+        self._windows = {slm_id: SLMWindow(slm_id, clock) for slm_id in slm_ids}
+
+    @property
+    def slm_ids(self) -> tuple[str, ...]:
+        """The SLMs watched now."""
+        return tuple(self._windows)
+
+    def add(self, slm_id: str) -> None:
+        """Start watching an SLM; one that is watched already keeps its window."""
+        if slm_id not in self._windows:
+            self._windows[slm_id] = SLMWindow(slm_id, self._clock)
+
+    def remove(self, slm_id: str) -> None:
+        """Forget an SLM; its late outcomes will be ignored."""
+        self._windows.pop(slm_id, None)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count one finished request; an SLM that is not watched is ignored."""
+        if window := self._windows.get(outcome.slm_id):
+            window.observe(outcome)
+
+    def attempt_failed(self, slm_id: str) -> None:
+        """Count an attempt at `slm_id` that failed and went on elsewhere.
+
+        The outcome names only the SLM that answered, so the breaker learns of the others here.
+        """
+        if window := self._windows.get(slm_id):
+            window.attempt_failed()
+
+    def woke(self, slm_id: str, wake_s: float) -> None:
+        """Remember a measured time from start to ready, in seconds."""
+        if window := self._windows.get(slm_id):
+            window.wake_s = wake_s
+
+    def state(
+        self,
+        spec: SLMSpec,
+        replicas: Sequence[ReplicaState],
+        now: float,
+        absent: Residency = Residency.COLD,
+    ) -> SLMState:
+        """Aggregate the replicas of `spec` with what was observed of it; cheap, per decision.
+
+        Load counts what the engines reported or what this process has sent, whichever is more: an
+        engine reports on its last chunk, so a burst just sent is visible only here. The caller
+        drops engine reports that are older than it trusts.
+
+        Args:
+            spec: the SLM; one that is not watched yet is added.
+            replicas: the replicas that can answer now.
+            now: seconds on the monitor's clock.
+            absent: residency to report when there are no replicas.
+        """
+        self.add(spec.id)
+        return self._windows[spec.id].state(spec, replicas, now, absent)
+
+    def snapshot(self, slm_id: str, now: float) -> SLMSnapshot:
+        """Return one SLM's recent past; KeyError when it is not watched."""
+        return self._windows[slm_id].snapshot(now)
+
+
+class _Latency:
+    """A decayed mean for the decision beside quantiles for people."""
+
+    __slots__ = ("recent", "window")
+
+    def __init__(self) -> None:
+        self.recent = Ewma(HALF_LIFE_S)
+        self.window = QuantileWindow(WINDOW_SIZE, MAX_AGE_S)
+
+    def add(self, value_s: float, now: float) -> None:
+        self.recent.add(value_s, now)
+        self.window.add(value_s, now)
+
+
+def _load(replicas: Sequence[ReplicaState], slots: int) -> tuple[int, int]:
+    running = waiting = 0
+    for replica in replicas:
+        unreported = max(replica.queue_length - replica.running - replica.waiting, 0)
+        started = min(unreported, max(slots - replica.running, 0))
+        running += replica.running + started
+        waiting += replica.waiting + unreported - started
+    return running, waiting

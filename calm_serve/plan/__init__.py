@@ -1,0 +1,1 @@
+"""Plan: rules, filters, scorers and the objective choose the SLM."""

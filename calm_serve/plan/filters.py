@@ -1,0 +1,94 @@
+"""Hard filters: they remove candidates, and no fallback ever relaxes them (language excepted).
+
+Each filter answers with True when the SLM may serve the request. Order only matters for the name
+shown in the explanation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from calm_serve.config import SLMSpec
+from calm_serve.types import OutputShape, RoutingContext, SLMState
+
+Filter = Callable[[RoutingContext, SLMSpec, SLMState], bool]
+
+# Estimated tokens may be wrong by this factor before a prompt is called too long; the engine
+# counts for real and answers 400 itself when the estimate was too kind.
+ESTIMATE_TOLERANCE = 2.0
+
+
+def fits_context(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """Prompt, and the output asked for, fit the SLM's context."""
+    del state
+    wanted = context.prompt_tokens / ESTIMATE_TOLERANCE + (context.max_output_tokens or 0)
+    return wanted <= spec.context_tokens
+
+
+def has_capability(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """Tools, structured output and images only go where they work."""
+    del state
+    can = spec.capabilities
+    if context.has_image and not can.vision:
+        return False
+    if context.output_shape is OutputShape.TOOLS:
+        return can.tools
+    if context.output_shape is OutputShape.TEXT:
+        return True
+    return can.json_output
+
+
+def has_adapter(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """A pinned adapter exists on the SLM."""
+    del state
+    return not context.adapter or any(a.name == context.adapter for a in spec.adapters)
+
+
+def speaks_language(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """The SLM lists the prompt's language, or lists none, or the language is unknown."""
+    del state
+    return not spec.languages or context.language in ("und", *spec.languages)
+
+
+def obeys_data_policy(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """Sensitive requests stay on local SLMs."""
+    del state
+    return not context.local_only or spec.locality == "local"
+
+
+def is_healthy(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """The SLM's circuit breaker is closed."""
+    del context, spec
+    return not state.breaker_open
+
+
+def is_available(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """At least one replica runs, or one may be started for this request."""
+    del context
+    return state.replicas > 0 or spec.residency == "on_demand" or spec.locality == "remote"
+
+
+FILTERS: dict[str, Filter] = {
+    "context_length": fits_context,
+    "capability": has_capability,
+    "adapter": has_adapter,
+    "data_policy": obeys_data_policy,
+    "breaker": is_healthy,
+    "available": is_available,
+    "language": speaks_language,  # last: an SLM excluded by it passed everything else
+}
+# A language nobody in the fleet claims is tried anyway: a poor answer beats none.
+RELAXED_IF_NOBODY_PASSES = "language"
+# What a pinned request is held to: the client may insist on a language or on a struggling SLM,
+# but not on what cannot work or must not happen.
+PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
+
+
+def excluded_by(
+    context: RoutingContext, spec: SLMSpec, state: SLMState, *, pinned: bool = False
+) -> str:
+    """Name of the first filter that removes the SLM, "" when it stays."""
+    for name in PINNED_FILTERS if pinned else FILTERS:
+        if not FILTERS[name](context, spec, state):
+            return name
+    return ""

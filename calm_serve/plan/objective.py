@@ -1,0 +1,91 @@
+"""Stage 2: weigh quality against latency, energy and switching, and choose.
+
+    score = quality - w_latency * latency - w_energy * energy - w_switching * switching
+
+Quality is P(success); latency is end-to-end seconds plus a penalty for a missed SLO; energy is
+joules; switching is 1 when the SLM would have to be woken. The CALM paper (arXiv 2602.03632)
+weighs semantic fit and recent QoS by hand-tuned weights in the same shape; here every term is a
+prediction for this request on the fleet as it is now.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+from calm_serve.config import Goals, SLMSpec
+from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState
+
+# A request that names an SLO loses up to this much quality for an SLM that will miss it.
+SLO_PENALTY = 0.5
+
+
+def evaluate(
+    context: RoutingContext, prediction: Prediction, state: SLMState, goals: Goals
+) -> Candidate:
+    """Score one candidate; every term of the sum is kept for the explanation."""
+    latency = goals.latency_weight_per_s * prediction.e2e_s + slo_penalty(context, prediction)
+    energy = goals.energy_weight_per_j * prediction.energy_j
+    switching = 0.0 if state.residency is Residency.HOT else goals.switching_weight
+    quality = prediction.success_ratio
+    return Candidate(
+        slm_id=prediction.slm_id,
+        prediction=prediction,
+        quality=quality,
+        latency=latency,
+        energy=energy,
+        switching=switching,
+        score=quality - latency - energy - switching,
+    )
+
+
+def slo_penalty(context: RoutingContext, prediction: Prediction) -> float:
+    """0 with headroom; grows with the relative violation up to SLO_PENALTY."""
+    over = 0.0
+    if context.slo_ttft_ms:
+        over = max(over, prediction.ttft_s * 1000.0 / context.slo_ttft_ms - 1.0)
+    if context.slo_tpot_ms:
+        over = max(over, prediction.tpot_s * 1000.0 / context.slo_tpot_ms - 1.0)
+    if context.deadline_s:
+        over = max(over, prediction.e2e_s / context.deadline_s - 1.0)
+    return SLO_PENALTY * min(over, 1.0)
+
+
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """Best score first; equal scores by id, so that every process agrees."""
+    return sorted(candidates, key=lambda c: (-c.score, c.slm_id))
+
+
+def above_floor(candidates: list[Candidate], floor: float) -> list[Candidate]:
+    """Candidates at or above the quality floor; the best-quality one alone if none reaches it."""
+    kept = [c for c in candidates if c.quality >= floor]
+    return kept or [max(candidates, key=lambda c: (c.quality, c.slm_id))]
+
+
+def explore(
+    order: list[Candidate], decision_id: str, ratio: float
+) -> tuple[Candidate, float, bool]:
+    """Maybe deviate from the best candidate, inside SLO headroom only.
+
+    Returns (candidate, its propensity, whether this was exploration). The draw is a hash of the
+    decision's id, so a replay of the record makes the same choice.
+
+    >>> explore([Candidate("a", score=1.0), Candidate("b", score=0.9)], "some-id", 0.0)[1:]
+    (1.0, False)
+    """
+    others = [c for c in order[1:] if c.latency <= order[0].latency + SLO_PENALTY / 2]
+    if not others or ratio <= 0.0:
+        return order[0], 1.0, False
+    draw = crc32(decision_id.encode()) / 2**32
+    if draw >= ratio:
+        return order[0], 1.0 - ratio, False
+    position = min(int(draw / ratio * len(others)), len(others) - 1)  # the product may round up
+    return others[position], ratio / len(others), True
+
+
+def complexity(candidates: list[Candidate], specs: dict[str, SLMSpec]) -> float | None:
+    """P(the cheapest capable SLM fails); cheapest by predicted energy, then by parameters."""
+    predicted = [c.prediction for c in candidates if c.prediction is not None]
+    if not predicted:
+        return None
+    cheapest = min(predicted, key=lambda p: (p.energy_j, specs[p.slm_id].parameters, p.slm_id))
+    return 1.0 - cheapest.success_ratio

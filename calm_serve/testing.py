@@ -1,0 +1,285 @@
+"""Fakes and factories for tests: of this project and of whoever builds on it.
+
+Every factory returns a valid record when called without arguments; keyword arguments replace
+fields by name, and a wrong name is a TypeError. Nothing here sleeps, reads a clock or touches Ray.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from calm_serve.analyze.features import LOAD_NAMES, NUMBER_NAMES
+from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.types import (
+    Candidate,
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    EngineFacts,
+    Outcome,
+    OutputShape,
+    Prediction,
+    ReplicaState,
+    Residency,
+    RoutingContext,
+    SLMState,
+    Versions,
+)
+
+__all__ = [
+    "EngineSimulator",
+    "FakeClock",
+    "Served",
+    "make_context",
+    "make_decision",
+    "make_facts",
+    "make_fleet",
+    "make_goals",
+    "make_outcome",
+    "make_prediction",
+    "make_replica",
+    "make_spec",
+    "make_state",
+]
+
+
+class FakeClock:
+    """A clock in seconds that moves only when told to. Call it to read it."""
+
+    def __init__(self, now_s: float = 100.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Move forwards. Raises ValueError for a negative step."""
+        if seconds < 0:
+            raise ValueError(f"a clock does not go back: {seconds}")
+        self.now_s += seconds
+
+
+def make_spec(slm_id: str = "small", **fields: Any) -> SLMSpec:
+    """An SLM of the fleet file; `fields` are those of SLMSpec, nested ones as mappings."""
+    return SLMSpec.model_validate({"id": slm_id, "model": "somebody/model", **fields})
+
+
+def make_fleet(*slms: SLMSpec, **fields: Any) -> Fleet:
+    """A fleet of `slms`, or of "small" and "large"; `fields` are those of Fleet."""
+    return Fleet.model_validate(
+        {"slms": slms or (make_spec("small"), make_spec("large")), **fields}
+    )
+
+
+def make_goals(**fields: Any) -> Goals:
+    """Goals without exploration, so that a decision is the best one."""
+    return Goals(**{"exploration_ratio": 0.0, **fields})
+
+
+def make_context(**fields: Any) -> RoutingContext:
+    """A short English chat request that leaves the choice to the router."""
+    return RoutingContext(
+        **{
+            "request_id": "request",
+            "requested_model": "auto",
+            "prompt_chars": 400,
+            "prompt_tokens": 100,
+            "max_output_tokens": None,
+            "output_shape": OutputShape.TEXT,
+            "turns": 1,
+            "stream": False,
+            "language": "en",
+            "has_code": False,
+            "has_image": False,
+            "safety_class": "none",
+            "markers": (),
+            "session_key": "",
+            "prefix_family": "00000001",
+            "prefix_chain": (1,),
+            "numbers": (1.0,) * len(NUMBER_NAMES),
+            "buckets": (3, 7),
+            **fields,
+        }
+    )
+
+
+def make_state(slm_id: str = "small", **fields: Any) -> SLMState:
+    """A hot, idle SLM with one replica of 16 slots."""
+    return SLMState(slm_id, **{"residency": Residency.HOT, "replicas": 1, "capacity": 16, **fields})
+
+
+def make_replica(replica_id: str = "replica", **fields: Any) -> ReplicaState:
+    """An idle replica with room for 20 requests."""
+    return ReplicaState(replica_id, **{"max_queue_length": 20, **fields})
+
+
+def make_prediction(slm_id: str = "small", **fields: Any) -> Prediction:
+    """What the metadata priors say of an idle SLM."""
+    values = {
+        "success_ratio": 0.5,
+        "output_tokens": 64.0,
+        "ttft_s": 0.05,
+        "tpot_s": 0.01,
+        "energy_j": 6.4,
+    }
+    return Prediction(slm_id, **{**values, **fields})
+
+
+def make_decision(slm_id: str = "small", *others: str, **fields: Any) -> Decision:
+    """A scored decision for `slm_id`, with `others` as failover targets in this order."""
+    context = fields.pop("context", None) or make_context(
+        request_id=fields.get("decision_id", "request")
+    )
+    ranking = (slm_id, *others)
+    return Decision(
+        **{
+            "decision_id": context.request_id,
+            "slm_id": slm_id,
+            "adapter": "",
+            "path": DecisionPath.SCORED,
+            "reason": DecisionReason.BEST_SCORE,
+            "rule": "",
+            "propensity": 1.0,
+            "complexity": 0.5,
+            "candidates": tuple(
+                Candidate(i, prediction=make_prediction(i), quality=0.5, score=0.5) for i in ranking
+            ),
+            "ranking": ranking,
+            "context": context,
+            "versions": Versions("prior", "goals", "fleet"),
+            **fields,
+        }
+    )
+
+
+def make_facts(replica_id: str = "replica", **fields: Any) -> EngineFacts:
+    """Engine facts of an answer of 10 tokens."""
+    values = {"prompt_tokens": 100, "output_tokens": 10, "ttft_s": 0.05, "energy_j": 1.0}
+    return EngineFacts(replica_id, **{**values, **fields})
+
+
+def make_outcome(outcome_id: str = "request", **fields: Any) -> Outcome:
+    """One answered request of the SLM "small", without a quality signal."""
+    return Outcome(
+        **{
+            "outcome_id": outcome_id,
+            "at": 1000.0,
+            "slm_id": "small",
+            "adapter": "",
+            "path": "scored",
+            "reason": "best_score",
+            "rule": "",
+            "propensity": 1.0,
+            "status": "ok",
+            "http_status": 200,
+            "retries": 0,
+            "predicted_replica": "replica",
+            "served_replica": "replica",
+            "cold": False,
+            "ttft_s": 0.05,
+            "e2e_s": 0.15,
+            "tpot_s": 0.01,
+            "decision_s": 0.0003,
+            "prompt_tokens": 100,
+            "cached_tokens": 0,
+            "output_tokens": 10,
+            "energy_j": 1.0,
+            "energy_source": "estimate",
+            "task": "",
+            "numbers": (1.0,) * len(NUMBER_NAMES),
+            "buckets": (3, 7),
+            "load": (0.0,) * len(LOAD_NAMES),
+            "predicted": (0.5, 64.0, 0.05, 0.01, 6.4),
+            "versions": ("prior", "goals", "fleet"),
+            **fields,
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """When a simulated request came, got a slot, gave its first token and ended (seconds)."""
+
+    arrived_s: float
+    started_s: float
+    first_token_s: float
+    ended_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token, queueing included."""
+        return self.first_token_s - self.arrived_s
+
+
+class EngineSimulator:
+    """One replica's engine as a queue: `slots` requests at once, first come, first served.
+
+    A request holds its slot for its prefill and its decoding; whoever finds no slot waits for the
+    one that comes free first. `jitter_ratio` makes service times uneven, from `seed`, so equal
+    arguments and submissions give equal answers. Times of submission must not decrease.
+    """
+
+    def __init__(
+        self,
+        spec: SLMSpec,
+        *,
+        slots: int | None = None,
+        prefill_s_per_token: float = 0.0004,
+        tpot_s: float = 0.01,
+        jitter_ratio: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.slots = slots or spec.limits.max_num_seqs
+        self._prefill_s_per_token, self._tpot_s = prefill_s_per_token, tpot_s
+        self._jitter_ratio = jitter_ratio
+        self._random = Random(seed)
+        self._free_at = [0.0] * self.slots  # a heap
+        self._open: list[Served] = []
+        self._now_s = 0.0
+
+    def submit(self, at_s: float, prompt_tokens: int, output_tokens: int) -> Served:
+        """Take a request at `at_s`. Raises ValueError when that is before the last one."""
+        if at_s < self._now_s:
+            raise ValueError(f"submitted at {at_s}, the last one was at {self._now_s}")
+        self._now_s = at_s
+        self._forget(at_s)
+        started = max(at_s, heapq.heappop(self._free_at))
+        first = started + self._uneven(prompt_tokens * self._prefill_s_per_token + self._tpot_s)
+        ended = first + self._uneven(max(output_tokens - 1, 0) * self._tpot_s)
+        heapq.heappush(self._free_at, ended)
+        served = Served(at_s, started, first, ended)
+        self._open.append(served)
+        return served
+
+    def replica(self, at_s: float, replica_id: str = "replica") -> ReplicaState:
+        """The engine's load at `at_s`, as a replica reports it."""
+        inside = [s for s in self._open if s.ended_s > at_s]
+        running = sum(s.started_s <= at_s for s in inside)
+        return make_replica(
+            replica_id,
+            queue_length=len(inside),
+            max_queue_length=self.spec.limits.max_ongoing_requests,
+            running=running,
+            waiting=len(inside) - running,
+        )
+
+    def state(self, at_s: float, **fields: Any) -> SLMState:
+        """The load of an SLM that has this engine alone."""
+        replica = self.replica(at_s)
+        load: Mapping[str, Any] = {
+            "running": replica.running,
+            "waiting": replica.waiting,
+            "capacity": self.slots,
+        }
+        return make_state(self.spec.id, **{**load, **fields})
+
+    def _forget(self, at_s: float) -> None:
+        self._open = [s for s in self._open if s.ended_s > at_s]
+
+    def _uneven(self, seconds: float) -> float:
+        return seconds * (1.0 + self._jitter_ratio * (2.0 * self._random.random() - 1.0))

@@ -1,0 +1,265 @@
+"""The nouns: frozen records that the stages of the loop hand to one another.
+
+Every record is plain data (numbers, strings, tuples), so a decision can be logged, sent over a
+wire, replayed and compared. Units are in the names: `_s` seconds, `_ms` milliseconds, `_j` joules,
+`_bytes`, `_tokens`, `_ratio` in [0, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class DecisionPath(StrEnum):
+    """Which stage of the decision named the SLM."""
+
+    PINNED = "pinned"  # the client named an SLM or an adapter
+    RULE = "rule"  # stage 1: a deterministic rule
+    SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
+    PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
+    EXPLORED = "explored"  # a logged deviation, to keep the estimates honest
+    FALLBACK = "fallback"  # the winner failed before its first byte
+
+
+class DecisionReason(StrEnum):
+    """Why this SLM; small on purpose, so it can be a metric label and a header."""
+
+    REQUESTED = "requested"
+    RULE_MATCH = "rule_match"
+    SAFETY_PIN = "safety_pin"
+    ONLY_CANDIDATE = "only_candidate"
+    BEST_SCORE = "best_score"
+    BEST_PRIOR = "best_prior"
+    EXPLORATION = "exploration"
+    FAILOVER = "failover"
+
+
+class OutputShape(StrEnum):
+    """What the client asked the answer to look like."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSON_SCHEMA = "json_schema"
+    TOOLS = "tools"
+    GUIDED = "guided"  # regex, grammar or choice
+
+
+class Residency(StrEnum):
+    """Residency tier of an SLM (design: hot, asleep, cold)."""
+
+    HOT = "hot"
+    STARTING = "starting"
+    ASLEEP = "asleep"
+    COLD = "cold"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingContext:
+    """What the decision may know of a request: plain fields, no prompt text.
+
+    Built once per request by `analyze.features.build_context`, in bounded time, without a
+    tokenizer. `numbers` and `buckets` together are everything the predictor sees of the prompt.
+    """
+
+    request_id: str
+    requested_model: str  # "auto", an SLM id or "slm:adapter"
+    prompt_chars: int
+    prompt_tokens: int  # estimated
+    max_output_tokens: int | None
+    output_shape: OutputShape
+    turns: int
+    stream: bool
+    language: str  # ISO 639-1, "und" when unknown
+    has_code: bool
+    has_image: bool
+    safety_class: str  # "none" or the name of the safety pattern that matched
+    markers: tuple[str, ...]  # names of the marker patterns found, sorted
+    session_key: str  # hash, "" when the request names no session
+    prefix_family: str  # hash of the first blocks of the prompt
+    prefix_chain: tuple[int, ...]  # chained hashes of the prompt's first blocks
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    deadline_s: float | None = None
+    local_only: bool = False
+    quality_floor: float = 0.0
+    numbers: tuple[float, ...] = ()
+    buckets: tuple[int, ...] = ()  # indices of the hashed words present, sorted, unique
+
+    @property
+    def slm_id(self) -> str:
+        """The pinned SLM's id, "" when the request lets the router choose."""
+        return "" if self.requested_model in ("", "auto") else self.requested_model.split(":", 1)[0]
+
+    @property
+    def adapter(self) -> str:
+        """The pinned adapter's name, "" when there is none."""
+        return self.requested_model.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """One replica of an SLM as this process last saw it."""
+
+    replica_id: str
+    node_id: str = ""
+    queue_length: int = 0  # requests this process believes to be inside the replica
+    max_queue_length: int = 1
+    running: int = 0
+    waiting: int = 0
+    kv_usage_ratio: float = 0.0
+    cached_prefix_ratio: float = 0.0
+    memory_bytes: int = 0  # private memory of all its processes
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SLMState:
+    """One SLM's live state, aggregated over its replicas. `age_s` says how stale it is."""
+
+    slm_id: str
+    residency: Residency = Residency.COLD
+    replicas: int = 0
+    running: int = 0
+    waiting: int = 0
+    capacity: int = 1  # requests that may run at once, over all replicas
+    kv_usage_ratio: float = 0.0
+    cached_prefix_ratio: float = 0.0
+    ttft_s: float | None = None  # recent mean, None before the first observation
+    tpot_s: float | None = None
+    energy_j_per_token: float | None = None
+    failure_ratio: float = 0.0
+    breaker_open: bool = False
+    wake_s: float = 0.0  # measured time from start to ready
+    age_s: float = 0.0
+
+    @property
+    def load_ratio(self) -> float:
+        """Requests inside or waiting per slot; above 1 means queueing."""
+        return (self.running + self.waiting) / max(self.capacity, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is expected of one SLM for one request."""
+
+    slm_id: str
+    success_ratio: float  # P(success | prompt, SLM)
+    output_tokens: float
+    ttft_s: float
+    tpot_s: float
+    energy_j: float
+
+    @property
+    def e2e_s(self) -> float:
+        """Predicted end-to-end latency in seconds."""
+        return self.ttft_s + self.tpot_s * max(self.output_tokens - 1.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One SLM in a decision: excluded with a reason, or scored with its terms."""
+
+    slm_id: str
+    excluded_by: str = ""  # name of the filter, "" when the SLM stayed in
+    prediction: Prediction | None = None
+    quality: float = 0.0
+    latency: float = 0.0
+    energy: float = 0.0
+    switching: float = 0.0
+    score: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What decided: the same record under the same versions gives the same decision."""
+
+    predictor: str
+    goals: str
+    fleet: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The chosen SLM and everything needed to explain and replay the choice."""
+
+    decision_id: str
+    slm_id: str
+    adapter: str
+    path: DecisionPath
+    reason: DecisionReason
+    rule: str  # name of the rule that matched, "" otherwise
+    propensity: float  # probability with which this SLM was chosen, in (0, 1]
+    complexity: float | None  # P(the cheapest capable SLM fails); None when stage 2 did not run
+    candidates: tuple[Candidate, ...]
+    ranking: tuple[str, ...]  # SLM ids that passed every filter, best first
+    context: RoutingContext
+    versions: Versions
+    decided_in_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What only the engine knows of one answer; it travels on the SLM's last chunk."""
+
+    replica_id: str
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    energy_j: float = 0.0
+    energy_source: str = "estimate"  # "counter", "rapl" or "estimate"
+    running: int = 0
+    waiting: int = 0
+    kv_usage_ratio: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class QualitySignal:
+    """One statement about an answer's quality, with who made it."""
+
+    source: str  # "feedback", "validator:json", "validator:sql", "validator:label", ...
+    value: float  # in [0, 1]
+    at: float = 0.0  # Unix time in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened to one request: one durable row. `outcome_id` makes delivery idempotent."""
+
+    outcome_id: str  # equals the decision's id
+    at: float  # Unix time in seconds
+    slm_id: str
+    adapter: str
+    path: str
+    reason: str
+    rule: str
+    propensity: float
+    status: str  # "ok", "error", "cancelled", "rejected"
+    http_status: int
+    retries: int
+    predicted_replica: str
+    served_replica: str
+    cold: bool
+    ttft_s: float | None
+    e2e_s: float | None
+    tpot_s: float | None
+    decision_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    energy_j: float | None
+    energy_source: str
+    task: str  # label the client gave (x-calm-task), "" otherwise
+    numbers: tuple[float, ...]
+    buckets: tuple[int, ...]
+    load: tuple[float, ...]  # the live-state features the predictor saw for this SLM
+    predicted: tuple[float, ...]  # success_ratio, output_tokens, ttft_s, tpot_s, energy_j
+    versions: tuple[str, str, str]
+    signals: tuple[QualitySignal, ...] = ()
+    prompt: str | None = None  # only when the operator switched prompts on
+    queue_s: float | None = None  # wait inside the engine, from its last chunk
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,152 @@
+"""The whole graph on one page.
+
+    router (HTTP ingress, N replicas) ──► slm-<id> (one deployment per SLM, one engine per replica)
+          └──────────────► knowledge actor (detached; outcomes in, predictors out)
+
+`build_app` is one fleet as one application. `build_slm` is one further SLM as an application of its
+own: adding it restarts nothing, and the routers learn of it from the knowledge actor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec
+from calm_serve.config_load import check_resources, load_args
+from deployments.announcer import Announcer
+from deployments.engine_arguments import check_engine_arguments
+from deployments.knowledge import start_knowledge
+from deployments.router import Router
+from deployments.wire import deployment_name
+
+APP_NAME = "calm"
+ROUTING_STATS_PERIOD_S = 1.0
+HEALTH_PERIOD_S = 2.0
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """Build the application from serve_config.yaml's `args`. Raises ConfigError."""
+    typed, fleet = load_args(args, Path.cwd())
+    check_engine_arguments(fleet)
+    _check_cluster(fleet, typed.router.num_cpus * typed.router.replicas)
+    # Started here, so that it hears the SLMs' start-up reports. Paths of this process's folder.
+    learning = typed.learning.model_copy(
+        update={"state_dir": str(Path(typed.learning.state_dir).expanduser().absolute())}
+    )
+    typed = typed.model_copy(update={"learning": learning})
+    start_knowledge(APP_NAME, fleet, learning)
+    handles = {spec.id: bind_slm(spec, APP_NAME) for spec in fleet.slms}
+    return bind_router(typed, fleet, handles)
+
+
+def build_slm(args: dict[str, Any]) -> serve.Application:
+    """Build one SLM as an application of its own that joins the application `joins` (calm).
+
+    The rest of `args` is the SLM's entry as in a fleet file. Raises ConfigError.
+    """
+    data = dict(args)
+    app_name = str(data.pop("joins", APP_NAME))
+    fleet = load_args({"fleet": {"slms": [data]}}, Path.cwd())[1]
+    check_engine_arguments(fleet)
+    _check_cluster(fleet)
+    (spec,) = fleet.slms
+    return (
+        serve.deployment(Announcer)
+        .options(name="announcer", ray_actor_options={"num_cpus": 0})
+        .bind(spec, app_name, bind_slm(spec, app_name))
+    )
+
+
+def bind_router(
+    args: ServeArgs, fleet: Fleet, handles: dict[str, DeploymentHandle]
+) -> serve.Application:
+    """The ingress."""
+    options: RouterOptions = args.router
+    return (
+        serve.deployment(Router)
+        .options(
+            name="router",
+            num_replicas=options.replicas,
+            max_ongoing_requests=options.max_ongoing_requests,
+            ray_actor_options={"num_cpus": options.num_cpus},
+            health_check_period_s=HEALTH_PERIOD_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            graceful_shutdown_timeout_s=options.request_timeout_s,
+        )
+        .bind(args, fleet, APP_NAME, handles)
+    )
+
+
+def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
+    """The deployment of one SLM; it reports its start to the application `app_name`."""
+    # Imported here: only the SLM's own process may pay for what its engine needs.
+    from deployments.remote import RemoteSLM
+    from deployments.slm import slm_class
+
+    remote = spec.locality == "remote"
+    target = RemoteSLM if remote else slm_class(spec.max_resident_adapters)
+    limits = spec.limits
+    return (
+        serve.deployment(target)
+        .options(
+            name=deployment_name(spec.id),
+            ray_actor_options=_actor_options(spec),
+            autoscaling_config=_autoscaling(spec),
+            max_ongoing_requests=limits.max_ongoing_requests,
+            max_queued_requests=limits.max_queued_requests,
+            request_router_config=RequestRouterConfig(
+                request_router_class="deployments.replica_router:ReplicaRouter",
+                request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+            ),
+            health_check_period_s=HEALTH_PERIOD_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            graceful_shutdown_timeout_s=60.0,
+        )
+        .bind(spec, app_name)
+    )
+
+
+def _autoscaling(spec: SLMSpec) -> AutoscalingConfig:
+    scaling = spec.scaling
+    return AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        target_ongoing_requests=scaling.target_ongoing_requests,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        metrics_interval_s=1.0,
+        look_back_period_s=5.0,
+    )
+
+
+def _actor_options(spec: SLMSpec) -> dict[str, Any]:
+    if spec.locality == "remote":
+        return {"num_cpus": 0.05, "memory": 256 << 20}
+    from deployments.environment import process_environment
+
+    resources = spec.resources
+    return {
+        "num_cpus": resources.num_cpus,
+        "num_gpus": resources.num_gpus,
+        "memory": int(resources.memory_bytes),
+        "runtime_env": {"env_vars": process_environment(spec)},
+    }
+
+
+def _check_cluster(fleet: Fleet, router_cpus: float = 0.0) -> None:
+    if not ray.is_initialized():
+        return
+    total = ray.cluster_resources()
+    check_resources(
+        fleet,
+        total.get("CPU", 0.0),
+        total.get("GPU", 0.0),
+        total.get("memory", 0.0),
+        router_cpus,
+    )

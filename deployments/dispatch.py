@@ -1,0 +1,242 @@
+"""Call the chosen SLM; fail over before the first byte; write down what happened.
+
+After the first byte nothing is retried: the client has it. A call that ends for any reason, a
+client that leaves included, leaves exactly one outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.types import (
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    EngineFacts,
+    Outcome,
+    QualitySignal,
+    SLMState,
+)
+from deployments.live import VIEW, hints_of
+from deployments.wire import Final, Hints, Refusal, deployment_name
+
+log = logging.getLogger("ray.serve")
+
+# A dead replica, an exception inside one, an application that is gone: over gRPC, Serve re-raises
+# whatever type was raised in the replica, so no list of types would be complete.
+REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
+RETRY_AFTER_S = 1.0
+# A TPOT over a few tokens is mostly the overhead of the answer around them.
+MIN_TPOT_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its way through an SLM; mutable, owned by one task."""
+
+    decision: Decision
+    state: SLMState  # of the chosen SLM, when it was chosen
+    load: tuple[float, ...]  # the same as the predictor saw it
+    started: float = field(default_factory=time.perf_counter)
+    slm_id: str = ""
+    retries: int = 0
+    first_byte_s: float | None = None
+    status: str = "error"
+    http_status: int = 500
+    final: Final | None = None
+    predicted_replica: str = ""
+
+    @property
+    def fell_back(self) -> bool:
+        """True when another SLM than the chosen one has the request now."""
+        return self.slm_id not in ("", self.decision.slm_id)
+
+    @property
+    def reason(self) -> str:
+        """Value of `x-calm-reason`."""
+        if self.fell_back:
+            return f"{DecisionPath.FALLBACK}:{DecisionReason.FAILOVER}"
+        rule = f":{self.decision.rule}" if self.decision.rule else ""
+        return f"{self.decision.path}:{self.decision.reason}{rule}"
+
+
+class Dispatcher:
+    """Opens calls on the SLMs' handles. `retries` bounds failovers per request."""
+
+    def __init__(
+        self,
+        handle: Callable[[str], DeploymentHandle],
+        *,
+        retries: int,
+        attempt_failed: Callable[[str], None],
+    ) -> None:
+        self._handle = handle
+        self._retries = retries
+        self._attempt_failed = attempt_failed
+
+    async def open(
+        self, call: Call, method: str, body: dict[str, Any], extra: Hints
+    ) -> AsyncIterator[bytes] | Refusal:
+        """Return the answer's bytes as an iterator, its first chunk already there, or a refusal.
+
+        Raises CapacityError when every SLM that may answer is full, SLMUnavailableError when none
+        answers.
+        """
+        hints: Hints = {**hints_of(call.decision), **extra}
+        plan = self._plan(call.decision)
+        full: list[str] = []
+        for position, slm_id in enumerate(plan):
+            if slm_id in full:
+                continue  # its queue is not shorter a moment later
+            call.slm_id, call.retries = slm_id, position
+            try:
+                items = self._items(slm_id, method, body, hints)
+            except KeyError:
+                continue  # the SLM has left the fleet since the decision
+            try:
+                first = await anext(items)
+            except BackPressureError:
+                full.append(slm_id)
+                continue
+            except REPLICA_FAILURES as error:
+                log.warning("SLM %s failed before its first byte: %r", slm_id, error)
+                self._attempt_failed(slm_id)
+                continue
+            except asyncio.CancelledError:
+                # Serve does not cancel a call because somebody stopped waiting for its next item.
+                cancel_items(items)
+                raise
+            finally:
+                call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
+                hints = {**hints, "avoid": call.predicted_replica}
+            if isinstance(first, Refusal):
+                if first.http_status >= 500:
+                    self._attempt_failed(slm_id)
+                    if position + 1 < len(plan):
+                        continue
+                return first
+            return _Answer(call, items, first)
+        if full:
+            raise CapacityError(
+                f"every SLM that may answer is at its queue limit: {', '.join(full)}",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        raise SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
+
+    def _plan(self, decision: Decision) -> list[str]:
+        """SLMs to try in order: the chosen one twice (another replica), then the next best."""
+        if decision.path is DecisionPath.PINNED:
+            return [decision.slm_id] * (1 + min(self._retries, 1))
+        order = [decision.slm_id, decision.slm_id, *decision.ranking[1:]]
+        return order[: 1 + self._retries]
+
+    def _items(
+        self, slm_id: str, method: str, body: dict[str, Any], hints: Hints
+    ) -> AsyncIterator[Any]:
+        handle = self._handle(slm_id).options(
+            stream=True, method_name=method, multiplexed_model_id=hints["adapter"]
+        )
+        return aiter(handle.remote(body, hints=hints))
+
+
+class _Answer:
+    """The bytes of an answer, in order; `call` knows at every moment how far it got."""
+
+    def __init__(self, call: Call, items: AsyncIterator[Any], first: Any) -> None:
+        self._call = call
+        self._items = items
+        self._next: Any = first
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        item, self._next = self._next, None
+        if item is None:
+            if self._call.final is not None:
+                raise StopAsyncIteration
+            item = await anext(self._items)
+        if self._call.first_byte_s is None:
+            self._call.first_byte_s = time.perf_counter() - self._call.started
+        if isinstance(item, Final):
+            self._finish(item)
+            return item.payload
+        if isinstance(item, Refusal):
+            raise SLMUnavailableError(f"SLM {self._call.slm_id!r} failed while answering")
+        payload: bytes = item
+        return payload
+
+    def _finish(self, item: Final) -> None:
+        call = self._call
+        call.final, call.status, call.http_status = item, "ok", 200
+        VIEW.observe(deployment_name(call.slm_id), item.facts)
+
+
+def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outcome:
+    """The durable row of a finished call. `at` is Unix time in seconds."""
+    decision, context = call.decision, call.decision.context
+    facts = call.final.facts if call.final else EngineFacts(replica_id="")
+    e2e_s = time.perf_counter() - call.started
+    # An answer that is sent in one piece has its first token when the engine says so.
+    ttft_s = call.first_byte_s if context.stream else facts.ttft_s or None
+    tpot_s = None
+    if ttft_s is not None and facts.output_tokens >= MIN_TPOT_TOKENS:
+        tpot_s = max(e2e_s - ttft_s, 0.0) / (facts.output_tokens - 1)
+    chosen = next((c for c in decision.candidates if c.slm_id == call.slm_id), None)
+    prediction = chosen.prediction if chosen else None
+    signals: tuple[QualitySignal, ...] = call.final.signals if call.final else ()
+    return Outcome(
+        outcome_id=decision.decision_id,
+        at=at,
+        slm_id=call.slm_id or decision.slm_id,
+        adapter=decision.adapter,
+        path=str(DecisionPath.FALLBACK if call.fell_back else decision.path),
+        reason=str(DecisionReason.FAILOVER if call.fell_back else decision.reason),
+        rule=decision.rule,
+        propensity=decision.propensity,
+        status=call.status,
+        http_status=call.http_status,
+        retries=call.retries,
+        predicted_replica=call.predicted_replica,
+        served_replica=facts.replica_id,
+        cold=call.state.replicas == 0,
+        ttft_s=ttft_s,
+        e2e_s=e2e_s,
+        tpot_s=tpot_s,
+        queue_s=facts.queue_s if call.final else None,
+        decision_s=decision.decided_in_s,
+        prompt_tokens=facts.prompt_tokens,
+        cached_tokens=facts.cached_tokens,
+        output_tokens=facts.output_tokens,
+        energy_j=facts.energy_j if call.final else None,
+        energy_source=facts.energy_source,
+        task=task,
+        numbers=context.numbers,
+        buckets=context.buckets,
+        load=call.load,
+        predicted=astuple(prediction)[1:] if prediction else (),
+        versions=astuple(decision.versions),
+        signals=signals,
+        prompt=prompt,
+    )
+
+
+def cancel(answer: object) -> None:
+    """Tell the SLM to stop an answer that nobody will read; anything else is left alone."""
+    cancel_items(getattr(answer, "_items", None))
+
+
+def cancel_items(items: object) -> None:
+    """Cancel a handle's call; anything else is left alone."""
+    stop = getattr(items, "cancel", None)
+    if stop is not None:
+        stop()

@@ -1,0 +1,318 @@
+"""The one module that touches vLLM: an engine, its OpenAI layer, and the facts it knows.
+
+A vLLM upgrade is an edit here. Pinned to vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import json
+import multiprocessing
+import signal
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, fields
+from http import HTTPStatus
+from multiprocessing.context import ForkContext, ForkProcess
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.datastructures import State
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.platforms import current_platform
+from vllm.v1.engine import utils as engine_utils
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+from calm_serve.config import SLMSpec
+from calm_serve.errors import CalmError, ComponentError, RequestError, openai_error
+
+__all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
+
+_PR_SET_PDEATHSIG = 1
+_ERROR_EVENT = 'data: {"error"'
+_ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
+
+
+@dataclass(slots=True)
+class EngineLoad:
+    """The scheduler's last word on its load; replaced in place by the stat logger."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage_ratio: float = 0.0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+
+    @property
+    def cached_prefix_ratio(self) -> float:
+        """Share of prompt tokens served from the prefix cache since start."""
+        return self.prefix_hits_tokens / max(self.prefix_queries_tokens, 1)
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """What the engine knows of one request; filled while it runs. Times in seconds."""
+
+    started: float = field(default_factory=time.perf_counter)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    keep_text: bool = False
+    text: list[str] = field(default_factory=list)  # pieces of the first choice, for validators
+
+
+_facts: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("facts", default=None)
+
+
+class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
+    """AsyncLLM that writes what it learns of a request into the caller's RequestFacts."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        facts = _facts.get()
+        async for output in super().generate(*args, **kwargs):
+            if facts is not None:
+                _observe(facts, output)
+            yield output
+
+
+class _ForkedCore(ForkProcess):
+    """An engine-core process that inherits the parent's imports and dies with the parent."""
+
+    def run(self) -> None:
+        # The replica may be killed without a chance to clean up; its engine must not outlive it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        super().run()
+
+
+class _CoreContext(ForkContext):
+    Process = _ForkedCore
+
+
+class Engine:
+    """One SLM's vLLM engine with vLLM's own OpenAI serving layer on top."""
+
+    def __init__(self, spec: SLMSpec, llm: AsyncLLM, state: State, load: EngineLoad) -> None:
+        self.spec = spec
+        self.load = load
+        self._llm = llm
+        self._chat = state.openai_serving_chat
+        self._completion = state.openai_serving_completion
+        self._models = state.openai_serving_models
+
+    @classmethod
+    async def start(cls, spec: SLMSpec) -> Engine:
+        """Load the weights and start the engine. Raises what vLLM raises on a bad model."""
+        args = engine_args(spec)
+        config = args.create_engine_config()
+        if current_platform.is_cpu():
+            # The engine core is a child process. vLLM spawns it inside Ray actors, which imports
+            # vLLM a second time: 6 to 7 s of CPU and 0.5 GB each. A fork shares both. It is safe
+            # here because the child only uses what vLLM creates after the fork, never Ray's client.
+            engine_utils.get_mp_context = lambda: _CoreContext()
+            multiprocessing.current_process().daemon = False
+        load = EngineLoad()
+        llm = _ObservedLLM.from_vllm_config(
+            config, stat_loggers=[_load_logger(load), RayPrometheusStatLogger]
+        )
+        state = State()
+        frontend = vars(FrontendArgs())
+        own = {k: v for k, v in spec.engine.items() if k in frontend}
+        namespace = Namespace(**(frontend | vars(args) | own))
+        await init_app_state(llm, state, namespace, supported_tasks=await llm.get_supported_tasks())
+        return cls(spec, llm, state, load)
+
+    async def chat(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
+        """Yield a `/v1/chat/completions` answer: SSE events, or one JSON document.
+
+        Raises CalmError for a request the engine refuses, before anything was yielded.
+        """
+        async for chunk in self._run(ChatCompletionRequest, self._chat_call, body, facts):
+            yield chunk
+
+    async def complete(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
+        """Yield a `/v1/completions` answer; see `chat`."""
+        async for chunk in self._run(CompletionRequest, self._completion_call, body, facts):
+            yield chunk
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter under `name`. Raises ComponentError when the engine refuses."""
+        answer = await self._models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+        )
+        if isinstance(answer, ErrorResponse):
+            raise ComponentError(f"adapter {name!r}: {answer.error.message}")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot."""
+        request = self._models.lora_requests.get(name)
+        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        if request is not None:
+            await self._llm.engine_core.remove_lora_async(request.lora_int_id)
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError when the engine process is gone."""
+        await self._llm.check_health()
+
+    def pids(self) -> list[int]:
+        """Process ids of the engine's children."""
+        return [p.pid for p in multiprocessing.active_children() if p.pid is not None]
+
+    def shutdown(self) -> None:
+        """Stop the engine process."""
+        self._llm.shutdown()
+
+    async def _chat_call(self, request: ChatCompletionRequest) -> Any:
+        return await self._chat.create_chat_completion(request, None)
+
+    async def _completion_call(self, request: CompletionRequest) -> Any:
+        return await self._completion.create_completion(request, None)
+
+    async def _run(
+        self,
+        protocol: type[Any],
+        call: Callable[[Any], Any],
+        body: dict[str, Any],
+        facts: RequestFacts,
+    ) -> AsyncIterator[bytes]:
+        token = _facts.set(facts)
+        try:
+            answer = await call(_parse(protocol, body))
+        except (EngineDeadError, asyncio.CancelledError, CalmError):
+            raise
+        except Exception as error:  # noqa: BLE001  # vLLM's table maps any exception to a status
+            answer = create_error_response(error)
+        finally:
+            _facts.reset(token)
+        if isinstance(answer, ErrorResponse):
+            raise _refusal(answer)
+        if hasattr(answer, "__aiter__"):
+            # The engine's generator is created lazily, on the first iteration.
+            token = _facts.set(facts)
+            async for event in answer:
+                if event.startswith(_ERROR_EVENT):
+                    # vLLM would end the stream with [DONE] as if the answer were complete.
+                    raise _refusal(ErrorResponse.model_validate_json(event[len("data: ") :]))
+                yield event.encode()
+        else:
+            yield answer.model_dump_json(exclude_none=False).encode()
+
+
+def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
+    """vLLM's arguments: the batching profile's, the resources', then the operator's own."""
+    limits = spec.limits
+    values: dict[str, Any] = {
+        "model": spec.model,
+        "served_model_name": [spec.id],
+        "max_model_len": spec.context_tokens,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,
+    }
+    if current_platform.is_cpu():
+        values |= {
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(spec.resources.kv_cache_bytes),
+            "distributed_executor_backend": "uni",
+        }
+    if spec.adapters:
+        values |= {
+            "enable_lora": True,
+            "max_loras": spec.max_resident_adapters,
+            "max_cpu_loras": spec.max_resident_adapters,
+            "max_lora_rank": max(_lora_rank(a.path) for a in spec.adapters),
+        }
+    frontend = vars(FrontendArgs())  # such as tool_call_parser: not the engine's own
+    own = {k: v for k, v in spec.engine.items() if k not in frontend or k in _ENGINE_FIELDS}
+    return AsyncEngineArgs(**(values | own))
+
+
+def _lora_rank(path: str) -> int:
+    rank = int(json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    return max(8, 1 << (rank - 1).bit_length())  # vLLM takes powers of two from 8
+
+
+def _load_logger(load: EngineLoad) -> type[StatLoggerBase]:
+    class LoadLogger(StatLoggerBase):  # type: ignore[misc]
+        """Copies scheduler statistics into `load` after every step."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            del iteration_stats, mm_cache_stats, engine_idx
+            if scheduler_stats is None:
+                return
+            load.running = scheduler_stats.num_running_reqs
+            load.waiting = scheduler_stats.num_waiting_reqs
+            load.kv_usage_ratio = scheduler_stats.kv_cache_usage
+            load.prefix_queries_tokens += scheduler_stats.prefix_cache_stats.queries
+            load.prefix_hits_tokens += scheduler_stats.prefix_cache_stats.hits
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return LoadLogger
+
+
+def _observe(facts: RequestFacts, output: Any) -> None:
+    if not facts.ttft_s:
+        facts.ttft_s = time.perf_counter() - facts.started
+        facts.prompt_tokens = len(output.prompt_token_ids or ())
+        facts.cached_tokens = output.num_cached_tokens or 0
+    if facts.keep_text and output.outputs and output.outputs[0].index == 0:
+        facts.text.append(output.outputs[0].text)
+    if output.metrics is not None:
+        # An answer in one piece reaches us at its end; the engine knows when its first token was.
+        facts.ttft_s = output.metrics.first_token_latency or facts.ttft_s
+        facts.output_tokens = output.metrics.num_generation_tokens
+        facts.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
+
+
+def _parse(protocol: type[Any], body: dict[str, Any]) -> Any:
+    try:
+        return protocol(**body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(
+            str(p) for p in first["loc"] if p != "function-wrap[__log_extra_fields__()]"
+        )
+        raise RequestError(f"{where}: {first['msg']}", param=where or None) from error
+
+
+def _refusal(answer: ErrorResponse) -> CalmError:
+    status = HTTPStatus(answer.error.code)
+    kind = RequestError if status < HTTPStatus.INTERNAL_SERVER_ERROR else ComponentError
+    error = kind(answer.error.message, param=answer.error.param)
+    error.http_status = int(status)
+    return error
+
+
+def error_body(error: CalmError) -> bytes:
+    """OpenAI's error document for `error`, encoded."""
+    return json.dumps(
+        openai_error(error.message, error.error_type, error.param, error.code)
+    ).encode()

@@ -1,0 +1,138 @@
+"""What one router process knows of the whole fleet, and how `/v1/fleet` shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.monitor.windows import FleetMonitor
+from calm_serve.types import Outcome, Residency, SLMState
+from deployments.live import VIEW
+from deployments.wire import deployment_name
+
+STATE_LIFETIME_S = 0.02  # a state is computed at most this often per SLM
+
+
+class FleetView:
+    """Live state per SLM, from the handles' replica lists, answers and the knowledge board.
+
+    Single-threaded. `ready` latches: it says whether every hot SLM has been up once. `clock`
+    returns monotonic seconds.
+    """
+
+    def __init__(self, fleet: Fleet, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fleet = fleet
+        self.ready = False
+        self._clock = clock
+        self._monitor = FleetMonitor([s.id for s in fleet.slms], clock)
+        self._states: dict[str, tuple[float, SLMState]] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._seen_up: set[str] = set()
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Follow SLMs that came or went."""
+        before, after = {s.id for s in self.fleet.slms}, {s.id for s in fleet.slms}
+        for slm_id in after - before:
+            self._monitor.add(slm_id)
+        for slm_id in before - after:
+            self._monitor.remove(slm_id)
+            self._states.pop(slm_id, None)
+            self._seen_up.discard(slm_id)
+        self.fleet = fleet
+
+    def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
+        """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
+        self._reports = {
+            slm_id: max(by_replica.values(), key=lambda r: float(r["at"]))
+            for slm_id, by_replica in reports.items()
+            if by_replica
+        }
+
+    def state(self, spec: SLMSpec) -> SLMState:
+        """The SLM's state now; microseconds, no call."""
+        now = self._clock()
+        kept = self._states.get(spec.id)
+        if kept is not None and now - kept[0] < STATE_LIFETIME_S:
+            return kept[1]
+        replicas = VIEW.replicas(deployment_name(spec.id))
+        state = self._monitor.state(spec, replicas, now, self._absent(spec))
+        self._states[spec.id] = (now, state)
+        return state
+
+    def observe(self, outcome: Outcome) -> None:
+        """Feed the windows and the circuit breaker."""
+        if any(s.id == outcome.slm_id for s in self.fleet.slms):
+            self._monitor.observe(outcome)
+
+    def attempt_failed(self, slm_id: str) -> None:
+        """A replica of the SLM failed before its first byte."""
+        self._monitor.attempt_failed(slm_id)
+        self._states.pop(slm_id, None)
+
+    def refresh_ready(self) -> bool:
+        """Re-evaluate and return readiness: every hot SLM has had a replica."""
+        for spec in self.fleet.slms:
+            if VIEW.replicas(deployment_name(spec.id)):
+                self._seen_up.add(spec.id)
+        hot = {s.id for s in self.fleet.slms if s.residency == "hot"}
+        # Latched: one SLM that dies later degrades /v1/fleet, not the endpoint.
+        self.ready = self.ready or hot <= self._seen_up
+        return self.ready
+
+    def states(self) -> dict[str, str]:
+        """One word per SLM, for `/health` and the console."""
+        return {s.id: self._word(s) for s in self.fleet.slms}
+
+    def snapshot(self, predictor: Mapping[str, Any]) -> dict[str, Any]:
+        """The `/v1/fleet` document."""
+        return {
+            "ready": self.refresh_ready(),
+            "predictor": dict(predictor),
+            "slms": [self._row(s) for s in self.fleet.slms],
+        }
+
+    def _row(self, spec: SLMSpec) -> dict[str, Any]:
+        state = self.state(spec)
+        seen = self._monitor.snapshot(spec.id, self._clock())
+        report = self._reports.get(spec.id, {})
+        replicas = VIEW.replicas(deployment_name(spec.id))
+        return {
+            "id": spec.id,
+            "state": self._word(spec),
+            "locality": spec.locality,
+            "skills": list(spec.skills),
+            "replicas": state.replicas,
+            "target_replicas": spec.scaling.min_replicas,
+            "running": state.running,
+            "waiting": state.waiting,
+            "capacity": state.capacity,
+            "kv_usage_ratio": state.kv_usage_ratio,
+            "cached_prefix_ratio": state.cached_prefix_ratio,
+            "memory_bytes": sum(r.memory_bytes for r in replicas),
+            "ready_s": report.get("ready_s", {}),
+            "ttft_s": state.ttft_s,
+            "tpot_s": state.tpot_s,
+            "energy_j_per_token": state.energy_j_per_token,
+            "requests": seen.requests,
+            "failures": seen.failures,
+            "adapters": [a.name for a in spec.adapters],
+            "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
+            "detail": report.get("detail", ""),
+        }
+
+    def _word(self, spec: SLMSpec) -> str:
+        if VIEW.replicas(deployment_name(spec.id)):
+            return "degraded" if self.state(spec).breaker_open else "hot"
+        if spec.id in self._seen_up and spec.residency == "hot":
+            return str(Residency.DEAD)
+        reported = self._reports.get(spec.id, {}).get("state", "")
+        if reported and reported != "ready":
+            return str(reported)
+        return str(Residency.COLD if spec.residency == "on_demand" else "pending")
+
+    def _absent(self, spec: SLMSpec) -> Residency:
+        if spec.id in self._seen_up and spec.residency == "hot":
+            return Residency.DEAD
+        return Residency.COLD if spec.residency == "on_demand" else Residency.STARTING

@@ -1,0 +1,212 @@
+"""What this process knows of its SLMs' replicas right now, without asking anybody.
+
+The router deployment's code and the `RequestRouter` classes of its handles both import this
+module, so both see one `VIEW` per process. It cannot live next to the `RequestRouter`: Serve
+pickles that module by value, so its globals are private copies, and resets them with every
+configuration broadcast.
+
+Serve may run the router on its own thread (`RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP`). Membership
+and prefixes are written by the router's thread, engine facts by the deployment's; each write
+replaces one dictionary entry or one tuple, so readers need no lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from threading import Lock
+
+from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.types import Decision, EngineFacts, ReplicaState
+from deployments.wire import Hints
+
+FACTS_LIFETIME_S = 10.0
+"""Seconds after which an answer's engine load is no longer believed; Serve uses the same
+lifetime for the queue lengths it caches."""
+
+CACHED_RATIO_GAIN = 0.1
+"""Weight of the newest answer in the mean share of prompt tokens found in the prefix cache."""
+
+MAX_BLOCKS = 65_536
+MAX_DEPLOYMENTS = 256
+MAX_ROUTED = 8_192
+
+
+def hints_of(decision: Decision) -> Hints:
+    """Return the hints that belong to a decision."""
+    context = decision.context
+    return Hints(
+        decision_id=decision.decision_id,
+        prefix_family=context.prefix_family,
+        prefix_chain=context.prefix_chain,
+        session_key=context.session_key,
+        adapter=decision.adapter,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """Engine load as the last answer of one replica reported it."""
+
+    at_s: float
+    running: int
+    waiting: int
+    kv_usage_ratio: float
+    cached_prefix_ratio: float
+
+
+def _unknown_queue_length(_replica_id: str) -> int | None:
+    return None
+
+
+@dataclass(slots=True)
+class _Deployment:
+    states: tuple[ReplicaState, ...] = ()  # as the controller last described them
+    heard: dict[str, _Heard] = field(default_factory=dict)
+    index: PrefixIndex = field(default_factory=lambda: PrefixIndex(MAX_BLOCKS))
+    queue_length: Callable[[str], int | None] = _unknown_queue_length
+
+
+class LiveView:
+    """Replicas, engine load, prefixes and routed requests, per SLM deployment of this process.
+
+    Deployments are addressed by name: a process only talks to those of its own application.
+    Everything is bounded; `clock` returns monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = Lock()  # guards the two ordered maps, which evict
+        self._deployments: OrderedDict[str, _Deployment] = OrderedDict()
+        self._routed: OrderedDict[str, str] = OrderedDict()
+
+    def __reduce__(self) -> str:
+        # Serve pickles deployment classes by value, with the globals they use: let them carry
+        # this process's view by name, never a copy.
+        return "VIEW"
+
+    def attach(self, deployment: str, queue_length: Callable[[str], int | None]) -> None:
+        """Read queue lengths (requests in a replica, None if unknown) through `queue_length`."""
+        self._of(deployment).queue_length = queue_length
+
+    def update_replicas(self, deployment: str, states: Iterable[ReplicaState]) -> None:
+        """Replace the deployment's replicas and their polled load; forget those that are gone."""
+        record = self._of(deployment)
+        before = {s.replica_id: s for s in record.states}
+        record.states = tuple(states)
+        heard: dict[str, _Heard] = {}
+        for state in record.states:
+            last = record.heard.get(state.replica_id)
+            if last is None:
+                continue
+            # Broadcasts repeat old statistics; only changed ones are newer than the last answer.
+            old = before.get(state.replica_id)
+            if old is not None and _load(old) != _load(state):
+                last = replace(
+                    last,
+                    at_s=self._clock(),
+                    running=state.running,
+                    waiting=state.waiting,
+                    kv_usage_ratio=state.kv_usage_ratio,
+                )
+            heard[state.replica_id] = last
+        record.heard = heard
+        record.index.retain(s.replica_id for s in record.states)
+
+    def replicas(self, deployment: str) -> tuple[ReplicaState, ...]:
+        """Return the deployment's replicas with their load as of now; () when it has none.
+
+        Queue lengths come from the attached reader; where that knows nothing, the engine's
+        running and waiting requests stand in.
+        """
+        record = self._deployments.get(deployment)
+        if record is None:
+            return ()
+        now_s = self._clock()
+        return tuple(
+            _merge(state, record.heard.get(state.replica_id), record.queue_length, now_s)
+            for state in record.states
+        )
+
+    def observe(self, deployment: str, facts: EngineFacts) -> None:
+        """Take the engine load that came with an answer; ignored for a replica that is gone."""
+        record = self._deployments.get(deployment)
+        if record is None:
+            return
+        state = next((s for s in record.states if s.replica_id == facts.replica_id), None)
+        if state is None:
+            return
+        last = record.heard.get(facts.replica_id)
+        cached_ratio = state.cached_prefix_ratio if last is None else last.cached_prefix_ratio
+        if facts.prompt_tokens > 0:
+            newest = min(facts.cached_tokens / facts.prompt_tokens, 1.0)
+            cached_ratio += CACHED_RATIO_GAIN * (newest - cached_ratio)
+        record.heard[facts.replica_id] = _Heard(
+            self._clock(), facts.running, facts.waiting, facts.kv_usage_ratio, cached_ratio
+        )
+
+    def routed(self, decision_id: str, replica_id: str) -> None:
+        """Remember which replica was preferred for a decision; the oldest are forgotten."""
+        with self._lock:
+            self._routed[decision_id] = replica_id
+            while len(self._routed) > MAX_ROUTED:
+                self._routed.popitem(last=False)
+
+    def take_routed(self, decision_id: str) -> str:
+        """Return and forget the replica preferred for a decision; "" when none is known."""
+        with self._lock:
+            return self._routed.pop(decision_id, "")
+
+    def index(self, deployment: str) -> PrefixIndex:
+        """Return the deployment's prefix index."""
+        return self._of(deployment).index
+
+    def died(self, deployment: str, replica_id: str) -> None:
+        """Forget a replica before the controller has noticed its death."""
+        states = self._of(deployment).states
+        self.update_replicas(deployment, (s for s in states if s.replica_id != replica_id))
+
+    def _of(self, deployment: str) -> _Deployment:
+        record = self._deployments.get(deployment)
+        if record is None:
+            with self._lock:
+                record = self._deployments.setdefault(deployment, _Deployment())
+                while len(self._deployments) > MAX_DEPLOYMENTS:
+                    self._deployments.popitem(last=False)
+        return record
+
+
+def _load(state: ReplicaState) -> tuple[int, int, float]:
+    return state.running, state.waiting, state.kv_usage_ratio
+
+
+def _merge(
+    state: ReplicaState,
+    heard: _Heard | None,
+    queue_length: Callable[[str], int | None],
+    now_s: float,
+) -> ReplicaState:
+    running, waiting, kv_usage_ratio = _load(state)
+    cached_ratio = state.cached_prefix_ratio
+    if heard is not None:
+        cached_ratio = heard.cached_prefix_ratio
+        if now_s - heard.at_s <= FACTS_LIFETIME_S:
+            running, waiting, kv_usage_ratio = heard.running, heard.waiting, heard.kv_usage_ratio
+    queued = queue_length(state.replica_id)
+    return ReplicaState(
+        replica_id=state.replica_id,
+        node_id=state.node_id,
+        queue_length=running + waiting if queued is None else queued,
+        max_queue_length=state.max_queue_length,
+        running=running,
+        waiting=waiting,
+        kv_usage_ratio=kv_usage_ratio,
+        cached_prefix_ratio=cached_ratio,
+        memory_bytes=state.memory_bytes,
+        adapters=state.adapters,
+    )
+
+
+VIEW = LiveView(time.monotonic)

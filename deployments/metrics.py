@@ -1,0 +1,264 @@
+"""The router's metrics: one table, one `observe`, two outlets.
+
+Ray does not export `prometheus_client` metrics of a replica, so what is observed goes to Ray's own
+metrics (node agents, Prometheus discovery, dashboards; names get the prefix `ray_`), and to
+in-process aggregates that `exposition.render_fleet_metrics` turns into the router's `/metrics`.
+
+Units are base units: seconds, joules, tokens, bytes. Every label has a fixed set of values: what
+is not in it becomes "other", so no client can make new series.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from calm_serve.monitor.decay import DecayedRate
+from calm_serve.types import DecisionPath, DecisionReason, Outcome, Residency
+from deployments.host import HostUsage
+
+OTHER = "other"
+RATE_HALF_LIFE_S = 30.0
+
+# Engines cache whole blocks and always recompute the last token, so a ratio of 1 does not occur.
+FULL_HIT_RATIO = 0.9
+
+
+class Kind(StrEnum):
+    """Prometheus' metric kinds."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table. A counter's exported name gets `_total` appended."""
+
+    name: str
+    kind: Kind
+    description: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names under which the metric is exported, without Ray's prefix."""
+        match self.kind:
+            case Kind.COUNTER:
+                return (f"{self.name}_total",)
+            case Kind.HISTOGRAM:
+                return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
+            case _:
+                return (self.name,)
+
+
+SPLIT = ("slm", "path", "cache", "warmth")
+SLM = ("slm",)
+_C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+
+# Upper bounds in seconds, about two per octave where the fleet lives: tiny SLMs answer in
+# milliseconds, cold starts take tens of seconds.
+FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2, 5, 10, 20, 60)
+PER_TOKEN_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.035, 0.05, 0.1, 0.25, 1)
+WHOLE_S = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2, 3.5, 5, 10, 20, 60, 120)
+QUEUE_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+DECISION_S = (5e-5, 1e-4, 2e-4, 3.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+
+METRICS: tuple[Metric, ...] = (
+    Metric("calm_requests", _C, "Finished requests.", (*SPLIT, "reason", "status")),
+    Metric("calm_retries", _C, "Failovers before the first byte.", SLM),
+    Metric("calm_ttft_seconds", _H, "Time to first token.", SPLIT, FIRST_TOKEN_S),
+    Metric("calm_tpot_seconds", _H, "Time per output token after the first.", SPLIT, PER_TOKEN_S),
+    Metric("calm_e2e_seconds", _H, "End-to-end time of answered requests.", SPLIT, WHOLE_S),
+    Metric("calm_queue_seconds", _H, "Wait inside the engine.", SPLIT, QUEUE_S),
+    Metric("calm_decision_seconds", _H, "Time to decide.", ("slm", "path"), DECISION_S),
+    Metric("calm_prompt_tokens", _C, "Prompt tokens.", SPLIT),
+    Metric("calm_cached_tokens", _C, "Prompt tokens found in the prefix cache.", SPLIT),
+    Metric("calm_output_tokens", _C, "Output tokens.", SPLIT),
+    Metric("calm_energy_joules", _C, "Energy charged to requests.", (*SPLIT, "source")),
+    Metric("calm_requests_per_second", _G, "Recent rate of finished requests.", SLM),
+    Metric("calm_slm_state", _G, "1 for the residency tier the SLM is in.", ("slm", "state")),
+    Metric("calm_slm_replicas", _G, "Replicas that can answer.", SLM),
+    Metric("calm_slm_target_replicas", _G, "Replicas the planner wants.", SLM),
+    Metric("calm_slm_running_requests", _G, "Requests in the engines' batches.", SLM),
+    Metric("calm_slm_waiting_requests", _G, "Requests waiting in the engines.", SLM),
+    Metric("calm_slm_capacity_requests", _G, "Requests that may run at once.", SLM),
+    Metric("calm_slm_kv_usage_ratio", _G, "KV cache in use, mean over replicas.", SLM),
+    Metric("calm_slm_cached_prefix_ratio", _G, "Prompt tokens served from cache.", SLM),
+    Metric("calm_slm_memory_bytes", _G, "Memory of all replicas.", SLM),
+    Metric("calm_slm_start_seconds", _G, "Last start, by phase.", ("slm", "phase")),
+    Metric("calm_fleet_ready", _G, "1 when every SLM that must be hot is ready.", ()),
+    Metric("calm_host_cpu_ratio", _G, "Busy share of the router's host's cores.", ()),
+    Metric("calm_host_memory_used_bytes", _G, "Memory in use on the router's host.", ()),
+    Metric("calm_host_memory_total_bytes", _G, "Memory of the router's host.", ()),
+)
+BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
+
+# Gauge of the table -> key of an SLM in GET /v1/fleet.
+_FLEET_GAUGES = {
+    "calm_slm_replicas": "replicas",
+    "calm_slm_target_replicas": "target_replicas",
+    "calm_slm_running_requests": "running",
+    "calm_slm_waiting_requests": "waiting",
+    "calm_slm_capacity_requests": "capacity",
+    "calm_slm_kv_usage_ratio": "kv_usage_ratio",
+    "calm_slm_cached_prefix_ratio": "cached_prefix_ratio",
+    "calm_slm_memory_bytes": "memory_bytes",
+}
+_PHASES = ("import", "engine", "warmup", "total")
+_PATHS = frozenset(DecisionPath)
+_REASONS = frozenset(DecisionReason)
+_STATUSES = frozenset(("ok", "error", "cancelled", "rejected"))
+_SOURCES = frozenset(("counter", "rapl", "estimate"))
+
+Record = Callable[[float, dict[str, str]], None]
+Sample = tuple[str, tuple[str, ...], float]  # metric name, label values, value
+
+
+def ray_instrument(metric: Metric) -> Record:
+    """Make the Ray metric for one row; inside a replica Serve adds its own tags."""
+    from ray.serve import metrics  # 2 s to import, so only where metrics are really wanted
+
+    labels: Any = metric.labels  # Ray's annotation allows for one label only
+    record: Record
+    match metric.kind:
+        case Kind.COUNTER:
+            record = metrics.Counter(metric.name, metric.description, labels).inc
+        case Kind.GAUGE:
+            record = metrics.Gauge(metric.name, metric.description, labels).set
+        case _:
+            bounds = list(metric.buckets)
+            record = metrics.Histogram(metric.name, metric.description, bounds, labels).observe
+    return record
+
+
+@dataclass(slots=True)
+class HistogramState:
+    """Counts per bucket (the last one is above every bound) and the sum of all values."""
+
+    counts: list[int]
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Aggregates:
+    """What this process has observed, by metric name and label values."""
+
+    values: dict[str, dict[tuple[str, ...], float]] = field(default_factory=dict)
+    histograms: dict[str, dict[tuple[str, ...], HistogramState]] = field(default_factory=dict)
+
+    def record(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        """Add to a counter, set a gauge or count into a histogram."""
+        if metric.kind is Kind.HISTOGRAM:
+            series = self.histograms.setdefault(metric.name, {})
+            state = series.get(labels)
+            if state is None:
+                state = series[labels] = HistogramState([0] * (len(metric.buckets) + 1))
+            state.counts[bisect_left(metric.buckets, value)] += 1
+            state.total += value
+            return
+        known = self.values.setdefault(metric.name, {})
+        before = known.get(labels, 0.0) if metric.kind is Kind.COUNTER else 0.0
+        known[labels] = before + value
+
+
+class RouterMetrics:
+    """Writes the table; one per router process, used by one event loop.
+
+    Args:
+        clock: monotonic seconds.
+        slm_ids: the fleet; other ids are counted as "other".
+        instrument: makes an outlet for one row (Ray's by default).
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        slm_ids: Iterable[str],
+        instrument: Callable[[Metric], Record] = ray_instrument,
+    ) -> None:
+        self._clock = clock
+        self._slm_ids = frozenset(slm_ids)
+        self._outlets = {metric.name: instrument(metric) for metric in METRICS}
+        now = clock()
+        names = [*sorted(self._slm_ids), OTHER]
+        self._rates = {name: DecayedRate(RATE_HALF_LIFE_S, now) for name in names}
+        self.aggregates = Aggregates()
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count one finished request: about 12 records, after the answer has gone out."""
+        slm = _known(outcome.slm_id, self._slm_ids)
+        path = _known(outcome.path, _PATHS)
+        split = (slm, path, cache_class(outcome), "cold" if outcome.cold else "warm")
+        reason, status = _known(outcome.reason, _REASONS), _known(outcome.status, _STATUSES)
+        self._rates[slm].add(1.0, self._clock())
+        self._record("calm_requests", (*split, reason, status), 1.0)
+        self._record("calm_retries", (slm,), outcome.retries)
+        self._record("calm_decision_seconds", (slm, path), outcome.decision_s)
+        self._record("calm_prompt_tokens", split, outcome.prompt_tokens)
+        self._record("calm_cached_tokens", split, outcome.cached_tokens)
+        self._record("calm_output_tokens", split, outcome.output_tokens)
+        if outcome.energy_j is not None:
+            source = _known(outcome.energy_source, _SOURCES)
+            self._record("calm_energy_joules", (*split, source), outcome.energy_j)
+        timings = {
+            "calm_ttft_seconds": outcome.ttft_s,
+            "calm_tpot_seconds": outcome.tpot_s,
+            "calm_e2e_seconds": outcome.e2e_s if outcome.status == "ok" else None,
+            "calm_queue_seconds": outcome.queue_s,
+        }
+        for name, value in timings.items():
+            if value is not None:
+                self._record(name, split, value)
+
+    def refresh(self, snapshot: Mapping[str, Any], host: HostUsage) -> None:
+        """Set the gauges from GET /v1/fleet's answer and the host's usage; call once a second."""
+        now = self._clock()
+        for slm, rate in self._rates.items():
+            self._record("calm_requests_per_second", (slm,), rate.per_s(now))
+        self._record("calm_host_cpu_ratio", (), host.cpu_ratio)
+        self._record("calm_host_memory_used_bytes", (), host.memory_used_bytes)
+        self._record("calm_host_memory_total_bytes", (), host.memory_total_bytes)
+        for name, labels, value in fleet_samples(snapshot):
+            # To Ray only: `/metrics` renders these from the snapshot of its own moment.
+            self._outlets[name](value, dict(zip(BY_NAME[name].labels, labels, strict=True)))
+
+    def _record(self, name: str, labels: tuple[str, ...], value: float) -> None:
+        metric = BY_NAME[name]
+        if metric.kind is Kind.COUNTER and value <= 0:
+            return  # Ray's counters raise on 0
+        self.aggregates.record(metric, labels, value)
+        self._outlets[name](value, dict(zip(metric.labels, labels, strict=True)))
+
+
+def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
+    """Yield the fleet gauges of GET /v1/fleet's answer; a missing value yields nothing."""
+    yield "calm_fleet_ready", (), float(bool(snapshot.get("ready")))
+    for slm in snapshot.get("slms", ()):
+        slm_id = str(slm["id"])
+        for tier in Residency:
+            yield "calm_slm_state", (slm_id, tier.value), float(slm.get("state") == tier)
+        for name, key in _FLEET_GAUGES.items():
+            if (value := slm.get(key)) is not None:
+                yield name, (slm_id,), float(value)
+        starts = slm.get("ready_s") or {}
+        for phase in _PHASES:
+            if (value := starts.get(phase)) is not None:
+                yield "calm_slm_start_seconds", (slm_id, phase), float(value)
+
+
+def cache_class(outcome: Outcome) -> str:
+    """Return "none", "partial" or "full": how much of the prompt was in the prefix cache."""
+    if outcome.cached_tokens <= 0 or outcome.prompt_tokens <= 0:
+        return "none"
+    hit_ratio = outcome.cached_tokens / outcome.prompt_tokens
+    return "full" if hit_ratio >= FULL_HIT_RATIO else "partial"
+
+
+def _known(value: str, known: frozenset[Any]) -> str:
+    return value if value in known else OTHER

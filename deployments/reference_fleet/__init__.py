@@ -1,0 +1,1 @@
+"""Reference fleet: five small specialists and one generalist, trained from scratch."""

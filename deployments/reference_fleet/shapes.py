@@ -1,0 +1,112 @@
+"""Architecture and training settings of each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+POSITIONS = 2048  # tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model: tokenizer, layers, inner width, peak learning rate, default minutes,
+    weight of the loss on prompt tokens, padded tokens of a batch, hidden width."""
+
+    tokenizer: str
+    layers: int
+    inner: int
+    rate: float
+    minutes: float
+    prompt_weight: float = 0.1
+    batch: int = 3072  # tokens
+    width: int = 192
+    architecture: str = "llama"
+    head_dim: int = 32  # the smallest that vLLM's CPU attention supports
+    dropout: float = 0.0
+
+
+SHAPES = {
+    "extract": Shape("tokenizer_a", 4, 512, 0.02, 14),
+    "sql": Shape("tokenizer_b", 4, 512, 0.02, 26),
+    "shell": Shape("tokenizer_b", 3, 512, 0.02, 8, dropout=0.1),
+    "reason": Shape("tokenizer_b", 3, 512, 0.02, 9),
+    "intent": Shape(
+        "tokenizer_a", 2, 512, 0.02, 8, prompt_weight=0.3, width=256, dropout=0.15
+    ),
+    "general": Shape("tokenizer_a", 24, 384, 0.02, 60, batch=4096, architecture="qwen3"),
+}
+
+
+def build(shape: Shape, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
+    """A freshly initialised model; embeddings are tied to keep the file small."""
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.width // shape.head_dim,
+        "num_key_value_heads": shape.width // shape.head_dim,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "pad_token_id": pad,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "initializer_range": 0.04,
+        # On a CPU the fused kernel's backward costs several times these small matrices.
+        "attn_implementation": "eager",
+    }
+    if shape.architecture == "qwen3":
+        model: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**common))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    # Residual branches start small, so that a deep stack trains at the same rate.
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data.mul_((2 * shape.layers) ** -0.5)
+    if shape.dropout:
+        _add_dropout(model, shape.dropout)
+    return model
+
+
+def _add_dropout(model: PreTrainedModel, share: float) -> None:
+    """Dropout after the embedding and after each residual branch, while training."""
+
+    def drop(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, share, module.training)
+
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.register_forward_hook(drop)
+
+
+def build_core(shape: Shape, layers: int, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
+    """The same model with fewer layers, to be deepened later."""
+    return build(replace(shape, layers=layers), vocabulary, pad, end)
+
+
+@torch.no_grad()
+def deepen(core: PreTrainedModel, full: PreTrainedModel) -> None:
+    """Copies `core` into `full`, whose further layers start as identities.
+
+    A layer whose two output projections are zero adds nothing to the residual stream, so
+    `full` answers exactly as `core` did; most of the training then costs a core's time.
+    """
+    full.model.embed_tokens.load_state_dict(core.model.embed_tokens.state_dict())
+    full.model.norm.load_state_dict(core.model.norm.state_dict())
+    spread = len(full.model.layers) // len(core.model.layers)
+    for index, layer in enumerate(full.model.layers):
+        if index % spread == 0:
+            layer.load_state_dict(core.model.layers[index // spread].state_dict())
+        else:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()

@@ -1,0 +1,307 @@
+"""Trains one model: `python -m deployments.reference_fleet.train extract [--resume]`.
+
+The learning rate follows the clock (warm-up, then cosine to zero at the end of the
+stated minutes), so a slower machine gives a weaker model, never a late one. `--resume`
+continues an interrupted run; a finished run is continued by a further round that warms
+up again. Checkpoints go to `.runs/` (git-ignored); the result to `models/<id>/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from deployments.reference_fleet import tokens
+from deployments.reference_fleet.batches import Batch, batches
+from deployments.reference_fleet.data import TASKS, held_out, stream
+from deployments.reference_fleet.scoring import score
+from deployments.reference_fleet.shapes import SHAPES, build_core, deepen
+
+HERE = Path(__file__).parent
+RUNS = HERE / ".runs"
+MODELS = HERE / "models"
+WARMUP = 0.02  # share of the minutes
+DECAY = 0.5  # share of the minutes in which the rate falls to nothing
+LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's
+EMBEDDING_RATE = 0.15  # peak rate of embeddings and norms, as a share of the layers'
+SAVE_EVERY = 120.0  # seconds
+CLIP = 1.0
+
+
+@dataclass
+class Progress:
+    """Where a run stands; `elapsed` and `minutes` belong to the current round."""
+
+    round: int = 0
+    elapsed: float = 0.0  # seconds of training, scoring left out
+    minutes: float = 0.0
+    total_seconds: float = 0.0
+    tokens: int = 0  # without padding
+    layers: int = 0
+    steps: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, answer loss in nats)
+    scores: list[tuple[int, float]] = field(default_factory=list)  # (step, greedy exact share)
+
+
+@dataclass
+class Run:
+    """Everything that one training process holds."""
+
+    task: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    optimizer: Optimizers
+    progress: Progress
+    seed: int
+
+    @property
+    def spec(self) -> tokens.TokenizerSpec:
+        """The tokenizer's description."""
+        return tokens.SPECS[SHAPES[self.task].tokenizer]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the resumable state."""
+        return RUNS / self.task / "checkpoint.pt"
+
+
+def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int | None = None) -> Run:
+    """A new run, or the saved one, deepened where it has fewer than `layers` layers."""
+    torch.manual_seed(seed)
+    shape = SHAPES[task]
+    layers = layers or shape.layers
+    tokenizer = tokens.load(tokens.SPECS[shape.tokenizer], RUNS)
+    sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    model = build_core(shape, layers, *sizes)
+    progress = Progress(minutes=minutes, layers=layers)
+    run = Run(task, model, tokenizer, Optimizers(model, shape.rate), progress, seed)
+    if not resume or not run.checkpoint.exists():
+        return run
+    state = torch.load(run.checkpoint, weights_only=True)
+    run.progress = Progress(**state["progress"])
+    if run.progress.layers < layers:
+        core = build_core(shape, run.progress.layers, *sizes)
+        core.load_state_dict(state["model"])
+        deepen(core, model)
+        run.progress.layers = layers
+    else:
+        model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    if run.progress.elapsed >= run.progress.minutes * 60:
+        run.progress.round += 1
+        run.progress.elapsed = 0.0
+        run.progress.minutes = minutes
+    return run
+
+
+class Optimizers:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+
+    def __init__(self, model: PreTrainedModel, rate: float) -> None:
+        layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        known = {id(p) for p in layers}
+        others = [p for p in model.parameters() if id(p) not in known]
+        self._all = (
+            torch.optim.Muon(layers, lr=rate, weight_decay=0.05),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
+        )
+        self._peaks = (rate, rate * EMBEDDING_RATE)
+
+    def step(self, share: float) -> None:
+        """One step at `share` of the peak rates; gradients are dropped."""
+        for optimizer, peak in zip(self._all, self._peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, object]]:
+        """The state of both."""
+        return [o.state_dict() for o in self._all]
+
+    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+        """Restores both."""
+        for optimizer, state in zip(self._all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def save(run: Run) -> None:
+    """Writes the checkpoint; a rename makes it whole or absent."""
+    run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "progress": asdict(run.progress),
+    }
+    part = run.checkpoint.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(run.checkpoint)
+
+
+def rate_at(share: float) -> float:
+    """Learning rate as a share of its peak, after `share` of the minutes."""
+    return min(1.0, max(share / WARMUP, 0.01), max((1 - share) / DECAY, 0.01))
+
+
+def losses(
+    model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted loss and the loss of the answer tokens alone, in nats per token."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids, use_cache=False).logits
+    each = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    )
+    flat = weights[:, 1:].flatten()
+    answer = (flat == 1.0).float()
+    return (each * flat).sum() / flat.sum(), (each.detach() * answer).sum() / answer.sum()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles one layer; the others are alike, so that a deep stack compiles no longer."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)
+
+
+def train(run: Run, compiled: bool, score_every: float) -> None:
+    """Trains until the minutes of this round are used up."""
+    shape, progress = SHAPES[run.task], run.progress
+    seed = run.seed + 1000 * progress.round + int(progress.elapsed)
+    source = batches(
+        run.tokenizer, run.spec, stream(run.task, seed), shape.batch, shape.prompt_weight, seed
+    )
+    if compiled:
+        compile_layers(run.model)
+    examples = held_out(run.task, 100)
+    budget = progress.minutes * 60
+    saved = scored = time.monotonic()
+    smooth = progress.losses[-1][1] if progress.losses else float("nan")
+    with tqdm(
+        total=round(budget), initial=round(progress.elapsed), unit="s", mininterval=20
+    ) as bar:
+        while progress.elapsed < budget:
+            began = time.monotonic()
+            value = _one_step(run, next(source), progress.elapsed / budget)
+            smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+            if progress.steps % 20 == 0:
+                progress.losses.append((progress.steps, round(smooth, 4)))
+            now = time.monotonic()
+            progress.elapsed += now - began
+            progress.total_seconds += now - began
+            bar.set_postfix_str(f"loss {smooth:.3f}, step {progress.steps}", refresh=False)
+            bar.update(round(progress.elapsed) - bar.n)
+            if now - saved > SAVE_EVERY:
+                save(run)
+                saved = now
+            if now - scored > score_every:
+                with torch.compiler.set_stance("force_eager"):
+                    table = score(run.model, run.tokenizer, run.spec, examples)
+                progress.scores.append((progress.steps, _mean(table)))
+                tqdm.write(f"{run.task} {progress.total_seconds:.0f} s {json.dumps(table)}")
+                scored = time.monotonic()
+    save(run)
+
+
+def _mean(table: dict[str, dict[str, float]]) -> float:
+    return round(sum(row["exact"] for row in table.values()) / len(table), 4)
+
+
+def _one_step(run: Run, batch: Batch, share: float) -> float:
+    ids, weights = batch
+    loss, answer = losses(run.model, ids, weights)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP)
+    run.optimizer.step(rate_at(share) * (LATER_ROUNDS if run.progress.round else 1.0))
+    run.progress.steps += 1
+    run.progress.tokens += int((weights > 0).sum())
+    return float(answer)
+
+
+def export(run: Run, examples: int) -> None:
+    """Saves bf16 weights, tokenizer, generation settings, scores and the loss curve."""
+    place = MODELS / run.task
+    place.mkdir(parents=True, exist_ok=True)
+    # The copy is scored as it is shipped: after rounding to bf16.
+    run.model.to(torch.bfloat16)
+    run.model.generation_config = GenerationConfig(
+        eos_token_id=run.tokenizer.eos_token_id,
+        pad_token_id=run.tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    run.model.save_pretrained(place)
+    run.tokenizer.save_pretrained(place)
+    with torch.compiler.set_stance("force_eager"):
+        table = score(run.model, run.tokenizer, run.spec, held_out(run.task, examples))
+    print(run.task, "final", json.dumps(table))
+    facts = {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "training_seconds": round(run.progress.total_seconds),
+        "training_tokens": run.progress.tokens,
+        "steps": run.progress.steps,
+        "greedy": table,
+    }
+    (place / "scores.json").write_text(json.dumps(facts, indent=1) + "\n")
+    curve(run.progress, place / "loss.png")
+
+
+def curve(progress: Progress, path: Path) -> None:
+    """Draws answer loss and greedy score over steps, small enough to ship."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, left = plt.subplots(figsize=(5, 2.6), dpi=80)
+    left.semilogy(
+        [s for s, _ in progress.losses], [v for _, v in progress.losses], color="tab:blue"
+    )
+    left.set_xlabel("step")
+    left.set_ylabel("answer loss (nats per token)", color="tab:blue")
+    right = left.twinx()
+    right.plot(
+        [s for s, _ in progress.scores], [v for _, v in progress.scores], "o-", color="tab:orange"
+    )
+    right.set_ylim(0, 1)
+    right.set_ylabel("greedy exact share", color="tab:orange")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--minutes", type=float, help="time of this round; the shape has a default")
+    parser.add_argument("--resume", action="store_true", help="continue the saved run")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (needs a C++ compiler)"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="train a core of so many layers, deepen it later"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score-every", type=float, default=150.0, help="seconds")
+    parser.add_argument(
+        "--examples", type=int, default=300, help="held-out examples of the final score"
+    )
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    minutes = chosen.minutes if chosen.minutes is not None else SHAPES[chosen.task].minutes
+    run = prepare(chosen.task, minutes, chosen.resume, chosen.seed, chosen.layers)
+    train(run, chosen.compile, chosen.score_every)
+    if run.progress.layers == SHAPES[chosen.task].layers:
+        export(run, chosen.examples)
+
+
+if __name__ == "__main__":
+    main()

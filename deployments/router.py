@@ -1,0 +1,275 @@
+"""The router deployment: the HTTP ingress itself, so a request makes one Ray hop each way.
+
+`__call__` takes the raw request; a table maps paths to methods. The decision is the core's, the
+answer's bytes pass through untouched, and everything slow (outcomes, metrics, knowledge) happens in
+background tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from calm_serve.analyze.predictor import live_load
+from calm_serve.analyze.request import ChatRequest, parse_chat, parse_completion, parse_overrides
+from calm_serve.config import Fleet, ServeArgs
+from calm_serve.errors import CalmError, RequestError, SLMUnavailableError
+from calm_serve.loop import Loop
+from calm_serve.types import Decision
+from deployments import dispatch, http
+from deployments.exposition import render_fleet_metrics
+from deployments.fleet_view import FleetView
+from deployments.handles import Handles
+from deployments.host import HostMonitor
+from deployments.knowledge_client import KnowledgeClient
+from deployments.metrics import RouterMetrics
+from deployments.operations import Operations
+from deployments.outcomes import OutcomeSender
+from deployments.wire import Hints, Refusal
+
+log = logging.getLogger("ray.serve")
+
+REFRESH_S = 1.0
+JSON = "application/json"
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Router:
+    """One router replica. `handles` are the SLMs of this application, by SLM id."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits constructors
+        self, args: ServeArgs, fleet: Fleet, app_name: str, handles: dict[str, DeploymentHandle]
+    ) -> None:
+        self._args = args
+        self._limit_bytes = int(args.router.max_body_bytes)
+        self._view = FleetView(fleet)
+        self._handles = Handles(handles)
+        self._loop = Loop(
+            fleet,
+            args.goals,
+            read_state=self._view.state,
+            decision_log=args.router.decision_log,
+        )
+        self._dispatcher = dispatch.Dispatcher(
+            self._handles.get,
+            retries=args.router.retries,
+            attempt_failed=self._view.attempt_failed,
+        )
+        self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
+        self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._outcomes = OutcomeSender(
+            self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
+        )
+        self._operations = Operations(
+            self._loop, self._view, self._knowledge, self._metrics, self._outcomes
+        )
+        self._routes: dict[tuple[str, str], Endpoint] = {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._completions,
+            ("POST", "/v1/route"): self._route,
+            ("POST", "/v1/feedback"): self._feedback,
+            ("GET", "/v1/models"): self._operations.models,
+            ("GET", "/v1/fleet"): self._operations.fleet,
+            ("GET", "/health"): self._operations.health,
+            ("GET", "/metrics"): self._metrics_text,
+        }
+        self._outcomes.start()
+        self._tasks = [
+            asyncio.create_task(self._knowledge.follow(self._loop, self._view, self._handles)),
+            asyncio.create_task(self._refresh()),
+        ]
+
+    async def __call__(self, request: Request) -> Response:
+        """Serve one HTTP request."""
+        path = request.url.path.rstrip("/") or "/"
+        endpoint = self._routes.get((request.method, path))
+        try:
+            if endpoint is not None:
+                return await endpoint(request)
+            if request.method == "GET" and path.startswith("/v1/decisions/"):
+                return await self._operations.decision(path.rpartition("/")[2])
+            if request.method == "GET" and path.startswith("/v1/models/"):
+                return self._operations.model(path.removeprefix("/v1/models/"))
+            known = {p for _, p in self._routes}
+            status = 405 if path in known else 404
+            error = RequestError(f"{request.method} {path} is not an endpoint")
+            error.http_status = status
+            return http.error_response(error)
+        except CalmError as error:
+            return http.error_response(error)
+        except Exception:  # the last resort: a client of OpenAI's API gets OpenAI's error
+            log.exception("request to %s failed", path)
+            return http.error_response(CalmError("internal error"))
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, parse_chat, "chat")
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._answer(request, parse_completion, "complete")
+
+    async def _answer(
+        self, request: Request, parse: Callable[[Any], ChatRequest], method: str
+    ) -> Response:
+        decision_id = uuid.uuid4().hex
+        headers = {
+            "x-calm-decision-id": decision_id,
+            "x-calm-model": "",
+            "x-calm-reason": "refused",
+        }
+        try:
+            body = await http.read_json(request, self._limit_bytes)
+            parsed = parse(body)
+            overrides = parse_overrides(http.routing_headers(request))
+            decision = self._loop.decide(parsed, overrides, decision_id)
+        except CalmError as error:
+            return http.error_response(error, headers)
+        call = self._call(decision)
+        hints: Hints = {
+            "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
+            "schema": dict(parsed.schema) if parsed.schema is not None else None,
+            "labels": overrides.labels,
+        }
+        prompt = parsed.text if self._args.learning.keep_prompts else None
+        finish = _Finish(self, call, overrides.task, prompt)
+        headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
+        answer: AsyncIterator[bytes] | Refusal | None = None
+        try:
+            async with asyncio.timeout(self._args.router.request_timeout_s):
+                answer = await self._dispatcher.open(call, method, body, hints)
+                self._follow_failover(call)
+                headers |= {"x-calm-model": call.slm_id, "x-calm-reason": call.reason}
+                if isinstance(answer, Refusal):
+                    call.http_status, call.status = answer.http_status, "rejected"
+                    return finish(Response(answer.body, answer.http_status, headers, JSON))
+                if not parsed.stream:
+                    payload = b"".join([part async for part in answer])
+                    return finish(Response(payload, 200, headers, JSON))
+        except asyncio.CancelledError:
+            call.status, call.http_status = "cancelled", 499
+            dispatch.cancel(answer)
+            finish()
+            raise
+        except CalmError as error:
+            call.http_status = error.http_status
+            call.status = "rejected" if error.http_status == 429 else "error"
+            return finish(http.error_response(error, headers))
+        except dispatch.REPLICA_FAILURES as error:
+            dispatch.cancel(answer)
+            return finish(http.error_response(_gone(call, error), headers))
+        stream = self._stream(call, answer, finish)
+        return StreamingResponse(stream, 200, headers, "text/event-stream")
+
+    def _call(self, decision: Decision) -> dispatch.Call:
+        spec = self._loop.specs[decision.slm_id]
+        state = self._view.state(spec)
+        return dispatch.Call(decision, state, live_load(decision.context, spec, state))
+
+    def _follow_failover(self, call: dispatch.Call) -> None:
+        """After a failover the row describes the SLM that answers, not the one that failed."""
+        spec = self._loop.specs.get(call.slm_id)
+        if spec is not None and call.slm_id != call.decision.slm_id:
+            call.state = self._view.state(spec)
+            call.load = live_load(call.decision.context, spec, call.state)
+
+    async def _stream(
+        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: _Finish
+    ) -> AsyncIterator[bytes]:
+        try:
+            async with asyncio.timeout(self._args.router.request_timeout_s):
+                async for part in answer:
+                    yield part
+        except dispatch.REPLICA_FAILURES as error:
+            # The status line is out; an error event instead of [DONE] tells the client.
+            yield http.sse_error(_gone(call, error))
+        except (asyncio.CancelledError, GeneratorExit):
+            call.status, call.http_status = "cancelled", 499
+            raise
+        finally:
+            if call.final is None:
+                dispatch.cancel(answer)
+            finish()
+
+    async def _route(self, request: Request) -> Response:
+        body = await http.read_json(request, self._limit_bytes)
+        parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
+        overrides = parse_overrides(http.routing_headers(request))
+        decision = self._loop.decide(parse(body), overrides, uuid.uuid4().hex)
+        return http.json_response(self._loop.explain(decision))
+
+    async def _feedback(self, request: Request) -> Response:
+        body = await http.read_json(request, 65_536)
+        return await self._operations.feedback(body)
+
+    async def _metrics_text(self, request: Request) -> Response:
+        del request
+        text = render_fleet_metrics(self._metrics.aggregates, self._operations.snapshot())
+        return Response(text, 200, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def record(self, call: dispatch.Call, task: str, prompt: str | None) -> None:
+        """Write the outcome of a finished call to windows, metrics and knowledge."""
+        outcome = dispatch.outcome_of(call, at=time.time(), task=task, prompt=prompt)
+        self._view.observe(outcome)
+        self._metrics.observe(outcome)
+        self._outcomes.add(outcome)
+
+    async def _refresh(self) -> None:
+        host = HostMonitor(time.monotonic)
+        while True:
+            await self._handles.connect(self._loop.fleet)
+            self._metrics.refresh(self._operations.snapshot(), host.read())
+            await asyncio.sleep(REFRESH_S)
+
+    async def check_health(self) -> None:
+        """Raise when a background task has died; Serve then replaces this replica."""
+        for task in (*self._tasks, *self._outcomes.tasks):
+            if task.done():
+                raise RuntimeError(f"background task ended: {task}")
+
+    async def __del__(self) -> None:
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if outcomes := getattr(self, "_outcomes", None):
+            await outcomes.stop()
+
+
+class _Finish:
+    """Records a call once, whoever comes first: the answer's end, an error or the client."""
+
+    def __init__(self, router: Router, call: dispatch.Call, task: str, prompt: str | None) -> None:
+        self._router, self._call, self._task, self._prompt = router, call, task, prompt
+        self._done = False
+
+    def __call__(self, response: Response | None = None) -> Response:
+        """Record the call, unless that was done, and pass the response through."""
+        if not self._done:
+            self._done = True
+            self._router.record(self._call, self._task, self._prompt)
+        return response or Response()
+
+    def __del__(self) -> None:
+        # A client may leave before its stream was begun; then nobody else comes.
+        if not self._done:
+            self._call.status, self._call.http_status = "cancelled", 499
+            self()
+
+
+def _gone(call: dispatch.Call, error: BaseException) -> CalmError:
+    call.status = "error"
+    if isinstance(error, TimeoutError):
+        failure = SLMUnavailableError(f"SLM {call.slm_id!r} did not finish in time")
+        failure.http_status = 504
+    else:
+        failure = SLMUnavailableError(f"SLM {call.slm_id!r} failed while answering")
+    call.http_status = failure.http_status
+    return failure

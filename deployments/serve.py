@@ -1,0 +1,194 @@
+"""`python -m deployments.serve CONFIG`: `serve run CONFIG`, with its progress made visible.
+
+Sets Serve's transport flags before the cluster starts (they cannot be set later), prints the SLMs'
+states while they load, and one ready line with a command to try. Ctrl-C stops everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from calm_serve.config_load import check_resources, load_args
+from calm_serve.errors import ConfigError
+from deployments.cluster_ports import PortClaim
+from deployments.engine_arguments import check_engine_arguments
+from deployments.haproxy import write_launcher
+
+# Serve's fast transport: HAProxy in front, gRPC between replicas, one event loop per replica.
+FAST_TRANSPORT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1"}
+POLL_S = 0.5
+BUILD_FAILED = re.compile(rb"Deploying app '.*' failed|calm_serve\.errors\.ConfigError")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until Serve ends or Ctrl-C. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.serve", description=__doc__)
+    parser.add_argument("config", nargs="?", default="serve_config.yaml")
+    parser.add_argument("--plain", action="store_true", help="without the fast transport flags")
+    options = parser.parse_args(argv)
+    path = Path(options.config)
+    try:
+        url = check(path)
+        ports = PortClaim()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if port_taken(url):
+        print(f"error: {url} already answers; stop that server first", file=sys.stderr)
+        return 2
+    transport = "off (slower)" if options.plain else "on"
+    print(f"calm_serve: starting Ray Serve, fast transport {transport}", flush=True)
+    with closing(ports), TemporaryDirectory() as folder:
+        haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(Path(folder)))}
+        own = {**ports.environment, **haproxy}
+        return run(path, url, serve_environment(own, fast=not options.plain))
+
+
+def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
+    """Run `serve run` until it ends or a signal ends it. Returns the exit status."""
+    # Before the child exists: a program started in the background has SIGINT ignored, and only a
+    # handled signal is back at its default in the child, which must hear it to shut down.
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(*_: object) -> None:
+        if child is not None:
+            child.send_signal(signal.SIGINT)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, stop)
+    child = subprocess.Popen(
+        [str(Path(sys.executable).with_name("serve")), "run", str(path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
+    )
+    output = Output(child)
+    follow(child, url, output)
+    return child.wait() or int(output.build_failed)
+
+
+def check(path: Path) -> str:
+    """Validate the configuration and return the endpoint's URL. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"configuration not found: {path}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path.name}: expected a mapping with the key 'applications'")
+    for application in config.get("applications") or ():
+        if application.get("import_path") == "deployments.app:build_app":
+            args, fleet = load_args(application.get("args") or {}, Path.cwd())
+            check_engine_arguments(fleet)
+            if not os.environ.get("RAY_ADDRESS"):
+                router_cpus = args.router.num_cpus * args.router.replicas
+                check_resources(fleet, *local_resources(), router_cpus)
+    http = config.get("http_options") or {}
+    return f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+
+
+def local_resources() -> tuple[float, float, float]:
+    """CPUs, GPUs and memory in bytes of the cluster that Ray would start on this machine."""
+    # Ray's own estimate: its memory is what is free now, less the share of the object store.
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    found = ResourceAndLabelSpec().resolve(is_head=True)
+    return float(found.num_cpus), float(found.num_gpus), float(found.memory)
+
+
+def serve_environment(own: Mapping[str, str], *, fast: bool) -> dict[str, str]:
+    """Environment for `serve run`, `own` being this run's; the operator's variables win."""
+    return {**QUIET, **own, **(FAST_TRANSPORT if fast else {}), **os.environ}
+
+
+class Output:
+    """Passes the child's output on, and notices when the application could not be built.
+
+    `serve run` itself only logs that, and then serves nothing for ever.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.build_failed = False
+        self._child = child
+        self.thread = threading.Thread(target=self._pass_on, daemon=True)
+        self.thread.start()
+
+    def _pass_on(self) -> None:
+        for line in self._child.stdout or ():
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+            self.build_failed = self.build_failed or bool(BUILD_FAILED.search(line))
+
+
+def follow(child: subprocess.Popen[bytes], url: str, output: Output) -> None:
+    """Print changes of state until the fleet is ready or the child has ended."""
+    started, shown = time.monotonic(), ""
+    while child.poll() is None:
+        if output.build_failed:
+            print("error: the application could not be built, see above", file=sys.stderr)
+            child.send_signal(signal.SIGINT)
+            return
+        status, health = fetch(f"{url}/health")
+        states = health.get("slms", {}) if health else {}
+        line = "  ".join(f"{slm}: {state}" for slm, state in states.items())
+        if line and line != shown:
+            shown = line
+            print(f"[{time.monotonic() - started:5.1f} s] {line}", flush=True)
+        if status == 200 and states:
+            print(ready_line(url, time.monotonic() - started), flush=True)
+            return
+        time.sleep(POLL_S)
+
+
+def ready_line(url: str, elapsed_s: float) -> str:
+    """What to try first."""
+    message = {"role": "user", "content": "bash command to find all log files in /var"}
+    body = json.dumps({"model": "auto", "messages": [message]})
+    return (
+        f"ready after {elapsed_s:.0f} s. Try:\n"
+        f"  curl -i {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    )
+
+
+def fetch(url: str) -> tuple[int, dict[str, Any]]:
+    """GET a JSON document: (status, document); status 0 when nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        try:
+            return error.code, json.load(error)
+        except ValueError:
+            return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}
+
+
+def port_taken(url: str) -> bool:
+    """True when something already answers there."""
+    return fetch(f"{url}/health")[0] != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

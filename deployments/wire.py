@@ -1,0 +1,48 @@
+"""What travels between a router and an SLM deployment: one small vocabulary, plain data.
+
+An SLM method is an async generator. It yields `bytes` that go to the client as they are, and ends
+with one `Final`; a request that fails before its first byte yields one `Refusal` instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from calm_serve.types import EngineFacts, QualitySignal
+
+
+class Hints(TypedDict, total=False):
+    """Routing and validation hints that accompany a body; the engine never sees them."""
+
+    decision_id: str
+    prefix_family: str
+    prefix_chain: tuple[int, ...]
+    session_key: str
+    adapter: str
+    avoid: str  # replica that the failed attempt before this one was meant for
+    validate: str  # check that the client asked for
+    schema: dict[str, Any] | None
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Last item of an answer. `payload` is its last bytes, so no item is sent for facts alone."""
+
+    payload: bytes
+    facts: EngineFacts
+    signals: tuple[QualitySignal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The request failed before its first byte."""
+
+    http_status: int
+    body: bytes  # OpenAI's error document
+
+
+def deployment_name(slm_id: str) -> str:
+    """Name of an SLM's Serve deployment."""
+    return f"slm-{slm_id}"

@@ -1,0 +1,103 @@
+"""The knowledge actor in a real Ray: training in a child, publishing, dying and coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from calm_serve.config import Learning
+from calm_serve.errors import ConfigError
+from deployments.knowledge import get_knowledge, remove_knowledge
+from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("PYTHONPATH", str(ROOT))
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def learning(tmp_path: Path) -> Iterator[Learning]:
+    yield Learning(state_dir=str(tmp_path), min_outcomes=60, retrain_every=1000)
+    remove_knowledge("test")
+
+
+async def patiently(actor: Any, method: str, *args: Any) -> Any:
+    """Call a method of an actor that may be restarting."""
+    for _ in range(100):
+        try:
+            return await getattr(actor, method).remote(*args)
+        except RayActorError:
+            await asyncio.sleep(0.2)
+    raise AssertionError("the actor did not come back")
+
+
+def process_of(state_dir: str) -> int:
+    """The process that holds the outcome database open: the actor."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        if int(folder.name) == os.getpid():
+            continue
+        try:
+            targets = [str(fd.readlink()) for fd in (folder / "fd").iterdir()]
+        except OSError:  # the process ended, or is somebody else's
+            continue
+        if f"{state_dir}/outcomes.sqlite" in targets:
+            return int(folder.name)
+    raise AssertionError("no process has the database open")
+
+
+async def test_outcomes_in_predictor_out_and_both_survive_a_kill(learning: Learning) -> None:
+    actor = await get_knowledge("test", make_fleet(), learning)
+    have = {k: e["version"] for k, e in (await actor.board.remote({}, 0.0)).items()}
+    waiting = asyncio.ensure_future(patiently(actor, "board", have, 60.0))
+    rows = make_world(300)
+    assert await actor.log.remote("b1", rows) == [o.outcome_id for o in rows]
+    news = await waiting
+    assert news["predictor"]["value"]["source"] == "trained"
+
+    killed = process_of(learning.state_dir)
+    os.kill(killed, signal.SIGKILL)
+    again = await patiently(actor, "board", {}, 0.0)
+    assert again["predictor"]["value"] == news["predictor"]["value"]
+    assert again["predictor"]["version"] != news["predictor"]["version"]
+    assert await patiently(actor, "outcome", "o7") == rows[7]
+    assert process_of(learning.state_dir) != killed
+
+
+async def test_everybody_gets_the_same_actor_and_its_log_cannot_move(
+    learning: Learning, tmp_path: Path
+) -> None:
+    first = await get_knowledge("test", make_fleet(), learning)
+    await first.log.remote("b", [make_outcome("a")])
+    second = await get_knowledge("test", make_fleet(), learning)
+    assert (await second.status.remote())["outcomes"] == 1
+    moved = learning.model_copy(update={"state_dir": str(tmp_path / "elsewhere")})
+    with pytest.raises(ConfigError, match="state_dir"):
+        await get_knowledge("test", make_fleet(), moved)
+
+
+async def test_a_refused_registration_reaches_the_caller_as_what_it_is(learning: Learning) -> None:
+    actor = await get_knowledge("test", make_fleet(), learning)
+    await actor.register.remote(make_spec("later").model_dump_json(), "app2")
+    with pytest.raises(ConfigError, match="taken"):
+        await actor.register.remote(make_spec("later").model_dump_json(), "app3")
+
+
+def test_removing_an_actor_that_is_not_there_says_so() -> None:
+    assert remove_knowledge("never") is False

@@ -1,0 +1,71 @@
+"""Knowledge services on one folder, with a clock that stands still and training in-process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calm_serve.config import Learning
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain
+from calm_serve.knowledge.service import KnowledgeService
+from tests.knowledge_data import make_fleet
+
+
+@dataclass
+class Clock:
+    """Time that stands still until a test moves it."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class World:
+    """Services on one folder, with a clock and a trainer in this process."""
+
+    folder: Path
+    clock: Clock = field(default_factory=Clock)
+    jobs: list[RetrainJob] = field(default_factory=list)
+    training: asyncio.Event = field(default_factory=asyncio.Event)
+    before_training: Callable[[], Any] = lambda: None
+    services: list[KnowledgeService] = field(default_factory=list)
+
+    def start(self, *, predictor: str = "", **learning: Any) -> KnowledgeService:
+        self.clock.now += 1.0
+        values = {"state_dir": str(self.folder / "state"), "min_outcomes": 60, "retrain_every": 40}
+        service = KnowledgeService(
+            make_fleet(predictor=predictor),
+            Learning(**{**values, **learning}),
+            clock=self.clock,
+            monotonic=self.clock,
+            trainer=self._train,
+        )
+        self.services.append(service)
+        return service
+
+    async def _train(self, job: RetrainJob) -> RetrainResult:
+        self.jobs.append(job)
+        self.training.set()
+        waiting = self.before_training()
+        if waiting is not None:
+            await waiting
+        return retrain(job, self.clock)
+
+    async def close(self) -> None:
+        """Close every service that was started."""
+        for service in self.services:
+            await service.close()
+
+
+async def settled(service: KnowledgeService) -> None:
+    """Wait for a training that started by itself."""
+    if service._retraining is not None:
+        with suppress(KnowledgeError):
+            await service._retraining

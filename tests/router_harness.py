@@ -1,0 +1,147 @@
+"""A router deployment without Ray: scripted SLMs, and everything it writes down kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.config import ServeArgs
+from calm_serve.testing import make_fleet
+from calm_serve.types import Outcome
+from deployments import router
+
+
+class Answer:
+    """What a handle returns of one call: an iterator that can be cancelled."""
+
+    def __init__(self, handle: Handle, items: AsyncIterator[Any]) -> None:
+        self._handle, self._items = handle, items
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._items)
+
+    def cancel(self) -> None:
+        self._handle.cancelled += 1
+
+
+class Handle:
+    """A handle whose every call plays the same items."""
+
+    is_initialized = True
+
+    def __init__(self, *items: Any) -> None:
+        self._items = items
+        self.cancelled = 0
+
+    def options(self, **_options: Any) -> Handle:
+        return self
+
+    async def _play(self) -> AsyncIterator[Any]:
+        for item in self._items:
+            if isinstance(item, Exception):
+                raise item
+            if item == "hang":
+                await asyncio.Event().wait()
+            yield item
+
+    def remote(self, _body: Any, *, hints: Any) -> Answer:
+        del hints
+        return Answer(self, self._play())
+
+
+class Knowledge:
+    """A knowledge client that keeps what it is sent."""
+
+    predictor_source = "none"
+    reachable = True
+
+    def __init__(self, *_args: Any) -> None:
+        self.rows: list[Outcome] = []
+
+    async def log(self, rows: Sequence[Outcome]) -> None:
+        self.rows += rows
+
+    async def follow(self, *_args: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def outcome(self, _outcome_id: str) -> None:
+        return None
+
+
+class Metrics:
+    """Router metrics without Ray."""
+
+    def __init__(self, *_args: Any) -> None:
+        self.seen: list[Outcome] = []
+
+    def observe(self, outcome: Outcome) -> None:
+        self.seen.append(outcome)
+
+    def refresh(self, *_args: Any) -> None:
+        """Nothing to show."""
+
+
+class PlainRouter(router.Router):
+    """Serve awaits `__del__`; the interpreter, which has it here, cannot."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        """Closed by `Service` already."""
+
+
+class Service:
+    """A started router and what it wrote down."""
+
+    def __init__(self, folder: Path, *items: Any, **options: Any) -> None:
+        self._args = ServeArgs.model_validate(
+            {
+                "fleet": "inline",
+                "goals": {"exploration_ratio": 0.0},
+                "learning": {"state_dir": str(folder)},
+                "router": options,
+            }
+        )
+        self.handle = Handle(*items)
+        self.router: Any = PlainRouter.__new__(PlainRouter)
+
+    async def __aenter__(self) -> Service:
+        handles = {"small": self.handle, "large": self.handle}
+        await self.router.__init__(self._args, make_fleet(), "calm", handles)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await router.Router.__del__(self.router)
+
+    async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Response:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.request("POST", path, raw, headers)
+
+    async def request(
+        self, method: str, path: str, raw: bytes = b"", headers: dict[str, str] | None = None
+    ) -> Response:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
+        }
+        response: Response = await self.router(Request(scope, receive))
+        return response
+
+    async def outcomes(self) -> list[Outcome]:
+        await self.router._outcomes.stop()
+        rows: list[Outcome] = self.router._knowledge.rows
+        assert rows == self.router._metrics.seen
+        return rows

@@ -1,0 +1,261 @@
+"""Failover before the first byte, never after."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.testing import (
+    make_context,
+    make_decision,
+    make_facts,
+    make_replica,
+    make_state,
+)
+from calm_serve.types import Decision, DecisionPath, DecisionReason
+from deployments import dispatch
+from deployments.dispatch import Call, Dispatcher, cancel, outcome_of
+from deployments.live import LiveView
+from deployments.wire import Final, Refusal, deployment_name
+
+GONE = DeploymentUnavailableError(DeploymentID("slm-small", "app"))
+FULL = BackPressureError(num_queued_requests=3, max_queued_requests=3)
+DIED = RayActorError()
+RAISED = RayTaskError("chat", "traceback", ValueError("broken"))
+UNWELL = Refusal(503, b"engine dead")
+FAILURES = [DIED, RAISED, GONE, UNWELL, "silence"]
+END = Final(b"end", make_facts("r1"))
+
+
+class Script:
+    """An SLM's handle that plays one scripted attempt per call."""
+
+    def __init__(self, slm_id: str, view: LiveView, attempts: list[Any]) -> None:
+        self.slm_id = slm_id
+        self.calls: list[dict[str, Any]] = []
+        self.options_seen: list[dict[str, Any]] = []
+        self.cancelled = 0
+        self._view = view
+        self._attempts = iter(attempts)
+
+    def options(self, **options: Any) -> Script:
+        self.options_seen.append(options)
+        return self
+
+    def remote(self, body: dict[str, Any], *, hints: dict[str, Any]) -> Items:
+        self.calls.append(hints)
+        self._view.routed(hints["decision_id"], f"{self.slm_id}-{len(self.calls)}")
+        return Items(self, next(self._attempts))
+
+
+class Items:
+    """What Serve returns of a streaming call: items, an exception among them is raised."""
+
+    def __init__(self, script: Script, items: Any) -> None:
+        self._script = script
+        self._items = iter(
+            [] if items == "silence" else items if isinstance(items, list) else [items]
+        )
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        for item in self._items:
+            if isinstance(item, Exception):
+                raise item
+            return item
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self._script.cancelled += 1
+
+
+class Fleet:
+    """A dispatcher over scripted SLMs."""
+
+    def __init__(self, view: LiveView, retries: int, **attempts: list[Any]) -> None:
+        self.slms = {i: Script(i, view, a) for i, a in attempts.items()}
+        self.failed: list[str] = []
+        self.dispatcher = Dispatcher(
+            self.slms.__getitem__, retries=retries, attempt_failed=self.failed.append
+        )
+
+    async def open(self, call: Call) -> Any:
+        return await self.dispatcher.open(call, "chat", {"messages": []}, {"validate": "json"})
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveView]:
+    view = LiveView(lambda: 0.0)
+    monkeypatch.setattr(dispatch, "VIEW", view)
+    yield view
+
+
+def started(decision: Decision | None = None) -> Call:
+    return Call(decision or make_decision("a", "b"), make_state("a"), (1.0, 2.0))
+
+
+async def read(answer: AsyncIterator[bytes]) -> bytes:
+    return b"".join([part async for part in answer])
+
+
+async def test_the_answer_passes_through_in_order(view: LiveView) -> None:
+    fleet, call = Fleet(view, 2, a=[[b"one ", b"two ", END]]), started()
+    assert await read(await fleet.open(call)) == b"one two end"
+    assert (call.slm_id, call.retries, call.status, call.http_status) == ("a", 0, "ok", 200)
+    assert call.reason == "scored:best_score"
+    assert call.first_byte_s is not None
+    assert fleet.failed == []
+
+
+async def test_an_answer_in_one_piece_is_its_final_item_alone(view: LiveView) -> None:
+    call = started()
+    assert await read(await Fleet(view, 2, a=[END]).open(call)) == b"end"
+    assert call.final == END
+
+
+async def test_the_call_carries_method_adapter_and_hints(view: LiveView) -> None:
+    fleet = Fleet(view, 2, a=[END])
+    decision = make_decision("a", adapter="sql", context=make_context(session_key="s"))
+    await fleet.open(started(decision))
+    (script,) = fleet.slms.values()
+    assert script.options_seen == [
+        {"stream": True, "method_name": "chat", "multiplexed_model_id": "sql"}
+    ]
+    (hints,) = script.calls
+    assert (hints["session_key"], hints["validate"]) == ("s", "json")
+    assert "avoid" not in hints
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_a_failure_before_the_first_byte_is_tried_again_on_another_replica(
+    view: LiveView, failure: Any
+) -> None:
+    fleet, call = Fleet(view, 2, a=[failure, [b"x", END]], b=[]), started()
+    assert await read(await fleet.open(call)) == b"xend"
+    assert (call.slm_id, call.retries) == ("a", 1)
+    assert call.reason == "scored:best_score"
+    assert fleet.failed == ["a"]
+    assert fleet.slms["a"].calls[1]["avoid"] == "a-1"
+    assert call.predicted_replica == "a-2"
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_a_second_failure_goes_to_the_next_slm_and_says_so(
+    view: LiveView, failure: Any
+) -> None:
+    fleet, call = Fleet(view, 2, a=[failure, failure], b=[END]), started()
+    await read(await fleet.open(call))
+    assert (call.slm_id, call.retries, call.reason) == ("b", 2, "fallback:failover")
+    assert fleet.failed == ["a", "a"]
+    outcome = outcome_of(call, at=1.0, task="", prompt=None)
+    assert (outcome.slm_id, outcome.path, outcome.reason) == ("b", "fallback", "failover")
+
+
+async def test_a_full_slm_is_left_for_the_next_one_without_asking_twice(view: LiveView) -> None:
+    fleet, call = Fleet(view, 2, a=[FULL], b=[END]), started()
+    await read(await fleet.open(call))
+    assert call.slm_id == "b"
+    assert len(fleet.slms["a"].calls) == 1
+    assert fleet.failed == []  # a full queue says nothing of the SLM's health
+    assert outcome_of(call, at=1.0, task="", prompt=None).path == "fallback"
+
+
+async def test_a_full_fleet_is_a_capacity_error_with_a_time(view: LiveView) -> None:
+    with pytest.raises(CapacityError, match="a, b") as caught:
+        await Fleet(view, 2, a=[FULL], b=[FULL]).open(started())
+    assert caught.value.retry_after_s > 0
+
+
+async def test_a_dead_fleet_is_unavailable(view: LiveView) -> None:
+    fleet = Fleet(view, 2, a=[DIED, GONE], b=[RAISED])
+    with pytest.raises(SLMUnavailableError, match="a, a, b"):
+        await fleet.open(started())
+    assert fleet.failed == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429])
+async def test_a_refusal_that_is_the_clients_fault_is_final(view: LiveView, status: int) -> None:
+    fleet, call = Fleet(view, 2, a=[Refusal(status, b"no")], b=[]), started()
+    assert await fleet.open(call) == Refusal(status, b"no")
+    assert (call.slm_id, fleet.failed) == ("a", [])
+
+
+async def test_the_last_refusal_is_the_answer_and_still_counts_as_a_failure(
+    view: LiveView,
+) -> None:
+    fleet = Fleet(view, 0, a=[UNWELL])
+    assert await fleet.open(started()) == UNWELL
+    assert fleet.failed == ["a"]
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, FULL], ids=str)
+async def test_a_pinned_request_never_leaves_its_slm(view: LiveView, failure: Any) -> None:
+    pinned = make_decision("a", "b", path=DecisionPath.PINNED, reason=DecisionReason.REQUESTED)
+    fleet, call = Fleet(view, 5, a=[failure, failure], b=[END]), started(pinned)
+    if failure is UNWELL:
+        assert await fleet.open(call) == UNWELL
+    else:
+        with pytest.raises((SLMUnavailableError, CapacityError)):
+            await fleet.open(call)
+    assert call.slm_id == "a"
+    assert fleet.slms["b"].calls == []
+
+
+async def test_an_slm_that_left_the_fleet_is_passed_over(view: LiveView) -> None:
+    fleet, call = Fleet(view, 2, b=[END]), started()
+    await read(await fleet.open(call))
+    assert call.slm_id == "b"
+
+
+@pytest.mark.parametrize("retries", range(6))
+async def test_attempts_are_bounded_by_the_configured_retries(view: LiveView, retries: int) -> None:
+    fleet = Fleet(view, retries, **{i: [DIED] * 9 for i in "abcde"})
+    with pytest.raises(SLMUnavailableError):
+        await fleet.open(started(make_decision("a", "b", "c", "d", "e")))
+    assert sum(len(s.calls) for s in fleet.slms.values()) == retries + 1
+
+
+@pytest.mark.parametrize("failure", [DIED, RAISED])
+async def test_nothing_is_retried_after_the_first_byte(view: LiveView, failure: Exception) -> None:
+    fleet, call = Fleet(view, 2, a=[[b"one", failure], END], b=[END]), started()
+    answer = await fleet.open(call)
+    with pytest.raises(type(failure)):
+        await read(answer)
+    assert len(fleet.slms["a"].calls) == 1
+    assert fleet.slms["b"].calls == []
+    outcome = outcome_of(call, at=1.0, task="", prompt=None)
+    assert (outcome.status, outcome.http_status, outcome.retries) == ("error", 500, 0)
+
+
+async def test_a_refusal_after_the_first_byte_is_an_error_not_bytes(view: LiveView) -> None:
+    call = started()
+    answer = await Fleet(view, 2, a=[[b"one", UNWELL], END], b=[END]).open(call)
+    assert await anext(answer) == b"one"
+    with pytest.raises(SLMUnavailableError):
+        await anext(answer)
+    assert outcome_of(call, at=1.0, task="", prompt=None).status == "error"
+
+
+async def test_engine_facts_reach_the_live_view_once_the_answer_has_ended(view: LiveView) -> None:
+    name = deployment_name("a")
+    view.update_replicas(name, [make_replica("r1")])
+    loaded = Final(b"", make_facts("r1", running=3, waiting=2))
+    answer = await Fleet(view, 0, a=[[b"x", loaded]]).open(started())
+    await anext(answer)
+    assert view.replicas(name)[0].running == 0
+    await read(answer)
+    assert (view.replicas(name)[0].running, view.replicas(name)[0].waiting) == (3, 2)
+
+
+async def test_an_unread_answer_can_be_cancelled(view: LiveView) -> None:
+    fleet = Fleet(view, 0, a=[[b"x", END]])
+    cancel(await fleet.open(started()))
+    assert fleet.slms["a"].cancelled == 1

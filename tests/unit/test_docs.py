@@ -1,0 +1,78 @@
+"""What the documents show is true: examples parse, commands and endpoints exist, docstrings run."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import calm_serve
+from calm_serve.config import SLMSpec
+from calm_serve.config_load import load_args, load_fleet
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_fleet_entry_in_the_readme_is_valid() -> None:
+    entries = [e for b in blocks("yaml") for e in yaml.safe_load(b).get("slms", ())]
+    assert len(entries) >= 2
+    for entry in entries:
+        SLMSpec.model_validate(entry)
+
+
+def test_every_added_application_in_the_readme_is_one_slm() -> None:
+    apps = [a for b in blocks("yaml") for a in yaml.safe_load(b).get("applications", ())]
+    assert apps
+    for app in apps:
+        assert app["import_path"] == "deployments.app:build_slm"
+        SLMSpec.model_validate(app["args"])
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    used = set(re.findall(r"\bmake ([a-z]+)\b", " ".join(blocks("sh"))))
+    assert {"serve", "test"} <= used
+    for target in used:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_endpoint_in_the_readme_is_served() -> None:
+    source = (ROOT / "deployments" / "router.py").read_text(encoding="utf-8")
+    for path in set(re.findall(r"`(?:GET|POST) (/[a-z/0-9]+)", README)):
+        assert path.rstrip("/") in source, path
+
+
+def test_every_local_link_in_the_documents_exists() -> None:
+    for document in (ROOT / "README.md", ROOT / "calm_serve" / "README.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
+    (application,) = config["applications"]
+    _, fleet = load_args(application["args"], ROOT)
+    assert {s.id for s in fleet.slms} >= {"extract", "sql", "shell", "reason", "intent", "general"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deployments" / "fleets").glob("*.yaml")), ids=str)
+def test_every_fleet_file_is_valid(path: Path) -> None:
+    assert load_fleet(path).slms
+
+
+def test_docstring_examples_run() -> None:
+    attempted = 0
+    for info in pkgutil.walk_packages(calm_serve.__path__, "calm_serve."):
+        result = doctest.testmod(importlib.import_module(info.name))
+        assert result.failed == 0, info.name
+        attempted += result.attempted
+    assert attempted > 0

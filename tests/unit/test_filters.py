@@ -1,0 +1,82 @@
+"""Hard filters: each removes what it should, for pinned and for free requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from calm_serve.plan.filters import ESTIMATE_TOLERANCE, FILTERS, PINNED_FILTERS, excluded_by
+from calm_serve.testing import make_context, make_spec, make_state
+from calm_serve.types import OutputShape
+
+REMOTE = {"locality": "remote", "remote": {"base_url": "http://x/v1"}}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("context_length", {"prompt_tokens": 5000}, {"context_tokens": 2048}, {}),
+    ("context_length", {"max_output_tokens": 2000}, {"context_tokens": 2048}, {}),
+    ("capability", {"has_image": True}, {}, {}),
+    ("capability", {"output_shape": OutputShape.TOOLS}, {}, {}),
+    (
+        "capability",
+        {"output_shape": OutputShape.JSON_SCHEMA},
+        {"capabilities": {"json_output": False}},
+        {},
+    ),
+    (
+        "capability",
+        {"output_shape": OutputShape.GUIDED},
+        {"capabilities": {"json_output": False}},
+        {},
+    ),
+    ("adapter", {"requested_model": "small:sql"}, {}, {}),
+    ("language", {"language": "de"}, {"languages": ["en", "fr"]}, {}),
+    ("data_policy", {"local_only": True}, REMOTE, {}),
+    ("breaker", {}, {}, {"breaker_open": True}),
+    ("available", {}, {}, {"replicas": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "slm", "state"), CASES)
+def test_a_filter_removes_what_cannot_or_must_not_serve(
+    name: str, fields: dict[str, Any], slm: dict[str, Any], state: dict[str, Any]
+) -> None:
+    context, spec, live = make_context(**fields), make_spec(**slm), make_state(**state)
+    assert excluded_by(context, spec, live) == name
+    assert excluded_by(context, spec, live, pinned=True) == (name if name in PINNED_FILTERS else "")
+
+
+def test_every_filter_has_a_case_above() -> None:
+    assert {name for name, *_ in CASES} == set(FILTERS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "slm", "state"),
+    [
+        ({}, {}, {}),
+        ({"has_image": True}, {"capabilities": {"vision": True}}, {}),
+        ({"output_shape": OutputShape.TOOLS}, {"capabilities": {"tools": True}}, {}),
+        ({"output_shape": OutputShape.JSON}, {}, {}),
+        ({"requested_model": "small:sql"}, {"adapters": [{"name": "sql", "path": "x"}]}, {}),
+        ({"language": "und"}, {"languages": ["de"]}, {}),
+        ({"language": "ja"}, {"languages": []}, {}),
+        ({"local_only": True}, {}, {}),
+        ({}, {"residency": "on_demand", "scaling": {"min_replicas": 0}}, {"replicas": 0}),
+        ({}, REMOTE, {"replicas": 0}),
+    ],
+)
+def test_what_can_serve_stays(
+    fields: dict[str, Any], slm: dict[str, Any], state: dict[str, Any]
+) -> None:
+    assert excluded_by(make_context(**fields), make_spec(**slm), make_state(**state)) == ""
+
+
+def test_the_token_estimate_is_given_the_benefit_of_the_doubt() -> None:
+    spec = make_spec(context_tokens=1000)
+    edge = round(1000 * ESTIMATE_TOLERANCE)
+    assert excluded_by(make_context(prompt_tokens=edge), spec, make_state()) == ""
+    assert excluded_by(make_context(prompt_tokens=edge + 1), spec, make_state()) != ""
+
+
+def test_no_pinned_request_escapes_the_data_policy() -> None:
+    assert "data_policy" in PINNED_FILTERS
+    assert set(PINNED_FILTERS) <= set(FILTERS)

@@ -1,0 +1,97 @@
+"""Publish only what is surely better."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from calm_serve.knowledge.gate import MIN_HOLDOUT, Verdict, VerdictReason, compare, judge
+from calm_serve.knowledge.trainer import Training, train
+from tests.knowledge_data import CODER, TALKER, make_world
+
+
+def trained(truth: bool = True, count: int = 400) -> Training:
+    return train(
+        make_world(count, truth=truth),
+        (CODER, TALKER),
+        seed=0,
+        holdout_ratio=0.25,
+        clock=lambda: 0.0,
+    )
+
+
+def verdict(training: Training, champion: Training | None = None, seed: int = 0) -> Verdict:
+    return judge(
+        training.holdout,
+        champion.artifact if champion else None,
+        training.artifact,
+        base_rate=training.base_rate,
+        seed=seed,
+    )
+
+
+def test_the_first_challenger_is_published_when_it_beats_the_base_rate() -> None:
+    found = verdict(trained())
+    assert found.publish
+    assert found.reason is VerdictReason.BETTER
+    assert found.champion_loss is not None
+    assert found.challenger_loss is not None
+    assert found.difference_ci95 is not None
+    low, high = found.difference_ci95
+    assert 0 < low < found.champion_loss - found.challenger_loss < high
+
+
+def test_a_challenger_that_learned_nothing_is_not_published() -> None:
+    found = verdict(trained(truth=False))
+    assert not found.publish
+    assert found.reason is VerdictReason.NOT_BETTER
+
+
+def test_a_challenger_equal_to_the_champion_is_not_published() -> None:
+    training = trained()
+    found = verdict(training, training)
+    assert not found.publish
+    assert found.difference_ci95 == (0.0, 0.0)
+
+
+def test_a_bad_champion_is_replaced_and_a_good_one_stays() -> None:
+    good, bad = trained(), trained(truth=False)
+    assert verdict(good, bad).publish
+    swapped = judge(good.holdout, good.artifact, bad.artifact, base_rate=good.base_rate, seed=0)
+    assert not swapped.publish
+
+
+def test_the_same_mean_gain_is_published_when_sure_and_not_when_noisy() -> None:
+    gain = np.tile([0.52, -0.48], 20)
+    champion, weights = np.full(40, 0.7), np.ones(40)
+    assert not compare(champion, champion - gain, weights, seed=0).publish
+    assert compare(champion, champion - gain.mean(), weights, seed=0).publish
+
+
+@pytest.mark.parametrize(("count", "publish"), [(MIN_HOLDOUT - 1, False), (MIN_HOLDOUT, True)])
+def test_a_handful_of_outcomes_decides_nothing(count: int, publish: bool) -> None:
+    found = compare(np.full(count, 0.9), np.full(count, 0.1), np.ones(count), seed=0)
+    assert found.publish is publish
+    assert (found.reason is VerdictReason.TOO_FEW_HELD_OUT) is not publish
+
+
+def test_weak_labels_weigh_less() -> None:
+    champion = np.array([1.0] * 50 + [0.0] * 50)
+    weights = np.array([1.0] * 50 + [0.01] * 50)
+    assert compare(champion, champion[::-1].copy(), weights, seed=0).publish
+    assert not compare(champion, champion[::-1].copy(), weights[::-1].copy(), seed=0).publish
+
+
+def test_the_interval_is_in_nats_whatever_the_weights() -> None:
+    champion, challenger = np.linspace(0.6, 0.8, 50), np.linspace(0.5, 0.6, 50)
+    found = compare(champion, challenger, np.full(50, 0.3), seed=0)
+    assert found.difference_ci95 is not None
+    low, high = found.difference_ci95
+    assert low < 0.15 < high
+    assert high - low < 0.05
+
+
+def test_equal_input_and_seed_give_an_equal_verdict() -> None:
+    training = trained(count=120)
+    assert verdict(training, seed=4) == verdict(training, seed=4)
+    assert verdict(training, seed=4) != verdict(training, seed=5)

@@ -1,0 +1,234 @@
+"""The knowledge actor logs, learns and publishes. A restart is a new object on the same folder."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from calm_serve.errors import ConfigError, KnowledgeError
+from calm_serve.knowledge.champion import CHAMPION_FILE
+from calm_serve.knowledge.trainer import train
+from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_world
+from tests.knowledge_world import World, settled
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    yield made
+    await made.close()
+
+
+async def test_logged_outcomes_are_acknowledged_and_survive_a_kill(world: World) -> None:
+    rows = make_world(10)
+    assert await world.start().log("b1", rows) == [o.outcome_id for o in rows]
+    again = world.start()  # the first one is not closed, as after a kill
+    assert (await again.status())["outcomes"] == 10
+    assert await again.outcome("o3") == rows[3]
+
+
+async def test_outcomes_may_travel_as_dicts_and_twice(world: World) -> None:
+    service, rows = world.start(), make_world(5)
+    await service.log("b1", [asdict(o) for o in rows])
+    await service.log("b1", rows)
+    assert (await service.status())["outcomes"] == 5
+    assert await service.outcome("o1") == rows[1]
+
+
+async def test_a_malformed_row_is_dropped_and_counted_without_losing_its_batch(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = world.start()
+    bad = {**asdict(make_outcome("bad")), "at": "yesterday"}
+    with caplog.at_level(logging.WARNING):
+        assert set(await service.log("b9", [bad, make_outcome("good")])) == {"bad", "good"}
+    status = await service.status()
+    assert (status["outcomes"], status["refused_rows"]) == (1, 1)
+    assert "b9" in caplog.text
+
+
+async def test_feedback_finds_its_outcome_in_either_order(world: World) -> None:
+    service = world.start()
+    said = [{"source": "feedback", "value": 1.0, "at": 5.0}]
+    assert await service.feedback("a", said) is False
+    await service.log("b", [make_outcome("a")])
+    assert await service.feedback("a", said) is True
+    assert (await service.status())["labelled"] == 1
+
+
+async def test_malformed_feedback_is_refused(world: World) -> None:
+    with pytest.raises(KnowledgeError, match="malformed signal"):
+        await world.start().feedback("a", [{"source": "feedback", "value": 7.0}])
+
+
+async def test_too_few_outcomes_are_not_trained_on(world: World) -> None:
+    service = world.start(min_outcomes=200)
+    await service.log("b", make_world(100))
+    assert (await service.retrain())["reason"] == "too_few_outcomes"
+    assert world.jobs == []
+
+
+async def test_force_trains_below_the_minimum(world: World) -> None:
+    service = world.start(min_outcomes=1000)
+    await service.log("b", make_world(300))
+    found = await service.retrain(force=True)
+    assert found["publish"] is True
+    assert found["against"] == "base_rate"
+
+
+async def test_training_starts_by_itself_and_publishes_to_the_board(world: World) -> None:
+    service = world.start()
+    have = {k: e["version"] for k, e in (await service.board({}, 0.0)).items()}
+    await service.log("b1", make_world(59))
+    assert service._retraining is None
+    await service.log("b2", make_world(300)[59:])
+    await settled(service)
+    published = (await service.board(have, 5.0))["predictor"]["value"]
+    assert published["source"] == "trained"
+    assert published["version"] == (await service.status())["predictor"]
+    assert world.jobs[0].slm_ids == (CODER, TALKER)
+
+
+async def test_the_next_training_waits_for_enough_new_labels(world: World) -> None:
+    service, rows = world.start(), make_world(340)
+    await service.log("b1", rows[:300])
+    await settled(service)
+    await service.log("b2", rows[300:339])
+    await settled(service)
+    assert len(world.jobs) == 1
+    await service.log("b3", rows[339:])
+    await settled(service)
+    assert len(world.jobs) == 2
+    assert world.jobs[1].champion is not None
+
+
+async def test_feedback_alone_can_start_a_training(world: World) -> None:
+    service = world.start()
+    rows = make_world(60)
+    await service.log("b1", [make_outcome(o.outcome_id) for o in rows])
+    for row in rows:
+        assert world.jobs == []
+        await service.feedback(row.outcome_id, row.signals)
+    await settled(service)
+    assert len(world.jobs) == 1
+
+
+async def test_a_failed_training_is_reported_and_not_repeated_at_once(world: World) -> None:
+    service = world.start()
+
+    def fail() -> None:
+        raise KnowledgeError("out of luck")
+
+    world.before_training = fail
+    await service.log("b1", make_world(70))
+    await settled(service)
+    await service.log("b2", make_world(80)[70:])
+    await settled(service)
+    assert len(world.jobs) == 1
+    assert (await service.status())["last_verdict"]["detail"] == "out of luck"
+    with pytest.raises(KnowledgeError, match="out of luck"):
+        await service.retrain()
+
+
+async def test_a_second_call_joins_the_training_that_runs(world: World) -> None:
+    service, gate = world.start(min_outcomes=1000), asyncio.Event()
+    world.before_training = gate.wait
+    await service.log("b", make_world(200))
+    first = asyncio.create_task(service.retrain(force=True))
+    second = asyncio.create_task(service.retrain(force=True))
+    await world.training.wait()
+    assert (await service.status())["retraining"] is True
+    gate.set()
+    assert await first == await second
+    assert len(world.jobs) == 1
+
+
+async def test_a_caller_who_gives_up_does_not_end_the_training(world: World) -> None:
+    service, gate = world.start(min_outcomes=1000), asyncio.Event()
+    world.before_training = gate.wait
+    await service.log("b", make_world(300))
+    caller = asyncio.create_task(service.retrain(force=True))
+    await world.training.wait()
+    caller.cancel()
+    gate.set()
+    await settled(service)
+    assert (await service.status())["predictor_source"] == "trained"
+
+
+async def test_the_champion_survives_a_kill(world: World) -> None:
+    service = world.start()
+    await service.log("b", make_world(300))
+    await settled(service)
+    before = (await service.board({}, 0.0))["predictor"]["value"]
+    assert (await world.start().board({}, 0.0))["predictor"]["value"] == before
+
+
+async def test_a_restart_does_not_train_again_on_the_same_outcomes(world: World) -> None:
+    service, rows = world.start(), make_world(301)
+    await service.log("b", rows[:300])
+    await settled(service)
+    again = world.start()
+    await again.log("b2", rows[300:])
+    await settled(again)
+    assert len(world.jobs) == 1
+
+
+def ship(folder: Path) -> str:
+    """Write a shipped predictor; return its folder."""
+    folder.mkdir()
+    training = train(
+        make_world(200, seed=9), (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0
+    )
+    (folder / "predictor.bin").write_bytes(training.artifact.to_bytes())
+    return str(folder)
+
+
+async def test_a_shipped_predictor_is_the_first_champion(world: World, tmp_path: Path) -> None:
+    service = world.start(predictor=ship(tmp_path / "shipped"))
+    assert (await service.board({}, 0.0))["predictor"]["value"]["source"] == "shipped"
+    await service.log("b", make_world(60))
+    await settled(service)
+    assert world.jobs[0].champion == (tmp_path / "shipped" / "predictor.bin").read_bytes()
+
+
+async def test_a_trained_champion_goes_before_the_shipped_one(world: World, tmp_path: Path) -> None:
+    service = world.start()
+    await service.log("b", make_world(300))
+    await settled(service)
+    again = world.start(predictor=ship(tmp_path / "shipped"))
+    assert (await again.status())["predictor_source"] == "trained"
+
+
+async def test_a_broken_champion_file_is_passed_over(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / CHAMPION_FILE).write_bytes(b"half a fi")
+    with caplog.at_level(logging.WARNING):
+        service = world.start(predictor=ship(tmp_path / "shipped"))
+    assert (await service.status())["predictor_source"] == "shipped"
+    assert CHAMPION_FILE in caplog.text
+
+
+async def test_a_redeployment_changes_thresholds_but_not_where_the_log_lives(
+    world: World,
+) -> None:
+    service = world.start(min_outcomes=1000)
+    learning = service._learning
+    await service.log("b", make_world(100))
+    await service.configure(make_fleet(), learning.model_copy(update={"min_outcomes": 50}))
+    assert (await service.retrain())["reason"] != "too_few_outcomes"
+    with pytest.raises(ConfigError, match="state_dir"):
+        await service.configure(make_fleet(), learning.model_copy(update={"state_dir": "other"}))
+
+
+async def test_retention_is_bounded(world: World) -> None:
+    service = world.start(max_rows=1000, min_outcomes=10_000)
+    await service.log("b", make_world(1010))
+    assert await service.prune() == 10
+    assert (await service.status())["outcomes"] == 1000

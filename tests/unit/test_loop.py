@@ -1,0 +1,292 @@
+"""The decision: every path and reason, its record, and that a record replays to itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from calm_serve.analyze.request import Overrides, parse_chat
+from calm_serve.config import Fleet
+from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.loop import Loop, assume_hot
+from calm_serve.testing import (
+    FakeClock,
+    make_context,
+    make_fleet,
+    make_goals,
+    make_prediction,
+    make_spec,
+    make_state,
+)
+from calm_serve.types import (
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    Prediction,
+    Residency,
+    RoutingContext,
+    SLMState,
+)
+
+FLEET = make_fleet(
+    make_spec("sql", skills=["sql"], adapters=[{"name": "strict", "path": "x"}]),
+    make_spec("chat", priors={"quality": 0.6}),
+    make_spec("guard", priors={"quality": 0.1}),
+    make_spec(
+        "cloud",
+        locality="remote",
+        remote={"base_url": "http://x/v1"},
+        priors={"quality": 0.5, "ttft_s": 1.0},
+    ),
+    markers={"sql": "select", "mixed": "either"},
+    rules=[
+        {"name": "sql-first", "marker": "sql", "slms": ["sql"]},
+        {"name": "either", "marker": "mixed", "slms": ["sql", "guard"]},
+    ],
+    safety=[{"name": "secret", "pattern": "password", "slm": "guard"}],
+)
+
+
+class Oracle:
+    """A predictor with fixed answers."""
+
+    version = "oracle-1"
+
+    def __init__(self, **success: float) -> None:
+        self._success = success
+
+    def predict(self, context: RoutingContext, specs: Any, states: Any) -> list[Prediction]:
+        return [make_prediction(s.id, success_ratio=self._success.get(s.id, 0.5)) for s in specs]
+
+
+def loop(fleet: Fleet = FLEET, states: Mapping[str, SLMState] | None = None, **kw: Any) -> Loop:
+    known = states or {}
+    goals = kw.pop("goals", make_goals())
+    return Loop(fleet, goals, read_state=lambda spec: known.get(spec.id, assume_hot(spec)), **kw)
+
+
+def decide(
+    target: Loop, text: str = "good morning", headers: Overrides | None = None, **fields: Any
+) -> Decision:
+    body = {"messages": [{"role": "user", "content": text}], **fields}
+    return target.decide(parse_chat(body), headers or Overrides(), "decision")
+
+
+def label(decision: Decision) -> tuple[str, str, str, str]:
+    return decision.slm_id, decision.path, decision.reason, decision.rule
+
+
+def test_a_named_slm_is_pinned() -> None:
+    decision = decide(loop(), model="guard")
+    assert label(decision) == ("guard", DecisionPath.PINNED, DecisionReason.REQUESTED, "")
+    assert decision.ranking == ("guard",)
+    assert decision.propensity == 1.0
+    assert decision.candidates[0].prediction is not None
+
+
+def test_a_named_adapter_is_pinned_to_its_slm() -> None:
+    decision = decide(loop(), model="sql:strict")
+    assert (decision.slm_id, decision.adapter) == ("sql", "strict")
+
+
+@pytest.mark.parametrize(
+    "model", ["nobody", "nobody:strict", "auto:strict", "sql:loose", ":strict"]
+)
+def test_an_unknown_model_is_refused_with_the_known_ones(model: str) -> None:
+    with pytest.raises(UnknownModelError, match=r"known: auto, .*chat.*sql:strict") as caught:
+        decide(loop(), model=model)
+    assert (caught.value.http_status, caught.value.param) == (404, "model")
+
+
+def test_a_safety_pattern_pins_whatever_the_client_names() -> None:
+    for fields in ({}, {"model": "chat"}, {"model": "sql:strict"}, {"model": "nobody"}):
+        decision = decide(loop(), "my password: select", **fields)
+        assert label(decision) == (
+            "guard",
+            DecisionPath.PINNED,
+            DecisionReason.SAFETY_PIN,
+            "secret",
+        )
+        assert decision.adapter == ""
+        assert decision.context.local_only
+
+
+def test_a_pinned_slm_without_a_replica_is_unavailable() -> None:
+    gone = {"chat": make_state("chat", replicas=0, residency=Residency.DEAD)}
+    with pytest.raises(SLMUnavailableError, match="'chat'"):
+        decide(loop(states=gone), model="chat")
+
+
+def test_a_pinned_slm_is_held_to_what_can_work() -> None:
+    with pytest.raises(NoCandidateError, match="capability"):
+        decide(loop(), model="chat", tools=[{"type": "function"}])
+    with pytest.raises(NoCandidateError, match="data_policy"):
+        decide(loop(), headers=Overrides(local_only=True), model="cloud")
+
+
+def test_a_pinned_slm_answers_although_its_breaker_is_open() -> None:
+    struggling = {"chat": make_state("chat", breaker_open=True)}
+    assert decide(loop(states=struggling), model="chat").slm_id == "chat"
+
+
+def test_a_rule_with_one_slm_decides_without_scoring() -> None:
+    decision = decide(loop(), "select * from t")
+    assert label(decision) == ("sql", DecisionPath.RULE, DecisionReason.RULE_MATCH, "sql-first")
+    assert decision.complexity is None
+    assert decision.ranking == ("sql", "chat", "guard", "cloud")
+
+
+def test_a_rule_with_several_slms_makes_a_short_list() -> None:
+    decision = decide(loop(predictor=Oracle(sql=0.4, guard=0.7, chat=0.99)), "either one")
+    assert label(decision) == (
+        "guard",
+        DecisionPath.SCORED,
+        DecisionReason.BEST_SCORE,
+        "either",
+    )
+    assert decision.ranking == ("guard", "sql")
+
+
+def test_a_rule_whose_slms_are_all_excluded_has_no_say() -> None:
+    open_breaker = {"sql": make_state("sql", breaker_open=True)}
+    decision = decide(loop(states=open_breaker), "select * from t")
+    assert label(decision) == ("chat", DecisionPath.PRIOR, DecisionReason.BEST_PRIOR, "")
+    assert [c.excluded_by for c in decision.candidates if c.slm_id == "sql"] == ["breaker"]
+
+
+def test_a_short_list_shrunk_to_one_is_the_rules_choice() -> None:
+    open_breaker = {"sql": make_state("sql", breaker_open=True)}
+    decision = decide(loop(states=open_breaker), "either one")
+    assert label(decision) == ("guard", DecisionPath.RULE, DecisionReason.RULE_MATCH, "either")
+
+
+def test_without_a_predictor_the_priors_decide() -> None:
+    decision = decide(loop())
+    assert label(decision) == ("chat", DecisionPath.PRIOR, DecisionReason.BEST_PRIOR, "")
+    assert decision.versions.predictor == "prior"
+
+
+def test_with_a_predictor_the_best_score_wins_and_the_rest_is_the_fallback_order() -> None:
+    decision = decide(loop(predictor=Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)))
+    assert label(decision) == ("guard", DecisionPath.SCORED, DecisionReason.BEST_SCORE, "")
+    assert decision.ranking == ("guard", "sql", "cloud", "chat")
+    assert decision.versions.predictor == "oracle-1"
+    assert decision.complexity is not None
+
+
+def test_no_excluded_slm_is_ever_in_the_fallback_order() -> None:
+    decision = decide(loop(), headers=Overrides(local_only=True))
+    assert "cloud" not in decision.ranking
+    excluded = {c.slm_id: c.excluded_by for c in decision.candidates if c.excluded_by}
+    assert excluded == {"cloud": "data_policy"}
+
+
+def test_no_slm_below_the_quality_floor_is_in_the_fallback_order() -> None:
+    oracle = Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)
+    asked = decide(loop(predictor=oracle), headers=Overrides(quality_floor=0.65))
+    configured = decide(loop(predictor=oracle, goals=make_goals(quality_floor=0.65)))
+    assert asked.ranking == configured.ranking == ("guard", "sql")
+
+
+def test_the_last_one_standing_says_so() -> None:
+    decision = decide(loop(make_fleet(make_spec("one"))))
+    assert decision.reason is DecisionReason.ONLY_CANDIDATE
+
+
+def test_exploration_is_labelled_and_its_propensities_sum_to_one() -> None:
+    target = loop(predictor=Oracle(sql=0.7), goals=make_goals(exploration_ratio=0.5))
+    decisions = [target.decide_context(make_context(request_id=f"r{i}")) for i in range(600)]
+    best = decisions[0].candidates[0].slm_id
+    for decision in decisions:
+        deviates = decision.slm_id != best
+        assert (decision.path is DecisionPath.EXPLORED) == deviates
+        assert (decision.reason is DecisionReason.EXPLORATION) == deviates
+        assert sorted(decision.ranking) == ["chat", "cloud", "guard", "sql"]
+    by_slm = {d.slm_id: d.propensity for d in decisions}
+    assert set(by_slm) == {"chat", "cloud", "guard", "sql"}
+    assert sum(by_slm.values()) == pytest.approx(1.0)
+    share = Counter(d.slm_id for d in decisions)
+    assert share[best] / 600 == pytest.approx(by_slm[best], abs=0.06)
+
+
+def test_when_everything_is_down_the_fleet_is_unavailable() -> None:
+    fleet = make_fleet()
+    down = {s.id: make_state(s.id, replicas=0) for s in fleet.slms}
+    with pytest.raises(SLMUnavailableError, match="small: available, large: available"):
+        decide(loop(fleet, down))
+
+
+def test_when_nothing_is_capable_the_request_is_at_fault() -> None:
+    with pytest.raises(NoCandidateError, match="chat: capability"):
+        decide(loop(), tools=[{"type": "function"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("good morning", {}),
+        ("select * from t", {}),
+        ("either one", {}),
+        ("my password", {}),
+        ("good morning", {"model": "sql:strict"}),
+    ],
+)
+def test_a_logged_context_replays_to_the_same_decision_bit_for_bit(
+    text: str, fields: dict[str, Any]
+) -> None:
+    states = {"chat": make_state("chat", running=3, waiting=1, tpot_s=0.1 / 3)}
+    goals = make_goals(exploration_ratio=0.5)
+    logged = decide(loop(states=states, goals=goals), text, **fields)
+    for _ in range(2):
+        replayed = loop(states=states, goals=goals).decide_context(logged.context)
+        assert repr(replace(replayed, decided_in_s=logged.decided_in_s)) == repr(logged)
+
+
+def test_versions_change_with_what_they_name_and_with_nothing_else() -> None:
+    target = loop()
+    before = target.versions
+    target.set_goals(make_goals(quality_floor=0.1))
+    assert target.versions.goals != before.goals
+    assert target.versions.fleet == before.fleet
+    target.set_fleet(make_fleet())
+    assert target.versions.fleet != before.fleet
+    assert loop().versions == before
+
+
+def test_a_new_fleet_is_used_at_once() -> None:
+    target = loop()
+    target.set_fleet(make_fleet(make_spec("new")))
+    assert decide(target).slm_id == "new"
+    with pytest.raises(UnknownModelError):
+        decide(target, model="chat")
+
+
+def test_decisions_are_remembered_up_to_a_bound() -> None:
+    target = loop(decision_log=3)
+    request = parse_chat({"messages": [{"role": "user", "content": "hi"}]})
+    for i in range(10):
+        target.decide(request, Overrides(), f"d{i}")
+    assert [target.recall(f"d{i}") is not None for i in range(10)] == [False] * 7 + [True] * 3
+
+
+def test_the_explanation_is_plain_data_of_the_whole_record() -> None:
+    target = loop()
+    decision = decide(target)
+    explained = target.explain(decision)
+    assert explained == asdict(decision)
+    assert {c["slm_id"] for c in explained["candidates"]} == set(target.specs)
+
+
+def test_decision_time_is_measured_by_the_given_timer() -> None:
+    clock = FakeClock()
+
+    class Slow(Oracle):
+        def predict(self, *args: Any) -> list[Prediction]:
+            clock.advance(0.25)
+            return super().predict(*args)
+
+    assert decide(loop(predictor=Slow(), timer=clock)).decided_in_s == 0.25

@@ -1,0 +1,121 @@
+"""The objective: SLO penalties, the floor, exploration and complexity."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm_serve.plan.objective import (
+    SLO_PENALTY,
+    above_floor,
+    complexity,
+    evaluate,
+    explore,
+    ranked,
+    slo_penalty,
+)
+from calm_serve.testing import make_context, make_goals, make_prediction, make_spec, make_state
+from calm_serve.types import Candidate, Residency
+
+
+def candidate(slm_id: str, score: float = 0.5, **fields: float) -> Candidate:
+    return Candidate(slm_id, score=score, **fields)  # type: ignore[arg-type]
+
+
+def test_the_score_is_the_weighted_sum_of_its_terms() -> None:
+    goals = make_goals(latency_weight_per_s=0.1, energy_weight_per_j=0.01, switching_weight=0.05)
+    prediction = make_prediction(
+        success_ratio=0.8, output_tokens=11, ttft_s=0.5, tpot_s=0.05, energy_j=4.0
+    )
+    cold = make_state(residency=Residency.COLD)
+    scored = evaluate(make_context(), prediction, cold, goals)
+    assert scored.quality == 0.8
+    assert scored.latency == pytest.approx(0.1)  # one second
+    assert scored.energy == pytest.approx(0.04)
+    assert scored.switching == 0.05
+    assert scored.score == pytest.approx(0.61)
+    assert evaluate(make_context(), prediction, make_state(), goals).switching == 0.0
+
+
+@pytest.mark.parametrize(
+    ("slo", "penalty"),
+    [
+        ({}, 0.0),
+        ({"slo_ttft_ms": 100.0}, 0.0),
+        ({"slo_ttft_ms": 40.0}, SLO_PENALTY * 0.25),
+        ({"slo_ttft_ms": 1.0}, SLO_PENALTY),
+        ({"slo_tpot_ms": 8.0}, SLO_PENALTY * 0.25),
+        ({"deadline_s": 0.68}, 0.0),
+        ({"deadline_s": 0.34}, SLO_PENALTY),
+        ({"slo_ttft_ms": 40.0, "slo_tpot_ms": 5.0}, SLO_PENALTY),
+    ],
+)
+def test_a_missed_slo_costs_by_its_relative_violation(
+    slo: dict[str, float], penalty: float
+) -> None:
+    prediction = make_prediction(ttft_s=0.05, tpot_s=0.01, output_tokens=64)
+    assert slo_penalty(make_context(**slo), prediction) == pytest.approx(penalty)
+
+
+def test_the_floor_keeps_those_above_it_and_else_the_best_one() -> None:
+    low, high = candidate("low", quality=0.3), candidate("high", quality=0.6)
+    assert above_floor([low, high], 0.0) == [low, high]
+    assert above_floor([low, high], 0.5) == [high]
+    assert above_floor([low, high], 0.9) == [high]
+
+
+def test_equal_scores_are_ordered_by_id() -> None:
+    assert [c.slm_id for c in ranked([candidate("b"), candidate("a"), candidate("c", 0.6)])] == [
+        "c",
+        "a",
+        "b",
+    ]
+
+
+@given(st.text(max_size=20), st.just(0.0) | st.floats(1e-6, 0.5), st.integers(1, 6))
+def test_whatever_the_draw_a_candidate_comes_back_with_a_propensity(
+    decision_id: str, ratio: float, count: int
+) -> None:
+    order = [candidate(f"slm{i}", 1.0 - i / 10) for i in range(count)]
+    chosen, propensity, explored = explore(order, decision_id, ratio)
+    assert chosen in order
+    assert 0.0 < propensity <= 1.0
+    assert explored == (chosen is not order[0])
+
+
+def test_exploration_happens_as_often_as_its_propensities_say() -> None:
+    order = [candidate("best", 0.9), candidate("second", 0.5), candidate("third", 0.1)]
+    draws = [explore(order, f"decision {i}", 0.3) for i in range(4000)]
+    share = Counter(chosen.slm_id for chosen, *_ in draws)
+    by_id = {chosen.slm_id: propensity for chosen, propensity, _ in draws}
+    assert sum(by_id.values()) == pytest.approx(1.0)
+    for slm_id, propensity in by_id.items():
+        assert share[slm_id] / 4000 == pytest.approx(propensity, abs=0.03)
+
+
+def test_exploration_stays_inside_the_slo_headroom() -> None:
+    order = [candidate("best"), candidate("late", latency=SLO_PENALTY), candidate("near")]
+    draws = {explore(order, f"decision {i}", 0.5)[0].slm_id for i in range(300)}
+    assert draws == {"best", "near"}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_with_nothing_to_explore_the_best_one_is_certain(ratio: float) -> None:
+    only = [candidate("only")]
+    assert explore(only, "id", ratio) == (only[0], 1.0, False)
+    late = [candidate("best"), candidate("late", latency=1.0)]
+    assert explore(late, "id", ratio) == (late[0], 1.0, False)
+
+
+def test_complexity_is_the_chance_that_the_cheapest_slm_fails() -> None:
+    specs = {i: make_spec(i, parameters=n) for i, n in (("tiny", 1), ("twin", 2), ("huge", 3))}
+    candidates = [
+        Candidate("huge", prediction=make_prediction("huge", success_ratio=0.9, energy_j=9.0)),
+        Candidate("twin", prediction=make_prediction("twin", success_ratio=0.5, energy_j=1.0)),
+        Candidate("tiny", prediction=make_prediction("tiny", success_ratio=0.2, energy_j=1.0)),
+    ]
+    assert complexity(candidates, specs) == pytest.approx(0.8)
+    assert complexity([Candidate("tiny", excluded_by="breaker")], specs) is None

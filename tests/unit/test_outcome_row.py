@@ -1,0 +1,81 @@
+"""The durable row of a call: what it repeats, what it measures, what it leaves empty."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from calm_serve.testing import (
+    make_context,
+    make_decision,
+    make_facts,
+    make_prediction,
+    make_state,
+)
+from calm_serve.types import Candidate, Decision, DecisionPath, QualitySignal
+from deployments.dispatch import Call, outcome_of
+from deployments.wire import Final
+
+
+def started(decision: Decision | None = None) -> Call:
+    return Call(decision or make_decision("a", "b"), make_state("a"), (1.0, 2.0))
+
+
+def finished(call: Call, **facts: Any) -> Call:
+    call.slm_id = call.slm_id or call.decision.slm_id
+    call.status, call.http_status = "ok", 200
+    call.final = Final(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
+    return call
+
+
+def test_the_outcome_repeats_decision_facts_and_signals() -> None:
+    decision = make_decision(
+        "a", "b", context=make_context(request_id="d1", numbers=(1.0,), buckets=(2,))
+    )
+    call = finished(started(replace(decision, propensity=0.3)), cached_tokens=64, queue_s=0.2)
+    call.predicted_replica = "r0"
+    outcome = outcome_of(call, at=5.0, task="sql", prompt="text")
+    assert (outcome.outcome_id, outcome.at, outcome.task, outcome.prompt) == (
+        "d1",
+        5.0,
+        "sql",
+        "text",
+    )
+    assert (outcome.slm_id, outcome.path, outcome.propensity) == ("a", "scored", 0.3)
+    assert (outcome.predicted_replica, outcome.served_replica) == ("r0", "r1")
+    assert (outcome.numbers, outcome.buckets, outcome.load) == ((1.0,), (2,), (1.0, 2.0))
+    assert outcome.predicted == (0.5, 64.0, 0.05, 0.01, 6.4)
+    assert (outcome.cached_tokens, outcome.queue_s, outcome.energy_j) == (64, 0.2, 1.0)
+    assert [s.source for s in outcome.signals] == ["validator:json"]
+
+
+def test_the_first_token_of_a_stream_is_timed_here_and_of_one_piece_in_the_engine() -> None:
+    streaming = make_decision("a", context=make_context(stream=True))
+    call = finished(started(streaming), ttft_s=0.7)
+    call.first_byte_s = 0.2
+    assert outcome_of(call, at=0.0, task="", prompt=None).ttft_s == 0.2
+    call = finished(started(make_decision("a")), ttft_s=0.7)
+    call.first_byte_s = 0.2
+    assert outcome_of(call, at=0.0, task="", prompt=None).ttft_s == 0.7
+
+
+def test_a_call_that_never_reached_an_slm_still_has_an_outcome() -> None:
+    outcome = outcome_of(started(), at=0.0, task="", prompt=None)
+    assert (outcome.slm_id, outcome.status, outcome.served_replica) == ("a", "error", "")
+    assert (outcome.energy_j, outcome.queue_s, outcome.ttft_s, outcome.tpot_s) == (None,) * 4
+    assert outcome.signals == ()
+
+
+def test_an_slm_without_a_prediction_leaves_it_empty() -> None:
+    ruled = make_decision("a", candidates=(Candidate("a"),), path=DecisionPath.RULE)
+    assert outcome_of(started(ruled), at=0.0, task="", prompt=None).predicted == ()
+    other = make_decision("a", candidates=(Candidate("b", prediction=make_prediction("b")),))
+    assert outcome_of(started(other), at=0.0, task="", prompt=None).predicted == ()
+
+
+@pytest.mark.parametrize(("replicas", "cold"), [(0, True), (1, False)])
+def test_a_cold_start_is_known_from_the_state_at_the_decision(replicas: int, cold: bool) -> None:
+    call = Call(make_decision("a"), make_state("a", replicas=replicas), ())
+    assert outcome_of(call, at=0.0, task="", prompt=None).cold is cold

@@ -1,0 +1,137 @@
+"""The prefix index: what it remembers, what it forgets, and its bounds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm_serve.execute.prefix import PrefixIndex
+
+REPLICAS = st.sampled_from(["a", "b", "c"])
+
+
+def chain_of(words: list[int]) -> tuple[int, ...]:
+    """Hash prefixes the way real chains work: equal block means equal everything before it."""
+    return tuple(hash(tuple(words[: i + 1])) for i in range(len(words)))
+
+
+CHAINS = st.lists(st.integers(0, 2), max_size=6).map(chain_of)
+
+
+def test_a_replica_matches_the_blocks_it_served() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3), "a")
+    assert index.match((1, 2, 3, 4)) == {"a": 3}
+
+
+def test_matching_stops_at_the_first_block_that_differs() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3), "a")
+    assert index.match((1, 9, 3)) == {"a": 1}
+    assert index.match((9, 2, 3)) == {}
+
+
+def test_replicas_that_share_a_head_differ_in_their_tails() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3, 4), "a")
+    index.add((1, 2), "b")
+    assert index.match((1, 2, 3, 4)) == {"a": 4, "b": 2}
+
+
+def test_blocks_after_a_gap_do_not_count() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3), "a")
+    index.add((2, 3), "b")
+    assert index.match((1, 2, 3)) == {"a": 3}
+
+
+def test_the_least_recently_added_chain_is_forgotten_first() -> None:
+    index = PrefixIndex(4)
+    index.add((1, 2), "a")
+    index.add((3, 4), "a")
+    index.add((1, 2), "b")
+    index.add((5, 6), "a")
+    assert index.match((3, 4)) == {}
+    assert index.match((1, 2)) == {"a": 2, "b": 2}
+
+
+def test_eviction_takes_tails_before_the_heads_they_depend_on() -> None:
+    index = PrefixIndex(3)
+    index.add((1, 2, 3, 4, 5), "a")
+    assert index.match((1, 2, 3, 4, 5)) == {"a": 3}
+
+
+def test_a_replica_that_is_gone_neither_matches_nor_is_added() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2), "a")
+    index.add((1, 2), "b")
+    index.retain(["b"])
+    index.add((1, 2), "a")
+    assert index.match((1, 2)) == {"b": 2}
+
+
+def test_holders_of_a_hot_block_stay_bounded_while_replicas_come_and_go() -> None:
+    index = PrefixIndex(100)
+    for generation in range(50):
+        index.retain([f"r{generation}"])
+        index.add((1,), f"r{generation}")
+    assert index._holders[1] == ("r49",)
+
+
+def test_an_index_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_blocks"):
+        PrefixIndex(0)
+
+
+def test_integrity_check_notices_a_broken_invariant() -> None:
+    index = PrefixIndex(1)
+    index._holders[1] = ()
+    with pytest.raises(AssertionError, match="no holder"):
+        index.check_integrity()
+    index._holders[1] = ("a", "a")
+    with pytest.raises(AssertionError, match="twice"):
+        index.check_integrity()
+    index._holders[1] = index._holders[2] = ("a",)
+    with pytest.raises(AssertionError, match="exceed"):
+        index.check_integrity()
+
+
+@given(st.lists(st.tuples(CHAINS, REPLICAS)), CHAINS)
+def test_with_room_for_everything_matches_are_the_longest_common_prefixes(
+    added: list[tuple[tuple[int, ...], str]], asked: tuple[int, ...]
+) -> None:
+    index = PrefixIndex(10_000)
+    expected: dict[str, int] = {}
+    for chain, replica in added:
+        index.add(chain, replica)
+        common = len([1 for mine, theirs in zip(chain, asked, strict=False) if mine == theirs])
+        if common:
+            expected[replica] = max(expected.get(replica, 0), common)
+    assert index.match(asked) == expected
+    index.check_integrity()
+
+
+@given(
+    st.integers(1, 8),
+    st.lists(st.one_of(st.tuples(CHAINS, REPLICAS), st.frozensets(REPLICAS))),
+    CHAINS,
+)
+def test_bounds_and_membership_hold_after_any_history(
+    max_blocks: int,
+    history: list[tuple[tuple[int, ...], str] | frozenset[str]],
+    asked: tuple[int, ...],
+) -> None:
+    index = PrefixIndex(max_blocks)
+    live = frozenset({"a", "b", "c"})
+    for step in history:
+        if isinstance(step, frozenset):
+            live = step
+            index.retain(step)
+        else:
+            index.add(*step)
+    index.check_integrity()
+    assert len(index) <= max_blocks
+    matched = index.match(asked)
+    assert set(matched) <= live
+    assert all(0 < blocks <= len(asked) for blocks in matched.values())

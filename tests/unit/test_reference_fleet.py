@@ -1,0 +1,129 @@
+"""The reference fleet's data rules, without data sets, weights or a network."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from deployments.reference_fleet import chat, data, problems, sources, wrappers
+
+FLEET = Path(data.__file__).parent
+FILES = sorted((FLEET / "eval").glob("*.jsonl"))
+
+
+def _query(question: str, value: str) -> sources.Query | None:
+    sql = (
+        "SELECT TABLEalias0.NOTES_FIELD FROM TABLE AS TABLEalias0 "
+        'WHERE TABLEalias0.YEAR/S_FIELD = "var0" ;'
+    )
+    return sources._wikisql_query(sql, {"text": question, "variables": {"var0": value}})
+
+
+def test_sql_has_a_short_normal_form_with_the_questions_spelling() -> None:
+    query = _query("Notes for south australia ?", "South Australia")
+    assert query is not None
+    pair = data.filled(query, query.values)
+    assert pair.answer == 'SELECT notes FROM table WHERE year_s = "south australia"'
+
+
+def test_sql_without_the_value_in_the_question_is_dropped() -> None:
+    assert _query("Notes for 1995 ?", "5") is None
+
+
+def test_numbers_are_not_quoted() -> None:
+    query = _query("Notes for 1995 ?", "1995")
+    assert query is not None
+    assert data.filled(query, query.values).answer.endswith("year_s = 1995")
+
+
+def test_swapped_values_change_question_and_sql_together() -> None:
+    query = _query("Notes for south australia ?", "South Australia")
+    assert query is not None
+    pair = data.filled(query, ("Bremen",))
+    assert "Bremen" in pair.prompt
+    assert "Bremen" in pair.answer
+
+
+def test_extraction_keeps_the_order_of_the_text() -> None:
+    pieces = (("play ", ""), ("Bach", "artist"), (" on ", ""), ("Spotify", "service"))
+    pair = data.extraction(sources.Utterance("PlayMusic", pieces))
+    assert pair.prompt == "play Bach on Spotify"
+    assert pair.answer == (
+        '{"intent": "PlayMusic", "slots": {"artist": "Bach", "service": "Spotify"}}'
+    )
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_worked_steps_are_right(seed: int) -> None:
+    _, answer, steps = problems.generated(Random(seed))
+    *lines, last = answer.split("\n")
+    assert len(lines) == steps
+    for line in lines:
+        left, operator, right, result = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()  # type: ignore[union-attr]
+        assert problems.apply(operator, int(left), int(right)) == int(result)
+    assert problems.final_number(answer) == lines[-1].split(" = ")[1] == last.split()[1]
+
+
+def test_svamp_numbers_change_in_text_and_steps_together() -> None:
+    found = problems.from_svamp("Ana has 76 pens and 25 cups.", "( 76.0 - 25.0 )", Random(1))
+    assert found is not None
+    question, answer = found
+    assert set(re.findall(r"\d+", question)) <= set(re.findall(r"\d+", answer))
+    assert "76" not in question
+
+
+def test_svamp_without_a_generator_is_unchanged() -> None:
+    found = problems.from_svamp("76 and 25?", "( 76.0 - 25.0 )", None)
+    assert found == ("76 and 25?", "76 - 25 = 51\n#### 51")
+
+
+def test_about_half_of_the_prompts_are_bare() -> None:
+    rng = Random(0)
+    drawn = [wrappers.wrap("sql", "how many?", ("a", "b"), rng) for _ in range(2000)]
+    bare = sum(m == [wrappers.user("how many?")] for m in drawn) / len(drawn)
+    assert 0.45 < bare < 0.55
+    assert all(m[-1]["role"] == "user" for m in drawn)
+
+
+def test_text_with_braces_survives_telling_words() -> None:
+    assert "rm {} +" in wrappers.told("shell", "rm {} +", Random(0))
+
+
+def test_the_held_out_side_is_stable() -> None:
+    assert sources.held_out("Find all files", 1000)
+    assert not sources.held_out("Find all files", 0)
+    assert sources.held_out("Find  ALL files", 500) == sources.held_out("find all files", 500)
+
+
+def test_chat_is_the_same_for_the_same_seed() -> None:
+    assert [chat.chat(Random(3)) for _ in range(3)] == [chat.chat(Random(3))] * 3
+
+
+def test_data_dir_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    with pytest.raises(RuntimeError, match="DATA_DIR"):
+        sources.data_dir()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_evaluation_rows_are_complete(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert 100 <= len(rows) <= 200
+    for row in rows:
+        assert row["task"] == path.stem
+        assert row["prompt"]
+        assert row["answer"]
+        assert row["difficulty"] in {"easy", "medium", "hard", "beyond"}
+
+
+def test_there_is_an_evaluation_file_for_every_task() -> None:
+    assert {p.stem for p in FILES} == set(data.TASKS)
+
+
+def test_reading_the_data_rules_imports_no_training_library() -> None:
+    code = "import deployments.reference_fleet.data, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=FLEET.parents[1])

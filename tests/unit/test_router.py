@@ -1,0 +1,214 @@
+"""The router deployment without Ray: every ending leaves exactly one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from calm_serve.testing import make_decision, make_facts, make_replica, make_state
+from deployments import dispatch, fleet_view, router
+from deployments.live import LiveView
+from deployments.wire import Final, Refusal, deployment_name
+from tests.router_harness import Knowledge, Metrics, Service
+
+CHAT = {"messages": [{"role": "user", "content": "good morning"}]}
+END = Final(b"data: [DONE]\n\n", make_facts("r1"))
+FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
+    view = LiveView(lambda: 0.0)
+    for module in (dispatch, fleet_view):
+        monkeypatch.setattr(module, "VIEW", view)
+    for slm_id in ("small", "large"):
+        view.update_replicas(deployment_name(slm_id), [make_replica("r1")])
+    replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router-1"))
+    monkeypatch.setattr(router.serve, "get_replica_context", lambda: replica)
+    monkeypatch.setattr(router, "KnowledgeClient", Knowledge)
+    monkeypatch.setattr(router, "RouterMetrics", Metrics)
+    # The refresh task then only gives way to the test.
+    monkeypatch.setattr(router, "REFRESH_S", 0.0)
+    return view
+
+
+async def body_of(response: Any) -> bytes:
+    if not hasattr(response, "body_iterator"):
+        return bytes(response.body)
+    return b"".join([part async for part in response.body_iterator])
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "status", "ending"),
+    [
+        ((b'{"a":', Final(b"1}", make_facts("r1"))), {}, 200, "ok"),
+        ((Refusal(422, b"{}"),), {}, 422, "rejected"),
+        ((RayActorError(),), {}, 503, "error"),
+        ((FULL,), {}, 429, "rejected"),
+        ((b"x", RayActorError()), {}, 503, "error"),
+        (("hang",), {"request_timeout_s": 0.01}, 504, "error"),
+    ],
+    ids=["answered", "refused", "dead", "full", "died while answering", "too slow"],
+)
+async def test_every_ending_of_an_answer_in_one_piece_leaves_one_outcome(
+    view: LiveView,
+    tmp_path: Path,
+    items: Any,
+    options: dict[str, Any],
+    status: int,
+    ending: str,
+) -> None:
+    async with Service(tmp_path, *items, **options) as service:
+        response = await service.post(CHAT)
+        (outcome,) = await service.outcomes()
+    assert response.status_code == status
+    assert outcome.status == ending
+    assert outcome.outcome_id == response.headers["x-calm-decision-id"]
+
+
+@pytest.mark.parametrize(
+    ("items", "options"),
+    [((b"x", RayActorError()), {}), (("hang",), {"request_timeout_s": 0.01})],
+    ids=["died while answering", "too slow"],
+)
+async def test_the_outcome_has_the_status_that_the_client_saw(
+    view: LiveView, tmp_path: Path, items: Any, options: dict[str, Any]
+) -> None:
+    async with Service(tmp_path, *items, **options) as service:
+        response = await service.post(CHAT)
+        (outcome,) = await service.outcomes()
+    assert outcome.http_status == response.status_code
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "end", "ending"),
+    [
+        ((b"data: 1\n\n", END), {}, b"[DONE]\n\n", ("ok", 200)),
+        ((b"data: 1\n\n", RayActorError()), {}, b"}\n\n", ("error", 503)),
+        ((b"data: 1\n\n", "hang"), {"request_timeout_s": 0.02}, b"}\n\n", ("error", 504)),
+    ],
+    ids=["answered", "died while answering", "too slow"],
+)
+async def test_every_ending_of_a_stream_leaves_one_outcome(
+    view: LiveView,
+    tmp_path: Path,
+    items: Any,
+    options: dict[str, Any],
+    end: bytes,
+    ending: tuple[str, int],
+) -> None:
+    async with Service(tmp_path, *items, **options) as service:
+        response = await service.post({**CHAT, "stream": True})
+        content = await body_of(response)
+        (outcome,) = await service.outcomes()
+    assert response.status_code == 200
+    assert content.startswith(b"data: 1\n\n")
+    assert content.endswith(end)
+    assert (outcome.status, outcome.http_status) == ending
+
+
+async def test_a_client_that_leaves_a_stream_stops_the_slm_and_leaves_one_outcome(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, b"data: 1\n\n", "hang") as service:
+        response: Any = await service.post({**CHAT, "stream": True})
+        stream = response.body_iterator
+        assert await anext(stream) == b"data: 1\n\n"
+        await stream.aclose()
+        (outcome,) = await service.outcomes()
+    assert (outcome.status, outcome.http_status) == ("cancelled", 499)
+    assert service.handle.cancelled == 1
+
+
+async def test_a_client_that_leaves_before_the_first_byte_leaves_one_outcome(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, "hang") as service:
+        waiting = asyncio.create_task(service.post(CHAT))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        (outcome,) = await service.outcomes()
+    assert (outcome.status, outcome.http_status) == ("cancelled", 499)
+
+
+@pytest.mark.parametrize("body", [b"{", {"messages": []}, {**CHAT, "model": "nobody"}])
+async def test_a_request_that_was_never_decided_leaves_no_outcome(
+    view: LiveView, tmp_path: Path, body: Any
+) -> None:
+    async with Service(tmp_path, END) as service:
+        response = await service.post(body)
+        assert await service.outcomes() == []
+    assert response.status_code in (400, 404)
+    assert response.headers["x-calm-reason"] == "refused"
+
+
+async def test_headers_name_the_slm_the_reason_and_the_decision(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, END) as service:
+        response = await service.post({**CHAT, "model": "large"})
+        decision_id = response.headers["x-calm-decision-id"]
+        record = await service.request("GET", f"/v1/decisions/{decision_id}")
+    assert response.headers["x-calm-model"] == "large"
+    assert response.headers["x-calm-reason"] == "pinned:requested"
+    assert json.loads(bytes(record.body))["slm_id"] == "large"
+
+
+async def test_prompts_are_stored_only_where_the_operator_says_so(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, END) as service:
+        await service.post(CHAT)
+        (outcome,) = await service.outcomes()
+    assert outcome.prompt is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/models/", 200),
+        ("GET", "/v1/models/small", 200),
+        ("GET", "/v1/models/nobody", 404),
+        ("GET", "/v1/decisions/unknown", 404),
+        ("GET", "/health", 200),
+    ],
+)
+async def test_paths_lead_to_their_endpoints(
+    view: LiveView, tmp_path: Path, method: str, path: str, status: int
+) -> None:
+    async with Service(tmp_path, END) as service:
+        assert (await service.request(method, path)).status_code == status
+
+
+async def test_a_dry_run_decides_and_asks_nobody(view: LiveView, tmp_path: Path) -> None:
+    async with Service(tmp_path, RayActorError()) as service:
+        response = await service.post({"prompt": "good morning"}, "/v1/route")
+        assert await service.outcomes() == []
+    assert json.loads(bytes(response.body))["slm_id"] in ("small", "large")
+
+
+def test_a_call_is_written_down_once_whoever_comes_first() -> None:
+    class Recorder:
+        rows = 0
+
+        def record(self, *_call: Any) -> None:
+            self.rows += 1
+
+    recorder: Any = Recorder()
+    call = dispatch.Call(make_decision("small"), make_state("small"), ())
+    finish = router._Finish(recorder, call, "", None)
+    finish()
+    finish()
+    assert recorder.rows == 1

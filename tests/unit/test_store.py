@@ -1,0 +1,186 @@
+"""The outcome store on SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.codec import decode_outcome, decode_signals
+from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.types import QualitySignal
+from tests.knowledge_data import make_outcome, make_world
+
+GOOD = QualitySignal("feedback", 1.0, 5.0)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'log.sqlite'}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[OutcomeStore]:
+    opened = OutcomeStore(url)
+    yield opened
+    opened.close()
+
+
+def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
+    outcome = make_outcome(
+        "a", ttft_s=0.1 + 0.2, energy_j=None, cold=True, prompt="¿qué?", extra={"k": [1, {"x": 2}]}
+    )
+    outcome = replace(outcome, signals=(GOOD, QualitySignal("validator:json", 0.0, 4.0)))
+    store.append([outcome])
+    assert store.get("a") == outcome
+
+
+def test_acknowledged_outcomes_are_there_after_a_restart(url: str, store: OutcomeStore) -> None:
+    store.append(make_world(30))
+    again = OutcomeStore(url)  # the first one was never closed, as after a kill
+    assert again.recent(100) == make_world(30)
+    again.close()
+
+
+def test_sqlite_writes_ahead_and_syncs_every_commit(store: OutcomeStore) -> None:
+    with store._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def test_a_repeated_batch_adds_nothing(store: OutcomeStore) -> None:
+    rows = make_world(10)
+    assert store.append(rows) == 10
+    assert store.append([*rows, make_outcome("new"), make_outcome("new")]) == 1
+    assert store.count() == 11
+    assert store.labelled_total() == 10
+
+
+def test_a_batch_that_cannot_be_stored_leaves_nothing_behind(store: OutcomeStore) -> None:
+    with pytest.raises(KnowledgeError, match="cannot append"):
+        store.append([make_outcome("fine"), make_outcome("bad", extra={"x": float("nan")})])
+    assert store.count() == 0
+
+
+def test_feedback_before_its_outcome_is_joined_later(store: OutcomeStore) -> None:
+    assert store.add_signals("late", [GOOD]) is False
+    assert store.labelled_count() == 0
+    store.append([make_outcome("late")])
+    found = store.get("late")
+    assert found is not None
+    assert found.signals == (GOOD,)
+    assert [o.outcome_id for _, o in store.labelled(0, 10)] == ["late"]
+
+
+def test_feedback_labels_a_known_outcome_once(store: OutcomeStore) -> None:
+    store.append([make_outcome("a"), make_outcome("b")])
+    assert store.add_signals("a", [GOOD]) is True
+    assert store.add_signals("a", [GOOD]) is True
+    assert store.labelled_count() == 1
+    assert store.labelled_total() == 1
+
+
+def test_the_latest_signal_of_a_source_counts_whatever_the_order_of_arrival(
+    store: OutcomeStore,
+) -> None:
+    late = QualitySignal("feedback", 0.0, 9.0)
+    store.append([make_outcome("a")])
+    store.add_signals("a", [late])
+    store.add_signals("a", [GOOD])
+    found = store.get("a")
+    assert found is not None
+    assert found.signals == (late,)
+
+
+def test_rows_page_through_everything_in_order_of_arrival(store: OutcomeStore) -> None:
+    store.append(make_world(25))
+    seen, since = [], 0
+    while page := store.rows(since, 10):
+        assert len(page) <= 10
+        seen += [o.outcome_id for _, o in page]
+        since = page[-1][0]
+    assert seen == [f"o{i}" for i in range(25)]
+
+
+def test_recent_sorts_by_time_even_when_an_old_outcome_arrives_late(store: OutcomeStore) -> None:
+    store.append([make_outcome("second", at=2.0), make_outcome("third", at=3.0)])
+    store.append([make_outcome("first", at=1.0)])
+    assert [o.outcome_id for o in store.recent(10)] == ["first", "second", "third"]
+    assert [o.outcome_id for o in store.recent(2)] == ["second", "third"]
+
+
+def test_pruning_keeps_the_newest_and_forgets_signals_of_the_rest(store: OutcomeStore) -> None:
+    store.append(make_world(20))
+    assert store.prune(5) == 15
+    assert [o.outcome_id for _, o in store.rows(0, 50)] == [f"o{i}" for i in range(15, 20)]
+    assert store.labelled_total() == 20
+    store.append([make_outcome("o0")])  # its old signal must not come back
+    again = store.get("o0")
+    assert again is not None
+    assert again.signals == ()
+
+
+def test_pruning_bounds_signals_that_wait_for_an_outcome(store: OutcomeStore) -> None:
+    for i in range(10):
+        store.add_signals(f"never{i}", [GOOD])
+    store.prune(3)
+    store.append([make_outcome("never0"), make_outcome("never9")])
+    assert store.labelled_count() == 1
+
+
+def test_pruning_below_the_limit_deletes_nothing(store: OutcomeStore) -> None:
+    store.append(make_world(5))
+    assert store.prune(5) == 0
+    assert store.count() == 5
+
+
+def test_meta_values_survive_a_restart(url: str, store: OutcomeStore) -> None:
+    assert store.meta("champion") is None
+    store.set_meta("champion", "v1")
+    store.set_meta("champion", "v2")
+    again = OutcomeStore(url)
+    assert again.meta("champion") == "v2"
+    again.close()
+
+
+def test_a_database_of_another_schema_is_refused(tmp_path: Path, url: str) -> None:
+    OutcomeStore(url).close()
+    with sqlite3.connect(tmp_path / "log.sqlite") as raw:
+        raw.execute("UPDATE meta SET value = '0' WHERE key = 'schema_version'")
+    raw.close()
+    with pytest.raises(KnowledgeError, match="schema version 0"):
+        OutcomeStore(url)
+
+
+def test_a_wrong_url_is_a_knowledge_error() -> None:
+    with pytest.raises(KnowledgeError, match="cannot open"):
+        OutcomeStore("no such url")
+
+
+def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStore) -> None:
+    store.append([make_outcome("a", prompt="zero\0 and half \ud800")])
+    found = store.get("a")
+    assert found is not None
+    assert found.prompt == "zero\ufffd and half ?"
+
+
+@pytest.mark.parametrize(
+    "change", [{"ttft_s": float("nan")}, {"numbers": (float("inf"),)}, {"at": "yesterday"}]
+)
+def test_a_malformed_outcome_is_refused_by_name(change: dict[str, object]) -> None:
+    with pytest.raises(KnowledgeError, match=next(iter(change))):
+        decode_outcome({**asdict(make_outcome("a")), **change})
+
+
+def test_an_outcome_sent_as_a_dict_is_the_same_outcome() -> None:
+    outcome = replace(make_outcome("a"), signals=(GOOD,))
+    assert decode_outcome(asdict(outcome)) == outcome
+
+
+def test_a_signal_outside_its_range_is_refused() -> None:
+    with pytest.raises(KnowledgeError, match="not in"):
+        decode_signals([{"source": "feedback", "value": 2.0}])

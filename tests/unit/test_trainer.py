@@ -1,0 +1,134 @@
+"""Training on outcomes of a world whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calm_serve.analyze.lightgbm import success_head
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge import scores
+from calm_serve.knowledge.trainer import MIN_LABELLED, Training, train
+from calm_serve.types import Outcome, QualitySignal
+from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
+
+SLMS = (CODER, TALKER)
+
+
+def run(outcomes: list[Outcome], ratio: float = 0.25, seed: int = 3) -> Training:
+    return train(outcomes, SLMS, seed=seed, holdout_ratio=ratio, clock=lambda: 77.0)
+
+
+def test_it_learns_content_and_says_how_well() -> None:
+    metrics = run(make_world(500)).metrics
+    assert metrics["log_loss"] < 0.6 * metrics["base_rate_log_loss"]
+    assert metrics["auc"] > 0.9
+    assert metrics["calibration_error"] < 0.1
+    assert metrics["output_tokens_mae"] < 0.1 * metrics["mean_output_tokens_mae"]
+    assert metrics["ttft_mae_s"] < 0.2 * metrics["analytic_ttft_mae_s"]
+
+
+def test_coin_flips_teach_nothing() -> None:
+    metrics = run(make_world(500, truth=False)).metrics
+    assert metrics["log_loss"] > 0.95 * metrics["base_rate_log_loss"]
+
+
+def test_equal_input_seed_and_clock_give_equal_bytes() -> None:
+    world = make_world(120)
+    assert run(world).artifact.to_bytes() == run(world[::-1]).artifact.to_bytes()
+
+
+def test_the_newest_share_is_held_out() -> None:
+    training = run(make_world(100)[::-1], ratio=0.3)
+    assert [o.outcome_id for o in training.holdout] == [f"o{i}" for i in range(70, 100)]
+    assert training.artifact.trained_on == 70
+
+
+def test_the_holdout_does_not_reach_the_model() -> None:
+    world = make_world(200)
+    lied = [
+        replace(o, signals=(QualitySignal("feedback", 0.0),), output_tokens=999, ttft_s=9.0)
+        if i >= 150
+        else o
+        for i, o in enumerate(world)
+    ]
+    assert run(lied).artifact.boosters == run(world).artifact.boosters
+
+
+def test_an_artifact_records_when_it_was_made() -> None:
+    assert run(make_world(60)).artifact.created_at == 77.0
+
+
+def test_one_label_only_leaves_success_to_the_prior() -> None:
+    world = [replace(o, signals=(QualitySignal("feedback", 1.0),)) for o in make_world(80)]
+    training = run(world)
+    assert set(training.artifact.boosters) == {"output_tokens", "ttft_residual"}
+    assert training.metrics["auc"] is None
+    assert math.isfinite(training.metrics["log_loss"])
+
+
+def test_unlabelled_outcomes_still_teach_length_and_latency() -> None:
+    world = make_world(400)
+    mute = [replace(o, signals=()) if i % 8 else o for i, o in enumerate(world)]
+    metrics = run(mute).metrics
+    assert metrics["fit_outcomes"] > 250
+    assert metrics["output_tokens_mae"] < 0.1 * metrics["mean_output_tokens_mae"]
+
+
+def test_cold_starts_and_failures_do_not_teach_latency() -> None:
+    world = [replace(o, cold=True) if i % 2 else o for i, o in enumerate(make_world(120))]
+    assert "ttft_residual" in run(world).artifact.boosters
+    none = [replace(o, cold=True) for o in make_world(120)]
+    assert "ttft_residual" not in run(none).artifact.boosters
+    failed = [replace(o, status="error") for o in make_world(120)]
+    assert set(run(failed).artifact.boosters) == {success_head(CODER), success_head(TALKER)}
+
+
+def test_an_slm_with_too_few_outcomes_stays_with_its_prior() -> None:
+    world = [o for o in make_world(120) if o.slm_id == CODER]
+    rare = [replace(o, outcome_id=f"t{i}", slm_id=TALKER) for i, o in enumerate(world[:3])]
+    assert run(world + rare).artifact.slm_ids == (CODER,)
+
+
+def test_outcomes_of_other_slms_and_older_layouts_are_left_out() -> None:
+    world = make_world(100)
+    gone = [replace(o, outcome_id=f"g{i}", slm_id="gone") for i, o in enumerate(world)]
+    old = [replace(o, outcome_id=f"x{i}", numbers=(1.0,)) for i, o in enumerate(world)]
+    assert run(world + gone + old).artifact == run(world).artifact
+
+
+def test_too_few_labels_are_an_error_that_counts_them() -> None:
+    with pytest.raises(KnowledgeError, match=f"{MIN_LABELLED - 1} labelled"):
+        run(make_world(MIN_LABELLED - 1))
+
+
+def test_no_slm_with_enough_labels_is_an_error() -> None:
+    slms = [f"s{i}" for i in range(30)]
+    world = [replace(make_outcome(s), slm_id=s, signals=make_world(1)[0].signals) for s in slms]
+    with pytest.raises(KnowledgeError, match="no SLM"):
+        train(world, slms, seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
+
+
+ONES = np.ones(4)
+
+
+def test_auc_counts_ordered_pairs_and_halves_ties() -> None:
+    labels = np.array([0.0, 0.0, 1.0, 1.0])
+    assert scores.auc(labels, np.array([0.1, 0.2, 0.3, 0.4]), ONES) == 1.0
+    assert scores.auc(labels, np.array([0.4, 0.3, 0.2, 0.1]), ONES) == 0.0
+    assert scores.auc(labels, np.full(4, 0.5), ONES) == 0.5
+    assert scores.auc(labels, np.array([0.1, 0.3, 0.3, 0.4]), ONES) == 0.875
+
+
+def test_calibration_error_is_the_gap_between_promise_and_truth() -> None:
+    labels = np.array([1.0, 1.0, 0.0, 0.0])
+    assert scores.calibration_error(labels, np.full(4, 0.5), ONES) == 0.0
+    assert scores.calibration_error(labels, np.full(4, 0.9), ONES) == pytest.approx(0.4)
+
+
+def test_a_confident_mistake_has_a_bounded_loss() -> None:
+    loss = scores.log_loss(np.array([1.0]), np.array([0.0]), np.array([1.0]))
+    assert loss == pytest.approx(-math.log(1e-3))

@@ -1,0 +1,330 @@
+"""Recent means, rates, quantiles, the circuit breaker and the fleet monitor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm_serve.config import SLMSpec
+from calm_serve.monitor.breaker import Breaker, BreakerLimits, BreakerState
+from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
+from calm_serve.monitor.windows import HALF_LIFE_S, WINDOW_SIZE, FleetMonitor, SLMWindow
+from calm_serve.types import Outcome, ReplicaState, Residency
+
+SPEC = SLMSpec(id="small", model="acme/small", batching="interactive")
+SLOTS = SPEC.limits.max_num_seqs
+
+OK = Outcome(
+    outcome_id="d1",
+    at=0.0,
+    slm_id="small",
+    adapter="",
+    path="scored",
+    reason="best_score",
+    rule="",
+    propensity=1.0,
+    status="ok",
+    http_status=200,
+    retries=0,
+    predicted_replica="",
+    served_replica="",
+    cold=False,
+    ttft_s=0.1,
+    e2e_s=1.0,
+    tpot_s=0.01,
+    decision_s=1e-4,
+    prompt_tokens=20,
+    cached_tokens=0,
+    output_tokens=10,
+    energy_j=5.0,
+    energy_source="estimate",
+    task="",
+    numbers=(),
+    buckets=(),
+    load=(),
+    predicted=(),
+    versions=("p", "g", "f"),
+)
+FAILED = replace(OK, status="error", http_status=500, ttft_s=None, e2e_s=None, tpot_s=None)
+
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_mean_gives_a_value_one_half_life_old_half_the_weight() -> None:
+    mean = Ewma(half_life_s=10.0)
+    mean.add(0.0, 0.0)
+    mean.add(3.0, 10.0)
+    assert mean.mean == pytest.approx(2.0)
+
+
+def test_mean_survives_a_silence_long_enough_to_underflow_its_weight() -> None:
+    mean = Ewma(half_life_s=1.0)
+    mean.add(7.0, 0.0)
+    assert mean.weight(1e5) == 0.0
+    assert mean.mean == 7.0
+    mean.add(1.0, 1e5)
+    assert mean.mean == pytest.approx(1.0)
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(0, 1e3)), min_size=1, max_size=50))
+def test_mean_stays_between_the_values_it_has_seen(steps: list[tuple[float, float]]) -> None:
+    mean, now = Ewma(half_life_s=5.0), 0.0
+    for value, gap_s in steps:
+        now += gap_s
+        mean.add(value, now)
+    values = [value for value, _ in steps]
+    assert mean.mean is not None
+    assert min(values) - 1e-6 <= mean.mean <= max(values) + 1e-6
+
+
+@pytest.mark.parametrize("watched_s", [5.0, 60.0, 600.0])
+def test_rate_of_a_steady_stream_is_right_from_the_start(watched_s: float) -> None:
+    rate = DecayedRate(half_life_s=30.0, now=0.0)
+    for step in range(int(watched_s * 20)):
+        rate.add(1.0, step / 20)
+    assert rate.per_s(watched_s) == pytest.approx(20.0, rel=0.02)
+
+
+def test_rate_falls_to_a_half_one_half_life_after_the_last_event() -> None:
+    rate = DecayedRate(half_life_s=30.0, now=0.0)
+    for second in range(1000):
+        rate.add(1.0, float(second))
+    assert rate.per_s(1030.0) == pytest.approx(rate.per_s(1000.0) / 2, rel=1e-3)
+
+
+def test_quantiles_are_exact_over_the_newest_values_only() -> None:
+    window = QuantileWindow(size=100, max_age_s=60.0)
+    for value in range(1, 201):
+        window.add(float(value), 0.0)
+    assert len(window) == 100
+    assert window.quantiles((0.0, 0.5, 0.95, 1.0), 0.0) == (101.0, 150.0, 195.0, 200.0)
+
+
+def test_quantiles_forget_what_is_too_old() -> None:
+    window = QuantileWindow(size=10, max_age_s=60.0)
+    window.add(1.0, 0.0)
+    window.add(9.0, 50.0)
+    assert window.quantiles((0.5,), 70.0) == (9.0,)
+    assert window.quantiles((0.5,), 111.0) == (None,)
+
+
+def opened(limits: BreakerLimits) -> Breaker:
+    breaker = Breaker(limits)
+    for _ in range(limits.consecutive):
+        breaker.record(True, 0.0)
+    return breaker
+
+
+def test_breaker_opens_on_failures_in_a_row() -> None:
+    breaker = Breaker(BreakerLimits(consecutive=3))
+    breaker.record(True, 0.0)
+    breaker.record(True, 0.0)
+    assert breaker.state(0.0) is BreakerState.CLOSED
+    breaker.record(True, 0.0)
+    assert breaker.state(0.0) is BreakerState.OPEN
+
+
+def test_breaker_opens_on_the_ratio_only_with_enough_recent_requests() -> None:
+    breaker = Breaker(BreakerLimits(consecutive=100, failure_ratio=0.5, min_requests=10))
+    for turn in range(9):
+        breaker.record(turn % 2 == 0, 0.0)
+    assert breaker.state(0.0) is BreakerState.CLOSED
+    breaker.record(True, 0.0)
+    assert breaker.state(0.0) is BreakerState.OPEN
+
+
+def test_breaker_ignores_answers_to_requests_sent_before_it_opened() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0))
+    breaker.record(False, 1.0)
+    assert breaker.state(1.0) is BreakerState.OPEN
+
+
+def test_half_open_breaker_lets_one_probe_through_at_a_time() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0))
+    assert breaker.blocks(4.9, in_flight=0)
+    assert not breaker.blocks(5.0, in_flight=0)
+    assert breaker.blocks(5.0, in_flight=1)
+
+
+def test_half_open_breaker_does_not_wait_for_ever_for_a_lost_probe() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0))
+    assert not breaker.blocks(10.0, in_flight=1)
+
+
+def test_good_probe_closes_the_breaker_and_forgets_the_failures() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0))
+    breaker.record(False, 5.0)
+    assert breaker.state(5.0) is BreakerState.CLOSED
+    assert breaker.failure_ratio == 0.0
+
+
+def test_failed_probes_double_the_cool_down_up_to_its_bound() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0, max_cool_down_s=15.0))
+    breaker.record(True, 5.0)
+    assert breaker.state(14.9) is BreakerState.OPEN
+    assert breaker.state(15.0) is BreakerState.HALF_OPEN
+    breaker.record(True, 15.0)
+    assert breaker.state(29.9) is BreakerState.OPEN
+    assert breaker.state(30.0) is BreakerState.HALF_OPEN
+
+
+def test_window_starts_with_unknowns_not_zeros() -> None:
+    clock = Clock()
+    seen = SLMWindow("small", clock).snapshot(clock.now)
+    assert (seen.ttft_s, seen.ttft_p95_s, seen.tpot_s, seen.energy_j_per_token) == (None,) * 4
+
+
+def test_window_counts_a_cold_start_but_keeps_its_wait_out_of_the_mean() -> None:
+    clock = Clock()
+    window = SLMWindow("small", clock)
+    window.observe(OK)
+    window.observe(replace(OK, cold=True, ttft_s=20.0, e2e_s=21.0))
+    seen = window.snapshot(clock.now)
+    assert seen.ttft_s == pytest.approx(0.1)
+    assert seen.e2e_p95_s == 1.0
+    assert seen.cold_starts == 1
+
+
+def test_window_weighs_energy_per_token_by_tokens() -> None:
+    clock = Clock()
+    window = SLMWindow("small", clock)
+    window.observe(replace(OK, output_tokens=1, energy_j=4.0))
+    window.observe(replace(OK, output_tokens=99, energy_j=96.0))
+    assert window.snapshot(clock.now).energy_j_per_token == pytest.approx(1.0)
+
+
+def test_window_reports_how_long_it_has_heard_nothing() -> None:
+    clock = Clock()
+    window = SLMWindow("small", clock)
+    window.observe(replace(OK, queue_s=0.25))
+    clock.now += 12.0
+    seen = window.snapshot(clock.now)
+    assert (seen.age_s, seen.queue_s, seen.requests) == (12.0, 0.25, 1)
+
+
+def test_window_stays_bounded() -> None:
+    window = SLMWindow("small", Clock())
+    for _ in range(WINDOW_SIZE * 3):
+        window.observe(OK)
+    assert len(window._ttft.window) == WINDOW_SIZE
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        replace(FAILED, status="cancelled"),
+        replace(FAILED, status="rejected", http_status=429),
+        replace(FAILED, http_status=400),
+    ],
+    ids=["cancelled", "rejected", "bad request"],
+)
+def test_what_is_not_the_slms_fault_is_no_failure(outcome: Outcome) -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    for _ in range(50):
+        monitor.observe(outcome)
+    assert monitor.snapshot("small", clock.now).failures == 0
+    assert not monitor.state(SPEC, [], clock.now).breaker_open
+
+
+def test_failures_open_the_breaker_in_the_state() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    for _ in range(5):
+        monitor.observe(FAILED)
+    state = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
+    assert state.breaker_open
+    assert state.failure_ratio == 1.0
+
+
+def test_attempts_served_elsewhere_open_the_breaker_too() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small", "big"], clock)
+    for _ in range(5):
+        monitor.attempt_failed("small")
+        monitor.observe(replace(OK, slm_id="big", retries=1))
+    assert monitor.state(SPEC, [], clock.now).breaker_open
+    assert monitor.snapshot("small", clock.now).failures == 5
+
+
+def test_half_open_state_depends_on_this_process_requests_in_flight() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    for _ in range(5):
+        monitor.attempt_failed("small")
+    clock.now += BreakerLimits().cool_down_s
+    assert not monitor.state(SPEC, [ReplicaState("r1")], clock.now).breaker_open
+    assert monitor.state(SPEC, [ReplicaState("r1", queue_length=1)], clock.now).breaker_open
+
+
+def test_state_sums_load_and_averages_ratios_over_replicas() -> None:
+    clock = Clock()
+    replicas = [
+        ReplicaState("r1", running=3, waiting=1, kv_usage_ratio=0.2, cached_prefix_ratio=0.5),
+        ReplicaState("r2", running=2, waiting=0, kv_usage_ratio=0.6, cached_prefix_ratio=0.1),
+    ]
+    state = FleetMonitor(["small"], clock).state(SPEC, replicas, clock.now)
+    assert (state.residency, state.replicas) == (Residency.HOT, 2)
+    assert (state.running, state.waiting, state.capacity) == (5, 1, 2 * SLOTS)
+    assert (state.kv_usage_ratio, state.cached_prefix_ratio) == pytest.approx((0.4, 0.3))
+
+
+def test_state_counts_requests_sent_that_no_engine_has_reported_yet() -> None:
+    clock = Clock()
+    burst = [ReplicaState("r1", queue_length=SLOTS + 3)]
+    state = FleetMonitor(["small"], clock).state(SPEC, burst, clock.now)
+    assert (state.running, state.waiting) == (SLOTS, 3)
+
+
+def test_state_without_replicas_is_what_the_caller_says() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    assert monitor.state(SPEC, [], clock.now).residency is Residency.COLD
+    assert monitor.state(SPEC, [], clock.now, Residency.DEAD).residency is Residency.DEAD
+
+
+def test_measured_wake_time_replaces_the_prior() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    assert monitor.state(SPEC, [], clock.now).wake_s == SPEC.priors.wake_s
+    monitor.woke("small", 3.5)
+    assert monitor.state(SPEC, [], clock.now).wake_s == 3.5
+
+
+def test_recent_means_follow_a_change_within_a_few_half_lives() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    monitor.observe(OK)
+    clock.now += 10 * HALF_LIFE_S
+    monitor.observe(replace(OK, ttft_s=0.9))
+    assert monitor.state(SPEC, [], clock.now).ttft_s == pytest.approx(0.9, abs=0.01)
+
+
+def test_slms_come_and_go_while_running() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    monitor.add("new")
+    monitor.observe(replace(OK, slm_id="new"))
+    monitor.remove("small")
+    monitor.observe(OK)
+    assert monitor.slm_ids == ("new",)
+    assert monitor.snapshot("new", clock.now).requests == 1
+
+
+def test_adding_an_slm_twice_keeps_what_was_observed() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    monitor.observe(OK)
+    monitor.add("small")
+    assert monitor.snapshot("small", clock.now).requests == 1
