@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from deployments.reference_fleet import problems, sources
@@ -39,7 +39,8 @@ SPECIALISTS = TASKS[:5]
 LONGEST_CHARACTERS = 420
 LONGEST_SQL_CHARACTERS = 900  # advising joins many tables
 OOS = "oos"
-ADVISING = 0.12  # share of advising among the SQL examples
+ADVISING = 0.2  # share of advising among the SQL examples
+RECASED = 0.3  # share of WikiSQL questions whose words change case
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,21 @@ def _sql() -> Draw:
                 if (pool and query.source == "wikisql") or (pool and near < 0.35)
                 else value
             )
+        if query.source == "wikisql" and rng.random() < RECASED:
+            query = replace(query, question=_recased(query.question, rng))
         return filled(query, tuple(chosen))
 
     return draw
+
+
+def _recased(question: str, rng: Random) -> str:
+    """Words in another case: a column is named in lower case, however the question spells it."""
+    if rng.random() < 0.3:
+        return question.lower()
+    share = rng.random()
+    return re.sub(
+        r"[^\W\d_]{3,}", lambda m: m[0].capitalize() if rng.random() < share else m[0], question
+    )
 
 
 def reason_level(answer: str) -> str:
@@ -267,7 +280,7 @@ def _wrapped(task: str, draw: Draw, rng: Random) -> Example:
 def _general(rng: Random) -> Iterator[Example]:
     prose = Prose()
     draws: dict[str, Draw] = {task: drawer(task, ALL_STEPS) for task in SPECIALISTS}
-    draws["mixed"] = lambda r: mixed(*(draws[t](r) for t in r.sample(SPECIALISTS, 2)), r)
+    draws["mixed"] = lambda r: _two(draws, r)
     draws["prose"] = lambda r: Pair(*prose.sample(r), "medium")
     draws["chat"] = lambda r: Pair(*chat(r), "easy")
     names, weights = list(MIXTURE), list(MIXTURE.values())
@@ -279,6 +292,11 @@ def _general(rng: Random) -> Iterator[Example]:
         yield example
 
 
+def _two(draws: dict[str, Draw], rng: Random) -> Pair:
+    first, second = rng.sample(SPECIALISTS, 2)
+    return mixed(draws[first](rng), draws[second](rng), rng)
+
+
 def mixed(first: Pair, second: Pair, rng: Random) -> Pair:
     """Two requests in one message, answered one after the other."""
     text = rng.choice(TWO_REQUESTS).replace("{a}", first.prompt).replace("{b}", second.prompt)
@@ -288,11 +306,6 @@ def mixed(first: Pair, second: Pair, rng: Random) -> Pair:
 def held_out(task: str, count: int, seed: int = 7) -> list[Example]:
     """`count` held-out examples, every other one with telling words, fixed by `seed`."""
     rng = Random(f"eval:{task}:{seed}")
-    if task == "mixed":
-        pairs = [Random(f"{seed}:{t}").sample(_test_pairs(t, rng), count) for t in SPECIALISTS]
-        both = [rng.sample(row, 2) for row in zip(*pairs, strict=True)]
-        joined = [mixed(a, b, rng) for a, b in both]
-        return [Example([user(p.prompt)], p.answer, task, p.difficulty) for p in joined]
     if task == "general":
         share = -(-count // len(SPECIALISTS))
         return [e for t in SPECIALISTS for e in held_out(t, share, seed)][:count]

@@ -1,75 +1,156 @@
-"""Writes `eval/<task>.jsonl`: `python -m deployments.reference_fleet.evalsets`.
+"""Writes `eval/*.jsonl`: `python -m deployments.reference_fleet.evalsets`.
 
-Held-out rows only. Every other prompt carries telling words (`told`), so a router can
-be tested on both kinds. GSM8K rows are far beyond these models and marked `beyond`.
+Held-out rows only, put barely: a benchmark adds telling words where it wants them. `odd` puts
+them in forms that no model was trained on, `mixed` asks two things at once. GSM8K rows are far
+beyond these models and marked so.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from random import Random
 
+from deployments.reference_fleet import problems, sources
 from deployments.reference_fleet.chat import Prose, chat
-from deployments.reference_fleet.data import SPECIALISTS, held_out
-from deployments.reference_fleet.sources import gsm8k_test
+from deployments.reference_fleet.data import (
+    OOS,
+    SPECIALISTS,
+    extraction,
+    filled,
+    intent_pair,
+    mixed,
+    reason_level,
+)
+from deployments.reference_fleet.evalrows import EVAL, FILES, Row
+from deployments.reference_fleet.shell import Pair, shell_pair
 
-EVAL = Path(__file__).parent / "eval"
-ROWS = 150
-BEYOND = 20
-CHATS = 60
-SEED = 11  # not the seed of the scores printed during training
+SEED = 11
+WIKISQL_ROWS = 1200  # of 14,084
+ROWS_PER_STEP = 120
+GSM8K_ROWS = 20
+CHATS = 160
+VERSES = 240
+MIXED_ROWS = 200
+ODD_ROWS = 60  # per task
+WORKLOAD_PER_MILLE = 500
+
+# None of these forms occurs in training (`wrappers.py`).
+ODD = (
+    "My colleague wants to know this, can you help: {x}",
+    "[ticket 4821] {x} -- sent from my phone",
+    "*** {x} ***",
+    "Dear assistant,\n\n{x}\n\nKind regards",
+    "user said: '{x}' what now",
+    "hmm let me think... right: {x} (no hurry)",
+)
 
 
-def rows(task: str) -> list[dict[str, object]]:
+def rows(name: str) -> list[Row]:
     """The rows of one file."""
-    if task == "general":
-        return _general()
-    found: list[dict[str, object]] = []
-    for index, example in enumerate(held_out(task, ROWS, SEED)):
-        found.append(
-            {
-                "prompt": example.messages[-1]["content"],
-                "answer": example.answer,
-                "task": task,
-                "difficulty": example.difficulty,
-                "told": bool(index % 2),
-            }
-        )
-    if task == "reason":
-        for question, number in islice(gsm8k_test(), BEYOND):
-            found.append(_row(question, f"#### {number}", "reason", "beyond"))
-    return found
+    if name == "odd":
+        return [row for task in SPECIALISTS for row in _odd(task)]
+    found = {row.prompt: row for row in _ROWS[name]()}
+    return list(found.values())
 
 
-def _general() -> list[dict[str, object]]:
+def _row(pair: Pair, task: str, part: str, *also: str) -> Row:
+    side = "workload" if sources.held_out(f"side {pair.prompt}", WORKLOAD_PER_MILLE) else "fit"
+    return Row(pair.prompt, (pair.answer, *also), task, part, pair.difficulty, side)
+
+
+def _extract() -> Iterator[Row]:
+    for utterance in sources.snips("validate"):
+        yield _row(extraction(utterance), "extract", "snips")
+
+
+def _sql() -> Iterator[Row]:
+    for query in Random(SEED).sample(sources.wikisql("test"), WIKISQL_ROWS):
+        yield _row(filled(query, query.values), "sql", "wikisql")
+    for query in sources.advising("test"):
+        yield _row(filled(query, query.values), "sql", "advising")
+
+
+def _shell() -> Iterator[Row]:
+    commands: dict[str, list[str]] = {}
+    for english, bash in sources.nl2bash("test"):
+        pair = shell_pair(english, bash)
+        commands.setdefault(pair.prompt, []).append(pair.answer)
+    for english, found in commands.items():
+        first, *also = dict.fromkeys(found)
+        yield _row(shell_pair(english, first), "shell", "nl2bash", *also)
+
+
+def _reason() -> Iterator[Row]:
+    for problem, equation in sources.svamp("test"):
+        solved = problems.from_svamp(problem, equation, None)
+        if solved:
+            yield _row(Pair(*solved, reason_level(solved[1])), "reason", "svamp")
+    rng = Random(SEED)
+    for steps in range(1, 7):
+        for _ in range(ROWS_PER_STEP):
+            question, answer = problems.generated(rng, steps, held_out=True)
+            pair = Pair(question, answer, reason_level(answer))
+            yield _row(pair, "reason", f"{steps} step{'s' if steps > 1 else ''}")
+    for question, number in islice(sources.gsm8k_test(), GSM8K_ROWS):
+        yield _row(Pair(question, f"#### {number}", "beyond"), "reason", "gsm8k")
+
+
+def _intent() -> Iterator[Row]:
+    for text, label in sources.clinc("test"):
+        part = "out of scope" if label == OOS else "in scope"
+        yield _row(intent_pair(text, label), "intent", part)
+
+
+def _general() -> Iterator[Row]:
     # Templates and verse have no test side; these rows show the form, not the skill.
     rng, prose = Random(SEED), Prose()
-    talk = dict(chat(rng) for _ in range(4 * CHATS))
-    found = [_row(q, a, "general", "easy") for q, a in islice(talk.items(), CHATS)]
-    for _ in range(CHATS):
-        found.append(_row(*prose.sample(rng), "general", "hard"))
-    return found
+    talk = dict(chat(rng) for _ in range(20 * CHATS))
+    for question, answer in islice(talk.items(), CHATS):
+        yield _row(Pair(question, answer, "easy"), "chat", "chat")
+    for _ in range(VERSES):
+        yield _row(Pair(*prose.sample(rng), "hard"), "prose", "prose")
 
 
-def _row(prompt: str, answer: str, task: str, difficulty: str) -> dict[str, object]:
-    return {
-        "prompt": prompt,
-        "answer": answer,
-        "task": task,
-        "difficulty": difficulty,
-        "told": False,
-    }
+def _mixed() -> Iterator[Row]:
+    rng = Random(SEED)
+    known = {task: _simple(task) for task in SPECIALISTS}
+    for _ in range(MIXED_ROWS):
+        first, second = (rng.choice(known[t]) for t in rng.sample(SPECIALISTS, 2))
+        yield _row(mixed(first, second, rng), "mixed", "mixed")
+
+
+def _simple(task: str) -> list[Pair]:
+    found = [r for r in rows(task) if r.slice not in ("gsm8k", "out of scope", "advising")]
+    return [Pair(r.prompt, r.answers[0], r.difficulty) for r in found]
+
+
+def _odd(task: str) -> Iterator[Row]:
+    rng = Random(f"{SEED}:{task}")
+    plain = [r for r in rows(task) if r.slice not in ("gsm8k", "out of scope")]
+    for row in rng.sample(plain, ODD_ROWS):
+        text = rng.choice(ODD).replace("{x}", row.prompt)
+        yield _row(Pair(text, row.answers[0], row.difficulty), task, "odd", *row.answers[1:])
+
+
+_ROWS = {
+    "extract": _extract,
+    "sql": _sql,
+    "shell": _shell,
+    "reason": _reason,
+    "intent": _intent,
+    "general": _general,
+    "mixed": _mixed,
+}
 
 
 def main() -> None:
-    """Writes all six files."""
+    """Writes every file."""
     EVAL.mkdir(exist_ok=True)
-    for task in (*SPECIALISTS, "general"):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows(task)]
-        (EVAL / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(task, len(lines))
+    for name in FILES:
+        lines = [row.to_line() for row in rows(name)]
+        (EVAL / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(name, len(lines))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.reference_fleet import sources, tokens
 from deployments.reference_fleet.batches import batches
-from deployments.reference_fleet.data import Example, Swapper, extraction, slots_of, to_json
+from deployments.reference_fleet.data import Example, Swapper, extraction, slots_of
+from deployments.reference_fleet.grading import parsed
+from deployments.reference_fleet.schemas import ADAPTERS, answers, reshaped
 from deployments.reference_fleet.scoring import greedy
 from deployments.reference_fleet.tokens import render
 from deployments.reference_fleet.train import MODELS, losses, rate_at
@@ -36,23 +37,18 @@ RANK = 8
 SCALE = 16  # lora_alpha
 RATE = 4e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {"flat": sources.SNIPS_INTENTS, "music": ("PlayMusic", "AddToPlaylist")}
-VERBS = {"PlayMusic": "play", "AddToPlaylist": "add"}
+INTENTS = {a: tuple(i for i in sources.SNIPS_INTENTS if answers(a, i)) for a in ADAPTERS}
 
 
 def answer(adapter: str, utterance: sources.Utterance) -> str:
     """The answer in the adapter's schema."""
-    slots = slots_of(utterance.pieces)
-    if adapter == "flat":
-        task = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", utterance.intent).lower()
-        return to_json({"task": task, **slots})
-    return to_json({"action": VERBS[utterance.intent], "music": slots})
+    return reshaped(adapter, utterance.intent, slots_of(utterance.pieces))
 
 
 def examples(adapter: str, seed: int) -> Iterator[Example]:
     """Endless training examples with swapped slot values."""
     rng = Random(f"{adapter}:{seed}")
-    swapper = Swapper(ADAPTERS[adapter])
+    swapper = Swapper(INTENTS[adapter])
     while True:
         row = swapper.sample(rng)
         text = extraction(row).prompt
@@ -61,7 +57,7 @@ def examples(adapter: str, seed: int) -> Iterator[Example]:
 
 def held_out(adapter: str, count: int) -> list[Example]:
     """Held-out SNIPS requests of the adapter's intents."""
-    rows = [u for u in sources.snips("validate") if u.intent in ADAPTERS[adapter]]
+    rows = [u for u in sources.snips("validate") if u.intent in INTENTS[adapter]]
     Random(f"eval:{adapter}").shuffle(rows)
     return [
         Example([user(extraction(u).prompt)], answer(adapter, u), adapter, "medium")
@@ -73,7 +69,9 @@ def train(adapter: str, minutes: float) -> PeftModel:
     """Trains the adapter for `minutes` with the base frozen."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        BASE, dtype=torch.float32, attn_implementation="eager"
+    )
     config = LoraConfig(
         r=RANK, lora_alpha=SCALE, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
@@ -104,19 +102,13 @@ def export(adapter: str, model: PeftModel, count: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     rows = held_out(adapter, count)
     found = greedy(model, tokenizer, [render(SPEC, e.messages) for e in rows], 160)
-    exact = sum(_same(a, e.answer) for a, e in zip(found, rows, strict=True)) / len(rows)
+    same = [parsed(a) == parsed(e.answer) for a, e in zip(found, rows, strict=True)]
+    exact = sum(same) / len(rows)
     model.save_pretrained(place)
     _finish(place)
     facts = {"n": len(rows), "exact": round(exact, 4)}
     (place / "scores.json").write_text(json.dumps(facts) + "\n")
     print(adapter, json.dumps(facts), found[:3])
-
-
-def _same(text: str, wanted: str) -> bool:
-    try:
-        return bool(json.loads(text) == json.loads(wanted))
-    except json.JSONDecodeError:
-        return False
 
 
 def _finish(place: Path) -> None:

@@ -105,7 +105,7 @@ TWO_REQUESTS = (
     "Two things. {a}\nAnd also: {b}",
     "{a}\nThen: {b}",
 )
-BEFORE = ("hey there, ", "quick one: ", "ok so ", "Next: ", "> ", "Q: ", "One more thing. ", "Task: ")
+BEFORE = ("hey there, ", "quick one: ", "ok so ", "Next: ", "> ", "Q: ", "One more. ", "Task: ")
 AFTER = (" thanks", " Thanks!", " please", " (urgent)", "\nA:", " ...", " asap", " ok?")
 
 

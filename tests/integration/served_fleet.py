@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 import httpx
@@ -25,10 +25,11 @@ from openai import OpenAI
 
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import Outcome
+from deployments.reference_fleet.evalrows import load
+from load_tests.workloads import request
 
 ROOT = Path(__file__).resolve().parents[2]
 FLEET_FILE = ROOT / "deployments" / "fleets" / "reference.yaml"
-EVAL = ROOT / "deployments" / "reference_fleet" / "eval"
 READY_S = 300.0
 STOP_S = 90.0
 POLL_S = 0.25
@@ -59,11 +60,14 @@ def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 60.0)
         time.sleep(POLL_S)
 
 
-def prompts(kind: str, *, told: bool, count: int) -> list[str]:
+def prompts(kind: str, *, told: bool, count: int, difficulty: str = "") -> list[str]:
     """Held-out prompts of one kind; `told` ones say in words what they want."""
-    lines = (EVAL / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["told"] is told]
-    return [str(row["prompt"]) for row in rows[:count]]
+    rows = [r for r in load(kind) if difficulty in ("", r.difficulty) and r.side == "workload"]
+    rng = Random(kind)
+    return [
+        str(request(row, rng, told_ratio=float(told)).messages[0]["content"])
+        for row in rng.sample(rows, count)
+    ]
 
 
 class ServedFleet:

@@ -9,10 +9,17 @@ from random import Random
 
 import pytest
 
-from deployments.reference_fleet import chat, data, problems, sources, wrappers
+from deployments.reference_fleet import (
+    chat,
+    data,
+    evalrows,
+    problems,
+    schemas,
+    sources,
+    wrappers,
+)
 
 FLEET = Path(data.__file__).parent
-FILES = sorted((FLEET / "eval").glob("*.jsonl"))
 
 
 def _query(question: str, value: str) -> sources.Query | None:
@@ -58,14 +65,17 @@ def test_extraction_keeps_the_order_of_the_text() -> None:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_worked_steps_are_right(seed: int) -> None:
-    _, answer, steps = problems.generated(Random(seed))
+@pytest.mark.parametrize("held_out", [True, False])
+def test_worked_steps_are_right(seed: int, held_out: bool) -> None:
+    steps = 1 + seed % 6
+    question, answer = problems.generated(Random(seed), steps, held_out=held_out)
     *lines, last = answer.split("\n")
     assert len(lines) == steps
     for line in lines:
         left, operator, right, result = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()  # type: ignore[union-attr]
         assert problems.apply(operator, int(left), int(right)) == int(result)
     assert problems.final_number(answer) == lines[-1].split(" = ")[1] == last.split()[1]
+    assert sources.held_out(question, problems.TEST_PER_MILLE) is held_out
 
 
 def test_svamp_numbers_change_in_text_and_steps_together() -> None:
@@ -81,11 +91,11 @@ def test_svamp_without_a_generator_is_unchanged() -> None:
     assert found == ("76 and 25?", "76 - 25 = 51\n#### 51")
 
 
-def test_about_half_of_the_prompts_are_bare() -> None:
+def test_three_in_five_prompts_are_bare() -> None:
     rng = Random(0)
     drawn = [wrappers.wrap("sql", "how many?", ("a", "b"), rng) for _ in range(2000)]
     bare = sum(m == [wrappers.user("how many?")] for m in drawn) / len(drawn)
-    assert 0.45 < bare < 0.55
+    assert 0.55 < bare < 0.65
     assert all(m[-1]["role"] == "user" for m in drawn)
 
 
@@ -109,19 +119,53 @@ def test_data_dir_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
         sources.data_dir()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_evaluation_rows_are_complete(path: Path) -> None:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert 100 <= len(rows) <= 200
+@pytest.mark.parametrize("name", evalrows.FILES)
+def test_evaluation_rows_are_complete(name: str) -> None:
+    rows = evalrows.load(name)
+    assert len(rows) >= 200
+    assert len({row.prompt for row in rows}) == len(rows)
+    assert {row.side for row in rows} == {"workload", "fit"}
     for row in rows:
-        assert row["task"] == path.stem
-        assert row["prompt"]
-        assert row["answer"]
-        assert row["difficulty"] in {"easy", "medium", "hard", "beyond"}
+        assert row.prompt
+        assert all(row.answers)
+        assert row.difficulty in {"easy", "medium", "hard", "beyond"}
 
 
-def test_there_is_an_evaluation_file_for_every_task() -> None:
-    assert {p.stem for p in FILES} == set(data.TASKS)
+def test_a_row_survives_its_file() -> None:
+    row = evalrows.Row("p", ("a", "b"), "sql", "wikisql", "easy", "fit")
+    assert json.loads(row.to_line())["answers"] == ["a", "b"]
+
+
+def test_words_of_two_intents_make_a_request_out_of_scope() -> None:
+    assert data._crossed("what is my balance", "book a flight to rome") == "what is flight to rome"
+
+
+def test_another_case_keeps_the_questions_placeholders() -> None:
+    for seed in range(20):
+        changed = data._recased("Which Venue has a Date of {0} ?", Random(seed))
+        assert changed.lower() == "which venue has a date of {0} ?"
+
+
+def test_two_requests_are_answered_in_order() -> None:
+    first, second = data.Pair("one?", "1", "easy"), data.Pair("two?", "2", "easy")
+    pair = data.mixed(first, second, Random(0))
+    assert pair.prompt.index("one?") < pair.prompt.index("two?")
+    assert pair.answer == "1) 1\n2) 2"
+
+
+def test_chatter_keeps_the_request_whole() -> None:
+    texts = [wrappers.chatty("how many?", Random(seed)) for seed in range(50)]
+    assert all("how many?" in text for text in texts)
+    assert len(set(texts)) > 10
+
+
+def test_adapters_answer_in_a_schema_of_their_own() -> None:
+    slots = {"artist": "Bach"}
+    flat = json.loads(schemas.reshaped("flat", "PlayMusic", slots))
+    music = json.loads(schemas.reshaped("music", "PlayMusic", slots))
+    assert flat == {"task": "play_music", "artist": "Bach"}
+    assert music == {"action": "play", "music": slots}
+    assert not schemas.answers("music", "GetWeather")
 
 
 def test_reading_the_data_rules_imports_no_training_library() -> None:

@@ -1,0 +1,41 @@
+"""The held-out rows in `eval/`, readable without the public data sets.
+
+Half of the rows (by a hash of the prompt) are the `workload` side, of which the benchmarks draw;
+the shipped predictor is fitted on the `fit` side alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+EVAL = Path(__file__).parent / "eval"
+FILES = ("extract", "sql", "shell", "reason", "intent", "general", "mixed", "odd")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out request.
+
+    `answers` are all right ones. `slice` is the part of the task that scores are reported for;
+    `side` is `workload` or `fit`.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    task: str
+    slice: str
+    difficulty: str
+    side: str
+
+    def to_line(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def load(name: str) -> list[Row]:
+    """The rows of one of `FILES`."""
+    lines = (EVAL / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return [Row(**(row | {"answers": tuple(row["answers"])})) for row in found]

@@ -1,0 +1,177 @@
+"""How right an answer is: exact match, its parts, and one partial credit per task.
+
+`marks` gives 0 or 1 for each measure of a task; the names are the columns of
+`python -m load_tests fleet`. `credit` is one number in [0, 1], the label of the predictor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from difflib import SequenceMatcher
+from typing import Any
+
+from deployments.reference_fleet.problems import final_number
+
+Marks = dict[str, float]
+
+_WIKISQL = re.compile(r"select (?:(count|max|min|sum|avg)\((.+?)\)|(\S+)) from table where (.+)")
+_TERM = re.compile(r'(\S+) ([=<>]) ("[^"]*"|\S+)(?: and |$)')
+_STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+_PARTS = re.compile(r"^1\) (.*)\n2\) (.*)$", re.DOTALL)
+_WORD = re.compile(r"""\d?>>?|[|;&<>()]+|(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'|;&<>()])+""")
+_RUNS_ANOTHER = {"xargs", "-exec", "-execdir", "-ok", "sudo", "time", "nohup"}
+_RUNS_ANOTHER |= {"do", "then", "else", "while", "if", "!"}
+_ENDS = {"\\;", "';'", '";"', "+"}  # of -exec
+ARGUMENT = "ARG"
+
+
+def parsed(text: str) -> Any:
+    """The JSON value of `text`, or None."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+def marks(task: str, answer: str, wanted: list[str]) -> Marks:
+    """Every measure of `task` for `answer`; the best of several right answers counts."""
+    return max((_MARKS[task](answer, one) for one in wanted), key=lambda found: found["exact"])
+
+
+def credit(task: str, answer: str, wanted: list[str]) -> float:
+    """Partial credit in [0, 1]: 1 is exact; a wrong number or label is worth nothing."""
+    found = marks(task, answer, wanted)
+    if found["exact"]:
+        return 1.0
+    if task == "extract":
+        return 0.5 * found["intent"] * found["slot_f1"]
+    if task == "sql":
+        return 0.5 * found.get("select", 0.0) * found.get("where_values", 0.0)
+    if task == "shell":
+        return 0.7 if found["template"] else 0.3 * found["utility"]
+    if task in ("prose", "chat"):
+        return max(SequenceMatcher(None, answer.split(), one.split()).ratio() for one in wanted)
+    return 0.0
+
+
+def _extract(answer: str, wanted: str) -> Marks:
+    got, goal = parsed(answer), parsed(wanted)
+    if not isinstance(got, dict):
+        return {"exact": 0.0, "intent": 0.0, "slot_f1": 0.0}
+    slots, right = got.get("slots"), goal["slots"]
+    slots = slots if isinstance(slots, dict) else {}
+    same = sum(slots.get(name) == value for name, value in right.items())
+    f1 = 2 * same / (len(slots) + len(right)) if slots or right else 1.0
+    same_intent = float(got.get("intent") == goal["intent"])
+    return {"exact": float(got == goal), "intent": same_intent, "slot_f1": f1}
+
+
+def normal_sql(text: str) -> str:
+    """Lower case, single spaces, and WikiSQL's conditions in alphabetic order."""
+    plain = " ".join(text.lower().split())
+    head, found, conditions = plain.partition(" from table where ")
+    if not found:
+        return plain
+    return head + found + " and ".join(sorted(conditions.split(" and ")))
+
+
+def _sql(answer: str, wanted: str) -> Marks:
+    exact = float(normal_sql(answer) == normal_sql(wanted))
+    goal = _clauses(wanted)
+    if goal is None:
+        return {"exact": exact}
+    got = _clauses(answer) or ("", "", set(), set())
+    names = ("aggregate", "select", "where_columns", "where_values")
+    parts = {name: float(a == b) for name, a, b in zip(names, got, goal, strict=True)}
+    # An answer that is no query at all must not score where the query has no aggregate.
+    parts["aggregate"] *= float(bool(got[1]))
+    return {"exact": exact, **parts}
+
+
+def _clauses(text: str) -> tuple[str, str, set[str], set[str]] | None:
+    found = _WIKISQL.fullmatch(" ".join(text.lower().split()))
+    if found is None:
+        return None
+    terms = _TERM.findall(found[4])
+    return found[1] or "", found[2] or found[3], {t[0] for t in terms}, {t[2] for t in terms}
+
+
+def template(command: str) -> str:
+    """Utilities, options and operators as they are, every argument as `ARG`.
+
+    After the template accuracy of Lin et al., LREC 2018, section 6.2; theirs types the arguments
+    by the manual pages, which needs their parser, so one kind stands for all here.
+    """
+    found: list[str] = []
+    utility = True
+    for word in _WORD.findall(command):
+        if re.fullmatch(r"\d?>>?|[|;&<>()]+", word):
+            found.append(word)
+            utility = not re.fullmatch(r"\d?>>?|<+|&", word)
+        elif word in _ENDS:
+            found.append("+" if word == "+" else ";")
+        elif utility and not word.startswith("-"):
+            found.append(word)
+            utility = word in _RUNS_ANOTHER
+        elif word.startswith("-") and len(word) > 1 and not word[1].isdigit():
+            found.append(word.partition("=")[0])
+            utility = word in _RUNS_ANOTHER
+        else:
+            found.append(ARGUMENT)
+    return " ".join(found)
+
+
+def _shell(answer: str, wanted: str) -> Marks:
+    return {
+        "exact": float(answer.split() == wanted.split()),
+        "template": float(template(answer) == template(wanted)),
+        "utility": float(answer.split()[:1] == wanted.split()[:1]),
+    }
+
+
+def _reason(answer: str, wanted: str) -> Marks:
+    number = final_number(answer)
+    steps = [tuple(m.groups()) for m in _STEP.finditer(answer)]
+    right = [tuple(m.groups()) for m in _STEP.finditer(wanted)]
+    return {
+        "exact": float(number is not None and number == final_number(wanted)),
+        "steps": float(steps == right),
+    }
+
+
+def _label(answer: str, wanted: str) -> Marks:
+    return {"exact": float(parsed(answer) == parsed(wanted))}
+
+
+def _text(answer: str, wanted: str) -> Marks:
+    return {"exact": float(answer.split() == wanted.split())}
+
+
+def _mixed(answer: str, wanted: str) -> Marks:
+    got, goal = _PARTS.match(answer.strip()), _PARTS.match(wanted)
+    assert goal is not None, wanted
+    same = [float(got is not None and _same(got[i], goal[i])) for i in (1, 2)]
+    return {"exact": same[0] * same[1], "first": same[0], "second": same[1]}
+
+
+def _same(answer: str, wanted: str) -> bool:
+    if wanted.startswith("{"):
+        return bool(parsed(answer) == parsed(wanted))
+    if "####" in wanted:
+        return final_number(answer) == final_number(wanted)
+    if wanted.startswith("SELECT"):
+        return normal_sql(answer) == normal_sql(wanted)
+    return answer.split() == wanted.split()
+
+
+_MARKS = {
+    "extract": _extract,
+    "sql": _sql,
+    "shell": _shell,
+    "reason": _reason,
+    "intent": _label,
+    "mixed": _mixed,
+    "chat": _text,
+    "prose": _text,
+}

@@ -1,0 +1,1 @@
+"""Benchmarks of calm_serve: `python -m load_tests NAME`."""

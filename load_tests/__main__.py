@@ -1,0 +1,28 @@
+"""`python -m load_tests NAME [--json FILE]`: run one benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHMARKS = {"fleet": "what every model of the fleet answers, and what it costs, as served"}
+
+
+def main() -> int:
+    """Dispatch to the benchmark's own module. Returns the exit status."""
+    names = "\n".join(f"  {name:<12}{text}" for name, text in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests",
+        description=__doc__,
+        epilog=f"benchmarks (each has --help):\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    chosen = parser.parse_args(sys.argv[1:2])
+    module = importlib.import_module(f"load_tests.{chosen.benchmark}")
+    return int(module.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
