@@ -171,6 +171,8 @@ class SLMSpec(Config):
             raise ValueError("`remote` is required when locality is remote, and only then")
         _unique("SLM id", ["auto", self.id])  # "auto" is how clients let the router choose
         _unique("adapter name", [a.name for a in self.adapters])
+        if self.remote and self.adapters:
+            raise ValueError("a remote SLM has no adapters; name the upstream's model instead")
         if self.residency == "hot" and self.scaling.min_replicas == 0:
             raise ValueError("residency hot needs scaling.min_replicas of at least 1")
         return self
@@ -232,6 +234,10 @@ class Fleet(Config):
         for owner, slm in owners + [(s.name, s.slm) for s in self.safety]:
             if slm not in ids:
                 raise ValueError(f"{owner!r} names unknown SLM {slm!r}{_nearest(slm, ids)}")
+        away = {s.id for s in self.slms if s.locality == "remote"}
+        for pin in self.safety:
+            if pin.local_only and pin.slm in away:
+                raise ValueError(f"safety {pin.name!r} is local_only but {pin.slm!r} is remote")
         for rule in self.rules:
             for marker in (rule.marker, *rule.without):
                 if marker and marker not in self.markers:

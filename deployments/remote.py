@@ -70,6 +70,10 @@ class RemoteSLM:
         try:
             upstream = {**body, "model": self._spec.model}
             async with self._client.stream("POST", path, json=upstream) as response:
+                if response.status_code in (401, 403):
+                    # Our key was refused, not the client's, who can do nothing about it.
+                    yield self._upstream_failed(f"refused our key ({response.status_code})")
+                    return
                 if response.status_code >= 400:
                     yield Refusal(response.status_code, await response.aread())
                     return
@@ -81,8 +85,7 @@ class RemoteSLM:
         except httpx.HTTPError as error:
             if held is not None:
                 raise  # the client has bytes already: the router ends the stream with an error
-            message = f"upstream of {self._spec.id!r}: {type(error).__name__}"
-            yield Refusal(502, json.dumps(openai_error(message, "server_error")).encode())
+            yield self._upstream_failed(type(error).__name__)
             return
         finally:
             self._running -= 1
@@ -96,6 +99,10 @@ class RemoteSLM:
             running=self._running,
         )
         yield Final(held or b"", facts)
+
+    def _upstream_failed(self, why: str) -> Refusal:
+        message = f"upstream of {self._spec.id!r}: {why}"
+        return Refusal(502, json.dumps(openai_error(message, "server_error")).encode())
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Polled by Serve."""

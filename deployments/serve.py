@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from calm_serve.config import Fleet
 from calm_serve.config_load import check_resources, load_args
 from calm_serve.errors import ConfigError
 from deployments.cluster_ports import PortClaim
@@ -101,11 +102,20 @@ def check(path: Path) -> str:
         if application.get("import_path") == "deployments.app:build_app":
             args, fleet = load_args(application.get("args") or {}, Path.cwd())
             check_engine_arguments(fleet)
+            check_api_keys(fleet, os.environ)
             if not os.environ.get("RAY_ADDRESS"):
                 router_cpus = args.router.num_cpus * args.router.replicas
                 check_resources(fleet, *local_resources(), router_cpus)
     http = config.get("http_options") or {}
     return f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+
+
+def check_api_keys(fleet: Fleet, environment: Mapping[str, str]) -> None:
+    """Raise ConfigError when a remote SLM's key is not in the environment."""
+    for slm in fleet.slms:
+        name = slm.remote.api_key_env if slm.remote else ""
+        if name and not environment.get(name):
+            raise ConfigError(f"SLM {slm.id!r}: the environment variable {name} is not set")
 
 
 def local_resources() -> tuple[float, float, float]:

@@ -82,6 +82,25 @@ def test_an_unknown_key_of_the_application_arguments_is_an_error() -> None:
         ({"slms": [slm(scaling={"min_replicas": 3, "max_replicas": 2})]}, "max_replicas"),
         ({"slms": [slm(locality="remote")]}, "remote"),
         ({"slms": [slm(remote={"base_url": "http://x/v1"})]}, "remote"),
+        (
+            {
+                "slms": [
+                    slm(
+                        locality="remote",
+                        remote={"base_url": "http://x/v1"},
+                        adapters=[{"name": "a", "path": "x"}],
+                    )
+                ]
+            },
+            "a remote SLM has no adapters",
+        ),
+        (
+            {
+                "slms": [slm(locality="remote", remote={"base_url": "http://x/v1"})],
+                "safety": [{"name": "secrets", "pattern": "key", "slm": "small"}],
+            },
+            "'secrets' is local_only but 'small' is remote",
+        ),
         ({"slms": [slm(context_tokens=1)]}, "context_tokens"),
         ({"slms": [slm(priors={"quality": 1.5})]}, "quality"),
         ({"slms": [slm(priors={"ttft_s": 0})]}, "ttft_s"),

@@ -112,12 +112,21 @@ async def test_the_upstream_gets_its_own_model_name_key_and_path(
     assert body["model"] == "cloud"
 
 
-@pytest.mark.parametrize("status", [400, 401, 429, 500])
+@pytest.mark.parametrize("status", [400, 404, 429, 500])
 async def test_an_upstream_error_is_a_refusal_with_its_body(start: Any, status: int) -> None:
     slm = await start(lambda _: httpx.Response(status, json={"error": {"message": "no"}}))
     (refusal,) = await answers(slm)
     assert isinstance(refusal, Refusal)
     assert (refusal.http_status, json.loads(refusal.body)["error"]["message"]) == (status, "no")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_key_that_the_upstream_refuses_is_not_the_clients_fault(
+    start: Any, status: int
+) -> None:
+    (refusal,) = await answers(await start(lambda _: httpx.Response(status)))
+    assert refusal.http_status == 502
+    assert f"refused our key ({status})" in json.loads(refusal.body)["error"]["message"]
 
 
 @pytest.mark.parametrize(

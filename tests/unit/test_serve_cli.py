@@ -68,6 +68,18 @@ def test_a_fleet_that_does_not_fit_this_machine_is_refused_unless_another_one_ru
     assert serve.check(path) == URL
 
 
+def test_a_remote_slms_key_must_be_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = {"base_url": "http://x/v1", "api_key_env": "CLOUD_KEY"}
+    path = config(tmp_path, fleet(locality="remote", remote=remote))
+    monkeypatch.delenv("CLOUD_KEY", raising=False)
+    with pytest.raises(ConfigError, match="'small': the environment variable CLOUD_KEY is not set"):
+        serve.check(path)
+    monkeypatch.setenv("CLOUD_KEY", "secret")
+    assert serve.check(path) == URL
+
+
 def test_applications_of_others_are_not_judged(tmp_path: Path) -> None:
     path = tmp_path / "serve_config.yaml"
     path.write_text("applications: [{name: x, import_path: other:app, args: {fleet: nowhere}}]")
