@@ -73,6 +73,7 @@ class Loop:
         """Swap the fleet (an SLM came or went). Decisions in flight keep their records."""
         self.fleet = fleet
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
+        self._breadth = {s.id: (-len(s.skills), -s.parameters) for s in fleet.slms}
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._builder = ContextBuilder(fleet)
         self._fleet_version = config_version(fleet)
@@ -96,7 +97,8 @@ class Loop:
         started = self._timer()
         context = self._builder.build(request, overrides, decision_id)
         decision = self.decide_context(context)
-        decision = replace(decision, decided_in_s=self._timer() - started)
+        # Nobody else has the record yet, and a copy for one field costs as much as the filters.
+        object.__setattr__(decision, "decided_in_s", self._timer() - started)
         self._log[decision_id] = decision
         while len(self._log) > self._log_size:
             self._log.popitem(last=False)
@@ -139,7 +141,8 @@ class Loop:
             raise UnknownModelError(self._unknown(context), param="model")
         state = self._read_state(spec)
         # A safety pin answers instead of the model and adapter that the client named.
-        held_to = context if adapter else replace(context, requested_model=slm_id)
+        named = context.requested_model == slm_id or adapter
+        held_to = context if named else replace(context, requested_model=slm_id)
         why = filters.excluded_by(held_to, spec, state, pinned=True)
         if why == "available":
             raise SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
@@ -168,7 +171,7 @@ class Loop:
         # The rest stays in the ranking as failover targets, broadest first: whoever lists most
         # skills is the likeliest to do somebody else's job, and no scoring was paid.
         rest = [i for i in allowed if i != slm_id]
-        rest.sort(key=lambda i: (-len(self.specs[i].skills), -self.specs[i].parameters))
+        rest.sort(key=self._breadth.__getitem__)
         return self._record(
             context,
             DecisionPath.RULE,
@@ -190,7 +193,8 @@ class Loop:
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         scored = [objective.evaluate(context, p, states[p.slm_id], self.goals) for p in predictions]
         floor = max(self.goals.quality_floor, context.quality_floor)
-        order = objective.ranked(objective.above_floor(scored, floor))
+        scored = objective.ranked(scored)
+        order = objective.above_floor(scored, floor)
         chosen, propensity, explored = objective.explore(
             order, context.request_id, self.goals.exploration_ratio
         )
@@ -206,7 +210,7 @@ class Loop:
             context,
             path,
             reason,
-            (*objective.ranked(scored), *excluded),
+            (*scored, *excluded),
             ranking,
             rule=rule,
             propensity=propensity,

@@ -6,7 +6,11 @@ import argparse
 import importlib
 import sys
 
-BENCHMARKS = {"fleet": "what every model of the fleet answers, and what it costs, as served"}
+BENCHMARKS = {
+    "decision": "what a routing decision costs, by path, size of the fleet and prompt length",
+    "fleet": "what every model of the fleet answers, and what it costs, as served",
+    "routing": "quality, latency and energy of routing against other policies",
+}
 
 
 def main() -> int:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
+import numpy as np
+
+from calm_serve.analyze.patterns import Pattern, Patterns, plain
 from calm_serve.analyze.request import ChatRequest, Overrides
+from calm_serve.analyze.words import Words, language_words, read_words
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.types import OutputShape, RoutingContext, SLMState
 
 SCAN_CHARS = 1024
 FOCUS_CHARS = 512
-HEAD_WORDS, TAIL_WORDS = 48, 16
 BUCKETS = 1024
 BLOCK_CHARS = 128
 MAX_BLOCKS = 64
@@ -69,18 +72,10 @@ LOAD_NAMES: tuple[str, ...] = (
     "log_analytic_ttft",
 )
 
-_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[^\w\s]")
-_NUMERAL = re.compile(r"\d+(?:[.,]\d+)*")
-_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_CODE = re.compile(
+_CODE = Pattern(
     r"```|^\s*(?:def |class |import |#include|function |SELECT )|Traceback \(most recent"
     r"|error: |\w\(\)|=>|::|;\s*$|\{\s*$",
-    re.MULTILINE,
-)
-_QUANTITY = re.compile(
-    r"\b(?:each|every|per|times|twice|half|double|more|less|fewer|total|left|remain\w*|altogether"
-    r"|how many|how much)\b",
-    re.IGNORECASE,
+    ignore_case=False,
 )
 # A few frequent words are enough to tell these languages apart in a sentence; others are "und".
 # Words that English has too ("was", "as", "come", "per", "die") are left out of the other lists.
@@ -93,33 +88,32 @@ _FREQUENT = {
     "pt": "o a os e um uma de que em por com para como não meu",
 }
 _STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
-_LANGUAGE_WORD = re.compile(r"[^\W\d_]+")
-
+_ANY_STOPWORD = frozenset[str]().union(*_STOPWORDS.values())
 
 # Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
 _MESSAGE_START = re.compile("\x02\\w+\x03")
-_FLAGS = re.IGNORECASE | re.MULTILINE
 
 
 class ContextBuilder:
     """Turns requests into RoutingContexts for one fleet; compile once, use for every request."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self._markers = [(n, re.compile(p, _FLAGS)) for n, p in fleet.markers.items()]
-        self._safety = [(s, re.compile(s.pattern, _FLAGS)) for s in fleet.safety]
+        self._markers = Patterns(dict(sorted(fleet.markers.items())))
+        self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
 
     def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
         """Return the context. Only the safety patterns' cost grows with the prompt."""
         whole, user = request.text, request.last_user
-        scan = _MESSAGE_START.sub("\n", _ends(whole, SCAN_CHARS)).lstrip("\n")
+        both_agree = plain(whole)
+        scan = _lines(_ends(whole, SCAN_CHARS))
         focus = _ends(user, FOCUS_CHARS)
-        markers = tuple(sorted(n for n, p in self._markers if p.search(scan)))
+        markers = tuple(self._markers.found(scan, both_agree))
         # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
-        lines = _MESSAGE_START.sub("\n", whole).lstrip("\n") if self._safety else ""
-        safety = next((s for s, p in self._safety if p.search(lines)), None)
-        has_code = bool(_CODE.search(focus))
+        lines = _lines(whole) if self._safety else ""
+        safety = next((s for s, p in self._safety if p.occurs(lines, both_agree)), None)
+        has_code = _CODE.occurs(focus, both_agree)
         chain = prefix_chain(whole)
-        words = _words(focus)
+        words = read_words(focus)
         session = overrides.session_id
         return RoutingContext(
             request_id=request_id,
@@ -144,7 +138,7 @@ class ContextBuilder:
             local_only=overrides.local_only or bool(safety and safety.local_only),
             quality_floor=overrides.quality_floor,
             numbers=_numbers(request, focus, words, has_code, len(markers)),
-            buckets=word_buckets(words),
+            buckets=word_buckets(words.ends),
         )
 
 
@@ -160,22 +154,25 @@ def prefix_chain(text: str) -> tuple[int, ...]:
     """
     size = BLOCK_CHARS * MAX_BLOCKS
     data = text[:size].encode("utf-8", "surrogatepass")[:size]  # a character is 1 to 4 bytes
-    chain, value = [], 0
-    for start in range(0, len(data), BLOCK_CHARS):
-        value = crc32(data[start : start + BLOCK_CHARS], value)
-        chain.append(value)
+    value = 0
+    chain = [
+        value := crc32(data[start : start + BLOCK_CHARS], value)
+        for start in range(0, len(data), BLOCK_CHARS)
+    ]
     return tuple(chain) or (0,)
 
 
-def word_buckets(words: list[str]) -> tuple[int, ...]:
-    """Hash words and word pairs into `BUCKETS` presence features (the hashing trick)."""
-    if len(words) > HEAD_WORDS + TAIL_WORDS:
-        words = words[:HEAD_WORDS] + words[-TAIL_WORDS:]
+def word_buckets(words: list[bytes]) -> tuple[int, ...]:
+    """Hash words and pairs of neighbours into `BUCKETS` presence features (the hashing trick)."""
+    hashes = list(map(crc32, words))
+    # CRC goes on from any value, so a pair costs no more than its second word.
+    pairs = map(crc32, [b" " + w for w in words[1:]], hashes)
     half = BUCKETS // 2
-    pairs = (f"{a} {b}" for a, b in pairwise(words))
-    found = {_hash(w) % half for w in words}
-    found.update(half + _hash(p) % half for p in pairs)
-    return tuple(sorted(found))
+    found = np.frombuffer(array("I", [*hashes, *pairs]), dtype=np.uint32) % half
+    found[len(hashes) :] += half
+    present = np.zeros(BUCKETS, dtype=np.bool_)
+    present[found] = True
+    return tuple(present.nonzero()[0].tolist())
 
 
 def detect_language(text: str) -> str:
@@ -184,13 +181,13 @@ def detect_language(text: str) -> str:
     >>> detect_language("Wie ist das Wetter in Berlin?")
     'de'
     """
-    words = _LANGUAGE_WORD.findall(text.lower())
-    distinct = set(words)
+    words = language_words(text)
+    hits = _ANY_STOPWORD.intersection(words)
     best, best_hits = "und", 0
     for code, stopwords in _STOPWORDS.items():
-        hits = len(distinct & stopwords)
-        if hits > best_hits:
-            best, best_hits = code, hits
+        count = len(hits & stopwords)
+        if count > best_hits:
+            best, best_hits = code, count
     # One word proves little: names and commands hold some. A request taken for the wrong language
     # finds no SLM, so plain ASCII letters are English unless two words say otherwise.
     return "en" if best_hits < 2 and words and text.isascii() else best
@@ -214,9 +211,8 @@ def _hash(text: str) -> int:
     return crc32(text.encode("utf-8", "surrogatepass"))
 
 
-def _words(text: str) -> list[str]:
-    # Numbers become one word: their size is not vocabulary, their presence is.
-    return ["0" if w[0].isdigit() else w for w in _WORD.findall(text.lower())]
+def _lines(text: str) -> str:
+    return _MESSAGE_START.sub("\n", text).lstrip("\n")
 
 
 def _ends(text: str, limit: int) -> str:
@@ -226,21 +222,17 @@ def _ends(text: str, limit: int) -> str:
 
 
 def _numbers(
-    request: ChatRequest, text: str, words: list[str], has_code: bool, markers: int
+    request: ChatRequest, text: str, words: Words, has_code: bool, markers: int
 ) -> tuple[float, ...]:
     size = max(len(text), 1)
-    numerals = _NUMERAL.findall(text)
-    alphabetic = [w for w in words if w[0].isalpha()]
-    digits = sum(len(n) for n in numerals)
-    upper = sum(map(str.isupper, text))
-    punctuation = len(words) - len(alphabetic) - len(numerals)
+    punctuation = words.tokens - words.words - len(words.numerals)
     shape = request.output_shape
-    count = text.count
+    count = words.signs.count
     return (
         math.log1p(len(request.text)),
         math.log1p(len(request.last_user)),
-        float(len(alphabetic)),
-        sum(map(len, alphabetic)) / max(len(alphabetic), 1),
+        float(words.words),
+        words.word_chars / max(words.words, 1),
         float(request.turns),
         1.0 if request.system_chars else 0.0,
         math.log1p(request.system_chars),
@@ -248,12 +240,12 @@ def _numbers(
         1.0 if shape is OutputShape.TOOLS else 0.0,
         1.0 if shape is OutputShape.GUIDED else 0.0,
         math.log1p(request.max_output_tokens or 0),
-        float(len(numerals)),
-        float(sum(len(n) > 3 for n in numerals)),
-        digits / size,
-        upper / size,
+        float(len(words.numerals)),
+        float(sum(n > 3 for n in words.numerals)),
+        sum(words.numerals) / size,
+        words.upper / size,
         max(punctuation, 0) / size,
-        float(len(_SENTENCE_END.findall(text))),
+        float(words.sentences),
         float(count("?")),
         float(count('"') + count("'")),
         float(count("/") + count("~")),
@@ -264,9 +256,9 @@ def _numbers(
         1.0 if text[:1].isupper() else 0.0,
         1.0 if has_code else 0.0,
         float(markers),
-        0.0 if text.isascii() else sum(not c.isascii() for c in text) / size,
-        float(len(_QUANTITY.findall(text))),
-        len(set(words)) / max(len(words), 1),
+        words.non_ascii / size,
+        float(words.quantities),
+        words.distinct / max(words.tokens, 1),
     )
 
 

@@ -33,8 +33,10 @@ def analytic_ttft_s(
     size = 0.5 + 0.5 * prompt_tokens / 128.0
     prefill = spec.priors.ttft_s * size * (1.0 - CACHED_SAVING * cached_ratio)
     ahead = max(0, state.running + state.waiting + 1 - max(state.capacity, 1))
-    service_s = analytic_tpot_s(spec, state) * spec.priors.output_tokens
-    wait = service_s * ahead / max(state.capacity, 1)
+    wait = 0.0
+    if ahead:
+        service_s = analytic_tpot_s(spec, state) * spec.priors.output_tokens
+        wait = service_s * ahead / max(state.capacity, 1)
     wake = 0.0 if state.residency is Residency.HOT else state.wake_s or spec.priors.wake_s
     return prefill + wait + wake
 

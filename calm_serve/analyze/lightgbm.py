@@ -21,18 +21,22 @@ import lightgbm as lgb
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
+from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES, load_vector
 from calm_serve.analyze.latency import analytic_tpot_s, analytic_ttft_s, energy_j
-from calm_serve.analyze.predictor import Predictor, live_load
+from calm_serve.analyze.one_row import (
+    COLUMNS,
+    FIRST_BUCKET,
+    FIRST_LOAD,
+    SLM_COLUMN,
+    OneRow,
+    SparseRow,
+)
+from calm_serve.analyze.predictor import Predictor
 from calm_serve.config import SLMSpec
 from calm_serve.errors import KnowledgeError
 from calm_serve.types import Outcome, Prediction, Residency, RoutingContext, SLMState
 
 FORMAT = 1
-FIRST_BUCKET = len(NUMBER_NAMES)
-FIRST_LOAD = FIRST_BUCKET + BUCKETS
-SLM_COLUMN = FIRST_LOAD + len(LOAD_NAMES)
-COLUMNS = SLM_COLUMN + 1
 # exp(3) is a factor of 20: beyond it an observation is an accident, not a property of the load.
 MAX_LOG_RESIDUAL = 3.0
 SHARED_HEADS = ("output_tokens", "ttft_residual")
@@ -95,7 +99,7 @@ def success_head(slm_id: str) -> str:
 
 
 class Heads:
-    """The boosters of an artifact, ready to run on rows of `COLUMNS` columns.
+    """The boosters of an artifact, for many rows of `COLUMNS` columns at once.
 
     One thread each: with more, the tail of a call this small is a thousand times its median.
     """
@@ -103,8 +107,8 @@ class Heads:
     def __init__(self, artifact: Artifact) -> None:
         """Parse the text models: about 1 ms each, so not on the event loop."""
         texts = artifact.boosters
-        self._shared = {h: _booster(h, texts[h]) for h in SHARED_HEADS if h in texts}
-        self._success = {
+        self.shared = {h: _booster(h, texts[h]) for h in SHARED_HEADS if h in texts}
+        self.by_slm = {
             index: _booster(success_head(slm), texts[success_head(slm)])
             for index, slm in enumerate(artifact.slm_ids)
             if success_head(slm) in texts
@@ -112,7 +116,7 @@ class Heads:
 
     def run(self, head: str, rows: Rows) -> Values | None:
         """LightGBM's own output for a shared head, None when the artifact lacks it."""
-        booster = self._shared.get(head)
+        booster = self.shared.get(head)
         if booster is None:
             return None
         return np.asarray(booster.predict(rows, num_threads=1), dtype=np.float64)
@@ -121,7 +125,7 @@ class Heads:
         """P(success) of each row's own SLM by its own booster; NaN where there is none."""
         found = np.full(len(rows), np.nan)
         columns = rows[:, SLM_COLUMN]
-        for index, booster in self._success.items():
+        for index, booster in self.by_slm.items():
             mine = columns == index
             if mine.any():
                 found[mine] = booster.predict(rows[mine], num_threads=1)
@@ -131,16 +135,19 @@ class Heads:
 class LightGBMPredictor:
     """Predictions from an artifact; `prior` answers for what the artifact does not know.
 
-    Not safe for threads: the row matrix is reused by every call. The router calls it from its one
-    event loop; anybody else builds a predictor of their own.
+    Not safe for threads: one row is reused by every call. The router calls it from its one event
+    loop; anybody else builds a predictor of their own.
     """
 
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
         self.version = artifact.version
         self._prior = prior
-        self._heads = Heads(artifact)
-        self._index = {slm: i for i, slm in enumerate(artifact.slm_ids)}
-        self._rows: Rows = np.zeros((len(self._index), COLUMNS), dtype=np.float32)
+        self._row = SparseRow()
+        heads = Heads(artifact)
+        shared = {h: OneRow(b, self._row) for h, b in heads.shared.items()}
+        self._log_tokens, self._residual = (shared.get(h) for h in SHARED_HEADS)
+        success = {i: OneRow(b, self._row) for i, b in heads.by_slm.items()}
+        self._known = {slm: (i, success.get(i)) for i, slm in enumerate(artifact.slm_ids)}
 
     @classmethod
     def from_bytes(cls, blob: bytes, prior: Predictor) -> LightGBMPredictor:
@@ -150,42 +157,48 @@ class LightGBMPredictor:
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:
-        """Return one Prediction per spec, in order; the shared heads take all rows in one call."""
-        predictions = self._prior.predict(context, specs, states)
-        known = [i for i, spec in enumerate(specs) if spec.id in self._index]
-        if not known:
-            return predictions
+        """Return one Prediction per spec, in order."""
+        self._row.set_prompt(context.numbers, context.buckets)
+        return [
+            self._predict_one(context, spec, state)
+            for spec, state in zip(specs, states, strict=True)
+        ]
+
+    def _predict_one(self, context: RoutingContext, spec: SLMSpec, state: SLMState) -> Prediction:
+        known = self._known.get(spec.id)
+        if known is None:
+            return self._prior.predict(context, [spec], [state])[0]
+        index, success = known
         # A sleeping SLM is scored as if awake and its wake-up is added afterwards: the correction
         # was learned on answers of awake SLMs and must not scale the time to start one.
-        awake = [_awake(states[i]) for i in known]
-        rows = self._fill(context, [specs[i] for i in known], awake)
-        success = self._heads.success(rows)
-        log_tokens = self._heads.run("output_tokens", rows)
-        residual = self._heads.run("ttft_residual", rows)
-        for row, i in enumerate(known):
-            predictions[i] = _corrected(
-                predictions[i],
-                context,
-                (specs[i], states[i], awake[row]),
-                None if math.isnan(success[row]) else float(success[row]),
-                None if log_tokens is None else float(log_tokens[row]),
-                None if residual is None else float(residual[row]),
-            )
-        return predictions
-
-    def _fill(
-        self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
-    ) -> Rows:
-        rows = self._rows[: len(specs)]
-        first = rows[0]
-        first[:] = 0.0
-        first[:FIRST_BUCKET] = context.numbers
-        first[[FIRST_BUCKET + b for b in context.buckets]] = 1.0
-        rows[1:] = first
-        for row, spec, state in zip(rows, specs, states, strict=True):
-            row[FIRST_LOAD:SLM_COLUMN] = live_load(context, spec, state)
-            row[SLM_COLUMN] = self._index[spec.id]
-        return rows
+        prompt_tokens, cached_ratio = context.prompt_tokens, state.cached_prefix_ratio
+        awake, wake_s = state, 0.0
+        if state.residency is not Residency.HOT:
+            awake = replace(state, residency=Residency.HOT)
+        ttft_s = analytic_ttft_s(spec, awake, prompt_tokens, cached_ratio)
+        if awake is not state:
+            wake_s = analytic_ttft_s(spec, state, prompt_tokens, cached_ratio) - ttft_s
+        self._row.set_candidate(index, load_vector(spec, awake, ttft_s))
+        if self._residual is not None:
+            residual = self._residual.predict()
+            ttft_s *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
+        if success is None or self._log_tokens is None:
+            prior = self._prior.predict(context, [spec], [state])[0]
+        tokens = (
+            prior.output_tokens
+            if self._log_tokens is None
+            else max(math.expm1(self._log_tokens.predict()), 1.0)
+        )
+        if context.max_output_tokens is not None:
+            tokens = min(tokens, float(context.max_output_tokens))
+        return Prediction(
+            slm_id=spec.id,
+            success_ratio=prior.success_ratio if success is None else success.predict(),
+            output_tokens=tokens,
+            ttft_s=ttft_s + wake_s,
+            tpot_s=analytic_tpot_s(spec, state),
+            energy_j=energy_j(spec, state, tokens),
+        )
 
 
 def outcome_rows(outcomes: Sequence[Outcome], slm_ids: Sequence[str]) -> Rows:
@@ -210,41 +223,6 @@ def fits_layout(outcome: Outcome) -> bool:
         and len(outcome.load) == len(LOAD_NAMES)
         and all(0 <= b < BUCKETS for b in outcome.buckets)
     )
-
-
-def _corrected(
-    prior: Prediction,
-    context: RoutingContext,
-    place: tuple[SLMSpec, SLMState, SLMState],
-    success: float | None,
-    log_tokens: float | None,
-    residual: float | None,
-) -> Prediction:
-    spec, state, awake = place
-    tokens = prior.output_tokens if log_tokens is None else max(math.expm1(log_tokens), 1.0)
-    if context.max_output_tokens is not None:
-        tokens = min(tokens, float(context.max_output_tokens))
-    ttft = analytic_ttft_s(spec, awake, context.prompt_tokens, state.cached_prefix_ratio)
-    wake = 0.0
-    if awake is not state:
-        asleep = analytic_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
-        wake = asleep - ttft
-    if residual is not None:
-        ttft *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
-    return Prediction(
-        slm_id=spec.id,
-        success_ratio=prior.success_ratio if success is None else success,
-        output_tokens=tokens,
-        ttft_s=ttft + wake,
-        tpot_s=analytic_tpot_s(spec, state),
-        energy_j=energy_j(spec, state, tokens),
-    )
-
-
-def _awake(state: SLMState) -> SLMState:
-    if state.residency is Residency.HOT:
-        return state
-    return replace(state, residency=Residency.HOT)
 
 
 def _booster(head: str, text: str) -> lgb.Booster:

@@ -58,6 +58,9 @@ class Overrides:
     labels: tuple[str, ...] = ()
 
 
+_NOTHING_ASKED = Overrides()
+
+
 def parse_chat(body: Any) -> ChatRequest:
     """Read a `/v1/chat/completions` body. Raises RequestError naming the parameter.
 
@@ -101,6 +104,8 @@ def parse_overrides(headers: Mapping[str, str]) -> Overrides:
 
     Raises RequestError for a value out of range and for an unknown `x-calm-` header.
     """
+    if not headers:
+        return _NOTHING_ASKED
     for name in headers:
         if name.startswith("x-calm-") and name not in _OVERRIDES:
             near = difflib.get_close_matches(name, _OVERRIDES, n=1, cutoff=0.0)[0]

@@ -15,10 +15,7 @@ import numpy as np
 
 from calm_serve.analyze.features import LOAD_NAMES
 from calm_serve.analyze.lightgbm import (
-    FIRST_BUCKET,
-    FIRST_LOAD,
     MAX_LOG_RESIDUAL,
-    SLM_COLUMN,
     Artifact,
     Heads,
     Rows,
@@ -27,6 +24,7 @@ from calm_serve.analyze.lightgbm import (
     outcome_rows,
     success_head,
 )
+from calm_serve.analyze.one_row import FIRST_BUCKET, FIRST_LOAD, SLM_COLUMN
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge import scores
 from calm_serve.knowledge.labels import quality_label

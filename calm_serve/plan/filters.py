@@ -82,13 +82,15 @@ RELAXED_IF_NOBODY_PASSES = "language"
 # What a pinned request is held to: the client may insist on a language or on a struggling SLM,
 # but not on what cannot work or must not happen.
 PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
+_EVERY = tuple(FILTERS.items())
+_PINNED = tuple((name, FILTERS[name]) for name in PINNED_FILTERS)
 
 
 def excluded_by(
     context: RoutingContext, spec: SLMSpec, state: SLMState, *, pinned: bool = False
 ) -> str:
     """Name of the first filter that removes the SLM, "" when it stays."""
-    for name in PINNED_FILTERS if pinned else FILTERS:
-        if not FILTERS[name](context, spec, state):
+    for name, keep in _PINNED if pinned else _EVERY:
+        if not keep(context, spec, state):
             return name
     return ""

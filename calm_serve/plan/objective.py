@@ -40,6 +40,8 @@ def evaluate(
 
 def slo_penalty(context: RoutingContext, prediction: Prediction) -> float:
     """0 with headroom; grows with the relative violation up to SLO_PENALTY."""
+    if not (context.slo_ttft_ms or context.slo_tpot_ms or context.deadline_s):
+        return 0.0
     over = 0.0
     if context.slo_ttft_ms:
         over = max(over, prediction.ttft_s * 1000.0 / context.slo_ttft_ms - 1.0)

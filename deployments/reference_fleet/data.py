@@ -251,14 +251,14 @@ def drawer(task: str, steps: tuple[int, ...] = SHORT_STEPS) -> Draw:
 
 
 MIXTURE = {
-    "extract": 0.2,
-    "sql": 0.3,
-    "shell": 0.12,
+    "extract": 0.16,
+    "sql": 0.24,
+    "shell": 0.15,
     "reason": 0.15,
-    "intent": 0.12,
+    "intent": 0.2,
     "mixed": 0.05,
-    "prose": 0.03,
-    "chat": 0.03,
+    "prose": 0.025,
+    "chat": 0.025,
 }
 CHATTER = 0.15  # share of the generalist's requests with words around them
 

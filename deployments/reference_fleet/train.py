@@ -46,6 +46,7 @@ class Progress:
     total_seconds: float = 0.0
     tokens: int = 0  # without padding
     layers: int = 0
+    scale: float = 1.0  # of the peak rates in this round
     steps: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, answer loss in nats)
     scores: list[tuple[int, float]] = field(default_factory=list)  # (step, greedy exact share)
@@ -91,12 +92,15 @@ def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int | No
         core = build_core(shape, run.progress.layers, *sizes)
         core.load_state_dict(state["model"])
         deepen(core, model)
+        # More layers move the output further at the same rate.
+        run.progress.scale = run.progress.layers / layers
         run.progress.layers = layers
     else:
         model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
     if run.progress.elapsed >= run.progress.minutes * 60:
         run.progress.round += 1
+        run.progress.scale *= LATER_ROUNDS
         run.progress.elapsed = 0.0
         run.progress.minutes = minutes
     return run
@@ -219,7 +223,7 @@ def _one_step(run: Run, batch: Batch, share: float) -> float:
     loss, answer = losses(run.model, ids, weights)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP)
-    run.optimizer.step(rate_at(share) * (LATER_ROUNDS if run.progress.round else 1.0))
+    run.optimizer.step(rate_at(share) * run.progress.scale)
     run.progress.steps += 1
     run.progress.tokens += int((weights > 0).sum())
     return float(answer)

@@ -65,7 +65,7 @@ def specs(slm_id: str = "small") -> st.SearchStrategy[SLMSpec]:
             context_tokens=tokens,
             skills=["sql"] if can else [],
             capabilities={"json_output": can, "tools": can, "vision": can},
-            adapters=[{"name": "sql", "path": "x"}] if can else [],
+            adapters=[{"name": "sql", "path": "x"}] if can and not remote else [],
             **place,
             **tier,
         )

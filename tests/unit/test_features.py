@@ -15,6 +15,7 @@ from calm_serve.analyze import features
 from calm_serve.analyze.features import (
     BLOCK_CHARS,
     BUCKETS,
+    FOCUS_CHARS,
     LOAD_NAMES,
     MAX_BLOCKS,
     NUMBER_NAMES,
@@ -26,6 +27,7 @@ from calm_serve.analyze.features import (
     word_buckets,
 )
 from calm_serve.analyze.request import Overrides, parse_chat
+from calm_serve.analyze.words import HEAD_WORDS, TAIL_WORDS, Words, read_words
 from calm_serve.testing import make_fleet, make_spec, make_state
 from calm_serve.types import RoutingContext
 
@@ -141,14 +143,30 @@ def test_no_text_of_the_prompt_is_in_the_context() -> None:
 
 
 def test_word_order_and_words_are_told_apart() -> None:
-    assert word_buckets(["dog", "bites", "man"]) != word_buckets(["man", "bites", "dog"])
-    assert word_buckets(["dog"]) != word_buckets(["man"])
+    assert word_buckets([b"dog", b"bites", b"man"]) != word_buckets([b"man", b"bites", b"dog"])
+    assert word_buckets([b"dog"]) != word_buckets([b"man"])
 
 
-def test_only_the_first_and_last_words_are_hashed() -> None:
-    ends = [f"w{i}" for i in range(features.HEAD_WORDS)]
-    last = [f"z{i}" for i in range(features.TAIL_WORDS)]
-    assert word_buckets([*ends, "one", *last]) == word_buckets([*ends, "other", *last])
+@pytest.mark.parametrize("other", ["x", "ø"])
+def test_only_the_first_and_last_words_are_hashed(other: str) -> None:
+    head = " ".join(f"{a}{b}" for a in "abcdef" for b in "abcdefgh")
+    tail = " ".join(f"z{a}" for a in "abcdefghijklmnop")
+    one, two = (read_words(f"{head} {x} {tail}").ends for x in ("y", other))
+    assert one == two == f"{head} {tail}".encode().split()
+    assert len(one) == HEAD_WORDS + TAIL_WORDS
+
+
+@pytest.mark.parametrize("character", ["a", "é", " ", "!"])
+def test_words_are_read_from_the_ends_only(character: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def reading(text: str) -> Words:
+        lengths.append(len(text))
+        return read_words(text)
+
+    monkeypatch.setattr(features, "read_words", reading)
+    build(character * 1_000_000)
+    assert lengths == [2 * FOCUS_CHARS + 1]
 
 
 def test_the_size_of_a_number_is_not_vocabulary() -> None:

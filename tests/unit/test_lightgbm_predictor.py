@@ -155,7 +155,7 @@ def test_a_missing_head_is_answered_by_the_prior() -> None:
 def test_rows_from_the_log_equal_rows_at_prediction() -> None:
     predicting, context = predictor(), make_context(True)
     spec, state = make_spec(TALKER), make_state(TALKER, waiting=2)
-    at_prediction = predicting._fill(context, [spec], [state])
+    predicting.predict(context, [spec], [state])
     logged = make_outcome(
         "a",
         slm_id=TALKER,
@@ -163,7 +163,8 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         buckets=context.buckets,
         load=live_load(context, spec, state),
     )
-    assert np.array_equal(outcome_rows([logged], trained().slm_ids), at_prediction)
+    (row,) = outcome_rows([logged], trained().slm_ids)
+    assert np.array_equal(row, predicting._row.dense())
 
 
 def test_an_artifact_survives_the_wire_byte_for_byte() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -271,6 +273,20 @@ def test_decisions_are_remembered_up_to_a_bound() -> None:
     for i in range(10):
         target.decide(request, Overrides(), f"d{i}")
     assert [target.recall(f"d{i}") is not None for i in range(10)] == [False] * 7 + [True] * 3
+
+
+def test_decisions_leave_nothing_behind_but_a_bounded_log() -> None:
+    target = loop(decision_log=5)
+
+    def blocks_after(decisions: int) -> int:
+        for i in range(decisions):
+            request = parse_chat({"messages": [{"role": "user", "content": f"select {i} or été"}]})
+            target.decide(request, Overrides(), f"d{i:06}")
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks_after(100)
+    assert blocks_after(1000) - before < 500  # less than one object per decision
 
 
 def test_the_explanation_is_plain_data_of_the_whole_record() -> None:

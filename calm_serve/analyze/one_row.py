@@ -1,0 +1,114 @@
+"""One row at a time through LightGBM's C API: a sixth of the time of `Booster.predict`.
+
+`Booster.predict` checks, converts and allocates for every call, which costs several times what the
+trees cost. Here the row is a buffer that all boosters read, holding only what is not zero, and the
+arguments of every call are made once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from struct import Struct
+
+import lightgbm as lgb
+import numpy as np
+from lightgbm.basic import _LIB
+from numpy.typing import NDArray
+
+from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
+from calm_serve.errors import KnowledgeError
+
+FIRST_BUCKET = len(NUMBER_NAMES)
+FIRST_LOAD = FIRST_BUCKET + BUCKETS
+SLM_COLUMN = FIRST_LOAD + len(LOAD_NAMES)
+COLUMNS = SLM_COLUMN + 1
+
+# Order inside the buffer: what changes with the candidate, with the prompt, and last the buckets,
+# whose number varies and whose values are all 1.
+_CANDIDATE = Struct(f"={1 + len(LOAD_NAMES)}f")
+_NUMBERS = Struct(f"={len(NUMBER_NAMES)}f")
+_FIXED = 1 + len(LOAD_NAMES) + len(NUMBER_NAMES)
+_FLOAT32, _INT32 = 0, 2  # C_API_DTYPE_*
+_PREDICT = _LIB.LGBM_BoosterPredictForCSRSingleRowFast
+
+
+class SparseRow:
+    """The row that is predicted from; single precision, as in training."""
+
+    def __init__(self) -> None:
+        self.values: NDArray[np.float32] = np.ones(COLUMNS, dtype=np.float32)
+        self.columns: NDArray[np.int32] = np.zeros(COLUMNS, dtype=np.int32)
+        self.columns[:_FIXED] = [SLM_COLUMN, *range(FIRST_LOAD, SLM_COLUMN), *range(FIRST_BUCKET)]
+        self.starts: NDArray[np.int32] = np.zeros(2, dtype=np.int32)
+        self.length = ctypes.c_int64(_FIXED)
+        self._buffer = self.values.data.cast("B")
+
+    def set_prompt(self, numbers: Sequence[float], buckets: Sequence[int]) -> None:
+        """Put the prompt's features; `numbers` in the order of NUMBER_NAMES."""
+        _NUMBERS.pack_into(self._buffer, _CANDIDATE.size, *numbers)
+        end = _FIXED + len(buckets)
+        self.columns[_FIXED:end] = buckets
+        self.columns[_FIXED:end] += FIRST_BUCKET
+        self.starts[1] = self.length.value = end
+
+    def set_candidate(self, slm_index: int, load: Sequence[float]) -> None:
+        """Put one candidate's category and its load in the order of LOAD_NAMES."""
+        _CANDIDATE.pack_into(self._buffer, 0, slm_index, *load)
+
+    def dense(self) -> NDArray[np.float32]:
+        """The row as one of `COLUMNS` values."""
+        row: NDArray[np.float32] = np.zeros(COLUMNS, dtype=np.float32)
+        end = self.length.value
+        row[self.columns[:end]] = self.values[:end]
+        return row
+
+
+class OneRow:
+    """A booster's prediction for what a SparseRow holds. Not safe for threads, as the row is not.
+
+    Both are kept alive here, because LightGBM keeps only their addresses.
+    """
+
+    def __init__(self, booster: lgb.Booster, row: SparseRow) -> None:
+        """Prepare the call. Raises KnowledgeError where LightGBM refuses."""
+        self._booster, self._row = booster, row
+        config = ctypes.c_void_p()
+        _check(
+            _LIB.LGBM_BoosterPredictForCSRSingleRowFastInit(
+                booster._handle,
+                ctypes.c_int(0),  # the objective's own scale
+                ctypes.c_int(0),  # from the first tree
+                ctypes.c_int(-1),  # to the last
+                ctypes.c_int(_FLOAT32),
+                ctypes.c_int64(COLUMNS),
+                ctypes.c_char_p(b"num_threads=1"),
+                ctypes.byref(config),
+            )
+        )
+        weakref.finalize(self, _LIB.LGBM_FastConfigFree, config)
+        self._out, self._out_length = ctypes.c_double(), ctypes.c_int64()
+        self._arguments = (
+            config,
+            ctypes.c_void_p(row.starts.ctypes.data),
+            ctypes.c_int(_INT32),
+            ctypes.c_void_p(row.columns.ctypes.data),
+            ctypes.c_void_p(row.values.ctypes.data),
+            ctypes.c_int64(len(row.starts)),
+            row.length,
+            ctypes.byref(self._out_length),
+            ctypes.byref(self._out),
+        )
+
+    def predict(self) -> float:
+        """What `Booster.predict` says of the row. Raises KnowledgeError where LightGBM refuses."""
+        if status := _PREDICT(*self._arguments):
+            _check(status)
+        return self._out.value
+
+
+def _check(status: int) -> None:
+    if status:
+        text: bytes = _LIB.LGBM_GetLastError()  # lightgbm.basic declares its type
+        raise KnowledgeError(f"LightGBM: {text.decode(errors='replace')}")

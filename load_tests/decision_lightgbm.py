@@ -1,0 +1,152 @@
+"""The ways that LightGBM offers to predict every head for every candidate of one decision."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+import lightgbm as lgb
+import numpy as np
+from lightgbm.basic import _LIB, _safe_call
+from numpy.typing import NDArray
+
+from calm_serve.analyze.lightgbm import Heads
+from calm_serve.analyze.one_row import COLUMNS, OneRow, SparseRow
+from calm_serve.analyze.predictor import live_load
+from calm_serve.types import RoutingContext
+from load_tests.decision_world import World
+
+OPTIONS = ("predict_per_row", "predict_batched", "c_dense_row", "c_sparse_row")
+FLOAT32 = 0  # C_API_DTYPE_FLOAT32
+
+Values = NDArray[np.float64]  # (candidates, heads)
+
+
+def summary(nanoseconds: Sequence[int]) -> dict[str, float]:
+    """p50, p99 and minimum in microseconds."""
+    ordered = sorted(nanoseconds)
+    return {
+        "p50_us": round(statistics.median(ordered) / 1e3, 2),
+        "p99_us": round(ordered[int(len(ordered) * 0.99)] / 1e3, 2),
+        "min_us": round(ordered[0] / 1e3, 2),
+    }
+
+
+def tree_counts(world: World) -> dict[str, float]:
+    """Trees per head (the mean over SLMs for P(success)); leaves are set by the trainer."""
+    heads = Heads(world.artifact)
+    own = [booster.num_trees() for booster in heads.by_slm.values()]
+    return {
+        "success": round(statistics.mean(own), 1),
+        **{head: float(booster.num_trees()) for head, booster in heads.shared.items()},
+    }
+
+
+def measure_lightgbm(world: World, context: RoutingContext, turns: int) -> dict[str, float]:
+    """All options in turns; figures by option. Differences are to the first option."""
+    ways = _Ways(world, context)
+    options: dict[str, Callable[[], Values]] = {name: getattr(ways, name) for name in OPTIONS}
+    expected = ways.predict_per_row()
+    figures: dict[str, float] = {}
+    samples: dict[str, list[int]] = defaultdict(list)
+    for name, option in options.items():
+        figures[f"{name}.max_difference"] = float(np.max(np.abs(option() - expected)))
+    for _ in range(turns):
+        for name, option in options.items():
+            start = perf_counter_ns()
+            option()
+            samples[name].append(perf_counter_ns() - start)
+    for name, found in samples.items():
+        figures |= {f"{name}.{key}": value for key, value in summary(found).items()}
+    return figures
+
+
+class _Ways:
+    """One decision's candidates, as rows and as calls."""
+
+    def __init__(self, world: World, context: RoutingContext) -> None:
+        heads, ids = Heads(world.artifact), world.artifact.slm_ids
+        specs = [s for s in world.fleet.slms if s.id in ids]
+        self._context, self._heads = context, heads
+        self._candidates = [
+            (ids.index(s.id), live_load(context, s, world.states[s.id])) for s in specs
+        ]
+        self._sparse = SparseRow()
+        self._sparse.set_prompt(context.numbers, context.buckets)
+        self._rows = np.zeros((len(specs), COLUMNS), dtype=np.float32)
+        for row, candidate in zip(self._rows, self._candidates, strict=True):
+            self._sparse.set_candidate(*candidate)
+            row[:] = self._sparse.dense()
+        shared = list(heads.shared.values())
+        self._boosters = [(heads.by_slm[index], *shared) for index, _ in self._candidates]
+        self._dense_row = np.zeros(COLUMNS, dtype=np.float32)
+        calls = {b: _DenseRow(b, self._dense_row) for row in self._boosters for b in row}
+        self._dense = [[calls[b] for b in row] for row in self._boosters]
+        self._fast = [[OneRow(b, self._sparse) for b in row] for row in self._boosters]
+
+    def predict_per_row(self) -> Values:
+        """`Booster.predict` for every head of every candidate."""
+        rows = [self._rows[i : i + 1] for i in range(len(self._rows))]
+        return np.array(
+            [
+                [booster.predict(row, num_threads=1)[0] for booster in boosters]
+                for row, boosters in zip(rows, self._boosters, strict=True)
+            ]
+        )
+
+    def predict_batched(self) -> Values:
+        """`Booster.predict`: shared heads for all rows at once, P(success) one by one."""
+        found = [self._heads.success(self._rows)]
+        for head in self._heads.shared:
+            found.append(np.asarray(self._heads.run(head, self._rows)))
+        return np.column_stack(found)
+
+    def c_dense_row(self) -> Values:
+        """The C API with a whole row of 4-byte numbers."""
+        found = []
+        for row, calls in zip(self._rows, self._dense, strict=True):
+            self._dense_row[:] = row
+            found.append([call.predict() for call in calls])
+        return np.array(found)
+
+    def c_sparse_row(self) -> Values:
+        """The C API with what is not zero: what the predictor does. Includes filling the row."""
+        self._sparse.set_prompt(self._context.numbers, self._context.buckets)
+        found = []
+        for (index, load), calls in zip(self._candidates, self._fast, strict=True):
+            self._sparse.set_candidate(index, load)
+            found.append([call.predict() for call in calls])
+        return np.array(found)
+
+
+class _DenseRow:
+    """One booster's call for a dense row at a fixed place."""
+
+    def __init__(self, booster: lgb.Booster, row: NDArray[np.float32]) -> None:
+        self._config, self._row = ctypes.c_void_p(), row
+        _safe_call(
+            _LIB.LGBM_BoosterPredictForMatSingleRowFastInit(
+                booster._handle,
+                ctypes.c_int(0),
+                ctypes.c_int(0),
+                ctypes.c_int(-1),
+                ctypes.c_int(FLOAT32),
+                ctypes.c_int32(len(row)),
+                ctypes.c_char_p(b"num_threads=1"),
+                ctypes.byref(self._config),
+            )
+        )
+        self._out, self._length = ctypes.c_double(), ctypes.c_int64()
+        self._arguments = (
+            self._config,
+            ctypes.c_void_p(row.ctypes.data),
+            ctypes.byref(self._length),
+            ctypes.byref(self._out),
+        )
+
+    def predict(self) -> float:
+        _safe_call(_LIB.LGBM_BoosterPredictForMatSingleRowFast(*self._arguments))
+        return self._out.value

@@ -1,0 +1,86 @@
+"""One row through LightGBM's C API says what `Booster.predict` says."""
+
+from __future__ import annotations
+
+import gc
+import math
+from functools import cache
+from random import Random
+
+import lightgbm as lgb
+import numpy as np
+import pytest
+
+from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
+from calm_serve.analyze.one_row import COLUMNS, SLM_COLUMN, OneRow, SparseRow
+from calm_serve.errors import KnowledgeError
+
+MISSING = (math.nan, -1.0, 99.0)  # categories that training never saw
+
+
+@cache
+def booster(missing: bool) -> lgb.Booster:
+    """Trees over every kind of column, trained with or without missing values."""
+    draw = np.random.default_rng(4)
+    rows = draw.normal(size=(600, COLUMNS)).astype(np.float32)
+    rows[:, len(NUMBER_NAMES) : -len(LOAD_NAMES) - 1] = draw.random((600, BUCKETS)) < 0.2
+    rows[:, SLM_COLUMN] = draw.integers(0, 6, size=600)
+    target = rows[:, 0] + 2 * rows[:, 40] - rows[:, -3] + (rows[:, -1] % 3) + rows[:, 41:90].sum(1)
+    if missing:
+        rows[draw.random(rows.shape) < 0.1] = np.nan
+    data = lgb.Dataset(rows, target, categorical_feature=[SLM_COLUMN])
+    params = {"verbosity": -1, "num_leaves": 15, "num_threads": 1, "max_cat_to_onehot": 2}
+    return lgb.train(params, data, num_boost_round=60)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_it_is_what_booster_predict_says(missing: bool) -> None:
+    rng, row = Random(1), SparseRow()
+    one = OneRow(booster(missing), row)
+    for _ in range(300):
+        numbers = [rng.choice((0.0, rng.gauss(0, 3), math.nan, -0.0)) for _ in NUMBER_NAMES]
+        load = [rng.choice((0.0, rng.gauss(0, 3), math.nan)) for _ in LOAD_NAMES]
+        row.set_prompt(numbers, sorted(rng.sample(range(BUCKETS), rng.choice((0, 1, 90, BUCKETS)))))
+        for category in (*range(6), *MISSING):
+            row.set_candidate(category, load)
+            expected = booster(missing).predict(row.dense()[None], num_threads=1)[0]
+            assert one.predict() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_row_holds_what_was_put_in_and_nothing_older() -> None:
+    row = SparseRow()
+    row.set_prompt([1.0] * len(NUMBER_NAMES), range(BUCKETS))
+    row.set_candidate(3, [2.0] * len(LOAD_NAMES))
+    row.set_prompt(range(len(NUMBER_NAMES)), [0, 1023])
+    row.set_candidate(1, range(len(LOAD_NAMES)))
+    dense = row.dense()
+    assert dense[: len(NUMBER_NAMES)].tolist() == list(range(len(NUMBER_NAMES)))
+    buckets = dense[len(NUMBER_NAMES) : len(NUMBER_NAMES) + BUCKETS]
+    assert np.flatnonzero(buckets).tolist() == [0, 1023]
+    assert dense[-len(LOAD_NAMES) - 1 :].tolist() == [*range(len(LOAD_NAMES)), 1.0]
+
+
+def test_boosters_share_a_row_and_outlive_their_names() -> None:
+    row = SparseRow()
+    row.set_prompt([0.5] * len(NUMBER_NAMES), [3])
+    row.set_candidate(2, [0.0] * len(LOAD_NAMES))
+    text = booster(False).model_to_string()
+    calls = [OneRow(lgb.Booster(model_str=text), row) for _ in range(5)]
+    gc.collect()
+    assert len({call.predict() for call in calls}) == 1
+    del calls[:4]
+    gc.collect()
+    assert calls[0].predict() == booster(False).predict(row.dense()[None])[0]
+
+
+def test_a_row_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        SparseRow().set_prompt([0.0] * len(NUMBER_NAMES), range(COLUMNS))
+
+
+def test_what_lightgbm_refuses_is_an_error() -> None:
+    row = SparseRow()
+    rows = np.random.default_rng(1).random((60, COLUMNS + 1))
+    wide = lgb.train({"verbosity": -1}, lgb.Dataset(rows, rows[:, -1]), num_boost_round=1)
+    with pytest.raises(KnowledgeError, match="LightGBM"):
+        OneRow(wide, row)
