@@ -37,7 +37,7 @@ class Shape:
 SHAPES = {
     "extract": Shape("tokenizer_a", 4, 512, 0.02, 26, dropout=0.05),
     "sql": Shape("tokenizer_b", 4, 512, 0.02, 44),
-    "shell": Shape("tokenizer_b", 3, 512, 0.02, 28, dropout=0.05),
+    "shell": Shape("tokenizer_b", 3, 512, 0.02, 28, dropout=0.2),
     "reason": Shape("tokenizer_b", 3, 512, 0.02, 9),
     "intent": Shape("tokenizer_a", 2, 512, 0.02, 8, prompt_weight=0.3, width=256, dropout=0.15),
     "general": Shape("tokenizer_a", 24, 384, 0.02, 60, batch=4096, architecture="qwen3"),

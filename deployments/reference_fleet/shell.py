@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from random import Random
 
 from deployments.reference_fleet import sources
+from deployments.reference_fleet.shell_phrases import composed, reworded
+
+COMPOSED, REWORDED = 0.15, 0.6  # shares of the training pairs
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ def shell_draw() -> Draw:
             pools.setdefault(_shape(word), []).append(word)
 
     def draw(rng: Random) -> Pair:
+        if rng.random() < COMPOSED:
+            return shell_pair(*composed(rng))
         index = rng.randrange(len(rows))
         english, bash = rows[index]
         swaps = {w: rng.choice(pools[_shape(w)]) for w in shared[index] if rng.random() < 0.5}
         if swaps:
             replace = lambda m: swaps.get(m[0], m[0])  # noqa: E731
             english, bash = _SHARED.sub(replace, english), _SHARED.sub(replace, bash)
+        if rng.random() < REWORDED:
+            english = reworded(english, rng)
         return shell_pair(english, bash)
 
     return draw
