@@ -25,10 +25,11 @@ from deployments.reference_fleet import sources, tokens
 from deployments.reference_fleet.batches import batches
 from deployments.reference_fleet.data import Example, Swapper, extraction, slots_of
 from deployments.reference_fleet.grading import parsed
+from deployments.reference_fleet.optimizers import rate_at
 from deployments.reference_fleet.schemas import ADAPTERS, answers, reshaped
 from deployments.reference_fleet.scoring import greedy
 from deployments.reference_fleet.tokens import render
-from deployments.reference_fleet.train import MODELS, losses, rate_at
+from deployments.reference_fleet.train import MODELS, losses
 from deployments.reference_fleet.wrappers import user, wrap
 
 BASE = MODELS / "extract"

@@ -32,6 +32,7 @@ class Shape:
     architecture: str = "llama"
     head_dim: int = 32  # the smallest that vLLM's CPU attention supports
     dropout: float = 0.0
+    core: int = 0  # layers that are trained first, before the others are added
 
 
 SHAPES = {
@@ -40,7 +41,7 @@ SHAPES = {
     "shell": Shape("tokenizer_b", 3, 512, 0.02, 28, dropout=0.2),
     "reason": Shape("tokenizer_b", 3, 512, 0.02, 9),
     "intent": Shape("tokenizer_a", 2, 512, 0.02, 8, prompt_weight=0.3, width=256, dropout=0.15),
-    "general": Shape("tokenizer_a", 24, 384, 0.02, 60, batch=4096, architecture="qwen3"),
+    "general": Shape("tokenizer_a", 24, 384, 0.02, 84, batch=4096, architecture="qwen3", core=6),
 }
 
 

@@ -22,16 +22,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from deployments.reference_fleet import tokens
 from deployments.reference_fleet.batches import Batch, batches
 from deployments.reference_fleet.data import TASKS, held_out, stream
+from deployments.reference_fleet.optimizers import Optimizers, rate_at
 from deployments.reference_fleet.scoring import score
 from deployments.reference_fleet.shapes import SHAPES, build_core, deepen
 
 HERE = Path(__file__).parent
 RUNS = HERE / ".runs"
 MODELS = HERE / "models"
-WARMUP = 0.02  # share of the minutes
-DECAY = 0.5  # share of the minutes in which the rate falls to nothing
+CORE_SHARE = 0.9  # of the minutes of a model that starts as a shallow core
 LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's
-EMBEDDING_RATE = 0.15  # peak rate of embeddings and norms, as a share of the layers'
 SAVE_EVERY = 120.0  # seconds
 CLIP = 1.0
 
@@ -74,11 +73,10 @@ class Run:
         return RUNS / self.task / "checkpoint.pt"
 
 
-def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int | None = None) -> Run:
+def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int) -> Run:
     """A new run, or the saved one, deepened where it has fewer than `layers` layers."""
     torch.manual_seed(seed)
     shape = SHAPES[task]
-    layers = layers or shape.layers
     tokenizer = tokens.load(tokens.SPECS[shape.tokenizer], RUNS)
     sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     model = build_core(shape, layers, *sizes)
@@ -106,37 +104,6 @@ def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int | No
     return run
 
 
-class Optimizers:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
-
-    def __init__(self, model: PreTrainedModel, rate: float) -> None:
-        layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        known = {id(p) for p in layers}
-        others = [p for p in model.parameters() if id(p) not in known]
-        self._all = (
-            torch.optim.Muon(layers, lr=rate, weight_decay=0.05),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
-        )
-        self._peaks = (rate, rate * EMBEDDING_RATE)
-
-    def step(self, share: float) -> None:
-        """One step at `share` of the peak rates; gradients are dropped."""
-        for optimizer, peak in zip(self._all, self._peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * share
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[dict[str, object]]:
-        """The state of both."""
-        return [o.state_dict() for o in self._all]
-
-    def load_state_dict(self, states: list[dict[str, object]]) -> None:
-        """Restores both."""
-        for optimizer, state in zip(self._all, states, strict=True):
-            optimizer.load_state_dict(state)
-
-
 def save(run: Run) -> None:
     """Writes the checkpoint; a rename makes it whole or absent."""
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +115,6 @@ def save(run: Run) -> None:
     part = run.checkpoint.with_suffix(".part")
     torch.save(state, part)
     part.replace(run.checkpoint)
-
-
-def rate_at(share: float) -> float:
-    """Learning rate as a share of its peak, after `share` of the minutes."""
-    return min(1.0, max(share / WARMUP, 0.01), max((1 - share) / DECAY, 0.01))
 
 
 def losses(
@@ -289,9 +251,6 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile (needs a C++ compiler)"
     )
-    parser.add_argument(
-        "--layers", type=int, help="train a core of so many layers, deepen it later"
-    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score-every", type=float, default=150.0, help="seconds")
@@ -301,10 +260,25 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     minutes = chosen.minutes if chosen.minutes is not None else SHAPES[chosen.task].minutes
-    run = prepare(chosen.task, minutes, chosen.resume, chosen.seed, chosen.layers)
-    train(run, chosen.compile, chosen.score_every)
-    if run.progress.layers == SHAPES[chosen.task].layers:
-        export(run, chosen.examples)
+    for layers, share in phases(chosen.task, chosen.resume):
+        run = prepare(chosen.task, minutes * share, chosen.resume, chosen.seed, layers)
+        train(run, chosen.compile, chosen.score_every)
+        chosen.resume = True
+    export(run, chosen.examples)
+
+
+def phases(task: str, resume: bool) -> list[tuple[int, float]]:
+    """(layers, share of the minutes): a deep model trains most of its time as a shallow core."""
+    shape = SHAPES[task]
+    saved = RUNS / task / "checkpoint.pt"
+    deepened = resume and saved.exists() and _layers(saved) == shape.layers
+    if not shape.core or deepened:
+        return [(shape.layers, 1.0)]
+    return [(shape.core, CORE_SHARE), (shape.layers, 1.0 - CORE_SHARE)]
+
+
+def _layers(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["progress"]["layers"])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import yaml
 import calm_serve
 from calm_serve.config import SLMSpec
 from calm_serve.config_load import load_args, load_fleet
+from load_tests.__main__ import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,10 +52,16 @@ def test_every_endpoint_in_the_readme_is_served() -> None:
 
 
 def test_every_local_link_in_the_documents_exists() -> None:
-    for document in (ROOT / "README.md", ROOT / "calm_serve" / "README.md"):
+    fleet = ROOT / "deployments" / "reference_fleet" / "README.md"
+    for document in (ROOT / "README.md", ROOT / "calm_serve" / "README.md", fleet):
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not link.startswith("http"):
                 assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_benchmark_in_the_readme_exists_and_all_are_named() -> None:
+    named = set(re.findall(r"`python -m load_tests ([a-z]+)", README))
+    assert named == set(BENCHMARKS)
 
 
 def test_the_shipped_configuration_is_valid() -> None:
