@@ -103,8 +103,8 @@ def build(spec: TokenizerSpec) -> PreTrainedTokenizerFast:
 
 
 def load(spec: TokenizerSpec, folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved under `folder`, trained first where it is not there."""
-    place = folder / spec.name
+    """The tokenizer of a model's folder, or the one under `folder`, trained first if missing."""
+    place = folder if (folder / "tokenizer.json").exists() else folder / spec.name
     if not (place / "tokenizer.json").exists():
         build(spec).save_pretrained(place)
     loaded = AutoTokenizer.from_pretrained(place)

@@ -1,9 +1,9 @@
 """Trains one model: `python -m deployments.reference_fleet.train extract [--resume]`.
 
-The learning rate follows the clock (warm-up, then cosine to zero at the end of the
-stated minutes), so a slower machine gives a weaker model, never a late one. `--resume`
-continues an interrupted run; a finished run is continued by a further round that warms
-up again. Checkpoints go to `.runs/` (git-ignored); the result to `models/<id>/`.
+The learning rate follows the clock (warm-up, constant, linear to nothing at the end of the stated
+minutes), so a slower machine gives a weaker model, never a late one. `--resume` continues an
+interrupted run; a finished run, or the shipped weights where there is none, by a further round at
+a lower rate. Checkpoints go to `.runs/` (git-ignored); the result to `models/<id>/`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ from deployments.reference_fleet.shapes import SHAPES, build_core, deepen
 HERE = Path(__file__).parent
 RUNS = HERE / ".runs"
 MODELS = HERE / "models"
+WEIGHTS = "model.safetensors"
 CORE_SHARE = 0.9  # of the minutes of a model that starts as a shallow core
 LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's
 SAVE_EVERY = 120.0  # seconds
@@ -77,13 +79,15 @@ def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int) -> 
     """A new run, or the saved one, deepened where it has fewer than `layers` layers."""
     torch.manual_seed(seed)
     shape = SHAPES[task]
-    tokenizer = tokens.load(tokens.SPECS[shape.tokenizer], RUNS)
+    shipped = resume and not (RUNS / task / "checkpoint.pt").exists()
+    spec = tokens.SPECS[shape.tokenizer]
+    tokenizer = tokens.load(spec, RUNS if not shipped else MODELS / task)
     sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     model = build_core(shape, layers, *sizes)
     progress = Progress(minutes=minutes, layers=layers)
     run = Run(task, model, tokenizer, Optimizers(model, shape.rate), progress, seed)
     if not resume or not run.checkpoint.exists():
-        return run
+        return _from_shipped(run) if resume and layers == shape.layers else run
     state = torch.load(run.checkpoint, weights_only=True)
     run.progress = Progress(**state["progress"])
     if run.progress.layers < layers:
@@ -101,6 +105,18 @@ def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int) -> 
         run.progress.scale *= LATER_ROUNDS
         run.progress.elapsed = 0.0
         run.progress.minutes = minutes
+    return run
+
+
+def _from_shipped(run: Run) -> Run:
+    """Starts a further round from the weights in `models/`, where no checkpoint is left."""
+    place = MODELS / run.task
+    weights = {name: value.float() for name, value in load_file(place / WEIGHTS).items()}
+    run.model.load_state_dict(weights, strict=False)  # the tied output layer is not in the file
+    facts = json.loads((place / "scores.json").read_text())
+    run.progress.round, run.progress.scale = 1, LATER_ROUNDS
+    run.progress.total_seconds = facts["training_seconds"]
+    run.progress.tokens, run.progress.steps = facts["training_tokens"], facts["steps"]
     return run
 
 
@@ -271,7 +287,7 @@ def phases(task: str, resume: bool) -> list[tuple[int, float]]:
     """(layers, share of the minutes): a deep model trains most of its time as a shallow core."""
     shape = SHAPES[task]
     saved = RUNS / task / "checkpoint.pt"
-    deepened = resume and saved.exists() and _layers(saved) == shape.layers
+    deepened = resume and (not saved.exists() or _layers(saved) == shape.layers)
     if not shape.core or deepened:
         return [(shape.layers, 1.0)]
     return [(shape.core, CORE_SHARE), (shape.layers, 1.0 - CORE_SHARE)]
