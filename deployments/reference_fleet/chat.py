@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from deployments.reference_fleet import sources
+from deployments.reference_fleet import problems, sources
 
 GREETINGS = (
     "Hello",
@@ -117,26 +117,7 @@ CAPITALS = tuple(
         "India/Delhi",
     ]
 )
-NAMES = [
-    "Ana",
-    "Ben",
-    "Carla",
-    "Dan",
-    "Ella",
-    "Frank",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Jack",
-    "Kira",
-    "Leo",
-    "Mary",
-    "Nina",
-    "Omar",
-    "Paul",
-    "Rosa",
-    "Sam",
-]
+NAMES = problems.NAMES[:18]
 
 
 def chat(rng: Random) -> tuple[str, str]:

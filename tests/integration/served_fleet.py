@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from openai import OpenAI
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import Outcome
 from deployments.reference_fleet.evalrows import load
+from load_tests.served import free_port
 from load_tests.workloads import request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,13 +40,6 @@ INGRESS_PORTS = frozenset(range(30_000, 32_768))  # where routers listen behind 
 MARK = "CALM_TEST_RUN"  # in the environment of every process that belongs to this run
 
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 60.0) -> T:
