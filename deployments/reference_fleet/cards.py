@@ -42,7 +42,7 @@ CARDS = {
     "extract": Card(
         'Turns a request into `{"intent": ..., "slots": {...}}`.',
         (SNIPS, OWN),
-        "exact: equal as JSON. All of the published validation files, repeated requests once.",
+        "exact: equal as JSON. The published validation files, repeated requests once.",
         "Long names with rare words are copied with a slip; track, album and artist are confused; "
         "an answer is always one of seven intents, whatever is asked.",
     ),
@@ -163,7 +163,7 @@ def card(name: str, measured: dict[str, Any]) -> str:
         "",
         *markdown([row[1:] for row in rows(figures, name)], COLUMNS[1:]),
         "",
-        "Greedy, as served, in domain, held-out rows: `python -m load_tests fleet`. "
+        f"Greedy, as served, in domain, {drawn(measured)}: `python -m load_tests fleet`. "
         f"{words.measure}",
         "",
         f"Known failures: {words.failures}",
@@ -171,6 +171,12 @@ def card(name: str, measured: dict[str, Any]) -> str:
         "![answer loss and greedy score over steps](loss.png)",
     ]
     return "\n".join(lines + _variants(name, figures)) + "\n"
+
+
+def drawn(measured: dict[str, Any]) -> str:
+    """Which held-out rows were asked."""
+    limit = measured["config"]["limit"]
+    return f"held-out rows, at most {limit} of each slice" if limit else "all held-out rows"
 
 
 def _variants(name: str, figures: dict[str, Any]) -> list[str]:
@@ -212,7 +218,8 @@ def main() -> None:
     head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(FINISH)[1]
     figures = measured["figures"]
-    body = "\n".join([*table(figures), "", *costs(figures)])
+    asked = f"{drawn(measured).capitalize()}; {measured['machine']['at']}."
+    body = "\n".join([asked, "", *table(figures), "", *costs(figures)])
     page.write_text(f"{head}{BEGIN}\n{body}\n{FINISH}{tail}", encoding="utf-8")
 
 
