@@ -54,7 +54,6 @@ async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> 
     async with httpx.AsyncClient(base_url=url, timeout=60.0) as client:
         for one in tqdm(asked, desc="route", mininterval=1.0):
             body = {"model": "auto", "messages": one.messages}
-            body |= {"max_tokens": max_tokens(one.row.task)}
             decision = (await client.post("/v1/route", json=body)).raise_for_status().json()
             # Exploration is a deliberate detour; the best candidate is what is judged.
             chosen.append(decision["candidates"][0]["slm_id"])

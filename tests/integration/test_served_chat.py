@@ -168,7 +168,7 @@ def test_a_json_schema_constrains_the_answer_of_an_slm_that_would_not_follow_it(
     }
     options = {
         "model": "intent",
-        "messages": user("what is my bank balance"),
+        "messages": user("set an alarm for six"),
         "temperature": 0,
         "max_tokens": 64,
     }
