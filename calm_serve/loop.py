@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from calm_serve.analyze.features import ContextBuilder
+from calm_serve.analyze.features import ContextBuilder, add_features
 from calm_serve.analyze.predictor import Predictor
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.analyze.request import ChatRequest, Overrides
@@ -96,7 +96,7 @@ class Loop:
         """
         started = self._timer()
         context = self._builder.build(request, overrides, decision_id)
-        decision = self.decide_context(context)
+        decision = self._decide(context, request)
         # Nobody else has the record yet, and a copy for one field costs as much as the filters.
         object.__setattr__(decision, "decided_in_s", self._timer() - started)
         self._log[decision_id] = decision
@@ -105,14 +105,21 @@ class Loop:
         return decision
 
     def decide_context(self, context: RoutingContext) -> Decision:
-        """Choose the SLM for a context; the same context and state give the same decision."""
+        """Choose the SLM for a context; the same context and state give the same decision.
+
+        The context has its features, unless a rule decides.
+        """
+        return self._decide(context, None)
+
+    def _decide(self, context: RoutingContext, request: ChatRequest | None) -> Decision:
         if context.safety_class in self._pins:
             pin = self._pins[context.safety_class]
-            return self._pinned(context, pin, DecisionReason.SAFETY_PIN, context.safety_class)
+            reason = DecisionReason.SAFETY_PIN
+            return self._pinned(context, request, pin, reason, context.safety_class)
         if context.slm_id or context.adapter:
             if context.slm_id not in self.specs:
                 raise UnknownModelError(self._unknown(context), param="model")
-            return self._pinned(context, context.slm_id, DecisionReason.REQUESTED)
+            return self._pinned(context, request, context.slm_id, DecisionReason.REQUESTED)
         rule = rules.first_match(self.fleet.rules, context)
         states = {i: self._read_state(s) for i, s in self.specs.items()}
         allowed, excluded = self._filter(context, states)
@@ -121,8 +128,8 @@ class Loop:
             if len(short) == 1:
                 return self._by_rule(context, short[0], rule.name, allowed, excluded)
             if short:
-                return self._scored(context, short, excluded, states, rule.name)
-        return self._scored(context, allowed, excluded, states, "")
+                return self._scored(context, request, short, excluded, states, rule.name)
+        return self._scored(context, request, allowed, excluded, states, "")
 
     def recall(self, decision_id: str) -> Decision | None:
         """A recent decision, None when it is unknown or too old."""
@@ -132,8 +139,17 @@ class Loop:
         """The decision as plain JSON-ready data."""
         return asdict(decision)
 
+    def complete(self, decision: Decision, request: ChatRequest) -> None:
+        """Add to the record what the decision itself did not need: features for learning."""
+        add_features(decision.context, request)
+
     def _pinned(
-        self, context: RoutingContext, slm_id: str, reason: DecisionReason, rule: str = ""
+        self,
+        context: RoutingContext,
+        request: ChatRequest | None,
+        slm_id: str,
+        reason: DecisionReason,
+        rule: str = "",
     ) -> Decision:
         spec = self.specs[slm_id]
         adapter = context.adapter if reason is DecisionReason.REQUESTED else ""
@@ -148,6 +164,8 @@ class Loop:
             raise SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
         if why:
             raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {why}")
+        if request is not None:
+            add_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
         candidate = objective.evaluate(context, prediction, state, self.goals)
         return self._record(
@@ -184,11 +202,14 @@ class Loop:
     def _scored(
         self,
         context: RoutingContext,
+        request: ChatRequest | None,
         allowed: list[str],
         excluded: list[Candidate],
         states: Mapping[str, SLMState],
         rule: str,
     ) -> Decision:
+        if request is not None:
+            add_features(context, request)
         specs = [self.specs[i] for i in allowed]
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         scored = [objective.evaluate(context, p, states[p.slm_id], self.goals) for p in predictions]

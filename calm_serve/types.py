@@ -60,8 +60,9 @@ class Residency(StrEnum):
 class RoutingContext:
     """What the decision may know of a request: plain fields, no prompt text.
 
-    Built once per request by `analyze.features.build_context`, in bounded time, without a
-    tokenizer. `numbers` and `buckets` together are everything the predictor sees of the prompt.
+    Built once per request by `analyze.features.ContextBuilder`, in bounded time, without a
+    tokenizer. `numbers` and `buckets` together are everything the predictor sees of the prompt;
+    they are empty until somebody needs them (`analyze.features.add_features`).
     """
 
     request_id: str

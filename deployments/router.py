@@ -141,7 +141,7 @@ class Router:
             "labels": overrides.labels,
         }
         prompt = parsed.text if self._args.learning.keep_prompts else None
-        finish = _Finish(self, call, overrides.task, prompt)
+        finish = _Finish(self, call, parsed, overrides.task, prompt)
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
         answer: AsyncIterator[bytes] | Refusal | None = None
         try:
@@ -204,7 +204,9 @@ class Router:
         body = await http.read_json(request, self._limit_bytes)
         parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
         overrides = parse_overrides(http.routing_headers(request))
-        decision = self._loop.decide(parse(body), overrides, uuid.uuid4().hex)
+        parsed = parse(body)
+        decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
+        self._loop.complete(decision, parsed)
         return http.json_response(self._loop.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
@@ -216,8 +218,11 @@ class Router:
         text = render_fleet_metrics(self._metrics.aggregates, self._operations.snapshot())
         return Response(text, 200, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def record(self, call: dispatch.Call, task: str, prompt: str | None) -> None:
+    def record(
+        self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
+    ) -> None:
         """Write the outcome of a finished call to windows, metrics and knowledge."""
+        self._loop.complete(call.decision, parsed)
         outcome = dispatch.outcome_of(call, at=time.time(), task=task, prompt=prompt)
         self._view.observe(outcome)
         self._metrics.observe(outcome)
@@ -246,15 +251,23 @@ class Router:
 class _Finish:
     """Records a call once, whoever comes first: the answer's end, an error or the client."""
 
-    def __init__(self, router: Router, call: dispatch.Call, task: str, prompt: str | None) -> None:
-        self._router, self._call, self._task, self._prompt = router, call, task, prompt
+    def __init__(
+        self,
+        router: Router,
+        call: dispatch.Call,
+        parsed: ChatRequest,
+        task: str,
+        prompt: str | None,
+    ) -> None:
+        self._router, self._call, self._parsed = router, call, parsed
+        self._task, self._prompt = task, prompt
         self._done = False
 
     def __call__(self, response: Response | None = None) -> Response:
         """Record the call, unless that was done, and pass the response through."""
         if not self._done:
             self._done = True
-            self._router.record(self._call, self._task, self._prompt)
+            self._router.record(self._call, self._parsed, self._task, self._prompt)
         return response or Response()
 
     def __del__(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from pydantic_core import from_json
 
-from calm_serve.analyze.features import ContextBuilder
+from calm_serve.analyze.features import ContextBuilder, add_features
 from calm_serve.analyze.lightgbm import LightGBMPredictor
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.analyze.request import parse_chat, parse_overrides
@@ -36,7 +36,7 @@ SLMS = (4, 8, 32)
 CHARS = (20, 200, 2000, 30_000)
 PATHS = ("fast", "pinned", "scored")
 WANTED = {"fast": "rule", "pinned": "pinned", "scored": "scored"}
-STAGES = ("json", "request", "context", "choice")
+STAGES = ("json", "request", "context", "features", "choice")
 BODIES = 32  # different prompts per case
 TURNS, REPEATS = 50, 20  # a case is measured REPEATS times in each of TURNS turns
 MEMORY_DECISIONS = 10_000
@@ -53,6 +53,7 @@ class Case:
         self.name = f"{path}.{len(world.fleet.slms)}.{chars}"
         self._loop = loop
         self._builder = ContextBuilder(world.fleet)
+        self._by_rule = path == "fast"
         rng = Random(f"{SEED} {self.name}")
         bodies = [body(path, chars, rng, world.fleet) for _ in range(BODIES)]
         self._bodies: Iterator[bytes] = cycle(bodies)
@@ -86,6 +87,9 @@ class Case:
         request, overrides = parse_chat(parsed), parse_overrides({})
         marks.append(perf_counter_ns())
         context = self._builder.build(request, overrides, f"{self.name}-{self._ids}")
+        marks.append(perf_counter_ns())
+        if not self._by_rule:
+            add_features(context, request)
         marks.append(perf_counter_ns())
         self._loop.decide_context(context)
         marks.append(perf_counter_ns())

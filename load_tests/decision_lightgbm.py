@@ -13,13 +13,13 @@ import numpy as np
 from lightgbm.basic import _LIB, _safe_call
 from numpy.typing import NDArray
 
-from calm_serve.analyze.lightgbm import Heads
-from calm_serve.analyze.one_row import COLUMNS, OneRow, SparseRow
+from calm_serve.analyze.lightgbm import OUTPUT_TOKENS, OWN_HEADS, SUCCESS, Heads, own_head
+from calm_serve.analyze.one_row import COLUMNS, OneRow, SparseRow, joined
 from calm_serve.analyze.predictor import live_load
 from calm_serve.types import RoutingContext
 from load_tests.decision_world import World
 
-OPTIONS = ("predict_per_row", "predict_batched", "c_dense_row", "c_sparse_row")
+OPTIONS = ("predict_per_row", "predict_batched", "c_dense_row", "c_sparse_row", "c_joined")
 FLOAT32 = 0  # C_API_DTYPE_FLOAT32
 
 Values = NDArray[np.float64]  # (candidates, heads)
@@ -36,13 +36,15 @@ def summary(nanoseconds: Sequence[int]) -> dict[str, float]:
 
 
 def tree_counts(world: World) -> dict[str, float]:
-    """Trees per head (the mean over SLMs for P(success)); leaves are set by the trainer."""
+    """Trees per head (the mean over SLMs for their own heads); leaves are set by the trainer."""
     heads = Heads(world.artifact)
-    own = [booster.num_trees() for booster in heads.by_slm.values()]
-    return {
-        "success": round(statistics.mean(own), 1),
-        **{head: float(booster.num_trees()) for head, booster in heads.shared.items()},
+    trees = {
+        name: [b.num_trees() for (head, _), b in heads.own.items() if head == name]
+        for name in OWN_HEADS
     }
+    if heads.residual is not None:
+        trees["ttft_residual"] = [heads.residual.num_trees()]
+    return {name: round(statistics.mean(counts), 1) for name, counts in trees.items()}
 
 
 def measure_lightgbm(world: World, context: RoutingContext, turns: int) -> dict[str, float]:
@@ -80,12 +82,22 @@ class _Ways:
         for row, candidate in zip(self._rows, self._candidates, strict=True):
             self._sparse.set_candidate(*candidate)
             row[:] = self._sparse.dense()
-        shared = list(heads.shared.values())
-        self._boosters = [(heads.by_slm[index], *shared) for index, _ in self._candidates]
+        if heads.residual is None:
+            raise RuntimeError("the world's outcomes teach no TTFT")
+        self._residual = heads.residual
+        self._boosters = [
+            (heads.own[SUCCESS, index], heads.own[OUTPUT_TOKENS, index], self._residual)
+            for index, _ in self._candidates
+        ]
         self._dense_row = np.zeros(COLUMNS, dtype=np.float32)
         calls = {b: _DenseRow(b, self._dense_row) for row in self._boosters for b in row}
         self._dense = [[calls[b] for b in row] for row in self._boosters]
         self._fast = [[OneRow(b, self._sparse) for b in row] for row in self._boosters]
+        keys = [own_head(head, ids[index]) for index, _ in self._candidates for head in OWN_HEADS]
+        text = joined([world.artifact.boosters[key] for key in keys])
+        self._wordless = SparseRow()
+        self._own = OneRow(lgb.Booster(model_str=text), self._sparse)
+        self._last = OneRow(self._residual, self._wordless)
 
     def predict_per_row(self) -> Values:
         """`Booster.predict` for every head of every candidate."""
@@ -98,11 +110,9 @@ class _Ways:
         )
 
     def predict_batched(self) -> Values:
-        """`Booster.predict`: shared heads for all rows at once, P(success) one by one."""
-        found = [self._heads.success(self._rows)]
-        for head in self._heads.shared:
-            found.append(np.asarray(self._heads.run(head, self._rows)))
-        return np.column_stack(found)
+        """`Booster.predict`: the residual for all rows at once, an SLM's own heads one by one."""
+        found = [self._heads.of_own(head, self._rows) for head in OWN_HEADS]
+        return np.column_stack([*found, self._residual.predict(self._rows, num_threads=1)])
 
     def c_dense_row(self) -> Values:
         """The C API with a whole row of 4-byte numbers."""
@@ -113,13 +123,25 @@ class _Ways:
         return np.array(found)
 
     def c_sparse_row(self) -> Values:
-        """The C API with what is not zero: what the predictor does. Includes filling the row."""
+        """The C API with what is not zero. Includes filling the row."""
         self._sparse.set_prompt(self._context.numbers, self._context.buckets)
         found = []
         for (index, load), calls in zip(self._candidates, self._fast, strict=True):
             self._sparse.set_candidate(index, load)
-            found.append([call.predict() for call in calls])
+            found.append([call.predict()[0] for call in calls])
         return np.array(found)
+
+    def c_joined(self) -> Values:
+        """One call for all SLMs' own heads, one per SLM for the residual: the predictor's way."""
+        self._sparse.set_prompt(self._context.numbers, self._context.buckets)
+        self._wordless.set_prompt(self._context.numbers, ())
+        own = np.array(self._own.predict()).reshape(-1, len(OWN_HEADS))
+        own[:, 0] = 1.0 / (1.0 + np.exp(-own[:, 0]))
+        residuals = []
+        for index, load in self._candidates:
+            self._wordless.set_candidate(index, load)
+            residuals.append(self._last.predict()[0])
+        return np.column_stack([own, residuals])
 
 
 class _DenseRow:

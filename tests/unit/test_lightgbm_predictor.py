@@ -16,12 +16,15 @@ import pytest
 from calm_serve.analyze.features import BUCKETS, NUMBER_NAMES
 from calm_serve.analyze.latency import analytic_ttft_s
 from calm_serve.analyze.lightgbm import (
+    OUTPUT_TOKENS,
+    SUCCESS,
     Artifact,
     LightGBMPredictor,
     load_artifact,
     outcome_rows,
-    success_head,
+    own_head,
 )
+from calm_serve.analyze.one_row import FIRST_LOAD
 from calm_serve.analyze.predictor import live_load
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.errors import KnowledgeError
@@ -74,8 +77,9 @@ def test_the_prediction_is_exactly_what_lightgbm_says() -> None:
             for head, text in trained().boosters.items()
         }
         analytic = analytic_ttft_s(make_spec(slm_id), state, context.prompt_tokens, 0.5)
-        assert prediction.success_ratio == raw[success_head(slm_id)]
-        assert prediction.output_tokens == np.expm1(raw["output_tokens"])
+        assert prediction.success_ratio == pytest.approx(raw[own_head(SUCCESS, slm_id)], abs=1e-12)
+        tokens = np.expm1(raw[own_head(OUTPUT_TOKENS, slm_id)])
+        assert prediction.output_tokens == pytest.approx(tokens, rel=1e-12)
         assert prediction.ttft_s == pytest.approx(
             analytic * np.exp(raw["ttft_residual"]), rel=1e-12
         )
@@ -164,7 +168,8 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         load=live_load(context, spec, state),
     )
     (row,) = outcome_rows([logged], trained().slm_ids)
-    assert np.array_equal(row, predicting._row.dense())
+    assert np.array_equal(row[:FIRST_LOAD], predicting._words.dense()[:FIRST_LOAD])
+    assert np.array_equal(row[FIRST_LOAD:], predicting._row.dense()[FIRST_LOAD:])
 
 
 def test_an_artifact_survives_the_wire_byte_for_byte() -> None:
@@ -197,7 +202,7 @@ def test_bytes_that_are_no_usable_artifact_are_refused(blob: bytes, message: str
 
 
 def test_a_truncated_booster_is_refused() -> None:
-    broken = replace(trained(), boosters={success_head(CODER): "tree\n"})
+    broken = replace(trained(), boosters={own_head(SUCCESS, CODER): "tree\n"})
     with pytest.raises(KnowledgeError, match="success"):
         predictor(broken)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from calm_serve.analyze.features import NUMBER_NAMES
 from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
@@ -140,6 +141,21 @@ def test_a_rule_with_one_slm_decides_without_scoring() -> None:
     assert label(decision) == ("sql", DecisionPath.RULE, DecisionReason.RULE_MATCH, "sql-first")
     assert decision.complexity is None
     assert decision.ranking == ("sql", "chat", "guard", "cloud")
+
+
+def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
+    target = loop()
+    request = parse_chat({"messages": [{"role": "user", "content": "select 12 of them"}]})
+    decision = target.decide(request, Overrides(), "decision")
+    assert (decision.path, decision.context.numbers) == (DecisionPath.RULE, ())
+    target.complete(decision, request)
+    recalled = target.recall("decision")
+    assert recalled is not None
+    assert len(recalled.context.numbers) == len(NUMBER_NAMES)
+    assert recalled.context.buckets
+    scored = decide(target, "12 of them").context
+    target.complete(recalled, request)
+    assert scored.numbers != recalled.context.numbers
 
 
 def test_a_rule_with_several_slms_makes_a_short_list() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
-from calm_serve.analyze.one_row import COLUMNS, SLM_COLUMN, OneRow, SparseRow
+from calm_serve.analyze.one_row import COLUMNS, SLM_COLUMN, OneRow, SparseRow, joined
 from calm_serve.errors import KnowledgeError
 
 MISSING = (math.nan, -1.0, 99.0)  # categories that training never saw
@@ -44,7 +44,7 @@ def test_it_is_what_booster_predict_says(missing: bool) -> None:
         for category in (*range(6), *MISSING):
             row.set_candidate(category, load)
             expected = booster(missing).predict(row.dense()[None], num_threads=1)[0]
-            assert one.predict() == pytest.approx(expected, abs=1e-9)
+            assert one.predict()[0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_row_holds_what_was_put_in_and_nothing_older() -> None:
@@ -67,10 +67,10 @@ def test_boosters_share_a_row_and_outlive_their_names() -> None:
     text = booster(False).model_to_string()
     calls = [OneRow(lgb.Booster(model_str=text), row) for _ in range(5)]
     gc.collect()
-    assert len({call.predict() for call in calls}) == 1
+    assert len({call.predict()[0] for call in calls}) == 1
     del calls[:4]
     gc.collect()
-    assert calls[0].predict() == booster(False).predict(row.dense()[None])[0]
+    assert calls[0].predict()[0] == booster(False).predict(row.dense()[None])[0]
 
 
 def test_a_row_of_another_length_is_refused() -> None:
@@ -84,3 +84,23 @@ def test_what_lightgbm_refuses_is_an_error() -> None:
     wide = lgb.train({"verbosity": -1}, lgb.Dataset(rows, rows[:, -1]), num_boost_round=1)
     with pytest.raises(KnowledgeError, match="LightGBM"):
         OneRow(wide, row)
+
+
+def test_joined_boosters_say_what_each_says_alone() -> None:
+    draw = np.random.default_rng(2)
+    rows = draw.normal(size=(200, COLUMNS)).astype(np.float32)
+    params = {"verbosity": -1, "num_leaves": 7, "num_threads": 1, "min_data_in_leaf": 5}
+    # Of different lengths; the last finds nothing to split.
+    alone = [
+        lgb.train(params, lgb.Dataset(rows, target), num_boost_round=rounds)
+        for target, rounds in ((rows[:, 0], 3), (rows[:, 1] * rows[:, 2], 20), (np.ones(200), 1))
+    ]
+    row = SparseRow()
+    together = OneRow(
+        lgb.Booster(model_str=joined([b.model_to_string() for b in (booster(False), *alone)])), row
+    )
+    for one in rows[:50]:
+        row.set_prompt(one[: len(NUMBER_NAMES)].tolist(), [1, 5])
+        row.set_candidate(1, one[-len(LOAD_NAMES) :].tolist())
+        expected = [b.predict(row.dense()[None])[0] for b in (booster(False), *alone)]
+        assert list(together.predict()) == pytest.approx(expected, abs=1e-12)

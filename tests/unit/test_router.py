@@ -12,6 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from calm_serve.analyze.request import parse_completion
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
 from deployments import dispatch, fleet_view, router
 from deployments.live import LiveView
@@ -208,7 +209,8 @@ def test_a_call_is_written_down_once_whoever_comes_first() -> None:
 
     recorder: Any = Recorder()
     call = dispatch.Call(make_decision("small"), make_state("small"), ())
-    finish = router._Finish(recorder, call, "", None)
+    parsed = parse_completion({"prompt": "hi"})
+    finish = router._Finish(recorder, call, parsed, "", None)
     finish()
     finish()
     assert recorder.rows == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calm_serve.analyze.lightgbm import success_head
+from calm_serve.analyze.lightgbm import OUTPUT_TOKENS, SUCCESS, own_head
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge import scores
 from calm_serve.knowledge.trainer import MIN_LABELLED, Training, train
@@ -65,7 +65,11 @@ def test_an_artifact_records_when_it_was_made() -> None:
 def test_one_label_only_leaves_success_to_the_prior() -> None:
     world = [replace(o, signals=(QualitySignal("feedback", 1.0),)) for o in make_world(80)]
     training = run(world)
-    assert set(training.artifact.boosters) == {"output_tokens", "ttft_residual"}
+    assert set(training.artifact.boosters) == {
+        own_head(OUTPUT_TOKENS, CODER),
+        own_head(OUTPUT_TOKENS, TALKER),
+        "ttft_residual",
+    }
     assert training.metrics["auc"] is None
     assert math.isfinite(training.metrics["log_loss"])
 
@@ -84,7 +88,10 @@ def test_cold_starts_and_failures_do_not_teach_latency() -> None:
     none = [replace(o, cold=True) for o in make_world(120)]
     assert "ttft_residual" not in run(none).artifact.boosters
     failed = [replace(o, status="error") for o in make_world(120)]
-    assert set(run(failed).artifact.boosters) == {success_head(CODER), success_head(TALKER)}
+    assert set(run(failed).artifact.boosters) == {
+        own_head(SUCCESS, CODER),
+        own_head(SUCCESS, TALKER),
+    }
 
 
 def test_an_slm_with_too_few_outcomes_stays_with_its_prior() -> None:

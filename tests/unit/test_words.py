@@ -1,50 +1,86 @@
-"""Two ways to read words, one for ASCII and one for any text, that must not differ."""
+"""What a text is made of, and hashes that tell tokens apart."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from calm_serve.analyze.words import _read_any, _read_ascii, language_words, read_words
-
-PIECES = (
-    *"aZ9_.,!?'\"/~{[<=+*|\n\t\x00\x08\x1c\x1f\x7f ",
-    *("don't", "o'clock'n'roll", "more", "each's", "'less'", "remain", "remains", "remain_1"),
-    *("how many", "How  many", "how much", "3more", "1,000.5", "1.2.3", "...", "a.b"),
+from calm_serve.analyze.words import (
+    CHARACTERS,
+    HEAD_WORDS,
+    MAX_BYTES,
+    TAIL_WORDS,
+    pair_hashes,
+    read_words,
+    word_hashes,
 )
-TEXTS = st.text(st.characters(max_codepoint=127)) | st.lists(st.sampled_from(PIECES)).map("".join)
+
+TOKEN = re.compile(r"[a-z]+|[0-9]+|[^a-z0-9_\s\x00-\x1f\x7f]")
 
 
-@given(TEXTS)
+@given(st.text(st.characters(max_codepoint=127)))
 @example("x " * 60 + "'a'b'c'")
 @example("_ " * 70 + "word " * 80)
-@example("EACH each eAch " * 3)
-def test_bytes_and_characters_are_read_alike(text: str) -> None:
-    one, other = _read_ascii(text), _read_any(text)
-    assert one._replace(signs="") == other._replace(signs="")
-    for sign in "?\"'/~{[<=+*|\n":
-        assert one.signs.count(sign) == other.signs.count(sign)
+@example("1,000.5 THEN 12345")
+def test_ascii_tokens_are_runs_of_letters_or_digits_and_single_signs(text: str) -> None:
+    tokens = TOKEN.findall(text.lower())
+    words = read_words(text)
+    assert words.tokens == len(tokens)
+    assert words.words == sum(t.isalpha() for t in tokens)
+    assert words.numerals == sum(t.isdigit() for t in tokens)
+    assert words.large_numerals == sum(t.isdigit() and len(t) > 3 for t in tokens)
+    named = ["0" if t.isdigit() else t for t in tokens]
+    if len(named) > HEAD_WORDS + TAIL_WORDS:
+        named = [*named[:HEAD_WORDS], *named[-TAIL_WORDS:]]
+    assert len(words.hashes) == len(named)
+    assert len(words.vocabulary) == len(set(named))
+    same = dict(zip(named, words.hashes.tolist(), strict=True))
+    assert [same[t] for t in named] == words.hashes.tolist()
 
 
 @given(st.text())
+@example("\ud800")
+@example("ß" * MAX_BYTES)
+@example("İ" * MAX_BYTES)  # its lower case has more bytes
 def test_any_text_can_be_read(text: str) -> None:
     words = read_words(text)
-    assert 0 <= words.distinct <= words.tokens
-    assert words.words <= words.tokens
-    assert len(words.ends) <= words.tokens
+    assert words.words + words.numerals <= words.tokens
+    assert len(words.vocabulary) <= len(words.hashes) <= words.tokens
+    assert words.non_ascii <= words.bytes <= MAX_BYTES
 
 
 @pytest.mark.parametrize("beyond", ["", "é"])
 def test_what_is_counted(beyond: str) -> None:
-    words = read_words("How many of Tom's 1,200 apples remain? Two." + beyond)
-    assert words.words == 7
-    assert words.numerals == [5]
-    assert words.quantities == 2
-    assert words.ends[3:7] == [b"tom's", b"0", b",", b"0"]
-    assert words.upper == 3
+    words = read_words("How many of Tom's 1200 apples remain? Two." + beyond)
+    named = dict(zip(CHARACTERS, words.characters, strict=True))
+    assert words.words == 8 + bool(beyond)
+    assert (words.numerals, words.large_numerals) == (1, 1)
+    assert (named["upper"], named["digit"], named["question_mark"], named["quote"]) == (3, 4, 1, 1)
+    assert words.sentences == (1 if beyond else 2)
 
 
-def test_runs_of_letters_tell_the_language() -> None:
-    assert language_words("It's 2 o'clock_now") == ["it", "s", "o", "clock", "now"]
-    assert language_words("Größe_2x") == ["größe", "x"]
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("größe élan", 2), ("日本語", 3), ("Привет, мир", 3), ("“no”", 3), ("¿qué?", 3), ("a—b", 3)],
+)
+def test_scripts_without_blanks_have_a_token_per_character(text: str, tokens: int) -> None:
+    assert read_words(text).tokens == tokens
+
+
+def test_case_does_not_change_a_word() -> None:
+    assert word_hashes("GRÖSSE Kind") == word_hashes("grösse kind")
+
+
+@given(st.lists(st.text("abcde", min_size=1, max_size=6), min_size=2, max_size=60, unique=True))
+def test_different_words_have_different_hashes_wherever_they_stand(words: list[str]) -> None:
+    assert len(word_hashes(" ".join(words))) == len(words)
+    assert word_hashes(" ".join(words)) == word_hashes("  ".join(reversed(words)))
+
+
+def test_a_pair_depends_on_the_order_of_its_words() -> None:
+    dog, man = (pair_hashes(read_words(t).hashes) for t in ("dog bites man", "man bites dog"))
+    assert set(dog.tolist()).isdisjoint(man.tolist())
+    assert len(pair_hashes(read_words("one").hashes)) == 0
