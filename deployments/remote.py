@@ -16,7 +16,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.errors import openai_error
 from calm_serve.types import EngineFacts
 from deployments.knowledge_client import StateReporter
-from deployments.wire import Final, Hints, Refusal
+from deployments.wire import STREAM_END, Final, Hints, Refusal
 
 
 class RemoteSLM:
@@ -65,7 +65,7 @@ class RemoteSLM:
 
     async def _forward(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
         started, first, tail = time.perf_counter(), 0.0, b""
-        held: bytes | None = None
+        stream, last = bool(body.get("stream")), b""
         self._running += 1
         try:
             upstream = {**body, "model": self._spec.model}
@@ -79,11 +79,13 @@ class RemoteSLM:
                     return
                 async for chunk in response.aiter_bytes():
                     first = first or time.perf_counter() - started
-                    if held is not None:
-                        yield held
-                    held, tail = chunk, (tail + chunk)[-8192:]
+                    tail = (tail + chunk)[-8192:]
+                    if stream and not chunk.endswith(STREAM_END):
+                        yield chunk
+                    else:
+                        last += chunk
         except httpx.HTTPError as error:
-            if held is not None:
+            if stream and first:
                 raise  # the client has bytes already: the router ends the stream with an error
             yield self._upstream_failed(type(error).__name__)
             return
@@ -98,7 +100,7 @@ class RemoteSLM:
             energy_j=output * self._spec.priors.energy_j_per_token,
             running=self._running,
         )
-        yield Final(held or b"", facts)
+        yield Final(last, facts)
 
     def _upstream_failed(self, why: str) -> Refusal:
         message = f"upstream of {self._spec.id!r}: {why}"

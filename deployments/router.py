@@ -188,7 +188,8 @@ class Router:
         try:
             async with asyncio.timeout(self._args.router.request_timeout_s):
                 async for part in answer:
-                    yield part
+                    if part:
+                        yield part
         except dispatch.REPLICA_FAILURES as error:
             # The status line is out; an error event instead of [DONE] tells the client.
             yield http.sse_error(_gone(call, error))

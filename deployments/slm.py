@@ -21,7 +21,7 @@ from calm_serve.monitor.energy import TokenShareAttributor, best_meter
 from calm_serve.types import EngineFacts, QualitySignal
 from deployments.host import host_cpu_s
 from deployments.knowledge_client import StateReporter
-from deployments.wire import Final, Hints, Refusal
+from deployments.wire import STREAM_END, Final, Hints, Refusal
 
 log = logging.getLogger("ray.serve")
 
@@ -165,15 +165,18 @@ class SLM:
         facts = self._facts_type(keep_text=bool(kinds))
         key = str(next(self._calls))
         self._energy.start(key)
-        counted, held = 0, None
+        counted, last = 0, b""
         finished = False
+        # The last chunk waits for the facts. It is known when it comes, so that no token waits.
+        stream = bool(body.get("stream"))
         try:
             async for chunk in call(body, facts):
-                if held is not None:
-                    yield held
-                held = chunk
                 self._energy.add_tokens(key, facts.output_tokens - counted)
                 counted = facts.output_tokens
+                if stream and chunk != STREAM_END:
+                    yield chunk
+                else:
+                    last = chunk
             finished = True
         except self._dead_error as error:
             raise ComponentError(f"engine of {self._spec.id!r} died: {error}") from error
@@ -186,7 +189,7 @@ class SLM:
         if kinds:
             # In a thread: a client's schema may take a while to check.
             signals = await asyncio.to_thread(self._signals, facts, hints, kinds)
-        yield Final(held or b"", self._facts(facts, energy), signals)
+        yield Final(last, self._facts(facts, energy), signals)
 
     def _facts(self, facts: Any, energy: Any) -> EngineFacts:
         load = self._engine.load

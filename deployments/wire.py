@@ -12,6 +12,9 @@ from typing import Any, TypedDict
 from calm_serve.types import EngineFacts, QualitySignal
 
 
+STREAM_END = b"data: [DONE]\n\n"  # the last event of a stream
+
+
 class Hints(TypedDict, total=False):
     """Routing and validation hints that accompany a body; the engine never sees them."""
 
@@ -28,7 +31,7 @@ class Hints(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """Last item of an answer. `payload` is its last bytes, so no item is sent for facts alone."""
+    """Last item of an answer. `payload` is its last bytes: a whole document, or STREAM_END."""
 
     payload: bytes
     facts: EngineFacts

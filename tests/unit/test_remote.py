@@ -150,14 +150,20 @@ async def test_a_connection_that_breaks_after_the_first_bytes_raises(start: Any)
     slm = await start(lambda _: httpx.Response(200, stream=broken))
     got: list[Any] = []
     with pytest.raises(httpx.ReadError):
-        async for item in slm.chat({}):
+        async for item in slm.chat({"stream": True}):
             got.append(item)
-    assert got == [b"one"]
+    assert got == [b"one", b"two"]
+
+
+async def test_a_document_that_breaks_off_is_a_bad_gateway(start: Any) -> None:
+    broken = Chunks(b"one", httpx.ReadError("gone"))
+    (refusal,) = await answers(await start(lambda _: httpx.Response(200, stream=broken)))
+    assert refusal.http_status == 502
 
 
 async def test_requests_inside_are_counted_until_they_end_however_they_end(start: Any) -> None:
     slm = await start(lambda _: httpx.Response(200, stream=Chunks(b"one", b"two", b"three")))
-    stream = slm.chat({})
+    stream = slm.chat({"stream": True})
     await anext(stream)
     assert slm.record_routing_stats()["running"] == 1
     await stream.aclose()
