@@ -97,7 +97,7 @@ def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
         .options(
             name=deployment_name(spec.id),
             ray_actor_options=_actor_options(spec),
-            autoscaling_config=_autoscaling(spec),
+            **_scaling(spec),
             max_ongoing_requests=limits.max_ongoing_requests,
             max_queued_requests=limits.max_queued_requests,
             request_router_config=RequestRouterConfig(
@@ -112,9 +112,12 @@ def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
     )
 
 
-def _autoscaling(spec: SLMSpec) -> AutoscalingConfig:
+def _scaling(spec: SLMSpec) -> dict[str, Any]:
     scaling = spec.scaling
-    return AutoscalingConfig(
+    if scaling.min_replicas == scaling.max_replicas:
+        # Every handle and replica sends what an autoscaler would need, ten times a second.
+        return {"num_replicas": scaling.min_replicas}
+    config = AutoscalingConfig(
         min_replicas=scaling.min_replicas,
         max_replicas=scaling.max_replicas,
         target_ongoing_requests=scaling.target_ongoing_requests,
@@ -123,6 +126,7 @@ def _autoscaling(spec: SLMSpec) -> AutoscalingConfig:
         metrics_interval_s=1.0,
         look_back_period_s=5.0,
     )
+    return {"autoscaling_config": config}
 
 
 def _actor_options(spec: SLMSpec) -> dict[str, Any]:

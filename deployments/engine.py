@@ -1,6 +1,7 @@
-"""The one module that touches vLLM: an engine, its OpenAI layer, and the facts it knows.
+"""An engine, its OpenAI layer, and the facts it knows.
 
-A vLLM upgrade is an edit here. Pinned to vLLM 0.32.
+With `engine_metrics.py` the only module that touches vLLM: an upgrade is an edit here. Pinned to
+vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -34,33 +35,19 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
-from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import CalmError, ComponentError, RequestError, openai_error
+from deployments.engine_metrics import BatchedStatLogger, EngineLoad, load_logger
 
 __all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
 
+EVENTS_PER_S = 1_000  # of all streams of a replica together
+MAX_SPACING_S = 0.05
+MIN_WAIT_S = 0.0015  # shorter than a step of the smallest models: not worth a timer
 _PR_SET_PDEATHSIG = 1
 _ERROR_EVENT = 'data: {"error"'
 _ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
-
-
-@dataclass(slots=True)
-class EngineLoad:
-    """The scheduler's last word on its load; replaced in place by the stat logger."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_usage_ratio: float = 0.0
-    prefix_queries_tokens: int = 0
-    prefix_hits_tokens: int = 0
-
-    @property
-    def cached_prefix_ratio(self) -> float:
-        """Share of prompt tokens served from the prefix cache since start."""
-        return self.prefix_hits_tokens / max(self.prefix_queries_tokens, 1)
 
 
 @dataclass(slots=True)
@@ -73,6 +60,7 @@ class RequestFacts:
     output_tokens: int = 0
     queue_s: float = 0.0
     ttft_s: float = 0.0
+    finished: bool = False  # the engine has no more tokens for it
     keep_text: bool = False
     text: list[str] = field(default_factory=list)  # pieces of the first choice, for validators
 
@@ -81,14 +69,27 @@ _facts: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("fa
 
 
 class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
-    """AsyncLLM that writes what it learns of a request into the caller's RequestFacts."""
+    """AsyncLLM that writes what it learns of a request into the caller's RequestFacts.
+
+    It also bounds the events of all streams together. A token costs the engine less than it costs
+    everybody on its way to the client, so with many streams at once each takes its tokens a few at
+    a time: vLLM puts them together while they wait. The first token never waits.
+    """
+
+    load: EngineLoad | None = None
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         facts = _facts.get()
         async for output in super().generate(*args, **kwargs):
             if facts is not None:
                 _observe(facts, output)
+            taken_s = time.perf_counter()
             yield output
+            if not output.finished and self.load is not None:
+                spacing_s = min(self.load.running / EVENTS_PER_S, MAX_SPACING_S)
+                wait_s = taken_s + spacing_s - time.perf_counter()
+                if wait_s > MIN_WAIT_S:
+                    await asyncio.sleep(wait_s)
 
 
 class _ForkedCore(ForkProcess):
@@ -127,9 +128,10 @@ class Engine:
             engine_utils.get_mp_context = lambda: _CoreContext()
             multiprocessing.current_process().daemon = False
         load = EngineLoad()
-        llm = _ObservedLLM.from_vllm_config(
-            config, stat_loggers=[_load_logger(load), RayPrometheusStatLogger]
+        llm: _ObservedLLM = _ObservedLLM.from_vllm_config(
+            config, stat_loggers=[load_logger(load), BatchedStatLogger]
         )
+        llm.load = load
         state = State()
         frontend = vars(FrontendArgs())
         own = {k: v for k, v in spec.engine.items() if k in frontend}
@@ -142,8 +144,16 @@ class Engine:
 
         Raises CalmError for a request the engine refuses, before anything was yielded.
         """
+        first, is_first = b"", bool(body.get("stream"))
         async for chunk in self._run(ChatCompletionRequest, self._chat_call, body, facts):
-            yield chunk
+            if is_first:
+                # It names the role and no more; the event with the first text is right behind it.
+                first, is_first = chunk, False
+                continue
+            yield first + chunk
+            first = b""
+        if first:
+            yield first
 
     async def complete(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
         """Yield a `/v1/completions` answer; see `chat`."""
@@ -249,36 +259,8 @@ def _lora_rank(path: str) -> int:
     return max(8, 1 << (rank - 1).bit_length())  # vLLM takes powers of two from 8
 
 
-def _load_logger(load: EngineLoad) -> type[StatLoggerBase]:
-    class LoadLogger(StatLoggerBase):  # type: ignore[misc]
-        """Copies scheduler statistics into `load` after every step."""
-
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            del vllm_config, engine_index
-
-        def record(
-            self,
-            scheduler_stats: Any,
-            iteration_stats: Any,
-            mm_cache_stats: Any = None,
-            engine_idx: int = 0,
-        ) -> None:
-            del iteration_stats, mm_cache_stats, engine_idx
-            if scheduler_stats is None:
-                return
-            load.running = scheduler_stats.num_running_reqs
-            load.waiting = scheduler_stats.num_waiting_reqs
-            load.kv_usage_ratio = scheduler_stats.kv_cache_usage
-            load.prefix_queries_tokens += scheduler_stats.prefix_cache_stats.queries
-            load.prefix_hits_tokens += scheduler_stats.prefix_cache_stats.hits
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return LoadLogger
-
-
 def _observe(facts: RequestFacts, output: Any) -> None:
+    facts.finished = output.finished
     if not facts.ttft_s:
         facts.ttft_s = time.perf_counter() - facts.started
         facts.prompt_tokens = len(output.prompt_token_ids or ())

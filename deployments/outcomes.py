@@ -82,8 +82,10 @@ class OutcomeSender:
                 await asyncio.wait_for(self._wake.wait(), FLUSH_S)
             self._wake.clear()
             while self._waiting:
-                if not await self._deliver():
-                    await self._make_room()
+                delivered = await self._deliver()
+                # Also after a success: an actor may answer, but more slowly than outcomes come.
+                await self._make_room()
+                if not delivered:
                     await asyncio.sleep(RETRY_S)
                     break
             else:

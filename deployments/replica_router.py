@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from calm_serve.execute.ranking import EXPLORATION_RATIO, ReplicaRequest, rank_replicas
+from calm_serve.execute.ranking import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
 from calm_serve.types import ReplicaState
 
 if TYPE_CHECKING:
@@ -88,10 +88,11 @@ class ReplicaRouter(RequestRouter):
         )
         known = {s.replica_id: s for s in self._view.replicas(self._name)}
         by_id = {r.replica_id.unique_id: r for r in candidates}
-        groups = rank_replicas(
+        groups = rank_for_prompt(
             request,
+            hints.get("prefix_chain", ()),
             [known.get(replica_id) or _state(r) for replica_id, r in by_id.items()],
-            self._view.index(self._name).match(hints.get("prefix_chain", ())),
+            self._view.index(self._name),
             local_node_id=self._node_id,
             random=self._random,
             exploration_ratio=self._exploration_ratio,

@@ -34,7 +34,12 @@ from deployments.haproxy import write_launcher
 
 # Serve's fast transport: HAProxy in front, gRPC between replicas, one event loop per replica.
 FAST_TRANSPORT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+    # Ray's workers give way to everything else (15); here they are what the machine is for.
+    "RAY_worker_niceness": "0",
+}
 POLL_S = 0.5
 BUILD_FAILED = re.compile(rb"Deploying app '.*' failed|calm_serve\.errors\.ConfigError")
 
@@ -81,7 +86,9 @@ def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
+        # Ctrl-C reaches us alone; we pass it on once. A session of its own would do that too, but
+        # Linux shares its time out by sessions, and a fleet would get no more than a shell.
+        process_group=0,
     )
     output = Output(child)
     follow(child, url, output)

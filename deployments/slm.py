@@ -21,7 +21,7 @@ from calm_serve.monitor.energy import TokenShareAttributor, best_meter
 from calm_serve.types import EngineFacts, QualitySignal
 from deployments.host import host_cpu_s
 from deployments.knowledge_client import StateReporter
-from deployments.wire import STREAM_END, Final, Hints, Refusal
+from deployments.wire import Final, Hints, Refusal
 
 log = logging.getLogger("ray.serve")
 
@@ -167,16 +167,16 @@ class SLM:
         self._energy.start(key)
         counted, last = 0, b""
         finished = False
-        # The last chunk waits for the facts. It is known when it comes, so that no token waits.
+        # What comes after the engine's last token comes at once, and goes out with the facts.
         stream = bool(body.get("stream"))
         try:
             async for chunk in call(body, facts):
                 self._energy.add_tokens(key, facts.output_tokens - counted)
                 counted = facts.output_tokens
-                if stream and chunk != STREAM_END:
+                if stream and not facts.finished:
                     yield chunk
                 else:
-                    last = chunk
+                    last += chunk
             finished = True
         except self._dead_error as error:
             raise ComponentError(f"engine of {self._spec.id!r} died: {error}") from error

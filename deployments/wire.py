@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 from calm_serve.types import EngineFacts, QualitySignal
 
-
 STREAM_END = b"data: [DONE]\n\n"  # the last event of a stream
 
 
@@ -31,7 +30,7 @@ class Hints(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """Last item of an answer. `payload` is its last bytes: a whole document, or STREAM_END."""
+    """Last item of an answer. `payload` is a whole document, or the end of a stream."""
 
     payload: bytes
     facts: EngineFacts

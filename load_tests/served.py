@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,34 @@ Change = Callable[[dict[str, Any]], None]
 
 @contextmanager
 def served(
-    fleet: Mapping[str, Any] | None = None, change: Change | None = None, state: Path | None = None
+    fleet: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    state: Path | None = None,
+    *,
+    plain: bool = False,
+    deployments: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[str]:
     """Serve until the block ends; yields the endpoint's URL.
 
     `fleet` replaces the reference fleet, with paths relative to the folder of the fleet files;
-    `change` edits the application's `args`; `state` keeps outcomes. Raises RuntimeError, with the
-    end of the log, where the fleet does not become ready.
+    `change` edits the application's `args`; `state` keeps outcomes; `plain` leaves out Serve's
+    fast transport; `deployments` are Serve's overrides of single deployments. Raises RuntimeError,
+    with the end of the log, where the fleet does not become ready.
     """
     # Short: Ray puts Unix sockets below it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="calm", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port = free_port()
         path = folder / "serve_config.yaml"
-        path.write_text(yaml.safe_dump(_config(folder, port, fleet, change, state)), "utf-8")
+        config = _config(folder, port, fleet, change, state)
+        if deployments:
+            config["applications"][0]["deployments"] = [dict(d) for d in deployments]
+        path.write_text(yaml.safe_dump(config), "utf-8")
         log = folder / "serve.log"
         environment = {**os.environ, "RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.serve", str(path)],
+                [sys.executable, "-m", "deployments.serve", str(path), *(["--plain"] * plain)],
                 cwd=ROOT,
                 env=environment,
                 stdout=sink,

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+ANSWER_BLOCKS = 8
+"""What an answer counts as work, in prompt blocks of about 32 tokens; its length is not known."""
+
+WORK_MEMORY = 64
+"""Requests per replica after which work counts for a third (1/e)."""
+
+_SEVERAL = -1  # no block: blocks are CRC-32 values
 
 
 class PrefixIndex:
@@ -12,8 +20,9 @@ class PrefixIndex:
     A block hash stands for the whole prompt up to and including that block
     (`RoutingContext.prefix_chain`). A prompt is served by few replicas, so holders are small
     tuples, shared along a chain. `add` and `retain` belong to one thread, the one that routes;
-    `match` only reads and may be called from any thread. All operations are in-process, without
-    I/O; `match` and `add` are linear in the chain, `retain` in the number of replicas.
+    the others only read and may be called from any thread. All operations are in-process, without
+    I/O; `match` and `shared` are linear in the chain, `retain` in the number of replicas, `add`
+    in both.
     """
 
     def __init__(self, max_blocks: int) -> None:
@@ -22,6 +31,8 @@ class PrefixIndex:
             raise ValueError(f"max_blocks must be at least 1, got {max_blocks}")
         self._max_blocks = max_blocks
         self._holders: OrderedDict[int, tuple[str, ...]] = OrderedDict()
+        self._next: dict[int, int] = {}  # the block that followed, or `_SEVERAL`
+        self._work: dict[str, float] = {}
         self._live: frozenset[str] | None = None  # None until membership is known
 
     def __len__(self) -> int:
@@ -44,10 +55,11 @@ class PrefixIndex:
             if depth == 0:
                 holding = holders
             elif holders is not holding and holders != holding:
+                kept = frozenset(holders)  # a block may be held by all of a thousand replicas
                 for replica_id in holding:
-                    if replica_id not in holders:
+                    if replica_id not in kept:
                         matched[replica_id] = depth
-                holding = tuple(r for r in holding if r in holders)
+                holding = tuple(r for r in holding if r in kept)
                 if not holding:
                     break
             depth += 1
@@ -58,11 +70,36 @@ class PrefixIndex:
             return {r: blocks for r, blocks in matched.items() if r in live}
         return matched
 
+    def shared(self, chain: Sequence[int]) -> int:
+        """Return how many leading blocks of `chain` other conversations begin with too.
+
+        That is the deepest block after which different prompts went on differently, such as the
+        end of a system prompt. The block after it is a conversation's own: all its turns have it,
+        and other processes, which have seen other turns, find the same one. Last blocks do not
+        count; they are partial and change with every turn.
+        """
+        depth = 0
+        for i in range(len(chain) - 2):
+            after = self._next.get(chain[i])
+            if after is None:
+                break
+            if after != chain[i + 1]:
+                depth = i + 1
+                if after != _SEVERAL:
+                    break
+        return depth
+
+    @property
+    def work(self) -> Mapping[str, float]:
+        """Blocks that each replica had to compute for this process, the latest counting most."""
+        return self._work
+
     def add(self, chain: Sequence[int], replica_id: str) -> None:
         """Remember that `replica_id` served `chain`; a replica known to be gone is ignored."""
         live = self._live
         if live is not None and replica_id not in live:
             return
+        self._count_work(chain, replica_id)
         before: tuple[str, ...] | None = None
         after: tuple[str, ...] = (replica_id,)
         # From the tail, so that eviction takes tails before the heads they depend on.
@@ -72,21 +109,44 @@ class PrefixIndex:
                 before = holders
                 after = _with(holders, replica_id, live)
             self._holders[block] = after
+        for i in range(len(chain) - 2):
+            if self._next.setdefault(chain[i], chain[i + 1]) != chain[i + 1]:
+                self._next[chain[i]] = _SEVERAL
         while len(self._holders) > self._max_blocks:
-            self._holders.popitem(last=False)
+            self._next.pop(self._holders.popitem(last=False)[0], None)
+
+    def _count_work(self, chain: Sequence[int], replica_id: str) -> None:
+        cached, seen = 0, None
+        for block in chain:
+            holders = self._holders.get(block, ())
+            if holders is not seen and replica_id not in holders:
+                break
+            cached, seen = cached + 1, holders
+        work = self._work
+        work.setdefault(replica_id, 0.0)
+        kept = 1.0 - 1.0 / (WORK_MEMORY * len(work))
+        for name in work:
+            work[name] *= kept
+        work[replica_id] += len(chain) - cached + ANSWER_BLOCKS
 
     def retain(self, replica_ids: Iterable[str]) -> None:
         """Forget every other replica.
 
         Blocks are cleaned when they are next touched, so a membership change never sweeps the
-        index while requests wait.
+        index while requests wait. A new replica starts with the mean work of the others: it is
+        to get its share, not everything.
         """
         self._live = frozenset(replica_ids)
+        old = [self._work[r] for r in self._live if r in self._work]
+        mean = sum(old) / len(old) if old else 0.0
+        self._work = {r: self._work.get(r, mean) for r in self._live}
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a bound or an invariant is broken; call it where `add` runs."""
         if len(self._holders) > self._max_blocks:
             raise AssertionError(f"{len(self._holders)} blocks exceed {self._max_blocks}")
+        if not self._next.keys() <= self._holders.keys():
+            raise AssertionError("a block that was forgotten still has a successor")
         for block, holders in self._holders.items():
             if not holders:
                 raise AssertionError(f"block {block} has no holder")

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from random import Random
+from types import MappingProxyType
 
+from calm_serve.execute.prefix import PrefixIndex
 from calm_serve.types import ReplicaState
 
-LOAD_BOUND_RATIO = 1.25
+LOAD_BOUND_RATIO = 1.5
 """How far above the mean load of its peers a replica may be before requests spill over.
 
-Bounded-load consistent hashing (arXiv 1608.01350) with c = 1.25: the usual trade of a quarter
-more queueing for affinity. The bound is taken of `mean + 1`, so an idle fleet keeps affinity.
+Bounded-load consistent hashing (arXiv 1608.01350). The bound is taken of `mean + 1`, so an idle
+fleet keeps affinity. Below it, affinity is weighed against load; see `_Scale`.
 """
+
+# What speaks for a replica, in shares of a prompt that need not be computed. Found with the
+# simulation of `python -m load_tests prefix`.
+SHARED_VALUE = 0.5  # of a cached block that many conversations share: another replica pays it once
+HOME_VALUE = 0.5  # of being the conversation's rendezvous choice, which all processes agree on
+SESSION_VALUE = 1.5  # the same where the client names the session: more than any match
+
+# What speaks against it.
+QUEUE_COST = 0.4  # of a request more than in the shortest queue, over the mean queue + 1
+QUEUE_SLACK = 1  # requests that cost nothing: a difference of one is noise
+# Recent work above the mean takes away the value of home: nothing of it up to the first ratio, all
+# and `WORK_EXCESS_COST` more from the second on. Work in the past may thus undo a choice by hash,
+# never what is cached: a lone chat stays where it is.
+WORK_RATIOS = (1.1, 1.22)
+WORK_EXCESS_COST = 0.1
+WORK_START_BLOCKS = 256.0  # added to each replica: a few requests more are not yet uneven
 
 EXPLORATION_RATIO = 0.01
 """Share of requests without a session that try another replica of the best tier."""
 
 _MASK = (1 << 64) - 1
+_NO_WORK: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +52,43 @@ class ReplicaRequest:
     session_key: str = ""
     adapter: str = ""
     avoid: str = ""  # replica that has just failed this request
+    prompt_blocks: int = 0  # length of the prefix chain
+    shared_blocks: int = 0  # `PrefixIndex.shared` of it
+
+
+def rank_for_prompt(
+    request: ReplicaRequest,
+    chain: Sequence[int],
+    replicas: Sequence[ReplicaState],
+    index: PrefixIndex,
+    *,
+    local_node_id: str,
+    random: Random,
+    exploration_ratio: float = EXPLORATION_RATIO,
+) -> list[list[str]]:
+    """Return `rank_replicas` of a prompt with all that `index` knows of it.
+
+    Where the prompt begins like others, the first block of its own takes the place of the prefix
+    family, which would be the same for every conversation with the same system prompt.
+    """
+    shared = index.shared(chain)
+    family = f"{chain[shared]:08x}" if shared else request.prefix_family
+    return rank_replicas(
+        replace(request, prefix_family=family, prompt_blocks=len(chain), shared_blocks=shared),
+        replicas,
+        index.match(chain),
+        index.work,
+        local_node_id=local_node_id,
+        random=random,
+        exploration_ratio=exploration_ratio,
+    )
 
 
 def rank_replicas(
     request: ReplicaRequest,
     replicas: Sequence[ReplicaState],
     matches: Mapping[str, int],
+    work: Mapping[str, float] = _NO_WORK,
     *,
     local_node_id: str,
     random: Random,
@@ -48,11 +98,12 @@ def rank_replicas(
 
     In this order: saturated replicas and the one to avoid are last, as one group; replicas
     holding the requested adapter come before the others; within each such tier those above the
-    load bound follow those below. Below the bound a session goes to its rendezvous home, other
-    requests to the longest prefix match and then to the rendezvous preference of their prefix
-    family, and requests without either to the least loaded replica, the local node first.
-    `matches` is `PrefixIndex.match` of the prompt. Without exploration (`exploration_ratio` 0, or
-    a request with a session) equal input gives equal output in every process.
+    load bound follow those below. Below the bound, what a replica has of the prompt and being the
+    rendezvous home of the session, or of the prefix family, are weighed against its queue and the
+    work it was given recently; requests without any of this go to the least loaded replica, the
+    local node first. `matches` and `work` are those of `PrefixIndex`. Without exploration
+    (`exploration_ratio` 0, or a request with a session) equal input gives equal output in every
+    process.
     """
     tiers: tuple[list[ReplicaState], ...] = ([], [], [])
     for replica in replicas:
@@ -63,7 +114,7 @@ def rank_replicas(
     for tier in preferred:
         if not tier:
             continue
-        within, above = _rank_tier(request, tier, matches, local_node_id)
+        within, above = _rank_tier(request, tier, matches, work, local_node_id)
         # Only the best tier and only below the bound: an exploration never costs an adapter
         # load or a queue.
         if explore and len(within) > 1 and random.random() < exploration_ratio:
@@ -87,6 +138,7 @@ def _rank_tier(
     request: ReplicaRequest,
     tier: list[ReplicaState],
     matches: Mapping[str, int],
+    work: Mapping[str, float],
     local_node_id: str,
 ) -> tuple[list[ReplicaState], list[ReplicaState]]:
     """Return the tier's replicas below the load bound and those above it, each best first."""
@@ -95,13 +147,6 @@ def _rank_tier(
     affinity = request.session_key or request.prefix_family
     key = _hash(affinity or request.decision_id)
     weight = {r.replica_id: _weight(key, r.replica_id) for r in tier}
-    home = max(weight, key=lambda r: (weight[r], r)) if request.session_key else ""
-
-    def by_affinity(r: ReplicaState) -> tuple[bool, int, int, str]:
-        # A session's home comes before longer matches: matches differ between router
-        # processes, and a shared system prompt would pull every session to one replica.
-        rid = r.replica_id
-        return rid != home, -matches.get(rid, 0), -weight[rid], rid
 
     def by_load(r: ReplicaState) -> tuple[int, int, bool, int, str]:
         rid = r.replica_id
@@ -111,11 +156,74 @@ def _rank_tier(
     within = [r for r in tier if r.queue_length <= bound]
     above = [r for r in tier if r.queue_length > bound]
     if affinity or matches:
-        within.sort(key=by_affinity)
+        home = max(weight, key=lambda r: (weight[r], r)) if affinity else ""
+        scale = _scale(request, tier, matches, work, mean)
+        within.sort(
+            key=lambda r: (
+                -scale.score(r, matches, work, home),
+                -weight[r.replica_id],
+                r.replica_id,
+            )
+        )
     else:
         within.sort(key=by_load)
     above.sort(key=by_load)
     return within, above
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What one tier's replicas are compared by."""
+
+    blocks: int  # of the prompt
+    shared_blocks: int
+    home_value: float
+    shortest_queue: int
+    mean_queue: float
+    mean_work: float
+
+    def score(
+        self,
+        replica: ReplicaState,
+        matches: Mapping[str, int],
+        work: Mapping[str, float],
+        home: str,
+    ) -> float:
+        """Value less cost, in shares of the prompt."""
+        rid = replica.replica_id
+        matched = matches.get(rid, 0)
+        shared = min(matched, self.shared_blocks)
+        value = (matched - shared + SHARED_VALUE * shared) / self.blocks
+        if rid == home:
+            value += self.home_value
+        queued = max(0, replica.queue_length - self.shortest_queue - QUEUE_SLACK)
+        low, high = WORK_RATIOS
+        worked = (work.get(rid, 0.0) + WORK_START_BLOCKS) / self.mean_work
+        uneven = min(max(0.0, (worked - low) / (high - low)), 1.0)
+        return (
+            value
+            - QUEUE_COST * queued / (self.mean_queue + 1.0)
+            - uneven * (self.home_value + WORK_EXCESS_COST)
+        )
+
+
+def _scale(
+    request: ReplicaRequest,
+    tier: list[ReplicaState],
+    matches: Mapping[str, int],
+    work: Mapping[str, float],
+    mean_queue: float,
+) -> _Scale:
+    # `fsum`: the sum must not depend on the order in which replicas come.
+    worked = math.fsum(work.get(r.replica_id, 0.0) for r in tier) / len(tier)
+    return _Scale(
+        blocks=max(request.prompt_blocks, max(matches.values(), default=0), 1),
+        shared_blocks=request.shared_blocks,
+        home_value=SESSION_VALUE if request.session_key else HOME_VALUE,
+        shortest_queue=min(r.queue_length for r in tier),
+        mean_queue=mean_queue,
+        mean_work=worked + WORK_START_BLOCKS,
+    )
 
 
 def _by_load(replica: ReplicaState) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome, QualitySignal
 from deployments import outcomes
 from deployments.outcomes import BATCH_ROWS, OutcomeSender, read_spool
+from load_tests.scale_state import slow_actor_rows
 
 
 class Actor:
@@ -251,3 +252,8 @@ def test_an_unreadable_line_costs_no_other_row(
         file.write(line.encode() + b"\xff\n")
     sender._spill([make_outcome("after")])
     assert [r.outcome_id for r in read_spool(spool)] == ["before", "after"]
+
+
+async def test_memory_is_bounded_while_an_actor_acknowledges_too_slowly(tmp_path: Path) -> None:
+    most = await slow_actor_rows(tmp_path)
+    assert most <= outcomes.MEMORY_ROWS + 2 * BATCH_ROWS

@@ -79,6 +79,46 @@ def test_holders_of_a_hot_block_stay_bounded_while_replicas_come_and_go() -> Non
     assert index._holders[1] == ("r49",)
 
 
+def test_what_conversations_share_ends_where_they_part() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3, 4, 5), "a")
+    assert index.shared((1, 2, 3, 4, 6)) == 0  # a further turn of the only one
+    assert index.shared((1, 2, 7, 8, 9)) == 2
+    index.add((1, 2, 7, 8, 9), "a")
+    assert index.shared((1, 2, 3, 4, 6)) == 2
+    assert index.shared((9, 2, 3, 4, 6)) == 0
+
+
+def test_a_last_block_is_partial_and_parts_nothing() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2, 3), "a")
+    index.add((1, 2, 4, 5, 6), "a")
+    assert index.shared((1, 2, 4, 5, 7, 8)) == 0
+    assert index.shared((1, 9)) == 0
+
+
+def test_work_is_what_was_not_cached_and_fades() -> None:
+    index = PrefixIndex(1000)
+    index.add((1, 2, 3), "a")
+    first = index.work["a"]
+    index.add((1, 2, 3), "b")
+    index.add((1, 2, 3), "b")  # cached now: only its answer is work
+    assert first < index.work["b"] < 2 * first
+    for _ in range(2000):
+        index.add((1, 2, 3), "b")
+    assert index.work["a"] < 0.01 * first
+
+
+def test_a_new_replica_starts_with_the_mean_work_and_a_lost_one_is_forgotten() -> None:
+    index = PrefixIndex(1000)
+    index.retain(["a", "b"])
+    index.add((1, 2, 3), "a")
+    index.retain(["a", "b", "c"])
+    assert index.work["c"] == pytest.approx(index.work["a"] / 2)
+    index.retain(["b"])
+    assert set(index.work) == {"b"}
+
+
 def test_an_index_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="max_blocks"):
         PrefixIndex(0)
@@ -94,6 +134,10 @@ def test_integrity_check_notices_a_broken_invariant() -> None:
         index.check_integrity()
     index._holders[1] = index._holders[2] = ("a",)
     with pytest.raises(AssertionError, match="exceed"):
+        index.check_integrity()
+    del index._holders[2]
+    index._next[2] = 1
+    with pytest.raises(AssertionError, match="successor"):
         index.check_integrity()
 
 
@@ -135,3 +179,5 @@ def test_bounds_and_membership_hold_after_any_history(
     matched = index.match(asked)
     assert set(matched) <= live
     assert all(0 < blocks <= len(asked) for blocks in matched.values())
+    assert set(index.work) <= {"a", "b", "c"}
+    assert 0 <= index.shared(asked) <= max(len(asked) - 2, 0)

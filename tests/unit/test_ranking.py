@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.execute.ranking import LOAD_BOUND_RATIO, ReplicaRequest, rank_replicas
+from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.execute.ranking import (
+    LOAD_BOUND_RATIO,
+    ReplicaRequest,
+    rank_for_prompt,
+    rank_replicas,
+)
 from calm_serve.types import ReplicaState
 
 
@@ -141,7 +147,7 @@ def test_a_session_stays_with_its_replica_while_loads_are_within_the_bound(
 ) -> None:
     request = ReplicaRequest(session_key=session)
     home = rank(request, [replica(n) for n in NAMES[:4]])[0]
-    # The most that cannot exceed ceil(1.25 * (mean + 1)) for any other loads is 2.
+    # The most that cannot exceed ceil(1.5 * (mean + 1)) for any other loads is 2.
     busy = [replica(n, min(q, 2)) for n, q in zip(NAMES, loads, strict=False)]
     assert rank(request, busy, matches)[0] == home
 
@@ -149,7 +155,7 @@ def test_a_session_stays_with_its_replica_while_loads_are_within_the_bound(
 def test_a_session_spills_to_another_replica_when_its_home_is_far_above_the_mean() -> None:
     request = ReplicaRequest(session_key="s")
     home = rank(request, [replica("a"), replica("b")])[0][0]
-    loaded = [replica(n, 7 if n == home else 0) for n in ("a", "b")]
+    loaded = [replica(n, 12 if n == home else 0) for n in ("a", "b")]
     assert rank(request, loaded)[0] != [home]
 
 
@@ -171,7 +177,89 @@ def test_the_longest_prefix_match_refines_the_family_preference() -> None:
     request = ReplicaRequest(prefix_family="f")
     fleet = [replica(n) for n in NAMES]
     last = rank(request, fleet)[-1][0]
-    assert rank(request, fleet, {last: 4, "r0" if last != "r0" else "r1": 3})[0] == [last]
+    assert rank(request, fleet, {last: 4, "r0" if last != "r0" else "r1": 1})[0] == [last]
+
+
+def test_the_home_is_kept_when_another_replica_has_only_a_little_more() -> None:
+    request = ReplicaRequest(prefix_family="f", prompt_blocks=20)
+    fleet = [replica(n) for n in NAMES]
+    order = [group[0] for group in rank(request, fleet)]
+    assert rank(request, fleet, {order[0]: 16, order[1]: 20})[0] == [order[0]]
+    assert rank(request, fleet, {order[0]: 2, order[1]: 20})[0] == [order[1]]
+
+
+def test_a_match_is_worth_some_queue_but_not_any() -> None:
+    request = ReplicaRequest(prefix_family="f", prompt_blocks=10)
+    fleet = [replica(n) for n in NAMES]
+    holder = rank(request, fleet)[0][0]
+
+    def first(queue: int) -> list[str]:
+        states = [replica(n, queue if n == holder else 2) for n in NAMES]
+        return rank(request, states, {holder: 10})[0]
+
+    assert first(4) == [holder]
+    assert first(15) != [holder]
+
+
+def ranked_by_work(request: ReplicaRequest, matches: dict[str, int], busy: str) -> list[str]:
+    fleet = [replica(n) for n in NAMES]
+    work = {n: 3000.0 if n == busy else 1000.0 for n in NAMES}
+    return rank_replicas(
+        request, fleet, matches, work, local_node_id="", random=Random(0), exploration_ratio=0.0
+    )[0]
+
+
+@pytest.mark.parametrize("kind", ["prefix_family", "session_key"])
+def test_a_new_conversation_avoids_the_replica_that_did_most_of_the_work(kind: str) -> None:
+    request = ReplicaRequest(**{kind: "c"}, prompt_blocks=10)
+    home = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert ranked_by_work(request, {}, busy=home) != [home]
+    assert ranked_by_work(request, {}, busy=NAMES[NAMES.index(home) - 1]) == [home]
+
+
+@pytest.mark.parametrize("kind", ["prefix_family", "session_key"])
+def test_work_in_the_past_does_not_move_a_conversation_from_its_cache(kind: str) -> None:
+    request = ReplicaRequest(**{kind: "c"}, prompt_blocks=10)
+    home = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert ranked_by_work(request, {home: 8}, busy=home) == [home]
+
+
+def test_a_system_prompt_alone_does_not_tie_a_conversation_to_its_holder() -> None:
+    request = ReplicaRequest(prefix_family="c", prompt_blocks=10, shared_blocks=8)
+    fleet = [replica(n) for n in NAMES]
+    home, *_, other = (group[0] for group in rank(request, fleet))
+    assert rank(request, fleet, {other: 8})[0] == [home]
+    assert rank(request, fleet, {other: 10})[0] == [other]
+
+
+def test_processes_that_saw_different_turns_of_a_conversation_prefer_the_same_replica() -> None:
+    system, fleet = tuple(range(100, 104)), [replica(n) for n in NAMES]
+
+    def process(*seen: tuple[int, ...]) -> PrefixIndex:
+        index = PrefixIndex(1000)
+        for number, chain in enumerate(seen):
+            index.add(chain, NAMES[number % len(NAMES)])
+        return index
+
+    others = [(*system, 200 + i, 300 + i, 400 + i) for i in range(3)]
+    first, second = process(*others), process(*others[1:])
+    disagreements = 0
+    for own in range(500, 540):
+        turns = [(*system, own, own + 100, own + 200, -own), (*system, own, own + 100, 1, 2, 3)]
+        chosen = [
+            rank_for_prompt(
+                ReplicaRequest(prefix_family="f"),
+                turn,
+                fleet,
+                index,
+                local_node_id="",
+                random=Random(0),
+                exploration_ratio=0.0,
+            )[0]
+            for index, turn in zip((first, second), turns, strict=True)
+        ]
+        disagreements += chosen[0] != chosen[1]
+    assert disagreements == 0
 
 
 def test_without_a_prefix_or_session_the_least_loaded_replica_wins() -> None:

@@ -1,0 +1,183 @@
+"""Ways to choose a replica. `Ours` calls what production calls; the others are its baselines.
+
+A policy sees the replicas as its router process does. `choose` changes nothing, so that another
+process can be asked what it would have done; `placed` takes note of what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from random import Random
+from typing import Protocol
+
+from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
+from calm_serve.types import ReplicaState
+
+Replicas = Sequence[ReplicaState]
+
+RAY_MATCH_RATE = 0.1  # Ray's default match_rate_threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a router knows of a request: the chain is what `analyze` makes of the text."""
+
+    decision_id: str
+    chain: tuple[int, ...]
+    blocks: tuple[int, ...]  # the whole text, for a rule that reads it all
+    session: str = ""
+
+
+class Policy(Protocol):
+    """One router process's way to choose."""
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """The replica's id."""
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        """Note that this router's request went to a replica."""
+
+
+class Ours:
+    """`rank_for_prompt` and `PrefixIndex` as `deployments.replica_router` uses them."""
+
+    def __init__(self, index: PrefixIndex, seed: int) -> None:
+        self._index = index
+        self._random = Random(seed)
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        chain = prompt.chain
+        request = ReplicaRequest(
+            decision_id=prompt.decision_id,
+            prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
+            session_key=prompt.session,
+        )
+        ranked = rank_for_prompt(
+            request, chain, replicas, self._index, local_node_id="", random=self._random
+        )
+        return ranked[0][0]
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        self._index.add(prompt.chain, replica_id)
+
+
+class RoundRobin:
+    """One after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self._next = Random(seed).randrange(1 << 16)
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        return replicas[self._next % len(replicas)].replica_id
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        self._next += 1
+
+
+class PowerOfTwo:
+    """The shorter queue of two replicas drawn at random: Ray Serve's default."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        drawn = self._random.sample(replicas, min(2, len(replicas)))
+        return min(drawn, key=lambda r: r.queue_length).replica_id
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        pass
+
+
+class LeastLoaded:
+    """The shortest queue of all; equals are drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        return min(replicas, key=lambda r: (r.queue_length, self._random.random())).replica_id
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        pass
+
+
+class Sticky:
+    """Rendezvous hash of the session, or of the prompt's first 256 characters; blind to load."""
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        key = prompt.session or str(prompt.chain[min(1, len(prompt.chain) - 1)])
+        return max(replicas, key=lambda r: _weight(key, r.replica_id)).replica_id
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        pass
+
+
+class RayTree:
+    """What Ray's prefix router remembers: who was sent which prefix, without eviction."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, set[str]] = {}
+        self.sizes: dict[str, int] = {}
+
+
+class RayPrefixRule:
+    """The rule of Ray's PrefixCacheAffinityRouter with its defaults, written anew.
+
+    `imbalanced_threshold` is infinite by default, so load is only looked at to choose between
+    equals. The longest match decides if it covers a tenth of the prompt, else the replica with the
+    smallest tree. One tree for all router processes, as Ray keeps it in one actor. Ray matches
+    single characters of the whole prompt, this one whole blocks of it.
+    """
+
+    def __init__(self, tree: RayTree, seed: int) -> None:
+        self._tree = tree
+        self._random = Random(seed)
+
+    def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        matched: set[str] = set()
+        depth = 0
+        for block in prompt.blocks:
+            holders = self._tree.holders.get(block)
+            if not holders:
+                break
+            matched, depth = holders, depth + 1
+        sizes = self._tree.sizes
+        if depth < RAY_MATCH_RATE * len(prompt.blocks):
+            smallest = min(sizes.get(r.replica_id, 0) for r in replicas)
+            matched = {r.replica_id for r in replicas if sizes.get(r.replica_id, 0) == smallest}
+        chosen = [r for r in replicas if r.replica_id in matched]
+        return min(chosen, key=lambda r: (r.queue_length, self._random.random())).replica_id
+
+    def placed(self, prompt: Prompt, replica_id: str) -> None:
+        for block in prompt.blocks:
+            holders = self._tree.holders.setdefault(block, set())
+            if replica_id not in holders:
+                holders.add(replica_id)
+                self._tree.sizes[replica_id] = self._tree.sizes.get(replica_id, 0) + 1
+
+
+MakePolicies = Callable[[int], list[Policy]]
+
+
+def _ray(routers: int) -> list[Policy]:
+    tree = RayTree()
+    return [RayPrefixRule(tree, seed) for seed in range(routers)]
+
+
+def makers(max_blocks: int) -> dict[str, MakePolicies]:
+    """A policy for each router process, by name; `max_blocks` bounds the index of ours."""
+    return {
+        "ours": lambda n: [Ours(PrefixIndex(max_blocks), seed) for seed in range(n)],
+        "round_robin": lambda n: [RoundRobin(seed) for seed in range(n)],
+        "power_of_two": lambda n: [PowerOfTwo(seed) for seed in range(n)],
+        "least_loaded": lambda n: [LeastLoaded(seed) for seed in range(n)],
+        "sticky": lambda n: [Sticky() for _ in range(n)],
+        "ray_prefix_rule": _ray,
+    }
+
+
+def _weight(key: str, replica_id: str) -> bytes:
+    return blake2b(f"{key} {replica_id}".encode(), digest_size=8).digest()

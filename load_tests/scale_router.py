@@ -1,0 +1,126 @@
+"""One router process on simulated time, with everything in it that decides, remembers or grows.
+
+The parts are the served ones: decision loop, live view, monitor, metrics and, per handle, replica
+ranking and prefix index. Ray is not here; `QueueCache` keeps queue lengths as Ray Serve's handle
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from random import Random
+
+from pydantic_core import from_json
+
+from calm_serve.analyze.predictor import Predictor
+from calm_serve.analyze.request import parse_chat, parse_overrides
+from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
+from calm_serve.loop import Loop
+from calm_serve.monitor.windows import FleetMonitor
+from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
+from deployments.fleet_view import STATE_LIFETIME_S
+from deployments.live import FACTS_LIFETIME_S, LiveView
+from deployments.metrics import Metric, RouterMetrics
+from deployments.wire import deployment_name
+
+Clock = Callable[[], float]
+
+
+class QueueCache:
+    """Queue lengths as one Ray Serve handle believes them: its own calls, and replicas' answers.
+
+    A replica says how many requests it has whenever it accepts or rejects one; in between the
+    handle counts what it sends and what comes back, and knows nothing of other processes.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._known: dict[str, tuple[float, int]] = {}
+
+    def get(self, replica_id: str) -> int | None:
+        """The believed length; None when it is older than Serve trusts."""
+        at_s, length = self._known.get(replica_id, (float("-inf"), 0))
+        return length if self._clock() - at_s <= FACTS_LIFETIME_S else None
+
+    def heard(self, replica_id: str, length: int) -> None:
+        """The replica has said how many requests it has."""
+        self._known[replica_id] = (self._clock(), length)
+
+    def finished(self, replica_id: str) -> None:
+        """One of this process's own requests has ended."""
+        length = self.get(replica_id)
+        if length is not None:
+            self.heard(replica_id, max(length - 1, 0))
+
+
+class RouterProcess:
+    """Decides, chooses replicas, and learns from answers, as `deployments.router` wires it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        predictor: Predictor,
+        replicas: Mapping[str, Iterable[ReplicaState]],
+        clock: Clock,
+        random: Random,
+    ) -> None:
+        self.view = LiveView(clock)
+        self.monitor = FleetMonitor([s.id for s in fleet.slms], clock)
+        self.metrics = RouterMetrics(clock, [s.id for s in fleet.slms], _no_outlet)
+        self.loop = Loop(fleet, Goals(), read_state=self.state, predictor=predictor)
+        self.queues = QueueCache(clock)
+        self._clock, self._random = clock, random
+        self._states: dict[str, tuple[float, SLMState]] = {}
+        for slm_id, states in replicas.items():
+            self.view.attach(deployment_name(slm_id), self.queues.get)
+            self.view.update_replicas(deployment_name(slm_id), states)
+
+    def state(self, spec: SLMSpec) -> SLMState:
+        """The SLM's state, at most `STATE_LIFETIME_S` old, as `FleetView.state` keeps it."""
+        now = self._clock()
+        kept = self._states.get(spec.id)
+        if kept is not None and now - kept[0] < STATE_LIFETIME_S:
+            return kept[1]
+        state = self.monitor.state(spec, self.view.replicas(deployment_name(spec.id)), now)
+        self._states[spec.id] = (now, state)
+        return state
+
+    def decide(self, raw: bytes, headers: Mapping[str, str], decision_id: str) -> Decision:
+        """Choose the SLM for the bytes of a request's body."""
+        return self.loop.decide(parse_chat(from_json(raw)), parse_overrides(headers), decision_id)
+
+    def rank(self, decision: Decision) -> list[list[str]]:
+        """Rank the chosen SLM's replicas, as `ReplicaRouter` does."""
+        context, name = decision.context, deployment_name(decision.slm_id)
+        request = ReplicaRequest(
+            decision.decision_id, context.prefix_family, context.session_key, decision.adapter
+        )
+        groups = rank_for_prompt(
+            request,
+            context.prefix_chain,
+            self.view.replicas(name),
+            self.view.index(name),
+            local_node_id="",
+            random=self._random,
+        )
+        self.view.routed(decision.decision_id, groups[0][0])
+        return groups
+
+    def accepted(self, decision: Decision, replica_id: str, length: int) -> None:
+        """A replica has taken the request and has `length` requests now."""
+        self.queues.heard(replica_id, length)
+        name = deployment_name(decision.slm_id)
+        self.view.index(name).add(decision.context.prefix_chain, replica_id)
+        self.view.take_routed(decision.decision_id)
+
+    def finished(self, outcome: Outcome, facts: EngineFacts) -> None:
+        """The answer is out."""
+        self.queues.finished(facts.replica_id)
+        self.view.observe(deployment_name(outcome.slm_id), facts)
+        self.monitor.observe(outcome)
+        self.metrics.observe(outcome)
+
+
+def _no_outlet(_metric: Metric) -> Callable[[float, dict[str, str]], None]:
+    return lambda _value, _labels: None

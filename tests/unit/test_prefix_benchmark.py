@@ -1,0 +1,217 @@
+"""The prefix benchmark's workloads, caches, policies and simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from calm_serve.analyze.features import prefix_chain
+from calm_serve.types import ReplicaState
+from load_tests import prefix, prefix_live, prefix_world
+from load_tests.prefix_policies import Policy, Prompt, makers
+from load_tests.prefix_simulation import BlockCache, Simulation, ceiling, imbalance
+from load_tests.prefix_world import Ask, Workload
+
+SMALL = prefix_world.chats(20, 60.0)
+
+
+def workload(*prompts: tuple[int, ...], every_s: float = 10.0) -> Workload:
+    asks = (Ask(i * every_s, blocks, 10 * len(blocks), 5) for i, blocks in enumerate(prompts))
+    return Workload("own", 10, tuple(asks))
+
+
+def chains(of: Workload) -> list[tuple[int, ...]]:
+    return [prefix_chain(text) for text in prefix_world.texts(of, 8192)]
+
+
+def test_the_shipped_trace_is_the_published_beginning() -> None:
+    trace = prefix_world.mooncake()
+    assert len(trace.asks) == 3000
+    assert trace.asks[0].input_tokens == 6758
+    assert trace.asks[0].blocks == tuple(range(14))
+    assert all(a.at_s <= b.at_s for a, b in zip(trace.asks, trace.asks[1:], strict=False))
+    assert ceiling(trace, 1 << 60) == pytest.approx(0.32, abs=0.01)
+    assert (prefix_world.TRACE.parent / "LICENSE").is_file()
+
+
+def test_every_turn_of_a_chat_holds_the_whole_history() -> None:
+    assert prefix_world.chats(20, 60.0) == SMALL
+    last: dict[str, Ask] = {}
+    for ask in SMALL.asks:
+        before = last.get(ask.session)
+        if before is not None:
+            assert ask.blocks[: len(before.blocks)] == before.blocks
+            assert ask.ends[: len(before.ends)] == before.ends
+        assert ask.ends[-1] == len(ask.blocks)
+        last[ask.session] = ask
+    assert not any(a.session for a in prefix_world.without_sessions(SMALL).asks)
+
+
+def test_thinning_keeps_conversations_whole() -> None:
+    trace = prefix_world.mooncake()
+    kept = prefix_world.thinned(trace, 0.25)
+    names = {a.blocks[:2] for a in kept.asks}
+    assert kept.asks == tuple(a for a in trace.asks if a.blocks[:2] in names)
+    assert 0.2 < len(kept.asks) / len(trace.asks) < 0.3
+
+
+def test_copies_share_the_first_block_only() -> None:
+    doubled = prefix_world.copies(workload((1, 2), (1, 3)), 2, 5.0)
+    assert sorted(a.blocks[0] for a in doubled.asks) == [1, 1, 1, 1]
+    assert len({b for a in doubled.asks for b in a.blocks[1:]}) == 4
+
+
+def test_a_smaller_and_a_faster_workload() -> None:
+    small = prefix_world.scaled(workload((1, 2, 3), (1, 2), (4,)), 8, 2)
+    assert [a.input_tokens for a in small.asks] == [16, 16, 8]
+    fast = prefix_world.at_pace(small, 1.0, 16)
+    assert [a.at_s for a in fast.asks] == [0.0, 0.5, 1.0]
+
+
+def test_texts_begin_alike_as_far_as_their_blocks_do() -> None:
+    first, second = chains(workload(tuple(range(1, 20)), (*range(1, 10), *range(50, 60))))
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    assert same == 9 * 10 * prefix_world.CHARS_PER_TOKEN // 128
+
+
+def test_the_cache_counts_leading_blocks_and_forgets_tails_first() -> None:
+    cache = BlockCache(3)
+    assert cache.take((1, 2, 3, 4)) == 0
+    assert cache.take((1, 2, 3, 4)) == 3
+    assert cache.take((9, 2, 3)) == 0
+
+
+def test_the_ceiling_grows_with_the_cache() -> None:
+    found = [ceiling(SMALL, blocks) for blocks in (1, 50, 200, 1 << 60)]
+    assert found == sorted(found)
+    assert ceiling(workload((1, 2), (1, 2)), 10) == 0.5
+
+
+def test_imbalance_is_the_largest_over_the_mean() -> None:
+    assert imbalance([3, 1]) == 1.5
+    assert imbalance([2, 2, 2]) == 1.0
+
+
+def choose(policy: Policy, prompt: Prompt, queues: tuple[int, ...] = (0, 0)) -> str:
+    states = [
+        ReplicaState(f"r{i}", queue_length=q, max_queue_length=9) for i, q in enumerate(queues)
+    ]
+    return policy.choose(prompt, states)
+
+
+@pytest.mark.parametrize("name", list(makers(100)))
+def test_asking_a_policy_changes_nothing(name: str) -> None:
+    (policy,) = makers(100)[name](1)
+    prompt = Prompt("d", (1, 2, 3), (1, 2, 3), "s")
+    if name not in ("power_of_two", "least_loaded", "ours"):  # these may draw
+        assert choose(policy, prompt) == choose(policy, prompt)
+    policy.placed(prompt, "r0")
+
+
+def test_the_ray_rule_follows_matches_whatever_the_load_and_else_the_smallest_tree() -> None:
+    first, second = makers(100)["ray_prefix_rule"](2)
+    first.placed(Prompt("d", (), tuple(range(20))), "r0")
+    assert choose(second, Prompt("d", (), tuple(range(20))), (8, 0)) == "r0"
+    assert choose(second, Prompt("d", (), (0, *range(50, 70))), (0, 8)) == "r1"
+
+
+def test_round_robin_and_least_loaded() -> None:
+    (robin,), (least,) = makers(1)["round_robin"](1), makers(1)["least_loaded"](1)
+    prompt = Prompt("d", (1,), (1,))
+    one = choose(robin, prompt)
+    robin.placed(prompt, one)
+    assert choose(robin, prompt) != one
+    assert choose(least, prompt, (3, 1)) == "r1"
+
+
+def test_a_simulation_repeats_itself_and_one_replica_reaches_its_ceiling() -> None:
+    ours = makers(65_536)["ours"]
+    simulation = Simulation(SMALL, chains(SMALL), 4, 8, 300)
+    assert simulation.run(ours) == simulation.run(ours)
+    alone = Simulation(SMALL, chains(SMALL), 1, 1, 300).run(ours)
+    assert alone.cached_share == pytest.approx(ceiling(SMALL, 300))
+    assert alone.load_imbalance == alone.agreement == 1.0
+
+
+def test_prompts_are_computed_one_after_the_other() -> None:
+    both = workload((1,) * 1, (2,), every_s=0.0)
+    result = Simulation(both, chains(both), 1, 1, 10).run(makers(10)["ours"])
+    assert result.ttft_p95_s == pytest.approx(2 * 10 / 12_000 + 0.02)
+
+
+def test_ours_reaches_the_target_on_unnamed_chats() -> None:
+    chats = prefix_world.without_sessions(prefix_world.chats(120, 300.0))
+    result = Simulation(chats, chains(chats), 2, 1, 750).run(makers(65_536)["ours"])
+    assert result.cached_share >= 0.9 * ceiling(chats, 1500)
+    assert result.load_imbalance <= 1.25
+
+
+def test_figures_name_every_policy_and_the_worst_is_the_headline() -> None:
+    world = prefix.World("chats", 2, SMALL, 300)
+    figures = prefix.simulate(world, baselines=True)
+    assert {k.split(".")[3] for k in figures if k.count(".") == 4} == set(makers(1))
+    every = {
+        k.replace("chats.2.", f"{kind}.{n}."): v
+        for k, v in figures.items()
+        for kind in prefix.KINDS
+        for n in prefix.SIZES
+    }
+    every["mooncake.2.1.ours.share_of_ceiling"] = 0.5
+    every["one_system_prompt.4.1.ours.load_imbalance"] = 3.0
+    found = prefix.headline(every)
+    assert found["simulated_hit_share_of_ceiling"] == 0.5
+    assert found["simulated_load_imbalance"] == 3.0
+    assert "hit_share_of_ceiling" not in found
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> prefix_live.Writer:
+    words = {word: i for i, word in enumerate(("one", "two", "three", " ", "[UNK]", "user"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return prefix_live.Writer(tmp_path)
+
+
+def test_blocks_of_text_have_the_tokens_they_say(writer: prefix_live.Writer) -> None:
+    assert len(writer.tokenizer.encode(writer.block(7, 64)).ids) == 64
+    assert writer.block(7, 64) == writer.block(7, 64) != writer.block(8, 64)
+    one = writer.messages(Ask(0.0, (1, 2, 3), 0, 0), 64)
+    assert [m["role"] for m in one] == ["user"]
+    several = writer.messages(Ask(0.0, (1, 2, 3), 0, 0, "s", (1, 2, 3)), 64)
+    assert [m["role"] for m in several] == ["system", "user", "assistant"]
+    assert "".join(m["content"] for m in several) == one[0]["content"]
+    tokens, blocks = writer.kv_blocks(one)
+    assert (tokens, len(blocks)) == (194, 6)
+    longer = writer.kv_blocks(writer.messages(Ask(0.0, (1, 2, 3, 4), 0, 0), 64))[1]
+    assert longer[:6] == blocks
+
+
+def test_the_served_ceiling_leaves_the_last_token_to_the_engine() -> None:
+    prompts = [(64, (1, 2)), (64, (1, 2))]
+    assert prefix_live.cached_ceiling(prompts, 10) == 32 / 128
+
+
+def test_the_served_figures_come_from_the_rows() -> None:
+    rows = [
+        prefix_live.Row("a", 100, 0, 10, 0.2),
+        prefix_live.Row("a", 100, 80, 10, 0.1),
+        prefix_live.Row("b", 100, 40, 10, 0.3),
+    ]
+    asks = [("chats", SMALL.asks[0], None)] * 2 + [("mooncake", SMALL.asks[0], None)]
+    found = prefix_live.summary(asks, rows, {"pooled_ceiling": 0.5})
+    assert found["cached_share"] == 0.4
+    assert found["hit_share_of_ceiling"] == 0.8
+    assert found["load_imbalance"] == pytest.approx(140 / 105, abs=1e-4)
+    assert found["ttft_p50_ms"] == 200.0
+    assert (found["chats.cached_share"], found["mooncake.cached_share"]) == (0.4, 0.4)
+
+
+def test_the_served_workloads_fit_the_model() -> None:
+    for one in prefix_live.workloads().values():
+        assert one.asks[-1].at_s == pytest.approx(prefix_live.DURATION_S)
+        assert max(a.input_tokens for a in one.asks) <= prefix_live.MOST_TOKENS
