@@ -26,7 +26,8 @@ from deployments.reference_fleet.grading import marks, parsed
 from deployments.reference_fleet.wrappers import user
 from load_tests import fleet_plots, report
 from load_tests.asking import Answer, Question, ask, ask_all, max_tokens
-from load_tests.served import fleet_file, served
+from load_tests.fleet_summary import summary
+from load_tests.served import FLEETS, fleet_file, served
 
 CONCURRENCY = 16
 SPECIALISTS = ("extract", "sql", "shell", "reason", "intent")
@@ -237,6 +238,9 @@ def main(arguments: Sequence[str]) -> int:
     figures |= scores(asked)
     show(asked, figures)
     show_costs(figures, slms, generalists[0])
+    short = summary(figures, FLEETS.parent / "reference_fleet" / "models", schemas.ADAPTERS)
+    print("\n" + "\n".join(f"{name:<42}{value}" for name, value in short.items()))
+    figures = short | figures
     fleet_plots.draw(chosen.plots, figures, confusions(asked, "extract"), generalists)
     if chosen.answers:
         lines = [json.dumps([o.slm, o.row.prompt, o.row.answers, o.answer.text]) for o in asked]

@@ -251,12 +251,12 @@ def drawer(task: str, steps: tuple[int, ...] = SHORT_STEPS) -> Draw:
 
 
 MIXTURE = {
-    "extract": 0.14,
-    "sql": 0.28,
-    "shell": 0.14,
+    "extract": 0.16,
+    "sql": 0.24,
+    "shell": 0.15,
     "reason": 0.15,
-    "intent": 0.18,
-    "mixed": 0.06,
+    "intent": 0.2,
+    "mixed": 0.05,
     "prose": 0.025,
     "chat": 0.025,
 }
