@@ -94,7 +94,7 @@ class _Ways:
         self._dense = [[calls[b] for b in row] for row in self._boosters]
         self._fast = [[OneRow(b, self._sparse) for b in row] for row in self._boosters]
         keys = [own_head(head, ids[index]) for index, _ in self._candidates for head in OWN_HEADS]
-        text = joined([world.artifact.boosters[key] for key in keys])
+        text, self._places = joined([world.artifact.boosters[key] for key in keys])
         self._wordless = SparseRow()
         self._own = OneRow(lgb.Booster(model_str=text), self._sparse)
         self._last = OneRow(self._residual, self._wordless)
@@ -135,7 +135,8 @@ class _Ways:
         """One call for all SLMs' own heads, one per SLM for the residual: the predictor's way."""
         self._sparse.set_prompt(self._context.numbers, self._context.buckets)
         self._wordless.set_prompt(self._context.numbers, ())
-        own = np.array(self._own.predict()).reshape(-1, len(OWN_HEADS))
+        sums = self._own.predict()
+        own = np.array([sum(sums[p]) for p in self._places]).reshape(-1, len(OWN_HEADS))
         own[:, 0] = 1.0 / (1.0 + np.exp(-own[:, 0]))
         residuals = []
         for index, load in self._candidates:

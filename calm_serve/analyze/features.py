@@ -32,7 +32,7 @@ from calm_serve.types import OutputShape, RoutingContext, SLMState
 
 SCAN_CHARS = 1024
 FOCUS_CHARS = 512
-LANGUAGE_CHARS = 384
+LANGUAGE_CHARS = 256
 BUCKETS = 1024
 BLOCK_CHARS = 128
 MAX_BLOCKS = 64
@@ -116,10 +116,10 @@ class ContextBuilder:
         """The context without features. Only the safety patterns' cost grows with the prompt."""
         whole = request.text
         both_agree = plain(whole)
-        scan = _lines(_ends(whole, SCAN_CHARS))
-        focus = _ends(request.last_user, FOCUS_CHARS)
         # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
         lines = _lines(whole) if self._safety else ""
+        short = self._safety and len(whole) <= 2 * SCAN_CHARS
+        scan = lines if short else _lines(_ends(whole, SCAN_CHARS))
         safety = next((s for s, p in self._safety if p.occurs(lines, both_agree)), None)
         chain = prefix_chain(whole)
         session = overrides.session_id
@@ -132,8 +132,8 @@ class ContextBuilder:
             output_shape=request.output_shape,
             turns=request.turns,
             stream=request.stream,
-            language=detect_language(focus[:LANGUAGE_CHARS]),
-            has_code=_CODE.occurs(focus, both_agree),
+            language=detect_language(request.last_user[:LANGUAGE_CHARS]),
+            has_code=_CODE.occurs(_ends(request.last_user, FOCUS_CHARS), both_agree),
             has_image=request.has_image,
             safety_class=safety.name if safety else "none",
             markers=tuple(self._markers.found(scan, both_agree)),

@@ -149,12 +149,13 @@ class LightGBMPredictor:
         heads = Heads(artifact)
         self._words, self._row = SparseRow(), SparseRow()  # the second without words
         self._own: OneRow | None = None
+        place: dict[tuple[str, int], slice] = {}
         if heads.own:
             keys = [own_head(head, artifact.slm_ids[index]) for head, index in heads.own]
-            text = joined([artifact.boosters[key] for key in keys])
+            text, places = joined([artifact.boosters[key] for key in keys])
             self._own = OneRow(_booster("of all SLMs", text), self._words)
+            place = dict(zip(heads.own, places, strict=True))
         self._residual = heads.residual and OneRow(heads.residual, self._row)
-        place = {key: i for i, key in enumerate(heads.own)}
         self._known = {
             slm: (i, place.get((SUCCESS, i)), place.get((OUTPUT_TOKENS, i)))
             for i, slm in enumerate(artifact.slm_ids)
@@ -188,8 +189,10 @@ class LightGBMPredictor:
         index, success_at, tokens_at = known
         if success_at is None or tokens_at is None:
             prior = self._prior.predict(context, [spec], [state])[0]
-        success = prior.success_ratio if success_at is None else _sigmoid(own[success_at])
-        tokens = prior.output_tokens if tokens_at is None else max(math.expm1(own[tokens_at]), 1.0)
+        success = prior.success_ratio if success_at is None else _sigmoid(sum(own[success_at]))
+        tokens = (
+            prior.output_tokens if tokens_at is None else max(math.expm1(sum(own[tokens_at])), 1.0)
+        )
         limit = context.max_output_tokens
         if limit is not None and tokens > limit:
             tokens = float(limit)

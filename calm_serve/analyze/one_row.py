@@ -117,27 +117,33 @@ class OneRow:
         return cast(Sequence[float], self._out)
 
 
-# A tree that adds nothing, for boosters with fewer trees than the others.
+# A tree that adds nothing, to fill up the last output of a booster.
 _NO_TREE = "num_leaves=1\nnum_cat=0\nleaf_value=0\nis_linear=0\nshrinkage=1\n"
+_TREES_PER_OUTPUT = 16
 
 
-def joined(texts: Sequence[str]) -> str:
-    """Text model with one output for each model in `texts`, on the scale of the trees' sum.
+def joined(texts: Sequence[str]) -> tuple[str, list[slice]]:
+    """One text model for all in `texts`, and which of its outputs add up to each of them.
 
-    LightGBM stores a model of several outputs as their trees in turns. The objective, which would
-    bring the sums to a scale of its own, is left out: the models may have different ones.
+    LightGBM stores a model of several outputs as their trees in turns, so all have equally many.
+    The models have not: each takes as many outputs of a few trees as it needs, and few trees are
+    there for nothing. Sums are on the scale of the trees; the objectives, which would bring them to
+    scales of their own, are left out.
     """
-    heads, trees = [], []
+    head = ""
+    outputs: list[list[str]] = []
+    places: list[slice] = []
     for text in texts:
-        head, *own = _TREE.split(text.partition("\nend of trees")[0])
-        heads.append(head)
-        trees.append([tree.strip("\n") + "\n" for tree in own])
-    head = _OBJECTIVE.sub("", heads[0])
-    head = _OUTPUTS.sub(rf"\g<1>={len(texts)}", head).rstrip("\n")
-    longest = max(map(len, trees))
-    inturn = (own[i] if i < len(own) else _NO_TREE for i in range(longest) for own in trees)
+        head, *trees = _TREE.split(text.partition("\nend of trees")[0])
+        own = [tree.strip("\n") + "\n" for tree in trees]
+        own += [_NO_TREE] * (-len(own) % _TREES_PER_OUTPUT)
+        first = len(outputs)
+        outputs += [own[i : i + _TREES_PER_OUTPUT] for i in range(0, len(own), _TREES_PER_OUTPUT)]
+        places.append(slice(first, len(outputs)))
+    head = _OUTPUTS.sub(rf"\g<1>={len(outputs)}", _OBJECTIVE.sub("", head)).rstrip("\n")
+    inturn = (trees[i] for i in range(_TREES_PER_OUTPUT) for trees in outputs)
     body = "\n".join(f"Tree={i}\n{tree}" for i, tree in enumerate(inturn))
-    return f"{head}\n\n{body}\nend of trees\n"
+    return f"{head}\n\n{body}\nend of trees\n", places
 
 
 _TREE = re.compile(r"^Tree=\d+\n", re.MULTILINE)
