@@ -16,10 +16,10 @@ from load_tests.short_prompts import ShortPrompts
 from load_tests.sse import Answer
 
 CONCURRENCY = 16
-REQUESTS = 96  # of one saturated run
+REQUESTS = 48  # of one saturated run
 ALONE_REQUESTS = 12  # per SLM, one at a time, for the SLO
 LOAD_RATIO = 0.7  # offered in the open loops, of the saturated rate of `direct`
-OPEN_S = 8.0  # length of an open loop
+OPEN_S = 6.0  # length of an open loop
 TTFT_SLO_RATIO, TPOT_SLO_RATIO = 10.0, 5.0  # of one request alone
 SEED = 17
 OURS, DIRECT = "calm_serve", "direct_vllm"
