@@ -31,7 +31,8 @@ QUEUE_COST = 0.4  # of a request more than in the shortest queue, over the mean 
 QUEUE_SLACK = 1  # requests that cost nothing: a difference of one is noise
 # Recent work above the mean takes away the value of home: nothing of it up to the first ratio, all
 # and `WORK_EXCESS_COST` more from the second on. Work in the past may thus undo a choice by hash,
-# never what is cached: a lone chat stays where it is.
+# never what is cached: a lone chat stays where it is. It has no say over a named session, because
+# every process counts its own work, and all are to send a session's turns to the same replica.
 WORK_RATIOS = (1.1, 1.22)
 WORK_EXCESS_COST = 0.1
 WORK_START_BLOCKS = 256.0  # added to each replica: a few requests more are not yet uneven
@@ -178,6 +179,7 @@ class _Scale:
     blocks: int  # of the prompt
     shared_blocks: int
     home_value: float
+    work_cost: float  # of a replica that had too much of it
     shortest_queue: int
     mean_queue: float
     mean_work: float
@@ -203,7 +205,7 @@ class _Scale:
         return (
             value
             - QUEUE_COST * queued / (self.mean_queue + 1.0)
-            - uneven * (self.home_value + WORK_EXCESS_COST)
+            - uneven * self.work_cost
         )
 
 
@@ -220,6 +222,7 @@ def _scale(
         blocks=max(request.prompt_blocks, max(matches.values(), default=0), 1),
         shared_blocks=request.shared_blocks,
         home_value=SESSION_VALUE if request.session_key else HOME_VALUE,
+        work_cost=0.0 if request.session_key else HOME_VALUE + WORK_EXCESS_COST,
         shortest_queue=min(r.queue_length for r in tier),
         mean_queue=mean_queue,
         mean_work=worked + WORK_START_BLOCKS,

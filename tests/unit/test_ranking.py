@@ -209,12 +209,17 @@ def ranked_by_work(request: ReplicaRequest, matches: dict[str, int], busy: str) 
     )[0]
 
 
-@pytest.mark.parametrize("kind", ["prefix_family", "session_key"])
-def test_a_new_conversation_avoids_the_replica_that_did_most_of_the_work(kind: str) -> None:
-    request = ReplicaRequest(**{kind: "c"}, prompt_blocks=10)
+def test_a_new_conversation_avoids_the_replica_that_did_most_of_the_work() -> None:
+    request = ReplicaRequest(prefix_family="c", prompt_blocks=10)
     home = rank(request, [replica(n) for n in NAMES])[0][0]
     assert ranked_by_work(request, {}, busy=home) != [home]
     assert ranked_by_work(request, {}, busy=NAMES[NAMES.index(home) - 1]) == [home]
+
+
+def test_a_named_session_goes_home_whatever_work_this_process_gave_its_home() -> None:
+    request = ReplicaRequest(session_key="c", prompt_blocks=10)
+    home = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert all(ranked_by_work(request, {}, busy=name) == [home] for name in NAMES)
 
 
 @pytest.mark.parametrize("kind", ["prefix_family", "session_key"])
