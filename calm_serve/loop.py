@@ -243,8 +243,9 @@ class Loop:
     ) -> tuple[list[str], list[Candidate]]:
         allowed: list[str] = []
         excluded: list[Candidate] = []
+        plain = filters.is_plain(context)
         for slm_id, spec in self.specs.items():
-            why = filters.excluded_by(context, spec, states[slm_id])
+            why = filters.excluded_by(context, spec, states[slm_id], plain=plain)
             if why:
                 excluded.append(Candidate(slm_id=slm_id, excluded_by=why))
             else:

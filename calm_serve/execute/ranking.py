@@ -202,11 +202,7 @@ class _Scale:
         low, high = WORK_RATIOS
         worked = (work.get(rid, 0.0) + WORK_START_BLOCKS) / self.mean_work
         uneven = min(max(0.0, (worked - low) / (high - low)), 1.0)
-        return (
-            value
-            - QUEUE_COST * queued / (self.mean_queue + 1.0)
-            - uneven * self.work_cost
-        )
+        return value - QUEUE_COST * queued / (self.mean_queue + 1.0) - uneven * self.work_cost
 
 
 def _scale(

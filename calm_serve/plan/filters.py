@@ -84,13 +84,37 @@ RELAXED_IF_NOBODY_PASSES = "language"
 PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
 _EVERY = tuple(FILTERS.items())
 _PINNED = tuple((name, FILTERS[name]) for name in PINNED_FILTERS)
+# Most requests ask for text from whoever is best: nothing that an SLM might lack.
+_PLAIN = tuple(
+    (name, keep)
+    for name, keep in FILTERS.items()
+    if name not in ("capability", "adapter", "data_policy")
+)
+
+
+def is_plain(context: RoutingContext) -> bool:
+    """Whether no SLM lacks what the request needs, whatever its capabilities."""
+    return not (
+        context.has_image
+        or context.local_only
+        or context.adapter
+        or context.output_shape is not OutputShape.TEXT
+    )
 
 
 def excluded_by(
-    context: RoutingContext, spec: SLMSpec, state: SLMState, *, pinned: bool = False
+    context: RoutingContext,
+    spec: SLMSpec,
+    state: SLMState,
+    *,
+    pinned: bool = False,
+    plain: bool = False,
 ) -> str:
-    """Name of the first filter that removes the SLM, "" when it stays."""
-    for name, keep in _PINNED if pinned else _EVERY:
+    """Name of the first filter that removes the SLM, "" when it stays.
+
+    `plain` is `is_plain(context)`, which saves the filters that remove nothing then.
+    """
+    for name, keep in _PINNED if pinned else _PLAIN if plain else _EVERY:
         if not keep(context, spec, state):
             return name
     return ""

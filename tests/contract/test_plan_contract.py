@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from calm_serve.config import Goals, Rule, SLMSpec
 from calm_serve.plan import objective
-from calm_serve.plan.filters import FILTERS, PINNED_FILTERS, Filter, excluded_by
+from calm_serve.plan.filters import FILTERS, PINNED_FILTERS, Filter, excluded_by, is_plain
 from calm_serve.plan.rules import first_match, matches
 from calm_serve.testing import make_context, make_goals, make_state
 from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState
@@ -78,6 +78,8 @@ def test_an_slm_is_excluded_by_the_first_filter_that_refuses_it(
 ) -> None:
     refusing = [n for n, keep in FILTERS.items() if not keep(context, spec, state)]
     assert excluded_by(context, spec, state) == (refusing[0] if refusing else "")
+    if is_plain(context):
+        assert excluded_by(context, spec, state, plain=True) == (refusing[0] if refusing else "")
 
 
 def test_every_condition_of_the_configuration_is_listed() -> None:
