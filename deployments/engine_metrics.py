@@ -14,6 +14,14 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 RECORD_S = 0.25
+# vLLM has no sum for these: a step that has one is recorded at once.
+_NOT_ADDED = (
+    "connector_prefix_cache_stats",
+    "spec_decoding_stats",
+    "kv_connector_stats",
+    "ec_connector_stats",
+    "perf_stats",
+)
 
 
 @dataclass(slots=True)
@@ -95,7 +103,10 @@ class BatchedStatLogger(RayPrometheusStatLogger):  # type: ignore[misc]
         self._scheduler = scheduler_stats or self._scheduler
         now_s = time.monotonic()
         idle = self._scheduler is None or not self._scheduler.num_running_reqs
-        if now_s < self._due_s and not idle and mm_cache_stats is None:
+        whole = mm_cache_stats is not None or any(
+            getattr(scheduler_stats, name, None) for name in _NOT_ADDED
+        )
+        if now_s < self._due_s and not idle and not whole:
             return
         self._due_s = now_s + RECORD_S
         scheduler, iterations = self._scheduler, self._iterations
@@ -120,9 +131,6 @@ def _after(before: SchedulerStats, now: SchedulerStats) -> SchedulerStats:
             *now.kv_cache_eviction_events,
         ],
     }
-    for name in ("spec_decoding_stats", "kv_connector_stats", "perf_stats"):
-        # Not added up: vLLM has no sum for them. The last one of a quarter of a second is kept.
-        changes[name] = getattr(now, name) or getattr(before, name)
     return replace(now, **changes)
 
 
