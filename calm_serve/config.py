@@ -6,33 +6,16 @@ An unknown key is an error that names the key and the nearest valid one. Files a
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ByteSize, Field, model_validator
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-
-
-class Config(BaseModel):
-    """Base of every section: frozen, and unknown keys are errors with a suggestion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
-                    hint = f"; the nearest valid key is {near[0]!r}" if near else ""
-                    raise ValueError(f"unknown key {key!r}{hint}")
-        return data
+from calm_serve.config_base import Config as Config
+from calm_serve.config_base import Identifier, Ratio, nearest, unique
+from calm_serve.config_goals import Goals as Goals
 
 
 class BatchingProfile(StrEnum):
@@ -169,8 +152,8 @@ class SLMSpec(Config):
     def _consistent(self) -> SLMSpec:
         if (self.locality == "remote") != (self.remote is not None):
             raise ValueError("`remote` is required when locality is remote, and only then")
-        _unique("SLM id", ["auto", self.id])  # "auto" is how clients let the router choose
-        _unique("adapter name", [a.name for a in self.adapters])
+        unique("SLM id", ["auto", self.id])  # "auto" is how clients let the router choose
+        unique("adapter name", [a.name for a in self.adapters])
         if self.remote and self.adapters:
             raise ValueError("a remote SLM has no adapters; name the upstream's model instead")
         if self.residency == "hot" and self.scaling.min_replicas == 0:
@@ -222,9 +205,9 @@ class Fleet(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Fleet:
         ids = [s.id for s in self.slms]
-        _unique("SLM id", ids)
-        _unique("rule name", [r.name for r in self.rules])
-        _unique("safety name", ["none", *(s.name for s in self.safety)])  # "none": no match
+        unique("SLM id", ids)
+        unique("rule name", [r.name for r in self.rules])
+        unique("safety name", ["none", *(s.name for s in self.safety)])  # "none": no match
         for name, pattern in [*self.markers.items(), *((s.name, s.pattern) for s in self.safety)]:
             try:
                 re.compile(pattern)
@@ -233,7 +216,7 @@ class Fleet(Config):
         owners = [(r.name, s) for r in self.rules for s in r.slms]
         for owner, slm in owners + [(s.name, s.slm) for s in self.safety]:
             if slm not in ids:
-                raise ValueError(f"{owner!r} names unknown SLM {slm!r}{_nearest(slm, ids)}")
+                raise ValueError(f"{owner!r} names unknown SLM {slm!r}{nearest(slm, ids)}")
         away = {s.id for s in self.slms if s.locality == "remote"}
         for pin in self.safety:
             if pin.local_only and pin.slm in away:
@@ -241,27 +224,9 @@ class Fleet(Config):
         for rule in self.rules:
             for marker in (rule.marker, *rule.without):
                 if marker and marker not in self.markers:
-                    hint = _nearest(marker, list(self.markers))
+                    hint = nearest(marker, list(self.markers))
                     raise ValueError(f"rule {rule.name!r} uses unknown marker {marker!r}{hint}")
         return self
-
-
-class Goals(Config):
-    """What the operator wants. Weights are quality points (0 to 1) per unit."""
-
-    latency_weight_per_s: float = Field(
-        default=0.1, ge=0, le=100, description="Quality given up to save one second."
-    )
-    energy_weight_per_j: float = Field(
-        default=0.002, ge=0, le=100, description="Quality given up to save one joule."
-    )
-    switching_weight: float = Field(
-        default=0.05, ge=0, le=100, description="Cost of losing a session's cached prefix."
-    )
-    quality_floor: Ratio = Field(default=0.0, description="Exclude SLMs predicted below this.")
-    exploration_ratio: float = Field(
-        default=0.01, ge=0, le=0.5, description="Share of scored requests that explore."
-    )
 
 
 class Learning(Config):
@@ -295,13 +260,3 @@ class ServeArgs(Config):
     goals: Goals = Field(default=Goals(), description="See Goals.")
     learning: Learning = Field(default=Learning(), description="See Learning.")
     router: RouterOptions = Field(default=RouterOptions(), description="See RouterOptions.")
-
-
-def _unique(kind: str, names: list[str]) -> None:
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ValueError(f"duplicate or reserved {kind} {twice[0]!r}")
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"; the nearest is {near[0]!r}" if near else ""

@@ -81,6 +81,7 @@ class Loop:
     def set_goals(self, goals: Goals) -> None:
         """Swap the goals; the next decision uses them."""
         self.goals = goals
+        self.weights = objective.weights_of(goals)
         self._goals_version = config_version(goals)
 
     @property
@@ -167,7 +168,7 @@ class Loop:
         if request is not None:
             add_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
-        candidate = objective.evaluate(context, prediction, state, self.goals)
+        candidate = objective.evaluate(context, prediction, state, self.weights)
         return self._record(
             context,
             DecisionPath.PINNED,
@@ -212,7 +213,8 @@ class Loop:
             add_features(context, request)
         specs = [self.specs[i] for i in allowed]
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
-        scored = [objective.evaluate(context, p, states[p.slm_id], self.goals) for p in predictions]
+        weights = self.weights
+        scored = [objective.evaluate(context, p, states[p.slm_id], weights) for p in predictions]
         floor = max(self.goals.quality_floor, context.quality_floor)
         scored = objective.ranked(scored)
         order = objective.above_floor(scored, floor)
@@ -287,6 +289,7 @@ class Loop:
             ranking=ranking,
             context=context,
             versions=self.versions,
+            weights=None if path is DecisionPath.RULE else self.weights,
         )
 
     def _unknown(self, context: RoutingContext) -> str:

@@ -19,6 +19,7 @@ class DecisionPath(StrEnum):
     RULE = "rule"  # stage 1: a deterministic rule
     SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
     PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
+    BASELINE = "baseline"  # stage 2 by another policy than this project's, to compare with
     EXPLORED = "explored"  # a logged deviation, to keep the estimates honest
     FALLBACK = "fallback"  # the winner failed before its first byte
 
@@ -33,6 +34,7 @@ class DecisionReason(StrEnum):
     BEST_SCORE = "best_score"
     BEST_PRIOR = "best_prior"
     EXPLORATION = "exploration"
+    BASELINE = "baseline"
     FAILOVER = "failover"
 
 
@@ -174,6 +176,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What a decision weighed its candidates with, in quality points per unit."""
+
+    latency_per_s: float
+    energy_per_j: float
+    switching: float
+    quality: float = 1.0  # above 1 while a quality goal is missed
+
+
+@dataclass(frozen=True, slots=True)
 class Versions:
     """What decided: the same record under the same versions gives the same decision."""
 
@@ -199,6 +211,7 @@ class Decision:
     context: RoutingContext
     versions: Versions
     decided_in_s: float = 0.0
+    weights: Weights | None = None  # None where no score was needed
 
 
 @dataclass(frozen=True, slots=True)

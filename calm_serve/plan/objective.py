@@ -1,6 +1,6 @@
 """Stage 2: weigh quality against latency, energy and switching, and choose.
 
-    score = quality - w_latency * latency - w_energy * energy - w_switching * switching
+    score = w_quality * quality - w_latency * latency - w_energy * energy - w_switching * switching
 
 Quality is P(success); latency is end-to-end seconds plus a penalty for a missed SLO; energy is
 joules; switching is 1 when the SLM would have to be woken. The CALM paper (arXiv 2602.03632)
@@ -13,19 +13,24 @@ from __future__ import annotations
 from zlib import crc32
 
 from calm_serve.config import Goals, SLMSpec
-from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState
+from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState, Weights
 
 # A request that names an SLO loses up to this much quality for an SLM that will miss it.
 SLO_PENALTY = 0.5
 
 
+def weights_of(goals: Goals) -> Weights:
+    """The weights that the operator stated; a controller starts from them."""
+    return Weights(goals.latency_weight_per_s, goals.energy_weight_per_j, goals.switching_weight)
+
+
 def evaluate(
-    context: RoutingContext, prediction: Prediction, state: SLMState, goals: Goals
+    context: RoutingContext, prediction: Prediction, state: SLMState, weights: Weights
 ) -> Candidate:
     """Score one candidate; every term of the sum is kept for the explanation."""
-    latency = goals.latency_weight_per_s * prediction.e2e_s + slo_penalty(context, prediction)
-    energy = goals.energy_weight_per_j * prediction.energy_j
-    switching = 0.0 if state.residency is Residency.HOT else goals.switching_weight
+    latency = weights.latency_per_s * prediction.e2e_s + slo_penalty(context, prediction)
+    energy = weights.energy_per_j * prediction.energy_j
+    switching = 0.0 if state.residency is Residency.HOT else weights.switching
     quality = prediction.success_ratio
     return Candidate(
         slm_id=prediction.slm_id,
@@ -34,7 +39,7 @@ def evaluate(
         latency=latency,
         energy=energy,
         switching=switching,
-        score=quality - latency - energy - switching,
+        score=weights.quality * quality - latency - energy - switching,
     )
 
 

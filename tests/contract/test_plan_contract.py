@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from calm_serve.config import Goals, Rule, SLMSpec
 from calm_serve.plan import objective
 from calm_serve.plan.filters import FILTERS, PINNED_FILTERS, Filter, excluded_by, is_plain
+from calm_serve.plan.objective import weights_of
 from calm_serve.plan.rules import first_match, matches
 from calm_serve.testing import make_context, make_goals, make_state
 from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState
@@ -125,7 +126,7 @@ def test_the_score_falls_with_every_cost_and_rises_with_quality(
     more: float,
 ) -> None:
     def score(changed: Prediction, at: SLMState = state) -> float:
-        return evaluate(context, changed, at, goals).score
+        return evaluate(context, changed, at, weights_of(goals)).score
 
     base = score(prediction)
     better = min(prediction.success_ratio + more, 1.0)
@@ -145,7 +146,7 @@ def test_the_score_is_the_sum_of_the_terms_that_the_explanation_shows(
     state: SLMState,
     goals: Goals,
 ) -> None:
-    shown = evaluate(context, prediction, state, goals)
+    shown = evaluate(context, prediction, state, weights_of(goals))
     total = shown.quality - shown.latency - shown.energy - shown.switching
     assert shown.score == pytest.approx(total)
     assert min(shown.latency, shown.energy, shown.switching) >= 0.0
@@ -159,24 +160,26 @@ def test_weights_come_from_the_goals_and_enter_linearly(
 ) -> None:
     # Without an SLO, because its penalty is in quality points and has no weight.
     context, cold = make_context(), make_state(residency=Residency.COLD)
-    one = evaluate(context, prediction, cold, goals)
+    one = evaluate(context, prediction, cold, weights_of(goals))
     scaled = evaluate(
         context,
         prediction,
         cold,
-        goals.model_copy(
-            update={
-                "latency_weight_per_s": goals.latency_weight_per_s * factor,
-                "energy_weight_per_j": goals.energy_weight_per_j * factor,
-                "switching_weight": goals.switching_weight * factor,
-            }
+        weights_of(
+            goals.model_copy(
+                update={
+                    "latency_weight_per_s": goals.latency_weight_per_s * factor,
+                    "energy_weight_per_j": goals.energy_weight_per_j * factor,
+                    "switching_weight": goals.switching_weight * factor,
+                }
+            )
         ),
     )
     assert scaled.latency == pytest.approx(one.latency * factor)
     assert scaled.energy == pytest.approx(one.energy * factor)
     assert scaled.switching == pytest.approx(one.switching * factor)
     free = make_goals(latency_weight_per_s=0, energy_weight_per_j=0, switching_weight=0)
-    assert evaluate(context, prediction, cold, free).score == prediction.success_ratio
+    assert evaluate(context, prediction, cold, weights_of(free)).score == prediction.success_ratio
 
 
 CANDIDATES = st.lists(

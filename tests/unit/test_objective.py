@@ -16,6 +16,7 @@ from calm_serve.plan.objective import (
     explore,
     ranked,
     slo_penalty,
+    weights_of,
 )
 from calm_serve.testing import make_context, make_goals, make_prediction, make_spec, make_state
 from calm_serve.types import Candidate, Residency
@@ -31,13 +32,13 @@ def test_the_score_is_the_weighted_sum_of_its_terms() -> None:
         success_ratio=0.8, output_tokens=11, ttft_s=0.5, tpot_s=0.05, energy_j=4.0
     )
     cold = make_state(residency=Residency.COLD)
-    scored = evaluate(make_context(), prediction, cold, goals)
+    scored = evaluate(make_context(), prediction, cold, weights_of(goals))
     assert scored.quality == 0.8
     assert scored.latency == pytest.approx(0.1)  # one second
     assert scored.energy == pytest.approx(0.04)
     assert scored.switching == 0.05
     assert scored.score == pytest.approx(0.61)
-    assert evaluate(make_context(), prediction, make_state(), goals).switching == 0.0
+    assert evaluate(make_context(), prediction, make_state(), weights_of(goals)).switching == 0.0
 
 
 @pytest.mark.parametrize(
