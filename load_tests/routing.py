@@ -32,6 +32,7 @@ CONCURRENCY = 8
 RESAMPLES = 2000
 SEED = 5
 MEASURES = ("exact", "credit", "latency_s", "energy_j")
+TOKENS = ("prompt_tokens", "output_tokens")
 GENERALIST = "general"
 
 Table = NDArray[np.float64]  # [requests, SLMs]
@@ -42,7 +43,7 @@ class Measured:
     """What every SLM did with every request, and what was decided."""
 
     slms: tuple[str, ...]
-    tables: dict[str, Table]  # one of shape [requests, SLMs] for each of MEASURES
+    tables: dict[str, Table]  # one of shape [requests, SLMs] for each of MEASURES and of TOKENS
     chosen: list[str]
     reasons: Counter[str]
 
@@ -58,7 +59,7 @@ async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> 
             # Exploration is a deliberate detour; the best candidate is what is judged.
             chosen.append(decision["candidates"][0]["slm_id"])
             reasons[decision["path"]] += 1
-    tables = {name: np.zeros((len(asked), len(slms))) for name in MEASURES}
+    tables = {name: np.zeros((len(asked), len(slms))) for name in MEASURES + TOKENS}
     for column, slm in enumerate(slms):
         sent = [Question(slm, r.messages, max_tokens(r.row.task)) for r in asked]
         for row, answer in enumerate(await ask_all(url, sent, CONCURRENCY, slm)):
@@ -66,11 +67,12 @@ async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> 
             tables["exact"][row, column] = marks(task, answer.text, wanted)["exact"]
             tables["credit"][row, column] = credit(task, answer.text, wanted)
             tables["latency_s"][row, column] = answer.latency_s
-            tables["energy_j"][row, column] = answer.completion_tokens
+            tables["prompt_tokens"][row, column] = answer.prompt_tokens
+            tables["output_tokens"][row, column] = answer.completion_tokens
     async with httpx.AsyncClient(base_url=url, timeout=60.0) as client:
         rows = (await client.get("/v1/fleet")).raise_for_status().json()["slms"]
     joules = {row["id"]: row["energy_j_per_token"] or 0.0 for row in rows}
-    tables["energy_j"] *= np.array([joules[slm] for slm in slms])
+    tables["energy_j"] = tables["output_tokens"] * np.array([joules[slm] for slm in slms])
     return Measured(slms, tables, chosen, reasons)
 
 
@@ -153,11 +155,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the picture")
     parser.add_argument("--limit", type=int, default=0, help="requests of the workload; 0 is all")
+    parser.add_argument("--answers", type=Path, help="write every answer as a table (npz)")
     chosen = parser.parse_args(arguments)
     slms = tuple(entry["id"] for entry in fleet_file("reference")["slms"])
     asked = standard()[: chosen.limit or None]
     with nullcontext(chosen.url) if chosen.url else served() as url:
         measured = asyncio.run(measure(url, slms, asked))
+    if chosen.answers:
+        values = {name: table.astype(np.float32) for name, table in measured.tables.items()}
+        np.savez_compressed(chosen.answers, slms=np.array(slms), **values)
     figures = figures_of(measured, asked)
     show(measured, asked, figures)
     routing_plots.draw(chosen.plots, figures, list(policies(measured, asked)))

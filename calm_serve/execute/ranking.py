@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ fleet keeps affinity. Below it, affinity is weighed against load; see `_Scale`.
 SHARED_VALUE = 0.5  # of a cached block that many conversations share: another replica pays it once
 HOME_VALUE = 0.5  # of being the conversation's rendezvous choice, which all processes agree on
 SESSION_VALUE = 1.5  # the same where the client names the session: more than any match
+# Of being its second choice, while nobody has any of the prompt: two choices avoid most of a queue
+# that one choice by hash runs into, and processes still look for the conversation in two places.
+SECOND_HOME_VALUE = 0.45
 
 # What speaks against it.
 QUEUE_COST = 0.4  # of a request more than in the shortest queue, over the mean queue + 1
@@ -157,11 +161,11 @@ def _rank_tier(
     within = [r for r in tier if r.queue_length <= bound]
     above = [r for r in tier if r.queue_length > bound]
     if affinity or matches:
-        home = max(weight, key=lambda r: (weight[r], r)) if affinity else ""
+        homes = _homes(request, weight, matches) if affinity else {}
         scale = _scale(request, tier, matches, work, mean)
         within.sort(
             key=lambda r: (
-                -scale.score(r, matches, work, home),
+                -scale.score(r, matches, work, homes),
                 -weight[r.replica_id],
                 r.replica_id,
             )
@@ -178,7 +182,6 @@ class _Scale:
 
     blocks: int  # of the prompt
     shared_blocks: int
-    home_value: float
     work_cost: float  # of a replica that had too much of it
     shortest_queue: int
     mean_queue: float
@@ -189,20 +192,31 @@ class _Scale:
         replica: ReplicaState,
         matches: Mapping[str, int],
         work: Mapping[str, float],
-        home: str,
+        homes: Mapping[str, float],
     ) -> float:
         """Value less cost, in shares of the prompt."""
         rid = replica.replica_id
         matched = matches.get(rid, 0)
         shared = min(matched, self.shared_blocks)
         value = (matched - shared + SHARED_VALUE * shared) / self.blocks
-        if rid == home:
-            value += self.home_value
+        value += homes.get(rid, 0.0)
         queued = max(0, replica.queue_length - self.shortest_queue - QUEUE_SLACK)
         low, high = WORK_RATIOS
         worked = (work.get(rid, 0.0) + WORK_START_BLOCKS) / self.mean_work
         uneven = min(max(0.0, (worked - low) / (high - low)), 1.0)
         return value - QUEUE_COST * queued / (self.mean_queue + 1.0) - uneven * self.work_cost
+
+
+def _homes(
+    request: ReplicaRequest, weight: Mapping[str, int], matches: Mapping[str, int]
+) -> dict[str, float]:
+    """Return what being the rendezvous choice is worth, for the replicas that are it."""
+    first, *others = heapq.nlargest(2, weight, key=lambda r: (weight[r], r))
+    if request.session_key:
+        return {first: SESSION_VALUE}
+    if matches or not others:
+        return {first: HOME_VALUE}
+    return {first: HOME_VALUE, others[0]: SECOND_HOME_VALUE}
 
 
 def _scale(
@@ -217,7 +231,6 @@ def _scale(
     return _Scale(
         blocks=max(request.prompt_blocks, max(matches.values(), default=0), 1),
         shared_blocks=request.shared_blocks,
-        home_value=SESSION_VALUE if request.session_key else HOME_VALUE,
         work_cost=0.0 if request.session_key else HOME_VALUE + WORK_EXCESS_COST,
         shortest_queue=min(r.queue_length for r in tier),
         mean_queue=mean_queue,
