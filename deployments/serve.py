@@ -41,7 +41,10 @@ QUIET = {
     "RAY_worker_niceness": "0",
 }
 POLL_S = 0.5
-BUILD_FAILED = re.compile(rb"Deploying app '.*' failed|calm_serve\.errors\.ConfigError")
+BUILD_FAILED = re.compile(
+    rb"Deploying app '.*' failed|calm_serve\.errors\.ConfigError"
+    rb"|build_serve_application failed.*User exception"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -191,8 +191,18 @@ def test_following_ends_with_the_child(
     assert capsys.readouterr().out == ""
 
 
-def test_a_failed_build_is_said_and_stops_the_child(capfd: pytest.CaptureFixture[str]) -> None:
-    child = Child(9, b"(controller) Deploying app 'calm' failed with exception:\n")
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"(controller) Deploying app 'calm' failed with exception:\n",
+        b"(raylet) Task build_serve_application failed. There are 3 retries remaining, so the task "
+        b"will be retried. Error: User exception:\n",
+    ],
+)
+def test_a_failed_build_is_said_and_stops_the_child(
+    line: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = Child(9, line)
     output = serve.Output(cast("subprocess.Popen[bytes]", child))
     output.thread.join(5.0)
     serve.follow(cast("subprocess.Popen[bytes]", child), URL, output)
