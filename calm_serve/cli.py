@@ -1,4 +1,4 @@
-"""`calm`: check a configuration, explain a decision, look at the fleet.
+"""`calm`: check a configuration, explain a decision, look at the fleet and at what it learned.
 
 Exit status: 0 done; 1 the service or the request said no; 2 the configuration is wrong. Every error
 is one line on stderr.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from calm_serve import cli_text
+from calm_serve import cli_goals, cli_learning, cli_text
 from calm_serve.config import Fleet, ServeArgs
 from calm_serve.config_load import check_resources, load_args
 from calm_serve.errors import (
@@ -145,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--url", default=DEFAULT_URL, help="the service (%(default)s)")
     fleet.add_argument("--watch", action="store_true", help="refresh until interrupted")
     fleet.set_defaults(run=_fleet)
+    cli_learning.add_commands(commands, DEFAULT_URL, _print)
+    cli_goals.add_command(commands, DEFAULT_URL, _print)
     return parser
 
 
@@ -178,17 +180,21 @@ def _route(args: argparse.Namespace, world: World) -> None:
     if args.json:
         print(json.dumps(decision, indent=2))
     else:
-        print(_rendered(cli_text.decision, decision))
+        print(cli_text.rendered(cli_text.decision, decision))
 
 
 def _fleet(args: argparse.Namespace, world: World) -> None:
     url = f"{args.url.rstrip('/')}/v1/fleet"
     while True:
-        text = _rendered(cli_text.fleet_state, world.fetch(url, None))
+        text = cli_text.rendered(cli_text.fleet_state, world.fetch(url, None))
         print(f"{_CLEAR}{text}" if args.watch else text, flush=True)
         if not args.watch:
             return
         world.sleep(WATCH_PERIOD_S)
+
+
+def _print(args: argparse.Namespace, world: World) -> None:
+    print(args.text(args, world.fetch))
 
 
 def _load(path: Path) -> tuple[ServeArgs, Fleet]:
@@ -237,14 +243,6 @@ def _shipped_predictor(fleet: Fleet) -> Predictor | None:
         return LightGBMPredictor(artifact, MetadataPrior())
     except KnowledgeError as error:
         raise ConfigError(f"predictor: {error.message}") from error
-
-
-def _rendered(render: Callable[[Mapping[str, Any]], str], answer: Mapping[str, Any]) -> str:
-    try:
-        return render(answer)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # A service of another version, or something else behind the URL.
-        raise RequestError(f"the answer does not look like calm_serve's: {error!r}") from error
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:

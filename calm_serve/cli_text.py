@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calm_serve.config import Fleet, Scaling
+from calm_serve.errors import RequestError
 
 _UNKNOWN = "-"
 _FILE = "SLM WEIGHTS WHERE RESIDENCY BATCHING REPLICAS CPUS GPUS MEMORY CONTEXT SKILLS"
@@ -57,6 +58,15 @@ def seconds(value: float | None) -> str:
 def number(value: float | None, form: str = ".3g") -> str:
     """Return a formatted number, "-" for None."""
     return _UNKNOWN if value is None else format(value, form)
+
+
+def rendered(render: Callable[[Mapping[str, Any]], str], answer: Mapping[str, Any]) -> str:
+    """Return what `render` makes of a service's answer. Raises RequestError for another one."""
+    try:
+        return render(answer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # A service of another version, or something else behind the URL.
+        raise RequestError(f"the answer does not look like calm_serve's: {error!r}") from error
 
 
 def fleet_file(fleet: Fleet) -> str:

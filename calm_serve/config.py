@@ -16,6 +16,7 @@ from pydantic import ByteSize, Field, model_validator
 from calm_serve.config_base import Config as Config
 from calm_serve.config_base import Identifier, Ratio, nearest, unique
 from calm_serve.config_goals import Goals as Goals
+from calm_serve.config_residency import ResidencyOptions as ResidencyOptions
 
 
 class BatchingProfile(StrEnum):
@@ -64,6 +65,11 @@ class Resources(Config):
     )
     kv_cache_bytes: ByteSize = Field(
         default=ByteSize(256 << 20), description="KV cache on CPU; on GPU vLLM sizes it itself."
+    )
+    weights_bytes: ByteSize | None = Field(
+        default=None,
+        description="Weights and adapters in memory; null: their files' size, or for a hub id "
+        "2 bytes per parameter.",
     )
     threads: int = Field(default=1, ge=1, le=512, description="OpenMP threads of the engine.")
 
@@ -125,14 +131,19 @@ class SLMSpec(Config):
     model: str = Field(min_length=1, description="Weights: folder or hub id; remote: its name.")
     description: str = Field(default="", description="One line for people and `/v1/models`.")
     skills: tuple[Identifier, ...] = Field(default=(), description="What it is good at.")
+    examples: tuple[str, ...] = Field(
+        default=(), description="Prompts for it; the policy `paper` compares words with them."
+    )
     languages: tuple[str, ...] = Field(default=("en",), description="ISO 639-1; empty is any.")
     context_tokens: int = Field(default=2048, ge=64, le=10_000_000, description="Context length.")
     parameters: int = Field(default=0, ge=0, description="Parameter count, 0 if unknown.")
     locality: Literal["local", "remote"] = Field(
         default="local", description="Sensitive requests stay on local SLMs."
     )
-    residency: Literal["hot", "on_demand"] = Field(
-        default="hot", description="hot: must be ready before /health answers 200."
+    residency: Literal["pinned", "hot", "on_demand"] = Field(
+        default="hot",
+        description="hot and pinned: must be ready before /health answers 200; pinned: never "
+        "sleeps. Without a memory budget nothing sleeps.",
     )
     batching: BatchingProfile = Field(default=BatchingProfile.BALANCED, description="Profile.")
     engine: dict[str, Any] = Field(default={}, description="vLLM engine arguments, as they are.")
@@ -156,14 +167,22 @@ class SLMSpec(Config):
         unique("adapter name", [a.name for a in self.adapters])
         if self.remote and self.adapters:
             raise ValueError("a remote SLM has no adapters; name the upstream's model instead")
-        if self.residency == "hot" and self.scaling.min_replicas == 0:
-            raise ValueError("residency hot needs scaling.min_replicas of at least 1")
+        if self.residency != "on_demand" and self.scaling.min_replicas == 0:
+            raise ValueError(f"residency {self.residency} needs scaling.min_replicas of at least 1")
         return self
 
     @property
     def limits(self) -> Batching:
         """The batching profile's numbers."""
         return BATCHING[self.batching]
+
+    @property
+    def declared_bytes(self) -> int:
+        """What one hot replica counts against the memory budget: weights, adapters, KV cache."""
+        if self.locality == "remote":
+            return 0
+        weights = self.resources.weights_bytes
+        return (2 * self.parameters if weights is None else weights) + self.resources.kv_cache_bytes
 
 
 class Rule(Config):
@@ -233,12 +252,19 @@ class Learning(Config):
     """The knowledge actor: where outcomes live and when it retrains."""
 
     store_url: str = Field(default="", description="SQLAlchemy URL; '' is SQLite in `state_dir`.")
-    state_dir: str = Field(default=".calm", description="Champion, spool and SQLite database.")
+    state_dir: str = Field(default=".calm", description="Predictors, spool and SQLite database.")
     keep_prompts: bool = Field(default=False, description="Store prompt text with outcomes.")
     min_outcomes: int = Field(default=200, ge=20, le=10**9, description="Before first training.")
     retrain_every: int = Field(default=200, ge=10, le=10**9, description="New labelled outcomes.")
     max_rows: int = Field(default=1_000_000, ge=1000, description="Retention; oldest go first.")
     holdout_ratio: float = Field(default=0.25, gt=0, lt=0.9, description="Newest share, by time.")
+    shadow_requests: int = Field(
+        default=50,
+        ge=0,
+        le=10**6,
+        description="Scored requests on which a better predictor decides silently before it does "
+        "so in earnest, for 60 s at most; 0 is at once.",
+    )
 
 
 class RouterOptions(Config):
@@ -260,3 +286,6 @@ class ServeArgs(Config):
     goals: Goals = Field(default=Goals(), description="See Goals.")
     learning: Learning = Field(default=Learning(), description="See Learning.")
     router: RouterOptions = Field(default=RouterOptions(), description="See RouterOptions.")
+    residency: ResidencyOptions = Field(
+        default=ResidencyOptions(), description="See ResidencyOptions."
+    )

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ByteSize, ValidationError
 
-from calm_serve.config import Adapter, Fleet, ServeArgs, SLMSpec
+from calm_serve.config import (
+    Adapter,
+    Fleet,
+    Goals,
+    ResidencyOptions,
+    Resources,
+    ServeArgs,
+    SLMSpec,
+)
+from calm_serve.config_base import nearest
 from calm_serve.errors import ConfigError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -32,8 +41,12 @@ def load_args(args: Mapping[str, Any], base: Path) -> tuple[ServeArgs, Fleet]:
     except ValidationError as error:
         raise ConfigError(_one_line("args", error)) from error
     if isinstance(typed.fleet, str):
-        return typed, load_fleet(base / Path(typed.fleet).expanduser())
-    return typed, _resolve(typed.fleet, base, "args.fleet")
+        fleet = load_fleet(base / Path(typed.fleet).expanduser())
+    else:
+        fleet = _resolve(typed.fleet, base, "args.fleet")
+    check_policy(typed.goals, fleet)
+    check_budget(typed.residency, fleet)
+    return typed, fleet
 
 
 def load_fleet(path: Path) -> Fleet:
@@ -56,6 +69,58 @@ def parse_fleet(data: Mapping[str, Any], base: Path, name: str = "fleet") -> Fle
     except ValidationError as error:
         raise ConfigError(_one_line(name, error)) from error
     return _resolve(fleet, base, name)
+
+
+def parse_goals(data: Mapping[str, Any], fleet: Fleet) -> Goals:
+    """Validate goals given as a mapping, for `fleet`. Raises ConfigError with the field."""
+    try:
+        goals = Goals.model_validate(dict(data))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ConfigError(_one_line("goals", error), param=where or None) from error
+    check_policy(goals, fleet)
+    return goals
+
+
+def check_policy(goals: Goals, fleet: Fleet) -> None:
+    """Raise ConfigError when the policy names an SLM that the fleet does not have."""
+    ids = [slm.id for slm in fleet.slms]
+    for slm_id in (goals.policy.slm, *goals.policy.shares):
+        if slm_id and slm_id not in ids:
+            hint = nearest(slm_id, ids)
+            raise ConfigError(f"goals.policy names unknown SLM {slm_id!r}{hint}")
+
+
+def parse_residency(data: Mapping[str, Any], fleet: Fleet) -> ResidencyOptions:
+    """Validate residency settings that come at run time. Raises ConfigError."""
+    try:
+        residency = ResidencyOptions.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(_one_line("residency", error)) from error
+    check_budget(residency, fleet)
+    return residency
+
+
+def check_budget(residency: ResidencyOptions, fleet: Fleet) -> None:
+    """Raise ConfigError when an SLM, or all that are pinned together, exceed the memory budget.
+
+    A budget is per node and nobody knows the nodes yet, so one replica of each pinned SLM counts.
+    """
+    budget = residency.memory_budget_bytes
+    if budget is None:
+        return
+    for slm in fleet.slms:
+        if slm.declared_bytes > budget:
+            raise ConfigError(
+                f"SLM {slm.id!r}: {slm.declared_bytes:,} declared bytes exceed "
+                f"residency.memory_budget_bytes ({budget:,})"
+            )
+    pinned = sum(slm.declared_bytes for slm in fleet.slms if slm.residency == "pinned")
+    if pinned > budget:
+        raise ConfigError(
+            f"pinned SLMs declare {pinned:,} bytes, more than residency.memory_budget_bytes "
+            f"({budget:,}); make some of them hot"
+        )
 
 
 def check_resources(
@@ -113,10 +178,24 @@ def _resolve_slm(slm: SLMSpec, base: Path, name: str) -> SLMSpec:
             raise ConfigError(f"{where}: {slm.model} has no config.json")
         if not any(path.glob("*.safetensors")):
             raise ConfigError(f"{where}: {slm.model} has no weights (*.safetensors)")
-        return slm.model_copy(update={"model": str(path), "adapters": adapters})
+        return slm.model_copy(
+            update={
+                "model": str(path),
+                "adapters": adapters,
+                "resources": _count_weights(slm, path, adapters),
+            }
+        )
     if slm.model.startswith(_PATH_START) or not _HUB_ID.match(slm.model):
         raise ConfigError(f"{where}: weights not found: {slm.model}")
     return slm.model_copy(update={"adapters": adapters})
+
+
+def _count_weights(slm: SLMSpec, model: Path, adapters: tuple[Adapter, ...]) -> Resources:
+    if slm.resources.weights_bytes is not None:
+        return slm.resources
+    folders = [model, *(Path(a.path) for a in adapters)]
+    size = sum(f.stat().st_size for folder in folders for f in folder.glob("*.safetensors"))
+    return slm.resources.model_copy(update={"weights_bytes": ByteSize(size)})
 
 
 def _resolve_adapter(adapter: Adapter, base: Path, where: str) -> Adapter:

@@ -6,6 +6,7 @@ CalmError
 │   ├── UnknownModelError     404
 │   └── NoCandidateError      400: every SLM was excluded by a hard filter
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
+│   └── AsleepError           503: the SLM will not be awake in time
 └── ComponentError            a part is dead; someone else has to restart it
     ├── SLMUnavailableError   503: no replica of the chosen SLM answers
     └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
@@ -67,6 +68,14 @@ class CapacityError(CalmError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class AsleepError(CapacityError):
+    """The SLM is not awake in time; `retry_after_s` is the planner's estimate."""
+
+    http_status = 503
+    error_type = "service_unavailable"
+    code = "model_asleep"
 
 
 class ComponentError(CalmError):

@@ -14,18 +14,21 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from calm_serve.analyze.features import ContextBuilder, add_features
+from calm_serve.analyze.features import ContextBuilder, add_features, text_buckets
 from calm_serve.analyze.predictor import Predictor
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.analyze.request import ChatRequest, Overrides
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
-from calm_serve.plan import filters, objective, rules
+from calm_serve.plan import filters, objective, policies, rules
+from calm_serve.plan.baseline import Baseline
+from calm_serve.plan.controller import GoalController
 from calm_serve.types import (
     Candidate,
     Decision,
     DecisionPath,
     DecisionReason,
+    Outcome,
     Residency,
     RoutingContext,
     SLMState,
@@ -60,14 +63,19 @@ class Loop:
         predictor: Predictor | None = None,
         timer: Callable[[], float] = time.perf_counter,
         decision_log: int = 2048,
+        routers: int = 1,
     ) -> None:
-        self.set_goals(goals)
         self.predictor: Predictor = predictor or MetadataPrior()
         self._read_state = read_state
         self._timer = timer
         self._log: OrderedDict[str, Decision] = OrderedDict()
         self._log_size = decision_log
+        self.goals = goals
+        self._baseline: Baseline | None = None
+        self._policies = policies.Shelf(text_buckets)
+        self.controller = GoalController(goals, routers=routers)
         self.set_fleet(fleet)
+        self.set_goals(goals)
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Swap the fleet (an SLM came or went). Decisions in flight keep their records."""
@@ -77,11 +85,18 @@ class Loop:
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._builder = ContextBuilder(fleet)
         self._fleet_version = config_version(fleet)
+        self._rules = policies.rules_of(self.goals, fleet)
+        if self._baseline is not None:
+            self._baseline.set_fleet(fleet)
+        self.controller.retain(self.specs)
 
     def set_goals(self, goals: Goals) -> None:
-        """Swap the goals; the next decision uses them."""
+        """Swap the goals; the next decision uses them. A policy keeps its memory."""
+        self._baseline = self._policies.take(goals, self.fleet)
+        self._rules = policies.rules_of(goals, self.fleet)
         self.goals = goals
-        self.weights = objective.weights_of(goals)
+        self.controller.set_goals(goals)
+        self.weights = self.controller.weights
         self._goals_version = config_version(goals)
 
     @property
@@ -121,12 +136,12 @@ class Loop:
             if context.slm_id not in self.specs:
                 raise UnknownModelError(self._unknown(context), param="model")
             return self._pinned(context, request, context.slm_id, DecisionReason.REQUESTED)
-        rule = rules.first_match(self.fleet.rules, context)
+        rule = rules.first_match(self._rules, context)
         states = {i: self._read_state(s) for i, s in self.specs.items()}
-        allowed, excluded = self._filter(context, states)
+        allowed, excluded = filters.split(context, self.specs, states)
         if rule is not None:
-            short = [i for i in rule.slms if i in allowed]
-            if len(short) == 1:
+            short = [i for i in rule.slms if i in allowed and rules.keeps_its_word(states[i])]
+            if len(short) == 1 or (short and self._baseline is not None):
                 return self._by_rule(context, short[0], rule.name, allowed, excluded)
             if short:
                 return self._scored(context, request, short, excluded, states, rule.name)
@@ -139,6 +154,16 @@ class Loop:
     def explain(self, decision: Decision) -> dict[str, Any]:
         """The decision as plain JSON-ready data."""
         return asdict(decision)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Show what adapts in this process how a decision ended."""
+        self.controller.learn(decision, outcome)
+        if self._baseline is not None:
+            self._baseline.observe(outcome)
+
+    def tick(self) -> None:
+        """Move the weights towards the goals; a few times a second, between requests."""
+        self.weights = self.controller.step()
 
     def complete(self, decision: Decision, request: ChatRequest) -> None:
         """Add to the record what the decision itself did not need: features for learning."""
@@ -215,6 +240,11 @@ class Loop:
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         weights = self.weights
         scored = [objective.evaluate(context, p, states[p.slm_id], weights) for p in predictions]
+        if self._baseline is not None:
+            ids, propensity = self._baseline.choose(context, scored, states)
+            path, reason = DecisionPath.BASELINE, DecisionReason.BASELINE
+            found = (*objective.ranked(scored), *excluded)
+            return self._record(context, path, reason, found, tuple(ids), propensity=propensity)
         floor = max(self.goals.quality_floor, context.quality_floor)
         scored = objective.ranked(scored)
         order = objective.above_floor(scored, floor)
@@ -224,8 +254,9 @@ class Loop:
         prior = self.predictor.version == MetadataPrior.version
         path = DecisionPath.PRIOR if prior else DecisionPath.SCORED
         reason = DecisionReason.BEST_PRIOR if prior else DecisionReason.BEST_SCORE
+        preferred = objective.preferred(context, scored, self.specs, states, weights, floor)
         if explored:
-            path, reason = DecisionPath.EXPLORED, DecisionReason.EXPLORATION
+            path, reason, preferred = DecisionPath.EXPLORED, DecisionReason.EXPLORATION, ""
         elif len(order) == 1:
             reason = DecisionReason.ONLY_CANDIDATE
         ranking = (chosen.slm_id, *(c.slm_id for c in order if c is not chosen))
@@ -238,30 +269,8 @@ class Loop:
             rule=rule,
             propensity=propensity,
             complexity=objective.complexity(scored, self.specs),
+            preferred=preferred,
         )
-
-    def _filter(
-        self, context: RoutingContext, states: Mapping[str, SLMState]
-    ) -> tuple[list[str], list[Candidate]]:
-        allowed: list[str] = []
-        excluded: list[Candidate] = []
-        plain = filters.is_plain(context)
-        for slm_id, spec in self.specs.items():
-            why = filters.excluded_by(context, spec, states[slm_id], plain=plain)
-            if why:
-                excluded.append(Candidate(slm_id=slm_id, excluded_by=why))
-            else:
-                allowed.append(slm_id)
-        if not allowed:
-            soft = filters.RELAXED_IF_NOBODY_PASSES
-            allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
-            excluded = [c for c in excluded if c.excluded_by != soft]
-        if not allowed:
-            reasons = ", ".join(f"{c.slm_id}: {c.excluded_by}" for c in excluded)
-            if all(c.excluded_by in ("available", "breaker") for c in excluded):
-                raise SLMUnavailableError(f"no SLM is available ({reasons})")
-            raise NoCandidateError(f"no SLM can take this request ({reasons})")
-        return allowed, excluded
 
     def _record(
         self,
@@ -275,6 +284,7 @@ class Loop:
         adapter: str = "",
         propensity: float = 1.0,
         complexity: float | None = None,
+        preferred: str = "",
     ) -> Decision:
         return Decision(
             decision_id=context.request_id,
@@ -290,6 +300,7 @@ class Loop:
             context=context,
             versions=self.versions,
             weights=None if path is DecisionPath.RULE else self.weights,
+            preferred=preferred or ranking[0],
         )
 
     def _unknown(self, context: RoutingContext) -> str:

@@ -242,15 +242,21 @@ class EngineSimulator:
         self._open: list[Served] = []
         self._now_s = 0.0
 
-    def submit(self, at_s: float, prompt_tokens: int, output_tokens: int) -> Served:
-        """Take a request at `at_s`. Raises ValueError when that is before the last one."""
+    def submit(
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, pace: float = 1.0
+    ) -> Served:
+        """Take a request at `at_s`; its service takes `pace` times as long as usual.
+
+        Raises ValueError when `at_s` is before the last one.
+        """
         if at_s < self._now_s:
             raise ValueError(f"submitted at {at_s}, the last one was at {self._now_s}")
         self._now_s = at_s
         self._forget(at_s)
         started = max(at_s, heapq.heappop(self._free_at))
-        first = started + self._uneven(prompt_tokens * self._prefill_s_per_token + self._tpot_s)
-        ended = first + self._uneven(max(output_tokens - 1, 0) * self._tpot_s)
+        prefill_s = prompt_tokens * self._prefill_s_per_token
+        first = started + self._uneven(pace * (prefill_s + self._tpot_s))
+        ended = first + self._uneven(pace * max(output_tokens - 1, 0) * self._tpot_s)
         heapq.heappush(self._free_at, ended)
         served = Served(at_s, started, first, ended)
         self._open.append(served)

@@ -58,6 +58,9 @@ class Residency(StrEnum):
     DEAD = "dead"
 
 
+WORD_BUCKETS = 512  # `RoutingContext.buckets` below this are words, the others pairs of words
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingContext:
     """What the decision may know of a request: plain fields, no prompt text.
@@ -137,6 +140,7 @@ class SLMState:
     breaker_open: bool = False
     wake_s: float = 0.0  # measured time from start to ready
     age_s: float = 0.0
+    quality_factor: float = 1.0  # recent successes over predicted ones
 
     @property
     def load_ratio(self) -> float:
@@ -183,6 +187,11 @@ class Weights:
     energy_per_j: float
     switching: float
     quality: float = 1.0  # above 1 while a quality goal is missed
+    # Only seconds beyond `after` cost these: what a p95 goal needs, and no other request pays for.
+    late_ttft_per_s: float = 0.0
+    late_ttft_after_s: float = 0.0
+    late_e2e_per_s: float = 0.0
+    late_e2e_after_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +221,7 @@ class Decision:
     versions: Versions
     decided_in_s: float = 0.0
     weights: Weights | None = None  # None where no score was needed
+    preferred: str = ""  # SLM that would have been chosen had all been hot
 
 
 @dataclass(frozen=True, slots=True)

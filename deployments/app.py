@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec
 from calm_serve.config_load import check_resources, load_args
+from calm_serve.plan import objective
 from deployments.announcer import Announcer
 from deployments.engine_arguments import check_engine_arguments
 from deployments.knowledge import start_knowledge
@@ -40,7 +41,12 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         update={"state_dir": str(Path(typed.learning.state_dir).expanduser().absolute())}
     )
     typed = typed.model_copy(update={"learning": learning})
-    start_knowledge(APP_NAME, fleet, learning)
+    knowledge = start_knowledge(APP_NAME, fleet, learning)
+    knowledge.configure_goals.remote(typed.goals)
+    weights = objective.weights_of(typed.goals)
+    knowledge.configure_residency.remote(
+        typed.residency, weights.latency_per_s, weights.energy_per_j
+    )
     handles = {spec.id: bind_slm(spec, APP_NAME) for spec in fleet.slms}
     return bind_router(typed, fleet, handles)
 

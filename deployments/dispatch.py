@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
+from calm_serve.knowledge.decisions import terms_of
 from calm_serve.types import (
     Decision,
     DecisionPath,
@@ -24,6 +25,7 @@ from calm_serve.types import (
     EngineFacts,
     Outcome,
     QualitySignal,
+    Residency,
     SLMState,
 )
 from deployments.live import VIEW, hints_of
@@ -35,6 +37,7 @@ log = logging.getLogger("ray.serve")
 # whatever type was raised in the replica, so no list of types would be complete.
 REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
 RETRY_AFTER_S = 1.0
+ORDERS_S = 0.02  # a router hears of the residency planner's orders about this long after a replica
 # A TPOT over a few tokens is mostly the overhead of the answer around them.
 MIN_TPOT_TOKENS = 8
 
@@ -54,6 +57,14 @@ class Call:
     http_status: int = 500
     final: Final | None = None
     predicted_replica: str = ""
+    inside: str = ""  # SLM that counts it as running
+    held: bool = False  # it waited for an SLM to wake
+    preferred_hot: bool | None = None  # None where residency is not watched
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self.started
 
     @property
     def fell_back(self) -> bool:
@@ -78,8 +89,14 @@ class Dispatcher:
         *,
         retries: int,
         attempt_failed: Callable[[str], None],
+        admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
     ) -> None:
+        """`admit` returns when an SLM may be sent a call, or raises AsleepError.
+
+        It returns the version of the residency orders that say so, None where there are none.
+        """
         self._handle = handle
+        self._admit = admit
         self._retries = retries
         self._attempt_failed = attempt_failed
 
@@ -88,22 +105,27 @@ class Dispatcher:
     ) -> AsyncIterator[bytes] | Refusal:
         """Return the answer's bytes as an iterator, its first chunk already there, or a refusal.
 
-        Raises CapacityError when every SLM that may answer is full, SLMUnavailableError when none
-        answers.
+        Raises CapacityError when every SLM that may answer is full or asleep for too long,
+        SLMUnavailableError when none answers.
         """
         hints: Hints = {**hints_of(call.decision), **extra}
         plan = self._plan(call.decision)
         full: list[str] = []
+        late: AsleepError | None = None
         for position, slm_id in enumerate(plan):
             if slm_id in full:
                 continue  # its queue is not shorter a moment later
             call.slm_id, call.retries = slm_id, position
             try:
-                items = self._items(slm_id, method, body, hints)
+                self._handle(slm_id)
             except KeyError:
                 continue  # the SLM has left the fleet since the decision
             try:
-                first = await anext(items)
+                items, first = await self._first(call, method, body, hints)
+            except AsleepError as error:
+                late = late or error
+                full.append(slm_id)
+                continue
             except BackPressureError:
                 full.append(slm_id)
                 continue
@@ -111,10 +133,6 @@ class Dispatcher:
                 log.warning("SLM %s failed before its first byte: %r", slm_id, error)
                 self._attempt_failed(slm_id)
                 continue
-            except asyncio.CancelledError:
-                # Serve does not cancel a call because somebody stopped waiting for its next item.
-                cancel_items(items)
-                raise
             finally:
                 call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
                 hints = {**hints, "avoid": call.predicted_replica}
@@ -125,12 +143,34 @@ class Dispatcher:
                         continue
                 return first
             return _Answer(call, items, first)
+        if late is not None:
+            raise late
         if full:
             raise CapacityError(
                 f"every SLM that may answer is at its queue limit: {', '.join(full)}",
                 retry_after_s=RETRY_AFTER_S,
             )
         raise SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
+
+    async def _first(
+        self, call: Call, method: str, body: dict[str, Any], hints: Hints
+    ) -> tuple[AsyncIterator[Any], Any]:
+        """Send the call when its SLM is awake; return the answer's items and the first of them."""
+        while True:
+            if self._admit is not None and (orders := await self._admit(call, call.slm_id)):
+                hints = {**hints, "orders": orders}
+            items = self._items(call.slm_id, method, body, hints)
+            try:
+                first = await anext(items)
+            except asyncio.CancelledError:
+                # Serve does not cancel a call because somebody stopped waiting for its next item.
+                cancel_items(items)
+                raise
+            if not isinstance(first, Refusal) or not first.asleep:
+                return items, first
+            # The replica heard of an order that is on its way to this router too.
+            call.held = True
+            await asyncio.sleep(ORDERS_S)
 
     def _plan(self, decision: Decision) -> list[str]:
         """SLMs to try in order: the chosen one twice (another replica), then the next best."""
@@ -208,7 +248,7 @@ def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outco
         retries=call.retries,
         predicted_replica=call.predicted_replica,
         served_replica=facts.replica_id,
-        cold=call.state.replicas == 0,
+        cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
         ttft_s=ttft_s,
         e2e_s=e2e_s,
         tpot_s=tpot_s,
@@ -227,7 +267,14 @@ def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outco
         versions=astuple(decision.versions),
         signals=signals,
         prompt=prompt,
+        extra=terms_of(decision) | _residency_terms(call),
     )
+
+
+def _residency_terms(call: Call) -> dict[str, Any]:
+    if call.preferred_hot is None:
+        return {}
+    return {"preferred": call.decision.preferred, "preferred_hot": call.preferred_hot}
 
 
 def cancel(answer: object) -> None:

@@ -1,23 +1,20 @@
 """An engine, its OpenAI layer, and the facts it knows.
 
-With `engine_metrics.py` the only module that touches vLLM: an upgrade is an edit here. Pinned to
-vLLM 0.32.
+With `engine_metrics.py`, `engine_sleep.py` and `forked_core.py` all that touches vLLM: an upgrade
+is an edit here. Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import ctypes
 import json
 import multiprocessing
-import signal
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
-from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +29,20 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
-from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import CalmError, ComponentError, RequestError, openai_error
 from deployments.engine_metrics import BatchedStatLogger, EngineLoad, load_logger
+from deployments.engine_sleep import fall_asleep, sleep_arguments, wake_up
+from deployments.forked_core import fork_cores
 
 __all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
 
 EVENTS_PER_S = 500  # of all streams of a replica together
 MAX_SPACING_S = 0.05
 MIN_WAIT_S = 0.0015  # shorter than a step of the smallest models: not worth a timer
-_PR_SET_PDEATHSIG = 1
 _ERROR_EVENT = 'data: {"error"'
 _ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
 
@@ -93,25 +90,13 @@ class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
                     await asyncio.sleep(wait_s)
 
 
-class _ForkedCore(ForkProcess):
-    """An engine-core process that inherits the parent's imports and dies with the parent."""
-
-    def run(self) -> None:
-        # The replica may be killed without a chance to clean up; its engine must not outlive it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        super().run()
-
-
-class _CoreContext(ForkContext):
-    Process = _ForkedCore
-
-
 class Engine:
     """One SLM's vLLM engine with vLLM's own OpenAI serving layer on top."""
 
     def __init__(self, spec: SLMSpec, llm: AsyncLLM, state: State, load: EngineLoad) -> None:
         self.spec = spec
         self.load = load
+        self.asleep = False
         self._llm = llm
         self._chat = state.openai_serving_chat
         self._completion = state.openai_serving_completion
@@ -123,11 +108,7 @@ class Engine:
         args = engine_args(spec)
         config = args.create_engine_config()
         if current_platform.is_cpu():
-            # The engine core is a child process. vLLM spawns it inside Ray actors, which imports
-            # vLLM a second time: 6 to 7 s of CPU and 0.5 GB each. A fork shares both. It is safe
-            # here because the child only uses what vLLM creates after the fork, never Ray's client.
-            engine_utils.get_mp_context = lambda: _CoreContext()
-            multiprocessing.current_process().daemon = False
+            fork_cores()
         load = EngineLoad()
         llm: _ObservedLLM = _ObservedLLM.from_vllm_config(
             config, stat_loggers=[load_logger(load), BatchedStatLogger]
@@ -175,6 +156,21 @@ class Engine:
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         if request is not None:
             await self._llm.engine_core.remove_lora_async(request.lora_int_id)
+
+    async def sleep(self) -> None:
+        """Give weights and KV cache back once nothing runs; later requests wait for `wake`.
+
+        Raises what vLLM raises; the engine is awake then.
+        """
+        if not self.asleep:
+            await fall_asleep(self._llm)
+            self.asleep = True
+
+    async def wake(self) -> None:
+        """Be as before `sleep`, with an empty prefix cache. Raises what vLLM raises."""
+        if self.asleep:
+            await wake_up(self._llm)
+            self.asleep = False
 
     async def check_health(self) -> None:
         """Raise EngineDeadError when the engine process is gone."""
@@ -235,6 +231,7 @@ def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "enable_prefix_caching": True,
         "disable_log_stats": False,
+        **sleep_arguments(),
     }
     if current_platform.is_cpu():
         values |= {

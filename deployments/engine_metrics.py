@@ -1,6 +1,6 @@
 """What the engine says of its steps: the load that routers read, and vLLM's metrics in Ray's.
 
-With `engine.py` the only module that touches vLLM. Pinned to vLLM 0.32.
+One of the modules that touch vLLM, see `engine.py`. Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calm_serve.config import Fleet, SLMSpec
+from calm_serve.monitor.replicas import ReplicaWindows
 from calm_serve.monitor.windows import FleetMonitor
-from calm_serve.types import Outcome, Residency, SLMState
+from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
 from deployments.live import VIEW
+from deployments.tier_view import TierView
+from deployments.watch_view import WatchView
 from deployments.wire import deployment_name
 
 STATE_LIFETIME_S = 0.02  # a state is computed at most this often per SLM
@@ -30,6 +33,9 @@ class FleetView:
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, dict[str, Any]] = {}
         self._seen_up: set[str] = set()
+        self._replicas = ReplicaWindows(clock)
+        self.watch = WatchView()
+        self.tiers = TierView()
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Follow SLMs that came or went."""
@@ -44,11 +50,27 @@ class FleetView:
 
     def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
         """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
+        self.tiers.set_reports(reports)
+        self._states.clear()
         self._reports = {
             slm_id: max(by_replica.values(), key=lambda r: float(r["at"]))
             for slm_id, by_replica in reports.items()
             if by_replica
         }
+        for slm_id, report in self._reports.items():
+            if report["state"] == "ready" and (start_s := report["ready_s"].get("total")):
+                self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
+
+    def set_tiers(self, orders: Mapping[str, Any], version: int) -> None:
+        """Take the residency planner's orders."""
+        self.tiers.set_orders(orders, version)
+        self._states.clear()
+
+    def set_watch(self, found: Mapping[str, Any]) -> None:
+        """Take what the knowledge actor found in the outcomes; see `WatchView`."""
+        self.watch.set(found)
+        self._monitor.set_quality_factors(self.watch.quality_factors)
+        self._states.clear()
 
     def state(self, spec: SLMSpec) -> SLMState:
         """The SLM's state now; microseconds, no call."""
@@ -58,6 +80,7 @@ class FleetView:
             return kept[1]
         replicas = VIEW.replicas(deployment_name(spec.id))
         state = self._monitor.state(spec, replicas, now, self._absent(spec))
+        state = self.tiers.state(state, replicas)
         self._states[spec.id] = (now, state)
         return state
 
@@ -65,6 +88,7 @@ class FleetView:
         """Feed the windows and the circuit breaker."""
         if any(s.id == outcome.slm_id for s in self.fleet.slms):
             self._monitor.observe(outcome)
+            self._replicas.observe(outcome)
 
     def attempt_failed(self, slm_id: str) -> None:
         """A replica of the SLM failed before its first byte."""
@@ -76,7 +100,7 @@ class FleetView:
         for spec in self.fleet.slms:
             if VIEW.replicas(deployment_name(spec.id)):
                 self._seen_up.add(spec.id)
-        hot = {s.id for s in self.fleet.slms if s.residency == "hot"}
+        hot = {s.id for s in self.fleet.slms if s.residency != "on_demand"}
         # Latched: one SLM that dies later degrades /v1/fleet, not the endpoint.
         self.ready = self.ready or hot <= self._seen_up
         return self.ready
@@ -90,6 +114,8 @@ class FleetView:
         return {
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
+            **self.watch.fleet(),
+            **({"residency": self.tiers.summary} if self.tiers.active else {}),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
 
@@ -114,25 +140,47 @@ class FleetView:
             "ready_s": report.get("ready_s", {}),
             "ttft_s": state.ttft_s,
             "tpot_s": state.tpot_s,
+            "ttft_p95_s": seen.ttft_p95_s,
+            "tpot_p95_s": seen.tpot_p95_s,
+            "e2e_p95_s": seen.e2e_p95_s,
+            "queue_s": seen.queue_s,
+            "output_tokens_per_s": seen.output_tokens_per_s,
             "energy_j_per_token": state.energy_j_per_token,
+            "age_s": seen.age_s,
             "requests": seen.requests,
             "failures": seen.failures,
             "adapters": [a.name for a in spec.adapters],
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
             "detail": report.get("detail", ""),
+            **self.watch.row(spec.id),
+            **self.tiers.row(spec, state),
+            "per_replica": [self._replica(r) for r in replicas],
+        }
+
+    def _replica(self, replica: ReplicaState) -> dict[str, Any]:
+        return {
+            "replica_id": replica.replica_id,
+            "node_id": replica.node_id,
+            "running": replica.running,
+            "waiting": replica.waiting,
+            "kv_usage_ratio": replica.kv_usage_ratio,
+            "cached_prefix_ratio": replica.cached_prefix_ratio,
+            "memory_bytes": replica.memory_bytes,
+            **self._replicas.row(replica.replica_id),
         }
 
     def _word(self, spec: SLMSpec) -> str:
         if VIEW.replicas(deployment_name(spec.id)):
-            return "degraded" if self.state(spec).breaker_open else "hot"
-        if spec.id in self._seen_up and spec.residency == "hot":
+            state = self.state(spec)
+            return "degraded" if state.breaker_open else str(state.residency)
+        if spec.id in self._seen_up and spec.residency != "on_demand":
             return str(Residency.DEAD)
         reported = self._reports.get(spec.id, {}).get("state", "")
-        if reported and reported != "ready":
+        if reported not in ("", "ready", "asleep", "waking"):  # the latter are of one that is gone
             return str(reported)
         return str(Residency.COLD if spec.residency == "on_demand" else "pending")
 
     def _absent(self, spec: SLMSpec) -> Residency:
-        if spec.id in self._seen_up and spec.residency == "hot":
+        if spec.id in self._seen_up and spec.residency != "on_demand":
             return Residency.DEAD
         return Residency.COLD if spec.residency == "on_demand" else Residency.STARTING

@@ -55,7 +55,7 @@ class HostMonitor:
 
 
 class ProcessTreeCpu:
-    """Cumulative CPU seconds of this process and its children (an engine runs in children).
+    """Cumulative CPU seconds of this process and its descendants (an engine runs in children).
 
     Listing children scans the process table, so the list is renewed every 10 seconds only.
     """
@@ -67,7 +67,7 @@ class ProcessTreeCpu:
         self._listed_at = float("-inf")
 
     def __call__(self) -> float:
-        """Return the seconds; drops when a child has ended (`CpuTimeMeter` expects that)."""
+        """Return the seconds; a child that ended is in the times that its parent waited for."""
         now = self._clock()
         if now - self._listed_at >= _REFRESH_CHILDREN_S:
             self._tree = [self._root, *self._root.children(recursive=True)]
@@ -79,4 +79,5 @@ class ProcessTreeCpu:
             except psutil.NoSuchProcess:
                 continue
             total_s += times.user + times.system
+            total_s += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
         return total_s

@@ -6,20 +6,26 @@ Nothing here is on the hot path: decisions use what was last heard.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from calm_serve.analyze.lightgbm import LightGBMPredictor
+from calm_serve.analyze.lightgbm import Artifact, LightGBMPredictor
 from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.config import Fleet, Learning, SLMSpec
-from calm_serve.errors import CalmError, KnowledgeError
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
+from calm_serve.errors import CalmError, KnowledgeError, RequestError
+from calm_serve.knowledge.newcomers import with_newcomers
+from calm_serve.knowledge.shadow import Shadow
 from calm_serve.loop import Loop
 from calm_serve.types import Outcome, QualitySignal
 from deployments.fleet_view import FleetView
@@ -31,6 +37,7 @@ log = logging.getLogger("ray.serve")
 POLL_S = 30.0
 RETRY_S = 1.0
 CALL_TIMEOUT_S = 10.0
+ECHO_TIMEOUT_S = 2.0  # for this router to hear of its own change
 
 
 class KnowledgeClient:
@@ -41,6 +48,13 @@ class KnowledgeClient:
         self._actor: ActorHandle | None = None
         self.predictor_source = "metadata priors"
         self.reachable = False
+        self.shadow = Shadow(time.monotonic)
+        self._champion: Mapping[str, Any] | None = None  # as published
+        self._newcomers: Mapping[str, Any] | None = None  # what stands in for its prior
+        self.models: dict[str, Any] = {}  # as Promotion.summary; {} before it was heard
+        self.goals_change: dict[str, Any] = {}  # the GoalChange in force; {} before the first
+        self._goals_heard = asyncio.Event()
+        self._heard: dict[str, int] = {}  # board key -> version
 
     async def log(self, rows: Sequence[Outcome]) -> None:
         """Return once the rows are durable; raise otherwise."""
@@ -55,9 +69,48 @@ class KnowledgeClient:
         found: Outcome | None = await self._ask("outcome", outcome_id)
         return None if found is None else asdict(found)
 
+    async def want(self, router_id: str, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Tell what is wanted of which SLM; see ResidencyDesk.want. Raises KnowledgeError."""
+        told: Mapping[str, Any] = await self._ask("want", router_id, said)
+        return told
+
+    async def set_residency(
+        self, options: ResidencyOptions, latency_per_s: float, energy_per_j: float
+    ) -> None:
+        """Change residency for all routers and replicas. Raises KnowledgeError."""
+        await self._ask("configure_residency", options, latency_per_s, energy_per_j)
+
+    async def set_goals(self, goals: Goals, by: str) -> dict[str, Any]:
+        """Change the goals for all routers; return the durable change. Raises KnowledgeError.
+
+        It comes back to this router on the board like to all others, in the actor's order; this
+        waits for that, so that the caller sees it.
+        """
+        change = asdict(await self._ask("set_goals", goals, by))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ECHO_TIMEOUT_S):
+                while self.goals_change.get("revision", 0) < change["revision"]:
+                    await self._goals_heard.wait()
+        return change
+
+    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+        """Who changed the goals when, newest first. Raises KnowledgeError."""
+        history: list[dict[str, Any]] = await self._ask("goal_history", limit)
+        return history
+
+    async def predictors(self) -> dict[str, Any]:
+        """Stored predictors and their states. Raises KnowledgeError."""
+        found: dict[str, Any] = await self._ask("predictors")
+        return found
+
+    async def change_predictor(self, action: str, version: str) -> dict[str, Any]:
+        """Pin, unpin or roll back. Raises RequestError for what cannot be done, KnowledgeError."""
+        found: dict[str, Any] = await self._ask("change_predictor", action, version)
+        return found
+
     async def follow(self, loop: Loop, view: FleetView, handles: Handles) -> None:
         """Long-poll the board for ever: predictor, start-up states, SLMs added later."""
-        have: dict[str, int] = {}
+        have = self._heard
         while True:
             try:
                 news = await self._call("board", have, POLL_S)
@@ -75,23 +128,48 @@ class KnowledgeClient:
         self, key: str, value: Any, loop: Loop, view: FleetView, handles: Handles
     ) -> None:
         if key == "predictor":
-            await self._apply_predictor(value, loop)
+            self._champion = value
+            await self._apply_predictor(loop)
+        elif key == "newcomers":
+            self._newcomers = value
+            await self._apply_predictor(loop)
+        elif key == "challenger":
+            self.shadow.challenger = await _predictor_of(value)
+        elif key == "models":
+            self.models = dict(value)
         elif key == "states":
             view.set_reports(value)
+        elif key == "residency":
+            view.set_tiers(value, self._heard[key])
+        elif key == "watch":
+            view.set_watch(value)
+        elif key == "energy":
+            view.watch.set_energy(value)
         elif key == "registry":
             apply_registry(value, self._base, loop, view, handles)
+        elif key == "goals":
+            self.apply_goals(value, loop)
 
-    async def _apply_predictor(self, value: Mapping[str, Any] | None, loop: Loop) -> None:
+    def apply_goals(self, change: Mapping[str, Any], loop: Loop) -> None:
+        """Swap the router's goals; the ones that it has already keep their controller's place."""
+        try:
+            goals = Goals.model_validate(change["new"])
+            if goals != loop.goals:
+                loop.set_goals(goals)
+        except (ValidationError, CalmError) as error:
+            log.error("published goals refused, the present ones stay: %s", error)
+            return
+        self.goals_change = dict(change)
+        self._goals_heard.set()
+        self._goals_heard = asyncio.Event()
+
+    async def _apply_predictor(self, loop: Loop) -> None:
+        value = self._champion
         if value is None:
             loop.predictor, self.predictor_source = MetadataPrior(), "metadata priors"
             return
-        try:
-            # Built off the loop: parsing trees takes milliseconds.
-            predictor = await asyncio.to_thread(
-                LightGBMPredictor.from_bytes, value["blob"], MetadataPrior()
-            )
-        except KnowledgeError as error:
-            log.error("published predictor refused, the present one stays: %s", error)
+        predictor = await _predictor_of(value, self._newcomers)
+        if predictor is None:
             return
         if value["source"] == "shipped":
             predictor.version += "+shipped"  # decisions say that nothing was learned here yet
@@ -106,7 +184,29 @@ class KnowledgeClient:
         try:
             return await asyncio.wait_for(self._call(method, *args), CALL_TIMEOUT_S)
         except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, RequestError):  # it did answer: no
+                raise cause from None
             raise KnowledgeError(f"the knowledge actor does not answer: {error}") from error
+
+
+async def _predictor_of(
+    value: Mapping[str, Any] | None, newcomers: Mapping[str, Any] | None = None
+) -> LightGBMPredictor | None:
+    """Build a published predictor; None for none, and for one that this version cannot read."""
+    if value is None:
+        return None
+
+    def build() -> LightGBMPredictor:
+        new = None if newcomers is None else Artifact.from_bytes(newcomers["blob"])
+        return with_newcomers(Artifact.from_bytes(value["blob"]), new, MetadataPrior())
+
+    try:
+        # Built off the loop: parsing trees takes milliseconds.
+        return await asyncio.to_thread(build)
+    except KnowledgeError as error:
+        log.error("published predictor refused, the present one stays: %s", error)
+        return None
 
 
 def apply_registry(
@@ -154,3 +254,9 @@ class StateReporter:
             return  # no knowledge actor: states are then visible in Serve's own status only
         times = dict(ready_s or {})
         actor.report_state.remote(self._slm_id, self._replica_id, state, times, detail)
+
+    def energy(self, report: Mapping[str, Any]) -> None:
+        """Report the replica's energy books; see `EnergyLedger`."""
+        with contextlib.suppress(ValueError):  # no knowledge actor
+            actor = ray.get_actor(self._name, namespace=NAMESPACE)
+            actor.report_energy.remote(self._slm_id, self._replica_id, dict(report))

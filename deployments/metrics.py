@@ -19,6 +19,8 @@ from typing import Any
 from calm_serve.monitor.decay import DecayedRate
 from calm_serve.types import DecisionPath, DecisionReason, Outcome, Residency
 from deployments.host import HostUsage
+from deployments.residency_samples import residency_samples
+from deployments.watch_samples import Sample, watch_samples
 
 OTHER = "other"
 RATE_HALF_LIFE_S = 30.0
@@ -59,6 +61,7 @@ class Metric:
 
 SPLIT = ("slm", "path", "cache", "warmth")
 SLM = ("slm",)
+GOAL = ("goal",)
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 # Upper bounds in seconds, about two per octave where the fleet lives: tiny SLMs answer in
@@ -92,7 +95,26 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_slm_cached_prefix_ratio", _G, "Prompt tokens served from cache.", SLM),
     Metric("calm_slm_memory_bytes", _G, "Memory of all replicas.", SLM),
     Metric("calm_slm_start_seconds", _G, "Last start, by phase.", ("slm", "phase")),
+    Metric("calm_slm_wake_seconds", _G, "Last wake-up from sleep.", SLM),
+    Metric("calm_residency_hits", _C, "Requests whose preferred SLM was hot.", SLM),
+    Metric("calm_residency_misses", _C, "Requests whose preferred SLM was not hot.", SLM),
+    Metric("calm_residency_swaps", _G, "Wake-ups ordered since the last deployment.", ()),
+    Metric("calm_residency_budget_bytes", _G, "Declared bytes that may be hot per node.", ()),
+    Metric("calm_residency_hot_bytes", _G, "Declared bytes in memory, fullest node.", ()),
+    Metric("calm_held_requests", _G, "Requests that wait for their SLM to wake.", ()),
+    Metric("calm_slm_quality_factor", _G, "Recent successes over predicted ones.", SLM),
+    Metric("calm_prediction_coverage_ratio", _G, "Outcomes within their p95.", ("slm", "kind")),
+    Metric("calm_energy_idle_joules", _G, "Energy of no request, cumulative.", ("slm", "source")),
+    Metric("calm_energy_attribution_error_ratio", _G, "Requests plus idle against a check.", SLM),
+    Metric("calm_alarm", _G, "1 while the alarm is on.", ("kind", "slm")),
+    Metric("calm_calibration_error_ratio", _G, "Mean error of P(success).", ()),
+    Metric("calm_choice_entropy_ratio", _G, "0: one SLM for all, 1: all equally.", ()),
+    Metric("calm_choice_gain", _G, "Score gained over a rival that is blind.", ("against",)),
     Metric("calm_fleet_ready", _G, "1 when every SLM that must be hot is ready.", ()),
+    Metric("calm_goal_target", _G, "The operator's target.", GOAL),
+    Metric("calm_goal_measured", _G, "The goal's metric over recent requests.", GOAL),
+    Metric("calm_goal_held", _G, "1 while the goal is held within 10 %.", GOAL),
+    Metric("calm_weight", _G, "What decisions weigh with, quality points per unit.", ("kind",)),
     Metric("calm_host_cpu_ratio", _G, "Busy share of the router's host's cores.", ()),
     Metric("calm_host_memory_used_bytes", _G, "Memory in use on the router's host.", ()),
     Metric("calm_host_memory_total_bytes", _G, "Memory of the router's host.", ()),
@@ -117,7 +139,6 @@ _STATUSES = frozenset(("ok", "error", "cancelled", "rejected"))
 _SOURCES = frozenset(("counter", "rapl", "estimate"))
 
 Record = Callable[[float, dict[str, str]], None]
-Sample = tuple[str, tuple[str, ...], float]  # metric name, label values, value
 
 
 def ray_instrument(metric: Metric) -> Record:
@@ -206,6 +227,9 @@ class RouterMetrics:
         if outcome.energy_j is not None:
             source = _known(outcome.energy_source, _SOURCES)
             self._record("calm_energy_joules", (*split, source), outcome.energy_j)
+        if (hot := outcome.extra.get("preferred_hot")) is not None:
+            preferred = _known(outcome.extra["preferred"], self._slm_ids)
+            self._record("calm_residency_hits" if hot else "calm_residency_misses", (preferred,), 1)
         timings = {
             "calm_ttft_seconds": outcome.ttft_s,
             "calm_tpot_seconds": outcome.tpot_s,
@@ -239,6 +263,7 @@ class RouterMetrics:
 def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the fleet gauges of GET /v1/fleet's answer; a missing value yields nothing."""
     yield "calm_fleet_ready", (), float(bool(snapshot.get("ready")))
+    yield from _goal_samples(snapshot.get("goals") or {})
     for slm in snapshot.get("slms", ()):
         slm_id = str(slm["id"])
         for tier in Residency:
@@ -250,6 +275,20 @@ def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
         for phase in _PHASES:
             if (value := starts.get(phase)) is not None:
                 yield "calm_slm_start_seconds", (slm_id, phase), float(value)
+    yield from watch_samples(snapshot)
+    yield from residency_samples(snapshot)
+
+
+def _goal_samples(goals: Mapping[str, Any]) -> Iterator[Sample]:
+    for kind, value in goals.get("weights", {}).items():
+        if not kind.endswith("_after_s"):  # where a weight begins is none itself
+            yield "calm_weight", (str(kind),), float(value)
+    for target in goals.get("targets", ()):
+        label = (str(target["name"]),)
+        yield "calm_goal_target", label, float(target["target"])
+        for name, key in (("calm_goal_measured", "measured"), ("calm_goal_held", "held")):
+            if (value := target[key]) is not None:
+                yield name, label, float(value)
 
 
 def cache_class(outcome: Outcome) -> str:

@@ -13,9 +13,11 @@ from calm_serve.loop import Loop
 from calm_serve.types import QualitySignal
 from deployments import http
 from deployments.fleet_view import FleetView
+from deployments.goals import goals_section
 from deployments.knowledge_client import KnowledgeClient
 from deployments.metrics import RouterMetrics
 from deployments.outcomes import OutcomeSender
+from deployments.predictors import models_section
 
 _CREATED = 1_700_000_000  # OpenAI's schema wants a time; models here have none that means anything
 
@@ -56,8 +58,9 @@ class Operations:
             "source": self._knowledge.predictor_source,
             "outcomes_pending": self._outcomes.pending_rows,
             "knowledge_reachable": self._knowledge.reachable,
+            **models_section(self._knowledge),
         }
-        return self._view.snapshot(predictor)
+        return self._view.snapshot(predictor) | {"goals": goals_section(self._loop)}
 
     async def models(self, request: Request) -> Response:
         """OpenAI's model list: `auto`, every SLM, every adapter as `slm:adapter`."""
@@ -75,7 +78,7 @@ class Operations:
         """The record of a decision: from this router's memory, else the stored outcome."""
         decision = self._loop.recall(decision_id)
         if decision is not None:
-            return http.json_response(self._loop.explain(decision))
+            return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
         stored = await self._knowledge.outcome(decision_id)
         if stored is None:
             error = RequestError(f"decision {decision_id!r} not found", param="decision_id")

@@ -23,24 +23,29 @@ from starlette.responses import Response, StreamingResponse
 from calm_serve.analyze.predictor import live_load
 from calm_serve.analyze.request import ChatRequest, parse_chat, parse_completion, parse_overrides
 from calm_serve.config import Fleet, ServeArgs
-from calm_serve.errors import CalmError, RequestError, SLMUnavailableError
+from calm_serve.errors import CalmError, RequestError
 from calm_serve.loop import Loop
-from calm_serve.types import Decision
-from deployments import dispatch, http
+from calm_serve.types import Decision, Residency
+from deployments import dispatch, endings, holding, http
 from deployments.exposition import render_fleet_metrics
 from deployments.fleet_view import FleetView
+from deployments.goals import GoalsEndpoint
 from deployments.handles import Handles
 from deployments.host import HostMonitor
 from deployments.knowledge_client import KnowledgeClient
 from deployments.metrics import RouterMetrics
 from deployments.operations import Operations
 from deployments.outcomes import OutcomeSender
+from deployments.predictors import PredictorsEndpoint
+from deployments.residency_client import ResidencyClient
+from deployments.residency_endpoint import ResidencyEndpoint
 from deployments.wire import Hints, Refusal
 
 log = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
-JSON = "application/json"
+STEER_S = 0.25  # between two looks of the goals' controller at what was learned
+JSON, EVENTS = "application/json", "text/event-stream"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -52,28 +57,34 @@ class Router:
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
+        replica = serve.get_replica_context().replica_id.unique_id
         self._view = FleetView(fleet)
+        self._residency = ResidencyClient(self._view.tiers, args.router, replica)
         self._handles = Handles(handles)
         self._loop = Loop(
             fleet,
             args.goals,
             read_state=self._view.state,
             decision_log=args.router.decision_log,
+            routers=args.router.replicas,
         )
         self._dispatcher = dispatch.Dispatcher(
             self._handles.get,
             retries=args.router.retries,
             attempt_failed=self._view.attempt_failed,
+            admit=self._residency.admit,
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
-        replica = serve.get_replica_context().replica_id.unique_id
         self._outcomes = OutcomeSender(
             self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
         )
         self._operations = Operations(
             self._loop, self._view, self._knowledge, self._metrics, self._outcomes
         )
+        self._goals = GoalsEndpoint(self._loop, self._knowledge)
+        predictors = PredictorsEndpoint(self._knowledge)
+        residency = ResidencyEndpoint(self._loop, self._view.tiers, self._knowledge)
         self._routes: dict[tuple[str, str], Endpoint] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completions,
@@ -81,6 +92,12 @@ class Router:
             ("POST", "/v1/feedback"): self._feedback,
             ("GET", "/v1/models"): self._operations.models,
             ("GET", "/v1/fleet"): self._operations.fleet,
+            ("GET", "/v1/goals"): self._goals.get,
+            ("PUT", "/v1/goals"): self._goals.put,
+            ("GET", "/v1/residency"): residency.get,
+            ("PUT", "/v1/residency"): residency.put,
+            ("GET", "/v1/predictors"): predictors.get,
+            ("POST", "/v1/predictors"): predictors.post,
             ("GET", "/health"): self._operations.health,
             ("GET", "/metrics"): self._metrics_text,
         }
@@ -88,6 +105,10 @@ class Router:
         self._tasks = [
             asyncio.create_task(self._knowledge.follow(self._loop, self._view, self._handles)),
             asyncio.create_task(self._refresh()),
+            asyncio.create_task(self._steer()),
+            asyncio.create_task(
+                self._residency.run(self._knowledge.want, lambda: self._loop.fleet)
+            ),
         ]
 
     async def __call__(self, request: Request) -> Response:
@@ -141,12 +162,21 @@ class Router:
             "labels": overrides.labels,
         }
         prompt = parsed.text if self._args.learning.keep_prompts else None
-        finish = _Finish(self, call, parsed, overrides.task, prompt)
+        task = overrides.task
+        finish = endings.Finish(call, lambda: self.record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
         answer: AsyncIterator[bytes] | Refusal | None = None
         try:
             async with asyncio.timeout(self._args.router.request_timeout_s):
-                answer = await self._dispatcher.open(call, method, body, hints)
+                opening = self._dispatcher.open(call, method, body, hints)
+                if parsed.stream and call.state.residency is not Residency.HOT:
+                    waking = await holding.within(opening, holding.QUIET_S)
+                    if not waking.done():
+                        stream = holding.abandoned_with(self._held(call, waking, finish), waking)
+                        return StreamingResponse(stream, 200, headers, EVENTS)
+                    answer = waking.result()
+                else:
+                    answer = await opening
                 self._follow_failover(call)
                 headers |= {"x-calm-model": call.slm_id, "x-calm-reason": call.reason}
                 if isinstance(answer, Refusal):
@@ -156,24 +186,25 @@ class Router:
                     payload = b"".join([part async for part in answer])
                     return finish(Response(payload, 200, headers, JSON))
         except asyncio.CancelledError:
-            call.status, call.http_status = "cancelled", 499
+            endings.cancelled(call)
             dispatch.cancel(answer)
             finish()
             raise
         except CalmError as error:
-            call.http_status = error.http_status
-            call.status = "rejected" if error.http_status == 429 else "error"
-            return finish(http.error_response(error, headers))
+            return finish(http.error_response(endings.refused(call, error), headers))
         except dispatch.REPLICA_FAILURES as error:
             dispatch.cancel(answer)
-            return finish(http.error_response(_gone(call, error), headers))
-        stream = self._stream(call, answer, finish)
-        return StreamingResponse(stream, 200, headers, "text/event-stream")
+            return finish(http.error_response(endings.gone(call, error), headers))
+        return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
 
     def _call(self, decision: Decision) -> dispatch.Call:
         spec = self._loop.specs[decision.slm_id]
         state = self._view.state(spec)
-        return dispatch.Call(decision, state, live_load(decision.context, spec, state))
+        call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
+        if self._view.tiers.active:
+            preferred = self._view.state(self._loop.specs[decision.preferred])
+            self._residency.wanted(call, hit=preferred.residency is Residency.HOT)
+        return call
 
     def _follow_failover(self, call: dispatch.Call) -> None:
         """After a failover the row describes the SLM that answers, not the one that failed."""
@@ -182,8 +213,40 @@ class Router:
             call.state = self._view.state(spec)
             call.load = live_load(call.decision.context, spec, call.state)
 
+    async def _held(
+        self,
+        call: dispatch.Call,
+        opening: asyncio.Future[AsyncIterator[bytes] | Refusal],
+        finish: endings.Finish,
+    ) -> AsyncIterator[bytes]:
+        """A stream whose status line is out before its SLM is awake; errors come as events."""
+        try:
+            left_s = self._args.router.request_timeout_s - call.elapsed_s
+            async with asyncio.timeout(left_s):
+                async for comment in holding.comments(opening, holding.PERIOD_S):
+                    yield comment
+            answer = opening.result()
+            self._follow_failover(call)
+            if isinstance(answer, Refusal):
+                call.http_status, call.status = answer.http_status, "rejected"
+                yield b"data: " + answer.body + b"\n\n"
+            else:
+                async for part in self._stream(call, answer, finish):
+                    yield part
+        except CalmError as error:
+            yield http.sse_error(endings.refused(call, error))
+        except dispatch.REPLICA_FAILURES as error:
+            yield http.sse_error(endings.gone(call, error))
+        except (asyncio.CancelledError, GeneratorExit):
+            endings.cancelled(call)
+            raise
+        finally:
+            if call.final is None:
+                holding.give_up(opening)
+            finish()
+
     async def _stream(
-        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: _Finish
+        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: endings.Finish
     ) -> AsyncIterator[bytes]:
         try:
             async with asyncio.timeout(self._args.router.request_timeout_s):
@@ -192,9 +255,9 @@ class Router:
                         yield part
         except dispatch.REPLICA_FAILURES as error:
             # The status line is out; an error event instead of [DONE] tells the client.
-            yield http.sse_error(_gone(call, error))
+            yield http.sse_error(endings.gone(call, error))
         except (asyncio.CancelledError, GeneratorExit):
-            call.status, call.http_status = "cancelled", 499
+            endings.cancelled(call)
             raise
         finally:
             if call.final is None:
@@ -208,7 +271,7 @@ class Router:
         parsed = parse(body)
         decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
         self._loop.complete(decision, parsed)
-        return http.json_response(self._loop.explain(decision))
+        return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
 
     async def _feedback(self, request: Request) -> Response:
         body = await http.read_json(request, 65_536)
@@ -223,9 +286,13 @@ class Router:
         self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
     ) -> None:
         """Write the outcome of a finished call to windows, metrics and knowledge."""
+        self._residency.left(call)
         self._loop.complete(call.decision, parsed)
         outcome = dispatch.outcome_of(call, at=time.time(), task=task, prompt=prompt)
+        self._knowledge.shadow.compare(outcome, self._loop.goals.quality_floor)
         self._view.observe(outcome)
+        self._view.watch.chose(call.decision)
+        self._loop.learn(call.decision, outcome)
         self._metrics.observe(outcome)
         self._outcomes.add(outcome)
 
@@ -235,6 +302,11 @@ class Router:
             await self._handles.connect(self._loop.fleet)
             self._metrics.refresh(self._operations.snapshot(), host.read())
             await asyncio.sleep(REFRESH_S)
+
+    async def _steer(self) -> None:
+        while True:
+            self._loop.tick()
+            await asyncio.sleep(STEER_S)
 
     async def check_health(self) -> None:
         """Raise when a background task has died; Serve then replaces this replica."""
@@ -247,43 +319,3 @@ class Router:
             task.cancel()
         if outcomes := getattr(self, "_outcomes", None):
             await outcomes.stop()
-
-
-class _Finish:
-    """Records a call once, whoever comes first: the answer's end, an error or the client."""
-
-    def __init__(
-        self,
-        router: Router,
-        call: dispatch.Call,
-        parsed: ChatRequest,
-        task: str,
-        prompt: str | None,
-    ) -> None:
-        self._router, self._call, self._parsed = router, call, parsed
-        self._task, self._prompt = task, prompt
-        self._done = False
-
-    def __call__(self, response: Response | None = None) -> Response:
-        """Record the call, unless that was done, and pass the response through."""
-        if not self._done:
-            self._done = True
-            self._router.record(self._call, self._parsed, self._task, self._prompt)
-        return response or Response()
-
-    def __del__(self) -> None:
-        # A client may leave before its stream was begun; then nobody else comes.
-        if not self._done:
-            self._call.status, self._call.http_status = "cancelled", 499
-            self()
-
-
-def _gone(call: dispatch.Call, error: BaseException) -> CalmError:
-    call.status = "error"
-    if isinstance(error, TimeoutError):
-        failure = SLMUnavailableError(f"SLM {call.slm_id!r} did not finish in time")
-        failure.http_status = 504
-    else:
-        failure = SLMUnavailableError(f"SLM {call.slm_id!r} failed while answering")
-    call.http_status = failure.http_status
-    return failure

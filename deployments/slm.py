@@ -6,69 +6,30 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import psutil
 from ray import serve
 
 from calm_serve.config import SLMSpec
-from calm_serve.errors import CalmError, ComponentError, UnknownModelError
+from calm_serve.errors import AsleepError, CalmError, ComponentError, UnknownModelError
 from calm_serve.knowledge.validators import validate
-from calm_serve.monitor.energy import TokenShareAttributor, best_meter
 from calm_serve.types import EngineFacts, QualitySignal
-from deployments.host import host_cpu_s
+from deployments.energy import ReplicaEnergy
 from deployments.knowledge_client import StateReporter
+from deployments.resident_adapter import ResidentAdapter
+from deployments.tier import Tier
+from deployments.tier_orders import follow_orders
 from deployments.wire import Final, Hints, Refusal
 
 log = logging.getLogger("ray.serve")
 
 TICK_S = 1.0
 MAX_KEPT_CHARS = 65_537  # one more than the validators take, so that a cut answer fails
-# An adapter that is still answering is waited for this long before its slot is taken by force.
-UNLOAD_PATIENCE_S = 120.0
 # Statistics are rounded: each change of the dict makes Serve re-announce every replica.
 ROUND_RATIO, ROUND_BYTES = 0.05, 32 << 20
-
-
-class ResidentAdapter:
-    """A loaded adapter. Serve's LRU may drop it while requests run; unloading waits for them."""
-
-    def __init__(self, name: str, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.name = name
-        self._engine = engine
-        self._loop = loop
-        self._idle = threading.Event()
-        self._idle.set()
-        self._running = 0
-        self._unloaded = False
-
-    @contextlib.contextmanager
-    def in_use(self) -> Any:
-        """Hold the adapter in memory for the length of one request."""
-        self._running += 1
-        self._idle.clear()
-        try:
-            yield self
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    def __del__(self) -> None:
-        # Serve calls this in a thread when the LRU drops the adapter; the collector calls it again.
-        if self._unloaded or self._loop.is_closed():
-            return
-        self._unloaded = True
-        with contextlib.suppress(RuntimeError):
-            if asyncio.get_running_loop() is self._loop:
-                return  # collected on the loop itself: the engine is going away with us
-        self._idle.wait(UNLOAD_PATIENCE_S)
-        asyncio.run_coroutine_threadsafe(self._engine.unload_adapter(self.name), self._loop).result(
-            UNLOAD_PATIENCE_S
-        )
 
 
 class SLM:
@@ -92,7 +53,11 @@ class SLM:
         self._times["total"] = time.perf_counter() - started
         self._reporter.report("ready", self._times)
         log.info("SLM %s ready: %s", spec.id, self._times)
-        self._ticker = asyncio.create_task(self._tick())
+        self._tier = Tier(self._engine, self._report_tier)
+        self._tasks = [
+            asyncio.create_task(self._tick()),
+            asyncio.create_task(follow_orders(app_name, spec.id, self._tier)),
+        ]
 
     async def _start(self) -> None:
         self._reporter.report("importing")
@@ -107,7 +72,8 @@ class SLM:
         with self._timed("engine"):
             self._engine = await Engine.start(self._spec)
         self._processes = [psutil.Process(), *(psutil.Process(p) for p in self._engine.pids())]
-        self._energy = TokenShareAttributor(best_meter(self._cpu_s, host_cpu_s))
+        self._books = ReplicaEnergy(self._spec.resources, lambda: self._processes)
+        self._energy = self._books.account
         self._memory_bytes = 0
         self._reporter.report("warming up", self._times)
         with self._timed("warmup"):
@@ -149,16 +115,20 @@ class SLM:
     async def _answer(self, body: dict[str, Any], hints: Hints, call: Any) -> AsyncIterator[Any]:
         adapter = hints.get("adapter", "")
         try:
-            if not adapter:
-                async for item in self._serve({**body, "model": self._spec.id}, hints, call):
-                    yield item
-                return
-            resident = await self.load_adapter(adapter)  # type: ignore[attr-defined]
-            with resident.in_use():
-                async for item in self._serve({**body, "model": resident.name}, hints, call):
-                    yield item
+            async with self._tier.awake(
+                hints.get("orders")
+            ):  # loading an adapter needs the engine's memory too
+                if not adapter:
+                    async for item in self._serve({**body, "model": self._spec.id}, hints, call):
+                        yield item
+                    return
+                resident = await self.load_adapter(adapter)  # type: ignore[attr-defined]
+                with resident.in_use():
+                    async for item in self._serve({**body, "model": resident.name}, hints, call):
+                        yield item
         except CalmError as error:
-            yield Refusal(error.http_status, self._error_body(error))
+            asleep = isinstance(error, AsleepError)
+            yield Refusal(error.http_status, self._error_body(error), asleep)
 
     async def _serve(self, body: dict[str, Any], hints: Hints, call: Any) -> AsyncIterator[Any]:
         kinds = {hints.get("validate", ""), self._spec.validator} - {""}
@@ -243,17 +213,20 @@ class SLM:
         }
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead; Serve then replaces the replica."""
+        """Raise when the engine is dead or does not wake; Serve then replaces the replica."""
+        self._tier.check_health()
         await self._engine.check_health()
+
+    def _report_tier(self, state: str, times: Mapping[str, float], detail: str) -> None:
+        self._times |= times
+        self._reporter.report(state, self._times, detail)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._energy.tick()
+            if report := self._books.tick():
+                self._reporter.energy(report)
             self._memory_bytes = sum(_memory_bytes(p) for p in self._processes)
-
-    def _cpu_s(self) -> float:
-        return sum(_cpu_s(p) for p in self._processes)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Any:
@@ -262,10 +235,9 @@ class SLM:
         self._times[name] = time.perf_counter() - started
 
     def __del__(self) -> None:
-        ticker, engine = getattr(self, "_ticker", None), getattr(self, "_engine", None)
-        if ticker is not None:
-            ticker.get_loop().call_soon_threadsafe(ticker.cancel)
-        if engine is not None:
+        for task in getattr(self, "_tasks", ()):
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        if (engine := getattr(self, "_engine", None)) is not None:
             engine.shutdown()
 
 
@@ -281,14 +253,6 @@ def slm_class(max_resident_adapters: int) -> type[SLM]:
             return await self._load_adapter(name)
 
     return MultiplexedSLM
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system)
 
 
 def _memory_bytes(process: psutil.Process) -> int:

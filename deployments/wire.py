@@ -26,6 +26,7 @@ class Hints(TypedDict, total=False):
     validate: str  # check that the client asked for
     schema: dict[str, Any] | None
     labels: tuple[str, ...]
+    orders: int  # version of the residency orders that the router knew; absent without a budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Refusal:
 
     http_status: int
     body: bytes  # OpenAI's error document
+    asleep: bool = False  # sent before the router had heard that the SLM sleeps: hold it
 
 
 def deployment_name(slm_id: str) -> str:

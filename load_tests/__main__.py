@@ -10,6 +10,7 @@ BENCHMARKS = {
     "decision": "what a routing decision costs, by path, size of the fleet and prompt length",
     "fleet": "what every model of the fleet answers, and what it costs, as served",
     "overhead": "latency that our path adds to the same vLLM engine asked directly",
+    "paper": "the CALM paper's experiment: generalist alone, the paper's policy, blind, and ours",
     "prefix": "share of prompts found in the replicas' prefix caches, and how even the load is",
     "routing": "quality, latency and energy of routing against other policies",
     "scale": "the decision core on simulated time: cost, state, and old views of the load",

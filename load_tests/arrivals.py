@@ -1,8 +1,9 @@
-"""When requests arrive in an open loop: a Poisson process, or the Azure trace of code requests."""
+"""When requests arrive in an open loop: Poisson processes, or the Azure trace of code requests."""
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -19,6 +20,34 @@ def poisson(rate_per_s: float, count: int, rng: Random) -> list[float]:
         at += rng.expovariate(rate_per_s)
         found.append(at)
     return found
+
+
+def world_cup(hour: float) -> float:
+    """Arrivals at an hour of the day, in [0, 24), over the mean of the day.
+
+        (0.4 + 0.5 g(11, 2) + 0.6 g(20, 2.5) + g(14.5, 0.4) + g(17.5, 0.4) + g(21, 0.4)) / c
+        g(m, s) = exp(-(hour - m)^2 / (2 s^2))
+
+    Of the shape that Arlitt and Jin report of the web site of the football world cup (HPL-1999-35):
+    little at night, a peak in the late morning and a higher one in the evening, and on top of them
+    a spike with every match (here at 14:30, 17:30 and 21:00). The highest is 2.5 times the mean.
+    """
+    return _world_cup(hour) / _WORLD_CUP_MEAN
+
+
+def day(count: int, rate_per_s: float, rng: Random) -> list[float]:
+    """Seconds of `count` arrivals of an inhomogeneous Poisson process: one compressed day.
+
+    The day lasts `count / rate_per_s` seconds and its intensity follows `world_cup`. Given their
+    number, arrivals are independent draws from the intensity.
+    """
+    hours: list[float] = []
+    while len(hours) < count:
+        hour = 24.0 * rng.random()
+        if rng.random() * _WORLD_CUP_PEAK <= world_cup(hour):
+            hours.append(hour)
+    length_s = count / rate_per_s
+    return [hour / 24.0 * length_s for hour in sorted(hours)]
 
 
 def read_trace(data_dir: Path) -> list[float]:
@@ -45,3 +74,13 @@ def variation(at_s: Sequence[float]) -> float:
     gaps = [b - a for a, b in pairwise(at_s)]
     mean = sum(gaps) / len(gaps)
     return float((sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5 / mean)
+
+
+def _world_cup(hour: float) -> float:
+    peaks = ((0.5, 11.0, 2.0), (0.6, 20.0, 2.5), *((1.0, at, 0.4) for at in (14.5, 17.5, 21.0)))
+    return 0.4 + sum(a * math.exp(-((hour - m) ** 2) / (2.0 * s * s)) for a, m, s in peaks)
+
+
+_MINUTES = [_world_cup(minute / 60.0) for minute in range(24 * 60)]
+_WORLD_CUP_MEAN = sum(_MINUTES) / len(_MINUTES)
+_WORLD_CUP_PEAK = max(_MINUTES) / _WORLD_CUP_MEAN * 1.001  # a peak may lie between two minutes

@@ -1,10 +1,10 @@
-"""Fits the shipped predictor: `python -m load_tests.fit_predictor` (about ten minutes on 2 cores).
+"""Fits the shipped predictor: `python -m load_tests.fit_predictor` (about 15 minutes on 2 cores).
 
-Serves the reference fleet without a predictor. Every row of the `fit` side of `eval/` (none of the
-standard workload) goes, pinned, to the specialist of its task, to the generalist and to one SLM at
-random; each answer is graded and the grade sent as feedback; then the knowledge actor's own trainer
-turns the stored outcomes into `predictor/predictor.bin`. In-domain by construction: the prompts
-are of the same kinds as the evaluation's.
+Serves the reference fleet without a predictor. Rows of the `fit` side of `eval/` (none of the
+standard workload) go, pinned, to every SLM: from what a specialist makes of others' requests the
+predictor learns to tell them apart. Each answer is graded and the grade sent as feedback; then the
+knowledge actor's own trainer turns the stored outcomes into `predictor/predictor.bin`. In-domain by
+construction: the prompts are of the same kinds as the evaluation's.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from load_tests.workloads import Request, request
 
 SEED = 23
 OUT = FLEETS.parent / "reference_fleet" / "predictor" / "predictor.bin"
-SPECIALISTS = ("extract", "sql", "shell", "reason", "intent")
-GENERALIST = "general"
-SLMS = (*SPECIALISTS, GENERALIST)
+SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 CONCURRENCY = 12
 MAX_TOKENS = 320  # the same for every task: the limit is a feature, and must not tell the task
 NEVER = 1_000_000  # outcomes before the service itself would train
@@ -52,12 +50,9 @@ def requests(per_file: int) -> list[Request]:
 
 
 async def collect(url: str, asked: list[Request]) -> None:
-    """Ask up to three SLMs each request and send the grades as feedback."""
-    rng, slots = Random(SEED), asyncio.Semaphore(CONCURRENCY)
-    pairs = []
-    for one in asked:
-        own = one.row.task if one.row.task in SPECIALISTS else GENERALIST
-        pairs += [(slm, one) for slm in sorted({own, GENERALIST, rng.choice(SLMS)})]
+    """Ask every SLM each request and send the grades as feedback."""
+    slots = asyncio.Semaphore(CONCURRENCY)
+    pairs = [(slm, one) for one in asked for slm in SLMS]
     async with httpx.AsyncClient(base_url=url, timeout=180.0) as client:
         with tqdm(total=len(pairs), mininterval=1.0) as bar:
 
@@ -97,7 +92,7 @@ def _learn_nothing(args: dict[str, Any]) -> None:
 def main() -> None:
     """Collect, fit, print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--per-file", type=int, default=500, help="requests of each file of eval/")
+    parser.add_argument("--per-file", type=int, default=600, help="requests of each file of eval/")
     options = parser.parse_args()
     fleet = {key: value for key, value in fleet_file("reference").items() if key != "predictor"}
     with TemporaryDirectory(prefix="calm") as name:

@@ -162,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     with nullcontext(chosen.url) if chosen.url else served() as url:
         measured = asyncio.run(measure(url, slms, asked))
     if chosen.answers:
-        values = {name: table.astype(np.float32) for name, table in measured.tables.items()}
+        values: dict[str, Any] = {n: t.astype(np.float32) for n, t in measured.tables.items()}
         np.savez_compressed(chosen.answers, slms=np.array(slms), **values)
     figures = figures_of(measured, asked)
     show(measured, asked, figures)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from calm_serve.config import ServeArgs
+from calm_serve.knowledge.shadow import Shadow
 from calm_serve.testing import make_fleet
 from calm_serve.types import Outcome
 from deployments import router
@@ -63,12 +64,21 @@ class Knowledge:
 
     predictor_source = "none"
     reachable = True
+    models: dict[str, Any] = {}
+    waits: dict[str, float] = {}
+    shadow = Shadow(lambda: 0.0)
 
     def __init__(self, *_args: Any) -> None:
         self.rows: list[Outcome] = []
 
     async def log(self, rows: Sequence[Outcome]) -> None:
         self.rows += rows
+
+    async def set_residency(self, options: Any, *_weights: float) -> None:
+        self.residency = options
+
+    async def want(self, _router: str, _said: Any) -> dict[str, Any]:
+        return {"waits": dict(self.waits)}
 
     async def follow(self, *_args: Any) -> None:
         await asyncio.Event().wait()

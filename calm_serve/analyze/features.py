@@ -28,12 +28,12 @@ from calm_serve.analyze.words import (
     word_hashes,
 )
 from calm_serve.config import Fleet, SLMSpec
-from calm_serve.types import OutputShape, RoutingContext, SLMState
+from calm_serve.types import WORD_BUCKETS, OutputShape, RoutingContext, SLMState
 
 SCAN_CHARS = 1024
 FOCUS_CHARS = 512
 LANGUAGE_CHARS = 256
-BUCKETS = 1024
+BUCKETS = 2 * WORD_BUCKETS
 BLOCK_CHARS = 128
 MAX_BLOCKS = 64
 CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts for real
@@ -184,13 +184,18 @@ def prefix_chain(text: str) -> tuple[int, ...]:
 
 def word_buckets(hashes: Hashes) -> tuple[int, ...]:
     """Words and pairs of neighbours as `BUCKETS` presence features (the hashing trick)."""
-    half = BUCKETS // 2
+    half = WORD_BUCKETS
     # The high bits of a product are its best mixed ones.
     shift = np.uint64(64 - half.bit_length() + 1)
     present = np.zeros(BUCKETS, dtype=np.bool_)
     present[hashes >> shift] = True
     present[half:][pair_hashes(hashes) >> shift] = True
     return tuple(present.nonzero()[0].tolist())
+
+
+def text_buckets(text: str) -> tuple[int, ...]:
+    """What `RoutingContext.buckets` would be for a prompt of this text."""
+    return word_buckets(read_words(_ends(text, FOCUS_CHARS)).hashes)
 
 
 def detect_language(text: str) -> str:

@@ -180,6 +180,25 @@ class LightGBMPredictor:
             for spec, state in zip(specs, states, strict=True)
         ]
 
+    def of_prompt(
+        self, numbers: Sequence[float], buckets: Sequence[int]
+    ) -> dict[str, tuple[float | None, float | None]]:
+        """P(success) and output tokens of each SLM it knows; None where the prior would answer.
+
+        This much of a prediction needs no live state, so the log is enough for it.
+        """
+        if self._own is None:
+            return {}
+        self._words.set_prompt(numbers, buckets)
+        own = self._own.predict()
+        return {
+            slm: (
+                None if success_at is None else _sigmoid(sum(own[success_at])),
+                None if tokens_at is None else max(math.expm1(sum(own[tokens_at])), 1.0),
+            )
+            for slm, (_, success_at, tokens_at) in self._known.items()
+        }
+
     def _predict_one(
         self, context: RoutingContext, own: Sequence[float], spec: SLMSpec, state: SLMState
     ) -> Prediction:

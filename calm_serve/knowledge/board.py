@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -26,21 +26,28 @@ class Board:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def newer(self, have: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-        """Entries whose version differs: key -> {"version": int, "value": ...}."""
+    def value(self, key: str) -> Any:
+        """The latest value of `key`, None before there was one."""
+        return self._entries.get(key, (0, None))[1]
+
+    def newer(
+        self, have: Mapping[str, int], keys: Collection[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Entries (of `keys`) whose version differs: key -> {"version": int, "value": ...}."""
         return {
             key: {"version": version, "value": value}
             for key, (version, value) in self._entries.items()
-            if have.get(key) != version
+            if have.get(key) != version and (keys is None or key in keys)
         }
 
-    async def wait(self, have: Mapping[str, int], timeout_s: float) -> dict[str, dict[str, Any]]:
+    async def wait(
+        self, have: Mapping[str, int], timeout_s: float, keys: Collection[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
         """As `newer`, after waiting up to `timeout_s` for anything; empty on timeout."""
-        changed = self._changed
-        if not (found := self.newer(have)):
-            try:
-                await asyncio.wait_for(changed.wait(), timeout_s)
-            except TimeoutError:
-                return {}
-            found = self.newer(have)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (found := self.newer(have, keys)):
+                    await self._changed.wait()
+        except TimeoutError:
+            return {}
         return found

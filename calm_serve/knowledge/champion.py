@@ -1,24 +1,24 @@
-"""The published predictor on disk: replaced atomically, loaded again after a restart."""
+"""Where the first champion comes from: an earlier version's file, or the fleet's own folder."""
 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from calm_serve.analyze.lightgbm import Artifact, load_artifact
 from calm_serve.errors import KnowledgeError
 
-CHAMPION_FILE = "champion.bin"
+CHAMPION_FILE = "champion.bin"  # of versions that kept one predictor only
 SHIPPED_FILE = "predictor.bin"
+TRAINED, SHIPPED = "trained", "shipped"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Champion:
-    """A published predictor; `source` is "trained" or "shipped"."""
+    """A published predictor; `source` is TRAINED or SHIPPED."""
 
     artifact: Artifact
     blob: bytes
@@ -30,9 +30,9 @@ def load_champion(state_dir: Path, shipped_dir: str) -> Champion | None:
 
     An unreadable file is logged and passed over: decisions must go on.
     """
-    places = [(state_dir / CHAMPION_FILE, "trained")]
+    places = [(state_dir / CHAMPION_FILE, TRAINED)]
     if shipped_dir:
-        places.append((Path(shipped_dir) / SHIPPED_FILE, "shipped"))
+        places.append((Path(shipped_dir) / SHIPPED_FILE, SHIPPED))
     for path, source in places:
         if not path.is_file():
             continue
@@ -43,22 +43,3 @@ def load_champion(state_dir: Path, shipped_dir: str) -> Champion | None:
             continue
         return Champion(artifact, artifact.to_bytes(), source)
     return None
-
-
-def save_champion(state_dir: Path, blob: bytes) -> None:
-    """Replace the champion file; after a crash either the old or the new one is there."""
-    path = state_dir / CHAMPION_FILE
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)  # os.replace: atomic within one file system
-        folder = os.open(state_dir, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise KnowledgeError(f"cannot save the champion: {error.strerror}") from error

@@ -73,6 +73,10 @@ class Roster:
         """SLM id -> {"spec": spec as plain data, "app_name": str}."""
         return {i: {"spec": e.spec, "app_name": e.app_name} for i, e in self._entries.items()}
 
+    def specs(self) -> tuple[SLMSpec, ...]:
+        """The registered SLMs."""
+        return tuple(SLMSpec.model_validate(e.spec) for e in self._entries.values())
+
     def restore(self, text: str) -> None:
         """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew."""
         for slm_id, entry in json.loads(text).items():

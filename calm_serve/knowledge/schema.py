@@ -54,6 +54,16 @@ SIGNALS = sa.Table(
     sa.UniqueConstraint("outcome_id", "source"),
     sqlite_autoincrement=True,
 )
+GOAL_CHANGES = sa.Table(
+    "goal_changes",
+    METADATA,
+    sa.Column("row", _ROW, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.Float(53), nullable=False),
+    sa.Column("by", sa.Text, nullable=False),
+    sa.Column("old", sa.JSON(none_as_null=True), nullable=True),
+    sa.Column("new", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
 META = sa.Table(
     "meta",
     METADATA,

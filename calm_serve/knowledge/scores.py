@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+RESAMPLES = 1000
+MANY_ROWS = 20_000  # the ends of an interval that is narrow anyway may be a little rougher
 CALIBRATION_BINS = 10
 # One confident mistake must not decide a comparison: losses are capped at -log(0.001), about 6.9.
 CLIP = 1e-3
@@ -37,6 +41,26 @@ def auc(labels: Values, predicted: Values, weights: Values) -> float | None:
     below = np.cumsum(losses) - losses
     area = np.sum(wins * (below + 0.5 * losses))  # a tie counts half
     return float(area / (wins.sum() * losses.sum()))
+
+
+def resampled(columns: Values, statistic: Callable[[Values], Values], *, seed: int) -> Values:
+    """Bootstrap: `statistic` of every resample's column sums; fewer resamples of many rows.
+
+    columns has shape (n, k), statistic maps sums of shape (resamples, k) to (resamples, m). Equal
+    input and seed give equal values.
+    """
+    random, count = np.random.default_rng(seed), len(columns)
+    resamples = RESAMPLES if count <= MANY_ROWS else RESAMPLES // 5
+    sums = np.empty((resamples, columns.shape[1]))
+    for i in range(resamples):
+        sums[i] = columns[random.integers(count, size=count)].sum(axis=0)
+    return statistic(sums)
+
+
+def ci95(values: Values) -> tuple[float, float]:
+    """Percentile interval of resampled values of shape (resamples,)."""
+    low, high = (float(x) for x in np.quantile(values, (0.025, 0.975)))
+    return low, high
 
 
 def calibration_error(labels: Values, predicted: Values, weights: Values) -> float:

@@ -7,6 +7,7 @@ process of its own. Everything that must survive a restart is in `state_dir` and
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -15,15 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from calm_serve.analyze.lightgbm import Artifact
-from calm_serve.config import Fleet, Learning
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions
 from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.knowledge.board import Board
-from calm_serve.knowledge.champion import Champion, load_champion, save_champion
 from calm_serve.knowledge.codec import decode_outcome, decode_signals
+from calm_serve.knowledge.goal_book import GoalBook, GoalChange
+from calm_serve.knowledge.newcomer_desk import NewcomerDesk
+from calm_serve.knowledge.promotion import Promotion
+from calm_serve.knowledge.residency_desk import META as RESIDENCY
+from calm_serve.knowledge.residency_desk import ResidencyDesk
 from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain_in_child
 from calm_serve.knowledge.roster import Roster, StartupStates
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.knowledge.watch import Watch
+from calm_serve.monitor.ledger import EnergyLedger
 from calm_serve.types import Outcome, QualitySignal
 
 TICK_S = 5.0
@@ -58,7 +64,6 @@ class KnowledgeService:
         # One thread, so writes come one after another in the order they were asked for.
         self._io = ThreadPoolExecutor(1, thread_name_prefix="knowledge-store")
         self._roster, self._states = Roster(monotonic), StartupStates()
-        self._champion = load_champion(self._state_dir, fleet.predictor)
         self._retraining: asyncio.Task[dict[str, Any]] | None = None
         self._background: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -70,8 +75,24 @@ class KnowledgeService:
             self._roster.restore(registry)
         self._board.publish("registry", self._roster.snapshot())
         self._board.publish("states", {})
-        if self._champion is not None:
-            self._board.publish("predictor", _published(self._champion))
+        to_goals = functools.partial(self._board.publish, "goals")
+        self._goals = GoalBook(self._store, to_goals, self._in_thread, clock)
+        self._promotion = Promotion(
+            learning,
+            fleet.predictor,
+            self._state_dir,
+            store=self._store,
+            publish=self._board.publish,
+            in_thread=self._in_thread,
+            clock=clock,
+        )
+        orders = functools.partial(self._board.publish, RESIDENCY)
+        self._residency = ResidencyDesk(self._store, orders, monotonic)
+        self._residency.set_slms((*fleet.slms, *self._roster.specs()))
+        self._energy = EnergyLedger(clock)
+        to_routers = functools.partial(self._board.publish, "watch")
+        self._watch = Watch(clock, monotonic, to_routers, self._retrain_on_drift)
+        self._newcomers = NewcomerDesk(functools.partial(self._board.publish, "newcomers"), clock)
 
     async def configure(self, fleet: Fleet, learning: Learning) -> None:
         """Take over the settings of a redeployment; where the log lives cannot change.
@@ -84,6 +105,8 @@ class KnowledgeService:
                     f"learning.{name} cannot change while the knowledge actor runs; shut it down"
                 )
         self._fleet, self._learning = fleet, learning
+        self._residency.set_slms((*fleet.slms, *self._roster.specs()))
+        self._promotion.learning = learning
 
     async def log(self, batch_id: str, rows: Sequence[Row]) -> list[str]:
         """Store outcomes; return the ids that need not be sent again, durable when this returns.
@@ -102,6 +125,10 @@ class KnowledgeService:
                 refused.append(str(given))
         self._refused_rows += len(refused)
         await self._in_thread(lambda: self._store.append(outcomes))
+        self._watch.observe(outcomes)
+        self._newcomers.observe(outcomes)
+        await self._teach_newcomers()
+        await self._promotion.observe(outcomes)
         await self._maybe_retrain()
         return [o.outcome_id for o in outcomes] + refused
 
@@ -115,6 +142,9 @@ class KnowledgeService:
         self._start()
         decoded = decode_signals(signals)
         known = await self._in_thread(lambda: self._store.add_signals(outcome_id, decoded))
+        self._watch.feedback(outcome_id, decoded)
+        self._newcomers.feedback(outcome_id, decoded)
+        await self._teach_newcomers()
         await self._maybe_retrain()
         return known
 
@@ -122,15 +152,33 @@ class KnowledgeService:
         """The stored outcome with its signals, None when there is none."""
         return await self._in_thread(lambda: self._store.get(outcome_id))
 
-    async def board(self, have: Mapping[str, int], timeout_s: float) -> dict[str, dict[str, Any]]:
-        """Long-poll: entries that differ from `have`, as soon as there are any.
+    async def board(
+        self, have: Mapping[str, int], timeout_s: float, keys: Sequence[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Long-poll: entries (of `keys`) that differ from `have`, as soon as there are any.
 
-        Keys: "predictor" {"blob", "version", "source"}; "states" SLM -> replica -> report;
-        "registry" SLM -> {"spec", "app_name"}. Each comes as {"version": int, "value": ...}; pass
-        the versions back as `have`. Empty after timeout_s (at most MAX_WAIT_S).
+        Keys: "predictor" and "challenger" {"blob", "version", "source"}; "models" as
+        `Promotion.summary`; "states" SLM -> replica -> report;
+        "newcomers" {"blob", "version"} or None;
+        "registry" SLM -> {"spec", "app_name"}; "goals" a GoalChange's fields; "residency"
+        {"tiers", "options"}, once there has been a memory budget. Each comes as
+        {"version": int, "value": ...}; pass the versions back as `have`. Empty after timeout_s (at
+        most MAX_WAIT_S).
         """
         self._start()
-        return await self._board.wait(have, min(max(timeout_s, 0.0), MAX_WAIT_S))
+        return await self._board.wait(have, min(max(timeout_s, 0.0), MAX_WAIT_S), keys)
+
+    async def configure_goals(self, goals: Goals) -> None:
+        """Take a deployment's goals, unless they are those of the last one; see GoalBook."""
+        await self._goals.configure(goals)
+
+    async def set_goals(self, goals: Goals, by: str) -> GoalChange:
+        """Replace the goals; durable when this returns."""
+        return await self._goals.set(goals, by)
+
+    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+        """Who changed the goals when, newest first."""
+        return await self._goals.history(limit)
 
     async def report_state(
         self, slm_id: str, replica_id: str, state: str, ready_s: Mapping[str, float], detail: str
@@ -139,7 +187,23 @@ class KnowledgeService:
         times = {k: float(v) for k, v in ready_s.items()}
         report = {"state": state, "ready_s": times, "detail": detail[:500], "at": self._clock()}
         self._states.report(slm_id, replica_id, report)
+        self._residency.report(slm_id, replica_id, state, times)
         self._board.publish("states", self._states.snapshot())
+
+    async def configure_residency(
+        self, options: ResidencyOptions, latency_per_s: float, energy_per_j: float
+    ) -> None:
+        """Take residency settings and the goals' weights; durable when this returns."""
+        text = self._residency.configure(options, latency_per_s, energy_per_j)
+        await self._in_thread(lambda: self._store.set_meta(RESIDENCY, text))
+
+    async def want(self, router_id: str, said: Mapping[str, Any]) -> dict[str, Any]:
+        """A router's demand for SLMs; see `ResidencyDesk.want`."""
+        return self._residency.want(router_id, said)
+
+    async def report_energy(self, slm_id: str, replica_id: str, report: Mapping[str, Any]) -> None:
+        """A replica's energy books, published with the next tick; see `EnergyLedger`."""
+        self._energy.report(slm_id, replica_id, report)
 
     async def register(self, spec_json: str, app_name: str) -> None:
         """Add an SLM application, or renew its heartbeat. Raises ConfigError."""
@@ -151,6 +215,16 @@ class KnowledgeService:
         """Remove an SLM application; unknown ids are fine."""
         if self._roster.unregister(slm_id):
             await self._publish_registry()
+
+    async def predictors(self) -> dict[str, Any]:
+        """Stored predictors, and what is known of champion and challenger."""
+        return self._promotion.document()
+
+    async def change_predictor(self, action: str, version: str = "") -> dict[str, Any]:
+        """As `Promotion.act`; return `predictors()` afterwards."""
+        self._start()
+        await self._promotion.act(action, version)
+        return self._promotion.document()
 
     async def retrain(self, force: bool = False) -> dict[str, Any]:
         """Train and judge now, and publish a better predictor; return the verdict.
@@ -169,7 +243,7 @@ class KnowledgeService:
 
     async def status(self) -> dict[str, Any]:
         """Counts, champion and last verdict, for people."""
-        champion = self._champion
+        champion = self._promotion.champion
         return {
             "outcomes": await self._in_thread(self._store.count),
             "labelled": await self._in_thread(self._store.labelled_count),
@@ -180,11 +254,18 @@ class KnowledgeService:
             "predictor_metrics": dict(champion.artifact.metrics) if champion else {},
             "retraining": self._retraining is not None and not self._retraining.done(),
             "last_verdict": self._last_verdict,
+            "models": self._promotion.summary(),
             "registered": sorted(self._roster.ids()),
         }
 
     async def tick(self) -> None:
-        """Background work that is due: drop SLM applications whose heartbeat stopped."""
+        """Background work that is due: drop SLM applications whose heartbeat stopped, and so on."""
+        self._watch.tick()
+        await self._teach_newcomers()
+        self._residency.step()
+        await self._promotion.tick()
+        if (energy := self._energy.rows()) != (self._board.value("energy") or {}):
+            self._board.publish("energy", energy)
         if self._roster.expire():
             await self._publish_registry()
 
@@ -233,11 +314,16 @@ class KnowledgeService:
         self._retraining = asyncio.create_task(self._retrain())
         self._retraining.add_done_callback(_log_failure)
 
+    def _retrain_on_drift(self) -> None:
+        """Train before the next quota is full, once there is enough to train on at all."""
+        self._drifted = asyncio.create_task(self.retrain())
+        self._drifted.add_done_callback(_log_failure)
+
     async def _retrain(self) -> dict[str, Any]:
         """Train once; a failure counts as an attempt, or the next batch would try again."""
         total = await self._in_thread(self._store.labelled_total)
         await self._in_thread(lambda: self._store.set_meta("trained_at", str(total)))
-        champion = self._champion
+        champion = self._promotion.champion
         job = RetrainJob(
             store_url=self._store_url,
             slm_ids=(*(s.id for s in self._fleet.slms), *self._roster.ids()),
@@ -249,39 +335,30 @@ class KnowledgeService:
         except KnowledgeError as error:
             self._last_verdict = {"publish": False, "reason": "failed", "detail": error.message}
             raise
-        if result.blob is not None:
-            await self._publish(result.blob)
+        outcome = {} if result.blob is None else {"then": await self._promotion.offer(result.blob)}
         self._last_verdict = {
             **result.verdict,
             "version": result.version,
             "against": champion.artifact.version if champion else "base_rate",
             "metrics": result.metrics,
+            **outcome,
         }
         return self._last_verdict
 
-    async def _publish(self, blob: bytes) -> None:
-        champion = Champion(Artifact.from_bytes(blob), blob, "trained")
-        await self._in_thread(lambda: save_champion(self._state_dir, blob))
-        await self._in_thread(lambda: self._store.set_meta("champion", champion.artifact.version))
-        self._champion = champion
-        self._board.publish("predictor", _published(champion))
+    async def _teach_newcomers(self) -> None:
+        champion = self._promotion.champion
+        artifact = champion.artifact if champion else None
+        await self._newcomers.teach(self._fleet, self._roster.specs(), artifact)
 
     async def _publish_registry(self) -> None:
         registry = self._roster.snapshot()
         self._board.publish("registry", registry)
+        self._residency.set_slms((*self._fleet.slms, *self._roster.specs()))
         # Kept, so that a restart does not take every SLM application off the air until it calls.
         await self._in_thread(lambda: self._store.set_meta("registry", json.dumps(registry)))
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._io, call)
-
-
-def _published(champion: Champion) -> dict[str, Any]:
-    return {
-        "blob": champion.blob,
-        "version": champion.artifact.version,
-        "source": champion.source,
-    }
 
 
 def _log_failure(task: asyncio.Task[dict[str, Any]]) -> None:

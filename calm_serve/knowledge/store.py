@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.codec import from_columns, to_columns
+from calm_serve.knowledge.goal_book import GoalChange
 from calm_serve.knowledge.labels import quality_label
-from calm_serve.knowledge.schema import META, METADATA, OUTCOMES, SIGNALS
+from calm_serve.knowledge.schema import GOAL_CHANGES, META, METADATA, OUTCOMES, SIGNALS
 from calm_serve.types import Outcome, QualitySignal
 
 SCHEMA_VERSION = "1"
 BUSY_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_S = 10
+MAX_GOAL_CHANGES = 10_000  # the audit trail's length
 _CHUNK = 500  # ids per IN list
 
 
@@ -88,9 +91,11 @@ class OutcomeStore:
         """As `rows`, only outcomes with a quality label."""
         return self._read(_page(since_row, limit).where(OUTCOMES.c.labelled))
 
-    def recent(self, limit: int) -> list[Outcome]:
-        """The newest `limit` outcomes, oldest first by `at`: what training reads."""
+    def recent(self, limit: int, *, labelled: bool = False) -> list[Outcome]:
+        """The newest `limit` outcomes, or `labelled` ones, oldest first by `at`."""
         newest = sa.select(OUTCOMES).order_by(OUTCOMES.c.at.desc(), OUTCOMES.c.row.desc())
+        if labelled:
+            newest = newest.where(OUTCOMES.c.labelled)
         return [outcome for _, outcome in reversed(self._read(newest.limit(limit)))]
 
     def count(self) -> int:
@@ -137,6 +142,32 @@ class OutcomeStore:
         """Store a value under a key."""
         with self._guard("write"), self._engine.begin() as connection:
             self._write_meta(connection, key, value)
+
+    def add_goal_change(self, change: GoalChange, configured: str | None) -> GoalChange:
+        """Append to the audit trail and return the change with its revision.
+
+        `configured` replaces what `configured_goals` returns, in the same transaction.
+        """
+        values = {"at": change.at, "by": change.by, "old": change.old, "new": change.new}
+        with self._guard("write goals"), self._engine.begin() as connection:
+            insert = sa.insert(GOAL_CHANGES).values(values).returning(GOAL_CHANGES.c.row)
+            revision = int(connection.execute(insert).scalar_one())
+            gone = GOAL_CHANGES.c.row <= revision - MAX_GOAL_CHANGES
+            connection.execute(sa.delete(GOAL_CHANGES).where(gone))
+            if configured is not None:
+                self._write_meta(connection, "goals_configured", configured)
+        return replace(change, revision=revision)
+
+    def goal_changes(self, limit: int) -> list[GoalChange]:
+        """The newest `limit` changes of the goals, newest first."""
+        query = sa.select(GOAL_CHANGES).order_by(GOAL_CHANGES.c.row.desc()).limit(limit)
+        with self._guard("read goals"), self._engine.connect() as connection:
+            found = connection.execute(query).all()
+        return [GoalChange(r.at, r.by, r.old, r.new, r.row) for r in found]
+
+    def configured_goals(self) -> str | None:
+        """The goals of the last deployment that changed them, None before the first."""
+        return self.meta("goals_configured")
 
     def close(self) -> None:
         """Close every connection."""

@@ -105,7 +105,7 @@ def train(
     fit = [o for o in split.fit if o.slm_id in known]
     labels, weights = label_arrays([o for o in fit if quality_label(o.signals)])
     base_rate = float(np.average(labels, weights=weights))
-    boosters = _fit_heads(fit, known, seed)
+    boosters = fit_heads(fit, known, seed)
     artifact = Artifact(
         version=_version(boosters, known),
         slm_ids=known,
@@ -170,7 +170,8 @@ def _known_slms(fit: Sequence[Outcome]) -> tuple[str, ...]:
     return tuple(sorted(slm for slm, n in counts.items() if n >= MIN_LABELLED_PER_SLM))
 
 
-def _fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict[str, str]:
+def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict[str, str]:
+    """The boosters of `slm_ids` by head; heads without data are absent."""
     boosters: dict[str, str] = {}
     labelled = [o for o in fit if quality_label(o.signals)]
     labels, weights = label_arrays(labelled)

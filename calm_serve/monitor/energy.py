@@ -9,6 +9,7 @@ Meters, best first; `source` travels with every number, because they are not of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Protocol
 # About the rated power of current server CPUs over their cores (200 to 350 W, 32 to 64 cores). It
 # ranks SLMs on one machine; it is no measurement, and memory, fans and power supply are not in it.
 DEFAULT_WATTS_PER_CORE = 6.0
+
+# Of two readings of a meter. CPU times tick every 10 ms, so reading more often tells little.
+MIN_READ_S = 0.05
+POWER_MEMORY_S = 0.5  # busy seconds behind the recent power
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -146,20 +151,40 @@ class _Share:
 class TokenShareAttributor:
     """Splits a meter's joules over the requests that run, by the tokens each produced.
 
-    At any time, the energy of all requests (finished and running) plus `idle_j` is `total_j`. Tick
-    it once a second; it ticks itself when a request finishes. Used by one event loop; its size is
-    the number of running requests, and whoever starts a request must finish it.
+    The books balance at any time: requests_j + running_j + idle_j == total_j + ahead_j. Tick it
+    once a second. Used by one event loop; its size is the number of running requests, and whoever
+    starts a request must finish it.
+
+    A meter costs more to read than a request costs to account for, so between two readings at
+    least `min_read_s` pass. A request that finishes in between is charged its tokens' part of the
+    recent power of busy time; those joules are ahead of the meter, and what the next reading shows
+    is first set off against them. So one request is wrong by at most |power now - recent power| *
+    min_read_s, and what is wrong is borne by the requests (or the idle time) of the next interval:
+    no joule is lost or made. `ahead_j` is at most the recent power times min_read_s.
     """
 
-    def __init__(self, meter: EnergyMeter) -> None:
-        self._meter = meter
+    def __init__(
+        self,
+        meter: EnergyMeter,
+        clock: Callable[[], float] = time.monotonic,
+        min_read_s: float = MIN_READ_S,
+    ) -> None:
+        self._meter, self._clock, self._min_read_s = meter, clock, min_read_s
         self._first_j = self._last_j = meter.read_j()
+        self._read_at = self._busy_at = clock()
+        self._busy_s = 0.0  # since the last reading, up to the last time that nothing ran
+        self._power_w: float | None = None  # of busy time
         self._running: dict[str, _Share] = {}
-        self.idle_j = 0.0
+        self.idle_j = self.requests_j = self.ahead_j = 0.0
+
+    @property
+    def source(self) -> str:
+        """The meter's source."""
+        return self._meter.source
 
     @property
     def total_j(self) -> float:
-        """Joules from construction to the last tick."""
+        """Joules from construction to the last reading."""
         return self._last_j - self._first_j
 
     @property
@@ -172,7 +197,8 @@ class TokenShareAttributor:
         if request_id in self._running:
             raise ValueError(f"request {request_id!r} runs already")
         if not self._running:
-            self.tick()  # what was spent up to here was idle and not this request's
+            self._tick_if_due()  # what was spent up to here was idle and not this request's
+            self._busy_at = self._clock()
         self._running[request_id] = _Share()
 
     def add_tokens(self, request_id: str, tokens: int) -> None:
@@ -183,24 +209,59 @@ class TokenShareAttributor:
 
     def finish(self, request_id: str) -> RequestEnergy:
         """Stop charging `request_id` and return its account; KeyError if it does not run."""
-        self.tick()
-        share = self._running.pop(request_id)
+        share = self._running[request_id]
+        if not self._tick_if_due() and self._power_w is not None:
+            unread_j = self._power_w * (self._busy_s + self._clock() - self._busy_at)
+            charged_j = max(unread_j - self.ahead_j, 0.0) * self._part(share, self._new_tokens())
+            share.energy_j += charged_j
+            self.ahead_j += charged_j
+        del self._running[request_id]
+        if not self._running:
+            self._busy_s += self._clock() - self._busy_at
+        self.requests_j += share.energy_j
         return RequestEnergy(share.energy_j, share.tokens, self._meter.source)
 
     def tick(self) -> None:
-        """Charge what was spent since the last tick."""
-        total_j = self._meter.read_j()
+        """Read the meter and charge what was spent since the last reading."""
+        total_j, now = self._meter.read_j(), self._clock()
         spent_j, self._last_j = total_j - self._last_j, total_j
-        shares = self._running.values()
-        if not shares:
+        self._measure_power(spent_j, now)
+        paid_j = min(spent_j, self.ahead_j)
+        self.ahead_j -= paid_j
+        spent_j -= paid_j
+        if not self._running:
             self.idle_j += spent_j
             return
-        new_tokens = sum(share.new_tokens for share in shares)
-        for share in shares:
-            # No token yet from anybody means that all of them are in prefill: equal parts.
-            part = share.new_tokens / new_tokens if new_tokens else 1.0 / len(shares)
-            share.energy_j += spent_j * part
+        new_tokens = self._new_tokens()
+        for share in self._running.values():
+            share.energy_j += spent_j * self._part(share, new_tokens)
             share.new_tokens = 0
+
+    def _tick_if_due(self) -> bool:
+        known = self._power_w is not None
+        if known and self._clock() - self._read_at < self._min_read_s:
+            return False
+        self.tick()
+        return True
+
+    def _measure_power(self, spent_j: float, now: float) -> None:
+        """Follow the power of busy time; what is spent without a request is small beside it."""
+        busy_s, self._busy_s = self._busy_s, 0.0
+        if self._running:
+            busy_s, self._busy_at = busy_s + now - self._busy_at, now
+        self._read_at = now
+        if busy_s > 0.0:
+            before_w = spent_j / busy_s if self._power_w is None else self._power_w
+            gain = min(busy_s / POWER_MEMORY_S, 1.0)
+            self._power_w = before_w + gain * (spent_j / busy_s - before_w)
+
+    def _new_tokens(self) -> int:
+        return sum(share.new_tokens for share in self._running.values())
+
+    def _part(self, share: _Share, new_tokens: int) -> float:
+        """The share's part of what was spent since the last reading, in [0, 1]."""
+        # No token yet from anybody means that all of them are in prefill: equal parts.
+        return share.new_tokens / new_tokens if new_tokens else 1.0 / len(self._running)
 
 
 class _Increments:

@@ -6,7 +6,7 @@ per decision; it holds no lock and does no I/O. Its size is bounded by the numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
@@ -63,6 +63,7 @@ class SLMWindow:
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = Breaker(limits or BreakerLimits())
         self.wake_s: float | None = None
+        self.quality_factor = 1.0
 
     def observe(self, outcome: Outcome) -> None:
         """Count one finished request (any status)."""
@@ -142,6 +143,7 @@ class SLMWindow:
             breaker_open=self._breaker.blocks(now, in_flight),
             wake_s=spec.priors.wake_s if self.wake_s is None else self.wake_s,
             age_s=max(now - self._seen_at, 0.0),
+            quality_factor=self.quality_factor,
         )
 
     def _count_attempt(self, outcome: Outcome, now: float) -> None:
@@ -191,6 +193,11 @@ class FleetMonitor:
         """Remember a measured time from start to ready, in seconds."""
         if window := self._windows.get(slm_id):
             window.wake_s = wake_s
+
+    def set_quality_factors(self, factors: Mapping[str, float]) -> None:
+        """Correct P(success) of each SLM by its factor; one that is not named gets 1."""
+        for slm_id, window in self._windows.items():
+            window.quality_factor = factors.get(slm_id, 1.0)
 
     def state(
         self,

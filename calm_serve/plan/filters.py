@@ -6,10 +6,11 @@ shown in the explanation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from calm_serve.config import SLMSpec
-from calm_serve.types import OutputShape, RoutingContext, SLMState
+from calm_serve.errors import NoCandidateError, SLMUnavailableError
+from calm_serve.types import Candidate, OutputShape, RoutingContext, SLMState
 
 Filter = Callable[[RoutingContext, SLMSpec, SLMState], bool]
 
@@ -118,3 +119,31 @@ def excluded_by(
         if not keep(context, spec, state):
             return name
     return ""
+
+
+def split(
+    context: RoutingContext, specs: Mapping[str, SLMSpec], states: Mapping[str, SLMState]
+) -> tuple[list[str], list[Candidate]]:
+    """Ids that may serve the request, and the others with what excludes them.
+
+    Raises SLMUnavailableError or NoCandidateError when there is nobody, with each SLM's reason.
+    """
+    allowed: list[str] = []
+    excluded: list[Candidate] = []
+    plain = is_plain(context)
+    for slm_id, spec in specs.items():
+        why = excluded_by(context, spec, states[slm_id], plain=plain)
+        if why:
+            excluded.append(Candidate(slm_id=slm_id, excluded_by=why))
+        else:
+            allowed.append(slm_id)
+    if not allowed:
+        soft = RELAXED_IF_NOBODY_PASSES
+        allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
+        excluded = [c for c in excluded if c.excluded_by != soft]
+    if not allowed:
+        reasons = ", ".join(f"{c.slm_id}: {c.excluded_by}" for c in excluded)
+        if all(c.excluded_by in ("available", "breaker") for c in excluded):
+            raise SLMUnavailableError(f"no SLM is available ({reasons})")
+        raise NoCandidateError(f"no SLM can take this request ({reasons})")
+    return allowed, excluded

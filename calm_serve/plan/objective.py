@@ -2,14 +2,17 @@
 
     score = w_quality * quality - w_latency * latency - w_energy * energy - w_switching * switching
 
-Quality is P(success); latency is end-to-end seconds plus a penalty for a missed SLO; energy is
-joules; switching is 1 when the SLM would have to be woken. The CALM paper (arXiv 2602.03632)
+Quality is P(success), corrected by what was recently said of the SLM's answers; latency is
+end-to-end seconds plus a penalty for a missed SLO; energy is joules; switching is 1 when the SLM
+would have to be woken. The CALM paper (arXiv 2602.03632)
 weighs semantic fit and recent QoS by hand-tuned weights in the same shape; here every term is a
 prediction for this request on the fleet as it is now.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from zlib import crc32
 
 from calm_serve.config import Goals, SLMSpec
@@ -29,9 +32,15 @@ def evaluate(
 ) -> Candidate:
     """Score one candidate; every term of the sum is kept for the explanation."""
     latency = weights.latency_per_s * prediction.e2e_s + slo_penalty(context, prediction)
+    if weights.late_ttft_per_s:
+        over_s = prediction.ttft_s - weights.late_ttft_after_s
+        latency += weights.late_ttft_per_s * max(0.0, over_s)
+    if weights.late_e2e_per_s:
+        over_s = prediction.e2e_s - weights.late_e2e_after_s
+        latency += weights.late_e2e_per_s * max(0.0, over_s)
     energy = weights.energy_per_j * prediction.energy_j
     switching = 0.0 if state.residency is Residency.HOT else weights.switching
-    quality = prediction.success_ratio
+    quality = min(prediction.success_ratio * state.quality_factor, 1.0)
     return Candidate(
         slm_id=prediction.slm_id,
         prediction=prediction,
@@ -68,6 +77,29 @@ def above_floor(candidates: list[Candidate], floor: float) -> list[Candidate]:
     return kept or [max(candidates, key=lambda c: (c.quality, c.slm_id))]
 
 
+def preferred(
+    context: RoutingContext,
+    scored: Sequence[Candidate],
+    specs: Mapping[str, SLMSpec],
+    states: Mapping[str, SLMState],
+    weights: Weights,
+    floor: float,
+) -> str:
+    """The SLM that would win if all were hot; "" when they are, which costs next to nothing."""
+    if all(states[c.slm_id].residency is Residency.HOT for c in scored):
+        return ""
+    awake: list[Candidate] = []
+    for candidate in scored:
+        state, prediction = states[candidate.slm_id], candidate.prediction
+        if state.residency is Residency.HOT or prediction is None:
+            awake.append(candidate)
+            continue
+        wake_s = state.wake_s or specs[candidate.slm_id].priors.wake_s
+        hot = replace(prediction, ttft_s=max(prediction.ttft_s - wake_s, 0.0))
+        awake.append(evaluate(context, hot, replace(state, residency=Residency.HOT), weights))
+    return above_floor(ranked(awake), floor)[0].slm_id
+
+
 def explore(
     order: list[Candidate], decision_id: str, ratio: float
 ) -> tuple[Candidate, float, bool]:
@@ -79,7 +111,13 @@ def explore(
     >>> explore([Candidate("a", score=1.0), Candidate("b", score=0.9)], "some-id", 0.0)[1:]
     (1.0, False)
     """
-    others = [c for c in order[1:] if c.latency <= order[0].latency + SLO_PENALTY / 2]
+    best = order[0]
+    others = [
+        c
+        for c in order[1:]
+        # Nobody is woken, and nobody else sent to sleep, to try something.
+        if c.latency <= best.latency + SLO_PENALTY / 2 and c.switching <= best.switching
+    ]
     if not others or ratio <= 0.0:
         return order[0], 1.0, False
     draw = crc32(decision_id.encode()) / 2**32

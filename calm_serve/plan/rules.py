@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from calm_serve.config import Rule
-from calm_serve.types import RoutingContext
+from calm_serve.types import Residency, RoutingContext, SLMState
+
+# A rule promises that its SLM can do the job. Once less than this share of the usual successes
+# is left, the request is scored like any other.
+MIN_QUALITY_FACTOR = 0.5
 
 
 def matches(rule: Rule, context: RoutingContext) -> bool:
@@ -19,6 +23,14 @@ def matches(rule: Rule, context: RoutingContext) -> bool:
     if context.prompt_chars < rule.min_prompt_chars:
         return False
     return not rule.max_prompt_chars or context.prompt_chars <= rule.max_prompt_chars
+
+
+def keeps_its_word(state: SLMState) -> bool:
+    """Whether an SLM that a rule names is awake and answers about as well as it used to.
+
+    One that must be woken first is weighed against those that need not.
+    """
+    return state.quality_factor >= MIN_QUALITY_FACTOR and state.residency is Residency.HOT
 
 
 def first_match(rules: tuple[Rule, ...], context: RoutingContext) -> Rule | None:

@@ -35,6 +35,7 @@ STOP_S = 90.0
 POLL_S = 0.25
 MIN_OUTCOMES = 100
 RETRAIN_EVERY = 50
+SHADOW_REQUESTS = 20
 TWO_REPLICAS = "general"
 INGRESS_PORTS = frozenset(range(30_000, 32_768))  # where routers listen behind the proxy
 MARK = "CALM_TEST_RUN"  # in the environment of every process that belongs to this run
@@ -225,6 +226,7 @@ class ServedFleet:
             "state_dir": str(self.state_dir),
             "min_outcomes": MIN_OUTCOMES,
             "retrain_every": RETRAIN_EVERY,
+            "shadow_requests": SHADOW_REQUESTS,
         }
         args["router"] = {"replicas": 2, "num_cpus": 0.1}
         application["deployments"] = [

@@ -65,7 +65,7 @@ def process_of(state_dir: str) -> int:
 async def test_outcomes_in_predictor_out_and_both_survive_a_kill(learning: Learning) -> None:
     actor = await get_knowledge("test", make_fleet(), learning)
     have = {k: e["version"] for k, e in (await actor.board.remote({}, 0.0)).items()}
-    waiting = asyncio.ensure_future(patiently(actor, "board", have, 60.0))
+    waiting = asyncio.ensure_future(patiently(actor, "board", have, 60.0, ["predictor"]))
     rows = make_world(300)
     assert await actor.log.remote("b1", rows) == [o.outcome_id for o in rows]
     news = await waiting

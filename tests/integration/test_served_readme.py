@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import httpx
 import pytest
 from served_fleet import ROOT, ServedFleet
 
@@ -20,7 +21,7 @@ def block(language: str, containing: str) -> str:
 
 
 def test_the_readmes_curl_command_names_the_slm_in_its_headers(fleet: ServedFleet) -> None:
-    command = block("sh", "curl").replace("http://127.0.0.1:8000", fleet.url)
+    command = block("sh", "curl -i").replace("http://127.0.0.1:8000", fleet.url)
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True
     )
@@ -35,6 +36,23 @@ def test_the_readmes_python_example_prints_an_answer(fleet: ServedFleet) -> None
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip()
+
+
+def test_the_readmes_goals_are_taken_and_remembered(fleet: ServedFleet) -> None:
+    before = fleet.get("/v1/goals")["goals"]
+    command = block("sh", "-X PUT").replace("http://127.0.0.1:8000", fleet.url)
+    try:
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True
+        )
+        changed, history = (
+            json.loads(part) for part in done.stdout.replace("}{", "}\n{").split("\n")
+        )
+        assert {t["name"] for t in changed["targets"]} == {"e2e_p95_s", "min_quality"}
+        assert history["history"][0]["by"] == "you"
+    finally:
+        with httpx.Client(base_url=fleet.url, timeout=30.0) as client:
+            client.put("/v1/goals", json=before).raise_for_status()
 
 
 @pytest.mark.parametrize(("prompt", "slm", "stage"), TABLE)

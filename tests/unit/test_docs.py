@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import calm_serve
-from calm_serve.config import SLMSpec
+from calm_serve.config import Goals, ResidencyOptions, SLMSpec
 from calm_serve.config_load import load_args, load_fleet
 from load_tests.__main__ import BENCHMARKS
 
@@ -37,6 +37,12 @@ def test_every_added_application_in_the_readme_is_one_slm() -> None:
         SLMSpec.model_validate(app["args"])
 
 
+def test_every_section_of_arguments_in_the_readme_is_valid() -> None:
+    documents = [yaml.safe_load(b) for b in blocks("yaml")]
+    assert [Goals.model_validate(d["goals"]) for d in documents if "goals" in d]
+    assert [ResidencyOptions.model_validate(d["residency"]) for d in documents if "residency" in d]
+
+
 def test_every_make_target_in_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     used = set(re.findall(r"\bmake ([a-z]+)\b", " ".join(blocks("sh"))))
@@ -47,7 +53,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 def test_every_endpoint_in_the_readme_is_served() -> None:
     source = (ROOT / "deployments" / "router.py").read_text(encoding="utf-8")
-    for path in set(re.findall(r"`(?:GET|POST) (/[a-z/0-9]+)", README)):
+    for path in set(re.findall(r"`(?:GET|POST|PUT) (/[a-z/0-9]+)", README)):
         assert path.rstrip("/") in source, path
 
 

@@ -16,6 +16,7 @@ from calm_serve.monitor.energy import (
     TokenShareAttributor,
     best_meter,
 )
+from calm_serve.testing import FakeClock
 
 
 class Dial:
@@ -38,6 +39,11 @@ class FakeMeter:
 
     def read_j(self) -> float:
         return self.joules
+
+
+def attributor(meter: FakeMeter) -> TokenShareAttributor:
+    """One that reads the meter each time."""
+    return TokenShareAttributor(meter, FakeClock(), min_read_s=0.0)
 
 
 def rapl_files(values: dict[str, int]) -> Callable[[Path], str]:
@@ -116,7 +122,7 @@ def test_best_meter_estimates_where_there_is_no_rapl(tmp_path: Path) -> None:
 
 def test_joules_follow_the_tokens_each_request_produced() -> None:
     meter = FakeMeter()
-    account = TokenShareAttributor(meter)
+    account = attributor(meter)
     account.start("a")
     account.start("b")
     account.add_tokens("a", 30)
@@ -129,7 +135,7 @@ def test_joules_follow_the_tokens_each_request_produced() -> None:
 
 def test_energy_spent_before_a_request_came_is_idle() -> None:
     meter = FakeMeter()
-    account = TokenShareAttributor(meter)
+    account = attributor(meter)
     meter.joules += 3.0
     account.start("a")
     meter.joules += 2.0
@@ -140,7 +146,7 @@ def test_energy_spent_before_a_request_came_is_idle() -> None:
 
 def test_prefill_is_shared_equally_while_nobody_has_a_token() -> None:
     meter = FakeMeter()
-    account = TokenShareAttributor(meter)
+    account = attributor(meter)
     account.start("a")
     account.start("b")
     meter.joules += 4.0
@@ -150,7 +156,7 @@ def test_prefill_is_shared_equally_while_nobody_has_a_token() -> None:
 
 def test_tokens_are_charged_once() -> None:
     meter = FakeMeter()
-    account = TokenShareAttributor(meter)
+    account = attributor(meter)
     account.start("a")
     account.start("b")
     account.add_tokens("a", 5)
@@ -163,7 +169,7 @@ def test_tokens_are_charged_once() -> None:
 
 
 def test_starting_a_running_request_again_is_an_error() -> None:
-    account = TokenShareAttributor(FakeMeter())
+    account = attributor(FakeMeter())
     account.start("a")
     with pytest.raises(ValueError, match="runs already"):
         account.start("a")
@@ -175,22 +181,24 @@ steps = st.lists(
         st.integers(0, 4),
         st.integers(0, 50),
         st.floats(0, 100, allow_nan=False),
+        st.floats(0, 1, allow_nan=False),
     ),
     max_size=60,
 )
 
 
-@given(steps)
-def test_requests_plus_idle_is_what_the_meter_read(
-    actions: list[tuple[str, int, int, float]],
+@given(steps, st.sampled_from((0.0, 0.05, 0.5)))
+def test_the_books_balance_whatever_starts_and_ends_between_two_readings(
+    actions: list[tuple[str, int, int, float, float]], min_read_s: float
 ) -> None:
-    meter = FakeMeter()
-    account = TokenShareAttributor(meter)
+    meter, clock = FakeMeter(), FakeClock()
+    account = TokenShareAttributor(meter, clock, min_read_s)
     running: set[str] = set()
     finished_j = 0.0
-    for verb, request, tokens, joules in actions:
+    for verb, request, tokens, joules, seconds in actions:
         name = str(request)
         meter.joules += joules
+        clock.advance(seconds)
         if verb == "start" and name not in running:
             account.start(name)
             running.add(name)
@@ -201,6 +209,53 @@ def test_requests_plus_idle_is_what_the_meter_read(
             running.remove(name)
         elif verb == "tick":
             account.tick()
+        charged_j = finished_j + account.running_j + account.idle_j
+        assert charged_j == pytest.approx(account.total_j + account.ahead_j)
+        assert account.requests_j == pytest.approx(finished_j)
+        assert account.ahead_j >= 0.0
     account.tick()
     assert account.total_j == pytest.approx(meter.joules - 50.0)
-    assert finished_j + account.running_j + account.idle_j == pytest.approx(account.total_j)
+
+
+class SteadyMeter:
+    """A machine of 10 W while the clock runs; counts how often it was read."""
+
+    source = "estimate"
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.reads = 0
+
+    def read_j(self) -> float:
+        self.reads += 1
+        return 10.0 * self._clock()
+
+
+def test_between_two_readings_a_request_is_charged_the_recent_power() -> None:
+    clock = FakeClock()
+    meter = SteadyMeter(clock)
+    account = TokenShareAttributor(meter, clock, min_read_s=0.05)
+    charged = []
+    for number in range(200):
+        account.start(str(number))
+        clock.advance(0.02)
+        account.add_tokens(str(number), 8)
+        charged.append(account.finish(str(number)).energy_j)
+    assert charged == pytest.approx([0.2] * 200)
+    assert meter.reads < 200 * 0.02 / 0.05 + 5
+    assert account.ahead_j <= 10.0 * 0.05
+
+
+def test_short_requests_with_pauses_between_them_pay_for_themselves() -> None:
+    """10 W while a request runs, nothing in between; a request is shorter than two readings."""
+    meter, clock = FakeMeter(), FakeClock()
+    account = TokenShareAttributor(meter, clock, min_read_s=0.05)
+    for number in range(100):
+        account.start(str(number))
+        clock.advance(0.03)
+        meter.joules += 0.3
+        account.add_tokens(str(number), 8)
+        assert account.finish(str(number)).energy_j == pytest.approx(0.3, rel=0.05)
+        clock.advance(0.07)
+    account.tick()
+    assert account.idle_j == pytest.approx(0.0, abs=0.3)

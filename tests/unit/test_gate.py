@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from calm_serve.knowledge.gate import MIN_HOLDOUT, Verdict, VerdictReason, compare, judge
+from calm_serve.config import Goals
+from calm_serve.knowledge import gate
+from calm_serve.knowledge.evaluation import Estimate
+from calm_serve.knowledge.gate import (
+    MIN_EXPLORED,
+    MIN_HOLDOUT,
+    ValueGain,
+    Verdict,
+    VerdictReason,
+    compare,
+    judge,
+    value_gain,
+)
 from calm_serve.knowledge.trainer import Training, train
+from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_world
+from tests.logged_decisions import serve
 
 
 def trained(truth: bool = True, count: int = 400) -> Training:
@@ -95,3 +111,70 @@ def test_equal_input_and_seed_give_an_equal_verdict() -> None:
     training = trained(count=120)
     assert verdict(training, seed=4) == verdict(training, seed=4)
     assert verdict(training, seed=4) != verdict(training, seed=5)
+
+
+def logged(count: int, *, explored: bool, seed: int = 0) -> list[Outcome]:
+    """Choices of the prior, with or without exploration."""
+    return serve(count, Goals(exploration_ratio=0.3 if explored else 0.0), seed=seed)
+
+
+def test_a_challenger_that_also_chooses_better_is_published_with_both_numbers() -> None:
+    challenger = trained()
+    found = judge(logged(300, explored=True), None, challenger.artifact, base_rate=0.5, seed=0)
+    assert found.publish
+    assert found.explored >= MIN_EXPLORED
+    assert found.value_rows == 300
+    assert found.value_difference_ci95 is not None
+    assert found.value_difference_ci95[0] > 0.0
+
+
+def predicts_well_and_chooses_badly() -> Training:
+    """Better at predicting what is chosen now, wrong about what it would choose instead."""
+    rows = [o for o in make_world(800) if o.slm_id == CODER or o.outcome_id[-1] in "012"]
+    lies = [
+        replace(o, signals=(QualitySignal("feedback", 1.0, o.at),)) if o.slm_id == TALKER else o
+        for o in rows
+    ]
+    return train(lies, (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
+
+
+def test_a_challenger_that_predicts_better_and_may_choose_worse_is_held_back() -> None:
+    challenger = predicts_well_and_chooses_badly()
+
+    def poor_talker(code: bool, slm_id: str) -> float:
+        return 0.75 if slm_id == CODER and not code else 0.05
+
+    outcomes = serve(400, Goals(exploration_ratio=0.15), truth=poor_talker)
+    gain = value_gain(outcomes, None, challenger.artifact, seed=0)
+    assert gain is not None
+    assert gain.explored >= MIN_EXPLORED
+    assert gain.estimate.ci95[1] < 0.0
+
+
+def test_without_explored_rows_the_log_loss_decides_alone() -> None:
+    found = judge(logged(300, explored=False), None, trained().artifact, base_rate=0.5, seed=0)
+    assert found.explored == 0
+    assert found.reason is not VerdictReason.VALUE_MAY_FALL
+
+
+@pytest.mark.parametrize(
+    ("low", "explored", "publish", "reason"),
+    [
+        (-0.01, MIN_EXPLORED, True, VerdictReason.BETTER),
+        (-0.03, MIN_EXPLORED, False, VerdictReason.VALUE_MAY_FALL),
+        (-0.03, MIN_EXPLORED - 1, True, VerdictReason.BETTER),
+    ],
+)
+def test_the_lower_bound_of_the_value_decides_once_enough_was_explored(
+    monkeypatch: pytest.MonkeyPatch,
+    low: float,
+    explored: int,
+    publish: bool,
+    reason: VerdictReason,
+) -> None:
+    training = trained()
+    gain = ValueGain(Estimate(0.0, (low, 0.1)), 100, explored)
+    monkeypatch.setattr(gate, "value_gain", lambda *_, **__: gain)
+    found = judge(training.holdout, None, training.artifact, base_rate=training.base_rate, seed=0)
+    assert (found.publish, found.reason) == (publish, reason)
+    assert found.value_difference_ci95 == (low, 0.1)

@@ -25,7 +25,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 async def test_the_board_answers_at_once_what_is_new_and_only_that(world: World) -> None:
     service = world.start()
     first = await service.board({}, 5.0)
-    assert set(first) == {"registry", "states"}
+    assert set(first) == {"registry", "states", "challenger", "models"}
     have = {k: e["version"] for k, e in first.items()}
     await service.report_state(CODER, "r1", "loading", {"import": 1.5}, "weights")
     second = await service.board(have, 5.0)
@@ -50,9 +50,25 @@ async def test_a_long_poll_without_news_ends_empty() -> None:
     assert await board.wait({"a": 7}, 0.001) == {}
 
 
+async def test_a_reader_of_some_keys_is_left_alone_by_the_others() -> None:
+    board = Board(7)
+    reading = asyncio.create_task(board.wait({}, 60.0, ["b"]))
+    for key in ("a", "a", "b"):
+        assert not reading.done()
+        board.publish(key, 1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert set(await reading) == {"b"}
+
+
 async def test_a_reader_of_a_service_that_restarted_reads_everything_again(world: World) -> None:
     have = {k: e["version"] for k, e in (await world.start().board({}, 0.0)).items()}
-    assert set(await world.start().board(have, 0.0)) == {"registry", "states"}
+    assert set(await world.start().board(have, 0.0)) == {
+        "registry",
+        "states",
+        "challenger",
+        "models",
+    }
 
 
 async def test_a_registered_slm_is_on_the_board_until_its_heartbeat_stops(world: World) -> None:

@@ -178,11 +178,15 @@ async def test_a_restart_does_not_train_again_on_the_same_outcomes(world: World)
     assert len(world.jobs) == 1
 
 
-def ship(folder: Path) -> str:
-    """Write a shipped predictor; return its folder."""
+def ship(folder: Path, *, lies: bool = False) -> str:
+    """Write a shipped predictor, of this world or of one of coin flips; return its folder."""
     folder.mkdir()
     training = train(
-        make_world(200, seed=9), (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0
+        make_world(200, seed=9, truth=not lies),
+        (CODER, TALKER),
+        seed=0,
+        holdout_ratio=0.25,
+        clock=lambda: 0.0,
     )
     (folder / "predictor.bin").write_bytes(training.artifact.to_bytes())
     return str(folder)
@@ -232,3 +236,36 @@ async def test_retention_is_bounded(world: World) -> None:
     await service.log("b", make_world(1010))
     assert await service.prune() == 10
     assert (await service.status())["outcomes"] == 1000
+
+
+async def test_a_shipped_champion_is_challenged_in_the_shadow_first(
+    world: World, tmp_path: Path
+) -> None:
+    service = world.start(predictor=ship(tmp_path / "shipped", lies=True))
+    await service.log("b", make_world(300))
+    await settled(service)
+    board = await service.board({}, 0.0)
+    assert board["predictor"]["value"]["source"] == "shipped"
+    challenger = board["challenger"]["value"]["version"]
+    status = await service.status()
+    assert status["last_verdict"]["then"] == "shadow"
+    assert status["models"]["challenger"] == challenger
+    world.clock.now += 60.0
+    await service.tick()
+    assert (await service.board({}, 0.0))["predictor"]["value"]["version"] == challenger
+
+
+async def test_an_operators_action_answers_with_the_list_and_is_published(
+    world: World, tmp_path: Path
+) -> None:
+    service = world.start(predictor=ship(tmp_path / "shipped", lies=True), shadow_requests=0)
+    await service.log("b", make_world(300))
+    await settled(service)
+    trained = (await service.predictors())["data"][0]["version"]
+    rolled = await service.change_predictor("rollback")
+    assert {m["version"]: m["state"] for m in rolled["data"]}[trained] == "rolled_back"
+    board = await service.board({}, 0.0)
+    assert board["predictor"]["value"]["source"] == "shipped"
+    assert board["models"]["value"]["last_change"]["before"] == trained
+    again = world.start(predictor=str(tmp_path / "shipped"))
+    assert (await again.status())["predictor_source"] == "shipped"

@@ -57,6 +57,18 @@ HOST = HostUsage(cpu_ratio=0.5, memory_used_bytes=100, memory_total_bytes=400)
 SNAPSHOT = {
     "ready": True,
     "predictor": {"version": "lgbm-7"},
+    "goals": {
+        "weights": {"latency_per_s": 0.1},
+        "targets": [{"name": "ttft_p95_s", "target": 1.0, "measured": 0.5, "held": True}],
+    },
+    "residency": {"budget_bytes": 400, "hot_bytes": 300, "swaps": 7, "held_requests": 2},
+    "alarms": [{"kind": "quality", "slm": "code"}],
+    "choices": {
+        "calibration_error": 0.04,
+        "entropy_ratio": 0.8,
+        "gain_best_single": 0.05,
+        "gain_share_matched": 0.1,
+    },
     "slms": [
         {
             "id": "code",
@@ -70,6 +82,14 @@ SNAPSHOT = {
             "cached_prefix_ratio": None,
             "memory_bytes": 1 << 30,
             "ready_s": {"import": 6.0, "engine": 9.0, "warmup": 1.0, "total": 16.0},
+            "wake_s": 0.2,
+            "quality_factor": 0.4,
+            "calibration": {"e2e_s": {"p50": 1.0, "p95": 2.0, "coverage_ratio": 0.94}},
+            "energy": {
+                "source": "estimate",
+                "idle_j": 12.5,
+                "attribution_error_ratio": 0.01,
+            },
         },
         {"id": "chat", "state": "cold", "replicas": 0, "ready_s": None},
     ],
@@ -254,14 +274,38 @@ def test_exposition_shows_the_fleet_snapshot_it_is_given() -> None:
     assert key("calm_slm_cached_prefix_ratio", slm="code") not in shown
 
 
+def test_exposition_shows_alarms_that_are_on_and_zero_for_those_that_are_off() -> None:
+    metrics, _ = router_metrics()
+    shown = samples(render_fleet_metrics(metrics.aggregates, SNAPSHOT))
+    assert shown[key("calm_alarm", kind="quality", slm="code")] == 1.0
+    assert shown[key("calm_alarm", kind="speed", slm="code")] == 0.0
+    assert shown[key("calm_alarm", kind="prompt_mix", slm="")] == 0.0
+    assert shown[key("calm_prediction_coverage_ratio", slm="code", kind="e2e_s")] == 0.94
+    assert shown[key("calm_energy_idle_joules", slm="code", source="estimate")] == 12.5
+    assert shown[key("calm_choice_gain", against="share_matched")] == 0.1
+
+
 def test_exposition_exports_the_series_names_the_table_promises() -> None:
     metrics, _ = router_metrics()
     metrics.observe(OUTCOME)
+    for hot in (True, False):
+        metrics.observe(replace(OUTCOME, extra={"preferred": "chat", "preferred_hot": hot}))
     metrics.refresh(SNAPSHOT, HOST)
     full = SNAPSHOT | {"slms": [SNAPSHOT["slms"][0] | {"cached_prefix_ratio": 0.1}]}
     names = {name for name, _ in samples(render_fleet_metrics(metrics.aggregates, full))}
     promised = {series for metric in METRICS for series in metric.series}
     assert names == promised | {"calm_predictor_info"}
+
+
+def test_residency_hits_are_counted_for_the_preferred_slm() -> None:
+    metrics, _ = router_metrics()
+    for preferred, hot in (("chat", True), ("chat", False), ("chat", True), ("nobody", True)):
+        metrics.observe(replace(OUTCOME, extra={"preferred": preferred, "preferred_hot": hot}))
+    shown = samples(render_fleet_metrics(metrics.aggregates, SNAPSHOT))
+    assert shown[key("calm_residency_hits_total", slm="chat")] == 2.0
+    assert shown[key("calm_residency_misses_total", slm="chat")] == 1.0
+    assert shown[key("calm_residency_hits_total", slm="other")] == 1.0
+    assert shown[key("calm_residency_hot_bytes")] == 300.0
 
 
 def test_host_monitor_reads_plausible_ratios() -> None:

@@ -31,6 +31,7 @@ class Knowledge:
 
     predictor_source = "shipped"
     reachable = True
+    models = {"challenger": "lgbm-2"}
 
     def __init__(self) -> None:
         self.signals: list[tuple[str, tuple[QualitySignal, ...]]] = []
@@ -99,6 +100,7 @@ async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) 
         "source": "shipped",
         "outcomes_pending": 3,
         "knowledge_reachable": True,
+        "challenger": "lgbm-2",
     }
     assert [s["id"] for s in document["slms"]] == ["small", "large"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.slm import ResidentAdapter
+from deployments.resident_adapter import ResidentAdapter
 
 
 class Engine:

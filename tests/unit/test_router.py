@@ -12,9 +12,9 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from calm_serve.analyze.request import parse_completion
+from calm_serve.knowledge.decisions import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
-from deployments import dispatch, fleet_view, router
+from deployments import dispatch, endings, fleet_view, router
 from deployments.live import LiveView
 from deployments.wire import Final, Refusal, deployment_name
 from tests.router_harness import Knowledge, Metrics, Service
@@ -201,16 +201,22 @@ async def test_a_dry_run_decides_and_asks_nobody(view: LiveView, tmp_path: Path)
 
 
 def test_a_call_is_written_down_once_whoever_comes_first() -> None:
-    class Recorder:
-        rows = 0
-
-        def record(self, *_call: Any) -> None:
-            self.rows += 1
-
-    recorder: Any = Recorder()
+    rows: list[dispatch.Call] = []
     call = dispatch.Call(make_decision("small"), make_state("small"), ())
-    parsed = parse_completion({"prompt": "hi"})
-    finish = router._Finish(recorder, call, parsed, "", None)
+    finish = endings.Finish(call, lambda: rows.append(call))
     finish()
     finish()
-    assert recorder.rows == 1
+    assert rows == [call]
+
+
+async def test_a_scored_choice_can_be_made_again_from_its_outcome(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, Final(b"{}", make_facts("r1"))) as service:
+        await service.post(CHAT)
+        await service.post({**CHAT, "model": "large"})
+        scored, pinned = await service.outcomes()
+    logged = read_decision(scored)
+    assert logged is not None
+    assert redecide(logged, rescore(logged)) == scored.slm_id
+    assert "candidates" not in pinned.extra

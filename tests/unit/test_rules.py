@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from calm_serve.config import Rule
-from calm_serve.plan.rules import first_match, matches
-from calm_serve.testing import make_context
-from calm_serve.types import OutputShape
+from calm_serve.plan.rules import first_match, keeps_its_word, matches
+from calm_serve.testing import make_context, make_state
+from calm_serve.types import OutputShape, Residency
 
 
 def rule(name: str = "r", **conditions: Any) -> Rule:
@@ -52,3 +52,10 @@ def test_the_first_of_several_matching_rules_wins() -> None:
 def test_no_rule_is_a_valid_answer() -> None:
     assert first_match((rule(marker="sql"),), make_context()) is None
     assert first_match((), make_context()) is None
+
+
+def test_a_rules_slm_keeps_its_word_while_it_is_awake_and_about_as_good_as_usual() -> None:
+    assert keeps_its_word(make_state())
+    assert not keeps_its_word(make_state(quality_factor=0.4))
+    assert not keeps_its_word(make_state(residency=Residency.ASLEEP))
+    assert not keeps_its_word(make_state(residency=Residency.COLD, replicas=0))

@@ -112,3 +112,10 @@ def test_submissions_must_be_in_time_order() -> None:
     engine.submit(2.0, 1, 1)
     with pytest.raises(ValueError, match=r"the last one was at 2\.0"):
         engine.submit(1.0, 1, 1)
+
+
+def test_a_slower_pace_stretches_the_service_alone() -> None:
+    usual, slow = (EngineSimulator(make_spec(), tpot_s=0.01, prefill_s_per_token=0.0) for _ in "ab")
+    first, second = usual.submit(1.0, 10, 11), slow.submit(1.0, 10, 11, pace=5.0)
+    assert (first.ttft_s, first.ended_s) == pytest.approx((0.01, 1.11))
+    assert (second.ttft_s, second.ended_s) == pytest.approx((0.05, 1.55))

@@ -1,0 +1,78 @@
+"""`calm goals`: what a running service is asked to hold, how it stands, and who asked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from calm_serve import cli_text
+
+_TARGETS = "GOAL TARGET MEASURED HELD FEASIBLE REQUESTS"
+_WEIGHTS = "WEIGHT NOW STATED"
+_CHANGES = "WHEN WHO GOALS"
+_STATED = {
+    "latency_per_s": "latency_weight_per_s",
+    "energy_per_j": "energy_weight_per_j",
+    "switching": "switching_weight",
+}
+
+
+def add_command(
+    commands: Any, default_url: str, run: Callable[[argparse.Namespace, Any], None]
+) -> None:
+    """Add the command; `run` prints `args.text(args, fetch)`."""
+    goals = commands.add_parser("goals", help="show what a running service holds, and its weights")
+    goals.add_argument("--url", default=default_url, help="the service (%(default)s)")
+    goals.add_argument(
+        "--history", type=int, default=0, metavar="N", help="and the last N changes of the goals"
+    )
+    goals.set_defaults(run=run, text=_goals)
+
+
+def _goals(args: argparse.Namespace, fetch: Callable[[str, None], dict[str, Any]]) -> str:
+    query = f"?history={args.history}" if args.history else ""
+    answer = fetch(f"{args.url.rstrip('/')}/v1/goals{query}", None)
+    return cli_text.rendered(goals_text, answer)
+
+
+def goals_text(answer: Mapping[str, Any]) -> str:
+    """Return GET /v1/goals' answer for people."""
+    stated, changed = answer["goals"], answer["changed"]
+    policy = f"policy {answer['policy']}, goals {answer['version']}"
+    if changed["by"]:
+        policy += f", set by {changed['by']} at {_when(changed['at'])}"
+    targets = [
+        (
+            target["name"],
+            cli_text.number(target["target"]),
+            cli_text.number(target["measured"]),
+            _said(target["held"]),
+            _said(target["feasible"]),
+            str(target["samples"]),
+        )
+        for target in answer["targets"]
+    ]
+    weights = [
+        (name, cli_text.number(value), cli_text.number(stated.get(_STATED.get(name, ""))))
+        for name, value in answer["weights"].items()
+    ]
+    parts = [policy, cli_text.table(_TARGETS, targets) if targets else "no target is set"]
+    parts.append(cli_text.table(_WEIGHTS, weights))
+    if "history" in answer:
+        changes = [(_when(c["at"]), c["by"], _fields(c["new"])) for c in answer["history"]]
+        parts.append(cli_text.table(_CHANGES, changes, left=2))
+    return "\n\n".join(parts)
+
+
+def _said(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "no"
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(sep=" ", timespec="seconds")
+
+
+def _fields(goals: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in goals.items()) or "defaults"

@@ -1,0 +1,222 @@
+"""P(success) of SLMs that no champion knows: from their examples, then from their first answers.
+
+A champion that was trained before an SLM came leaves it to the metadata prior, which is one number
+for every prompt without a marker, and another champion takes hundreds of labels and minutes. But
+P(success) is one small booster per SLM, so a newcomer's can be fitted alone: at first on the
+prompts that the fleet file names as examples (its own succeed at its `skill_quality`, those of
+others at its `quality`), then with its labelled answers too, whenever these have doubled.
+
+The artifact holds newcomers alone and stands in for the champion's prior (`with_newcomers`). So no
+other SLM's prediction changes, and it is out of use once a champion knows the SLM. There is no
+gate: `monitor/correction.py` takes back within tens of answers what an example promised wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from calm_serve.analyze.features import LOAD_NAMES, ContextBuilder, add_features
+from calm_serve.analyze.lightgbm import (
+    OWN_HEADS,
+    Artifact,
+    LightGBMPredictor,
+    fits_layout,
+    own_head,
+)
+from calm_serve.analyze.predictor import Predictor
+from calm_serve.analyze.request import Overrides, parse_chat
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.knowledge.labels import FEEDBACK, quality_label
+from calm_serve.knowledge.trainer import fit_heads
+from calm_serve.types import Outcome, Prediction, QualitySignal, RoutingContext, SLMState
+
+FIRST_LABELS = 10  # answers before the second fit; every further one needs twice as many
+MAX_ANSWERS = 640  # of one newcomer; by then a retraining has learned it
+MAX_NEWCOMERS = 16
+MAX_EXAMPLES = 512  # of all SLMs
+SEED = 0
+LABELLED = "labelled_answers"  # of each newcomer, among an artifact's metrics
+
+# P(success) is raised by so many standard errors of a rate after this many answers: what is not
+# known yet is tried where it may well be best, and nowhere else (upper confidence bounds; Auer,
+# Journal of Machine Learning Research 3, 2002). The examples count as the first answers.
+OPTIMISM, EXAMPLE_ANSWERS = 1.0, 8.0
+
+
+@dataclass(slots=True)
+class _Newcomer:
+    answers: OrderedDict[str, Outcome] = field(default_factory=OrderedDict)
+    labelled: int = 0
+    due_at: int = 0  # labelled answers
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `fit` needs: newcomers with their examples' and their answers' outcomes."""
+
+    rows: tuple[tuple[str, tuple[Outcome, ...]], ...]
+    labelled: tuple[tuple[str, int], ...]  # answers among them
+
+
+class Newcomers:
+    """Which SLMs are new, and what is known of them. Used from one event loop; bounded."""
+
+    def __init__(self) -> None:
+        self._fleet: Fleet | None = None
+        self._new: dict[str, _Newcomer] = {}
+
+    def follow(self, fleet: Fleet, known: Collection[str]) -> None:
+        """Take the fleet and the SLMs that the champion knows; the others are newcomers."""
+        self._fleet = fleet
+        ids = [s.id for s in fleet.slms if s.id not in known][:MAX_NEWCOMERS]
+        self._new = {slm_id: self._new.get(slm_id) or _Newcomer() for slm_id in ids}
+
+    def observe(self, outcomes: Iterable[Outcome]) -> None:
+        """Count answers of newcomers; those of other SLMs are ignored."""
+        for outcome in outcomes:
+            new = self._new.get(outcome.slm_id)
+            if new is None or outcome.status != "ok" or not fits_layout(outcome):
+                continue
+            if outcome.outcome_id not in new.answers:
+                new.labelled += quality_label(outcome.signals) is not None
+                new.answers[outcome.outcome_id] = outcome
+            if len(new.answers) > MAX_ANSWERS:
+                new.answers.popitem(last=False)
+
+    def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
+        """Count what was said of a newcomer's answer."""
+        for new in self._new.values():
+            if (outcome := new.answers.get(outcome_id)) is not None:
+                before = quality_label(outcome.signals) is not None
+                outcome = replace(outcome, signals=(*outcome.signals, *signals))
+                new.answers[outcome_id] = outcome
+                new.labelled += not before and quality_label(outcome.signals) is not None
+
+    def job(self) -> Job | None:
+        """The fit that is due, for all newcomers at once; None when nobody has news."""
+        if self._fleet is None or all(n.labelled < n.due_at for n in self._new.values()):
+            return None
+        rows, counts = [], []
+        for slm_id, new in self._new.items():
+            spec = next(s for s in self._fleet.slms if s.id == slm_id)
+            new.due_at = max(2 * new.labelled, FIRST_LABELS)
+            labelled = [o for o in new.answers.values() if quality_label(o.signals)]
+            rows.append((slm_id, (*example_outcomes(self._fleet, spec), *labelled)))
+            counts.append((slm_id, len(labelled)))
+        return Job(tuple(rows), tuple(counts))
+
+
+def example_outcomes(fleet: Fleet, newcomer: SLMSpec) -> list[Outcome]:
+    """The examples of all SLMs as if the newcomer had answered them as its priors say."""
+    builder, priors, found = ContextBuilder(fleet), newcomer.priors, []
+    texts = [(s.id, text) for s in fleet.slms for text in s.examples][:MAX_EXAMPLES]
+    for number, (slm_id, text) in enumerate(texts):
+        request = parse_chat({"messages": [{"role": "user", "content": text}]})
+        context = builder.build(request, Overrides(), f"example-{number}")
+        add_features(context, request)
+        quality = priors.skill_quality if slm_id == newcomer.id else priors.quality
+        found.append(
+            Outcome(
+                outcome_id=context.request_id,
+                at=0.0,
+                slm_id=newcomer.id,
+                adapter="",
+                path="",
+                reason="",
+                rule="",
+                propensity=1.0,
+                status="ok",
+                http_status=200,
+                retries=0,
+                predicted_replica="",
+                served_replica="",
+                cold=True,  # nobody timed it
+                ttft_s=None,
+                e2e_s=None,
+                tpot_s=None,
+                decision_s=0.0,
+                prompt_tokens=context.prompt_tokens,
+                cached_tokens=0,
+                output_tokens=max(round(priors.output_tokens), 1),
+                energy_j=None,
+                energy_source="",
+                task="",
+                numbers=context.numbers,
+                buckets=context.buckets,
+                load=(0.0,) * len(LOAD_NAMES),
+                predicted=(),
+                versions=("", "", ""),
+                signals=(QualitySignal(FEEDBACK, quality),),
+            )
+        )
+    return found
+
+
+def fit(job: Job, created_at: float) -> Artifact | None:
+    """An artifact of the newcomers alone, in about 0.1 s each; None when there is nothing to learn.
+
+    Equal jobs give equal boosters.
+    """
+    boosters: dict[str, str] = {}
+    for slm_id, rows in job.rows:
+        heads = fit_heads(rows, (slm_id,), SEED) if rows else {}
+        own = {own_head(head, slm_id) for head in OWN_HEADS}
+        boosters |= {key: text for key, text in heads.items() if key in own}
+    if not boosters:
+        return None
+    content = json.dumps(boosters, sort_keys=True).encode()
+    return Artifact(
+        version=f"new-{hashlib.sha256(content).hexdigest()[:12]}",
+        slm_ids=tuple(slm_id for slm_id, _ in job.rows),
+        boosters=boosters,
+        metrics={LABELLED: dict(job.labelled)},
+        trained_on=sum(len(rows) for _, rows in job.rows),
+        created_at=created_at,
+    )
+
+
+class Hopeful:
+    """Predictions of newcomers with an upper confidence bound for P(success)."""
+
+    def __init__(self, artifact: Artifact, prior: Predictor) -> None:
+        self.version = artifact.version
+        self._inner = LightGBMPredictor(artifact, prior)
+        answers = artifact.metrics[LABELLED]
+        self._spread = {
+            slm: OPTIMISM / math.sqrt(EXAMPLE_ANSWERS + answers[slm])
+            for slm in known_slms(artifact)
+        }
+
+    def predict(
+        self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
+    ) -> list[Prediction]:
+        """Return one Prediction per spec, in order."""
+        return [
+            replace(p, success_ratio=min(p.success_ratio + self._hope(p), 1.0))
+            for p in self._inner.predict(context, specs, states)
+        ]
+
+    def _hope(self, prediction: Prediction) -> float:
+        success = prediction.success_ratio
+        return self._spread.get(prediction.slm_id, 0.0) * math.sqrt(success * (1.0 - success))
+
+
+def with_newcomers(
+    champion: Artifact, newcomers: Artifact | None, prior: Predictor
+) -> LightGBMPredictor:
+    """The champion's predictions for whom it knows, else the newcomers', else `prior`'s."""
+    if newcomers is None:
+        return LightGBMPredictor(champion, prior)
+    predictor = LightGBMPredictor(champion, Hopeful(newcomers, prior))
+    predictor.version = f"{champion.version}+{newcomers.version}"
+    return predictor
+
+
+def known_slms(champion: Artifact) -> set[str]:
+    """SLMs whose P(success) the champion predicts."""
+    return {s for s in champion.slm_ids if own_head(OWN_HEADS[0], s) in champion.boosters}

@@ -1,0 +1,64 @@
+"""Alarms that are on now: raised by detectors, ended by them or by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+# A change is an event, not a state: its alarm stays long enough for people to see it.
+LIFETIME_S = 600.0
+MAX_ALARMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One thing that is not as it was. `size` is in the unit that `kind` states."""
+
+    kind: str  # "quality", "tokens", "speed", "prompt_mix", "calibration", "constant_selector"
+    slm: str  # "" when it concerns the whole fleet
+    size: float
+    since: float  # on the clock of the `Alarms`
+    detail: str = ""
+    replica: str = ""
+
+
+class Alarms:
+    """At most MAX_ALARMS alarms, one per kind, SLM and replica. `clock` returns seconds."""
+
+    def __init__(self, clock: Callable[[], float], lifetime_s: float = LIFETIME_S) -> None:
+        self._clock, self._lifetime_s = clock, lifetime_s
+        self._on: dict[tuple[str, str, str], tuple[Alarm, float]] = {}
+
+    def start(
+        self, kind: str, slm: str, size: float, detail: str = "", replica: str = ""
+    ) -> Alarm | None:
+        """Raise an alarm or renew it; returned when it was not on before, None otherwise."""
+        now, key = self._clock(), (kind, slm, replica)
+        self._expire(now)
+        known = self._on.pop(key, None)
+        alarm = Alarm(kind, slm, round(size, 3), now, detail, replica)
+        if known is not None:
+            alarm = replace(alarm, since=known[0].since)
+        self._on[key] = alarm, now + self._lifetime_s
+        if len(self._on) > MAX_ALARMS:
+            del self._on[next(iter(self._on))]
+        return alarm if known is None else None
+
+    def end(self, kind: str, slm: str = "", replica: str = "") -> None:
+        """End an alarm before its time; one that is not on is fine."""
+        self._on.pop((kind, slm, replica), None)
+
+    def is_on(self, kind: str, slm: str = "", replica: str = "") -> bool:
+        """Whether this alarm is on."""
+        self._expire(self._clock())
+        return (kind, slm, replica) in self._on
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The alarms that are on, the oldest first, as plain data."""
+        self._expire(self._clock())
+        return [asdict(a) for a, _ in sorted(self._on.values(), key=lambda found: found[0].since)]
+
+    def _expire(self, now: float) -> None:
+        for key in [k for k, (_, until) in self._on.items() if until <= now]:
+            del self._on[key]

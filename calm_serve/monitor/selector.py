@@ -1,0 +1,135 @@
+"""Does routing route? What the choices gained by reading prompts, by the scores they were made on.
+
+Two blind rivals are scored on the same decisions: the best single SLM, and one that keeps the
+shares of the choices but draws them without reading. A router that cannot beat them costs work
+and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from calm_serve.types import Decision, DecisionPath
+
+WINDOW = 512
+MIN_DECISIONS = 200
+MIN_ENTROPY_RATIO = 0.05  # below it one SLM has nearly all: 0.99 of two, 0.992 of five
+MIN_GAIN = 0.005  # in quality points; less is nothing
+WEIGHED = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """One SLM over the window. `chosen_*` are what was chosen where this one was a candidate."""
+
+    chosen: int = 0
+    candidate: int = 0
+    score: float = 0.0
+    quality: float = 0.0
+    chosen_score: float = 0.0
+    chosen_quality: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    chosen: str
+    score: float
+    quality: float
+    best_quality: float
+    candidates: tuple[tuple[str, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """The window's summary; gains are per decision, in the objective's quality points."""
+
+    decisions: int
+    entropy_ratio: float  # of the choices: 0 is one SLM for all, 1 all equally
+    gain_best_single: float
+    gain_share_matched: float
+    quality_gain_share_matched: float  # P(success) alone, without load and cost
+    forgone_quality: float  # best P(success) among the candidates less the chosen one's
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """Why content adds nothing, "" when it does or when it is too early to say."""
+        if self.decisions < MIN_DECISIONS:
+            return ""
+        if self.entropy_ratio < MIN_ENTROPY_RATIO:
+            favourite = max(self.shares, key=self.shares.__getitem__)
+            if self.forgone_quality < MIN_GAIN:
+                return f"{favourite} is best for every prompt"
+            return f"{favourite} gets every prompt although others are predicted better for some"
+        if self.gain_best_single < MIN_GAIN and self.quality_gain_share_matched < MIN_GAIN:
+            return "choices vary, but not with the prompt"
+        return ""
+
+
+class SelectorWatch:
+    """The last WINDOW scored decisions of one router; microseconds each, after the answer."""
+
+    def __init__(self) -> None:
+        self._window: deque[_Seen] = deque()
+        self._slms: dict[str, _Sums] = {}
+        self._score = self._quality = self._best_quality = 0.0
+
+    def observe(self, decision: Decision) -> None:
+        """Count a decision, if candidates were weighed and the best of them was taken."""
+        if decision.path not in WEIGHED:
+            return
+        weighed = [c for c in decision.candidates if c.prediction is not None]
+        chosen = next((c for c in weighed if c.slm_id == decision.slm_id), None)
+        if chosen is None or len(weighed) < 2:
+            return
+        seen = _Seen(
+            chosen.slm_id,
+            chosen.score,
+            chosen.quality,
+            max(c.quality for c in weighed),
+            tuple((c.slm_id, c.score, c.quality) for c in weighed),
+        )
+        self._window.append(seen)
+        self._count(seen, 1)
+        if len(self._window) > WINDOW:
+            self._count(self._window.popleft(), -1)
+
+    def gains(self) -> Gains | None:
+        """Summarise the window; None before the first decision."""
+        count = len(self._window)
+        if not count:
+            return None
+        shares = {i: s.chosen / count for i, s in self._slms.items() if s.chosen}
+        # Where an SLM was no candidate, a rival that prefers it gets what was really chosen.
+        score = {i: s.score + self._score - s.chosen_score for i, s in self._slms.items()}
+        quality = {i: s.quality + self._quality - s.chosen_quality for i, s in self._slms.items()}
+        blind_score = sum(share * score[i] for i, share in shares.items())
+        blind_quality = sum(share * quality[i] for i, share in shares.items())
+        entropy = -sum(share * math.log(share) for share in shares.values())
+        return Gains(
+            decisions=count,
+            entropy_ratio=round(entropy / math.log(max(len(self._slms), 2)), 4),
+            gain_best_single=round((self._score - max(score.values())) / count, 4),
+            gain_share_matched=round((self._score - blind_score) / count, 4),
+            quality_gain_share_matched=round((self._quality - blind_quality) / count, 4),
+            forgone_quality=round((self._best_quality - self._quality) / count, 4),
+            shares={i: round(share, 3) for i, share in sorted(shares.items())},
+        )
+
+    def _count(self, seen: _Seen, sign: int) -> None:
+        self._score += sign * seen.score
+        self._quality += sign * seen.quality
+        self._best_quality += sign * seen.best_quality
+        for slm_id, score, quality in seen.candidates:
+            sums = self._slms.setdefault(slm_id, _Sums())
+            sums.candidate += sign
+            sums.score += sign * score
+            sums.quality += sign * quality
+            sums.chosen_score += sign * seen.score
+            sums.chosen_quality += sign * seen.quality
+            if not sums.candidate:
+                del self._slms[slm_id]
+        if chosen := self._slms.get(seen.chosen):
+            chosen.chosen += sign

@@ -1,0 +1,309 @@
+"""Goals instead of weights: multipliers that move until the operator's targets hold.
+
+Every goal is a constraint of "quality less what it costs under the stated weights", and has a
+multiplier x, the price of missing it (Lagrange; arXiv 2602.03632 leaves its weights to people):
+
+    quality             1 + x
+    energy              stated + x / unit per joule; power is energy per request at this rate
+    p95 TTFT, p95 E2E   x / unit per second predicted beyond FREE_RATIO of the target
+
+The unit is the target, or what candidates take on the mean where that is more, so an x means the
+same whatever the target is.
+
+A p95 goal needs its slowest requests to be faster, not all of them, so its price is the hinge that
+stands for a quantile in convex form (Rockafellar and Uryasev, Optimization of CVaR, 2000), on TTFT
+or E2E itself: less of the latter need not mean less of the former. Simulated (tests/goal_world.py),
+a price on every second holds the same p95 at 0.07 less quality.
+
+The choice is a step function of the multipliers, so a gradient needs a step size that fits no
+second fleet. `step` scans instead: it recomputes the choices of the last requests under other
+multipliers, one by one and all together, from where it stands, and takes what misses least and then
+costs least. Predictions are corrected by what was measured, by SLM; a p95 goal counts the expected
+share of late requests, with the spread seen. Where not all can hold, quality wins over latency over
+energy, by PENALTIES. Multipliers are bounded and reach their place in several steps, because load
+follows the choice.
+
+Each router holds the goals for its own requests; then the fleet does. Power is divided among them.
+With few scored requests, or without targets, the weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from calm_serve.config import Goals
+from calm_serve.plan import goal_window as gw
+from calm_serve.plan.goal_window import Array, GoalWindow, Terms
+from calm_serve.plan.objective import weights_of
+from calm_serve.types import Decision, Outcome, Weights
+
+LATE_RATIO = 0.05  # of a p95
+TOLERANCE = 0.1  # a goal is held when what was measured is within this of it
+FREE_RATIO = 0.7  # share of a p95 target that costs nothing
+# Aimed at, because what is measured scatters around what is aimed at.
+AIM_LATE_RATIO, AIM_ENERGY_RATIO, AIM_QUALITY_RATIO = 0.035, 0.97, 1.005
+BIAS_LIMIT = 0.04  # of the share of late requests: what the spread does not explain
+
+# A request that is late by a factor e counts so much more: less late is better even where on time
+# is out of reach, and a few very late ones are what makes a p95 jump.
+LATER = 0.3
+
+MIN_SCORED = 16  # fewer scored requests in the window leave the weights as they are
+STEP_ROWS = 8  # finished requests between two steps
+ENCODE_ROWS = 64  # taken into the window per step, which bounds its time
+LIMIT = 30.0  # of a multiplier: one unit then counts 30 times all of quality
+FIRST, FASTER, SLOWER = 0.2, 3.0, 0.4  # of a multiplier's way per step
+NEGLIGIBLE = 1e-3  # a multiplier on its way back to 0 that has arrived
+SWEEPS = 2
+_FACTORS = np.array([0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.7, 3.0])
+_PLACES = np.array([0.005, 0.03, 0.15, 0.6, 2.5, 10.0, LIMIT])
+# Quality points that a whole miss of each goal weighs (quality, TTFT, E2E, energy), hence who wins.
+PENALTIES = np.array([1e5, 1e3, 1e3, 30.0])
+# A miss of the aim up to this is still called feasible: the aim is stricter than the goal.
+FEASIBLE_MISS = np.array([0.02, 0.025, 0.025, 0.08])
+_QUALITY, _TTFT, _E2E, _ENERGY = range(4)
+_OF_TARGET = {
+    "min_quality": _QUALITY,
+    "ttft_p95_s": _TTFT,
+    "e2e_p95_s": _E2E,
+    "energy_per_request_j": _ENERGY,
+    "power_w": _ENERGY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GoalStatus:
+    """One target and how it stands. Unknown is None: too few requests."""
+
+    name: str  # field of Goals
+    target: float
+    measured: float | None  # quality: predicted; power: this router's, times the routers
+    held: bool | None  # measured within TOLERANCE of the target
+    feasible: bool | None  # the predictions know a choice that holds it beside the stronger goals
+    samples: int
+
+
+class GoalController:
+    """Moves one router's weights. Single-threaded; `learn` is O(1), `step` takes about 1 ms.
+
+    Args:
+        routers: how many processes share the power budget.
+    """
+
+    def __init__(self, goals: Goals, *, routers: int = 1) -> None:
+        self._routers = routers
+        self._window = GoalWindow()
+        self._pending: deque[tuple[Decision, Outcome]] = deque(maxlen=gw.ROWS)
+        self._x = np.zeros(4)  # multipliers in use
+        self._found = np.zeros(4)  # where the last scan ended
+        self.set_goals(goals)
+
+    def set_goals(self, goals: Goals) -> None:
+        """Swap the goals. The stated weights are back at once; the window knows where to go."""
+        self._goals = goals
+        self._stated = weights_of(goals)
+        self._active = sorted({_OF_TARGET[name] for name in goals.targets})
+        self._x, self._found = np.zeros(4), np.zeros(4)
+        self._feasible: dict[int, bool] = {}
+        self._stepped_at = self._window.seen - STEP_ROWS
+        self.weights: Weights = self._stated
+
+    def retain(self, slm_ids: Iterable[str]) -> None:
+        """Follow SLMs that left the fleet."""
+        self._encode(gw.ROWS)
+        self._window.retain(slm_ids)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Take a finished request."""
+        self._pending.append((decision, outcome))
+
+    def step(self) -> Weights:
+        """Move the weights by what was learned since the last step, and return them."""
+        if not self._active:
+            return self.weights
+        self._encode(ENCODE_ROWS)
+        window = self._window
+        if window.seen - self._stepped_at < STEP_ROWS or window.scored < MIN_SCORED:
+            return self.weights
+        self._stepped_at = window.seen
+        search = _Search(window.terms(self._stated), self._goals, self._routers)
+        self._found, missed = search.run(self._found, self._active)
+        self._feasible = {g: bool(missed[g] <= FEASIBLE_MISS[g]) for g in self._active}
+        highest = np.maximum(self._x * FASTER, FIRST)
+        self._x = np.clip(self._found, self._x * SLOWER, highest)
+        self._x[(self._found == 0.0) & (self._x < NEGLIGIBLE)] = 0.0
+        self.weights = search.weights(self._x, self._stated)
+        return self.weights
+
+    def status(self) -> list[GoalStatus]:
+        """Every target that is set, and how it stands over the window."""
+        targets = self._goals.targets
+        if not targets:
+            return []
+        self._encode(gw.ROWS)
+        (ttft, e2e, energy), quality, gap_s = self._window.measured()
+        found = {
+            "ttft_p95_s": _p95(ttft),
+            "e2e_p95_s": _p95(e2e),
+            "energy_per_request_j": _mean(energy),
+            "min_quality": _mean(quality),
+        }
+        joules, samples = found["energy_per_request_j"]
+        known = joules is not None and gap_s > 0
+        power = joules / gap_s * self._routers if joules is not None and known else None
+        found["power_w"] = (power, samples)
+        return [self._status(name, target, *found[name]) for name, target in targets.items()]
+
+    def _status(self, name: str, target: float, measured: float | None, samples: int) -> GoalStatus:
+        held = None
+        if measured is not None:
+            held = (
+                measured >= target * (1.0 - TOLERANCE)
+                if name == "min_quality"
+                else measured <= target * (1.0 + TOLERANCE)
+            )
+        feasible = self._feasible.get(_OF_TARGET[name])
+        return GoalStatus(name, target, measured, held, feasible, samples)
+
+    def _encode(self, rows: int) -> None:
+        for _ in range(min(rows, len(self._pending))):
+            decision, outcome = self._pending.popleft()
+            self._window.add(decision, outcome, self._goals.quality_floor)
+
+
+class _Search:
+    """What each choice of multipliers would have meant for the window's requests."""
+
+    def __init__(self, terms: Terms, goals: Goals, routers: int) -> None:
+        n, slms = terms.base.shape
+        self._terms, self._goals = terms, goals
+        self._offset = np.arange(n) * slms
+        self._weights = terms.weights
+        self._share = float(terms.weights.sum())
+        self._energy_j = _energy_target(goals, terms.gap_s, routers)
+        raw, spread = terms.raw, terms.spread
+        typical = raw.sum(axis=(1, 2)) / np.isfinite(terms.base).sum()
+        self._knee_s = [0.0, 0.0]  # where TTFT and E2E begin to cost
+        self._unit = np.maximum(typical[gw.TTFT : gw.ENERGY + 1], gw.TINY)
+        features, late = np.zeros((4, n, slms)), np.zeros((2, n, slms))
+        features[_QUALITY] = raw[gw.QUALITY]
+        if np.isfinite(self._energy_j):
+            self._unit[2] = max(self._unit[2], self._energy_j)
+        features[_ENERGY] = -raw[gw.ENERGY] / self._unit[2]
+        self._bias, self._rest_late = np.zeros(2), np.zeros(2)
+        for kind, (goal, term, target_s) in enumerate(
+            ((_TTFT, gw.TTFT, goals.ttft_p95_s), (_E2E, gw.E2E, goals.e2e_p95_s))
+        ):
+            if target_s is None:
+                continue
+            # The target on the scale of the predictions, which decide: those of the SLM that is
+            # slower than predicted by most, or the free part would hide it.
+            scaled_s = target_s / float(terms.ratio[kind].max())
+            self._knee_s[kind] = FREE_RATIO * scaled_s
+            self._unit[kind] = max(self._unit[kind], scaled_s)
+            features[goal] = -np.maximum(raw[term] - self._knee_s[kind], 0.0) / self._unit[kind]
+            over = np.log(np.maximum(raw[term] * terms.ratio[kind] / target_s, gw.TINY))
+            late[kind] = _above_1(over / spread[kind])
+            self._bias[kind] = self._unexplained(late[kind], kind, target_s)
+            late[kind] += LATER * np.maximum(over, 0.0)
+            self._rest_late[kind] = terms.rest_weights @ (terms.rest[kind] > target_s)
+        energy = raw[gw.ENERGY] * terms.ratio[2]
+        self._rest_j = float(np.nan_to_num(terms.rest[2]) @ terms.rest_weights)
+        self._base = terms.base.reshape(-1)
+        self._features = features.reshape(4, -1)
+        stacked = (np.where(np.isfinite(terms.base), terms.base, 0.0), raw[gw.QUALITY], *late)
+        self._metrics = np.stack([*stacked, energy]).reshape(5, -1)
+
+    def run(self, start: Array, active: list[int]) -> tuple[Array, Array]:
+        """The best multipliers found from `start`, and by how much each goal is missed there."""
+        best, score, missed = start, *(a[0] for a in self._judge(start[None]))
+        for _ in range(SWEEPS):
+            before = best
+            for points in self._scans(best, active):
+                scores, misses = self._judge(points)
+                top = int(scores.argmax())
+                if scores[top] > score + 1e-9:
+                    best, score, missed = points[top], scores[top], misses[top]
+            if best is before:
+                break
+        return best, missed
+
+    def weights(self, x: Array, stated: Weights) -> Weights:
+        """The weights that the multipliers stand for."""
+        prices = x[1:] / self._unit
+        return replace(
+            stated,
+            quality=1.0 + float(x[_QUALITY]),
+            energy_per_j=stated.energy_per_j + float(prices[2]),
+            late_ttft_per_s=float(prices[0]),
+            late_ttft_after_s=self._knee_s[0],
+            late_e2e_per_s=float(prices[1]),
+            late_e2e_after_s=self._knee_s[1],
+        )
+
+    def _scans(self, x: Array, active: list[int]) -> Iterable[Array]:
+        for goal in active:
+            values = np.concatenate([x[goal] * _FACTORS, _PLACES])
+            points = np.repeat(x[None], len(values), axis=0)
+            points[:, goal] = np.minimum(values, LIMIT)
+            yield points
+        if len(active) > 1:
+            yield np.minimum(x * _FACTORS[:, None], LIMIT)
+
+    def _judge(self, points: Array) -> tuple[Array, Array]:
+        """Score (g,) and misses (g, 4) of g points."""
+        n = len(self._offset)
+        scores = (points @ self._features + self._base).reshape(len(points), n, -1)
+        picked = scores.argmax(axis=2) + self._offset
+        worth, quality, ttft, e2e, energy = self._metrics.take(picked, axis=1) @ self._weights
+        missed = np.zeros((len(points), 4))
+        goals = self._goals
+        if goals.min_quality is not None:
+            floor = min(goals.min_quality * AIM_QUALITY_RATIO, 1.0)
+            missed[:, _QUALITY] = floor - quality / self._share
+        for goal, kind, late in ((_TTFT, 0, ttft), (_E2E, 1, e2e)):
+            share = late + self._bias[kind] * self._share + self._rest_late[kind]
+            missed[:, goal] = share - AIM_LATE_RATIO
+        if np.isfinite(self._energy_j):
+            missed[:, _ENERGY] = (energy + self._rest_j) / self._energy_j - AIM_ENERGY_RATIO
+        missed = np.maximum(missed, 0.0)
+        # Among equals the smallest multipliers: they come back when there is headroom.
+        return worth - missed @ PENALTIES - 1e-6 * np.log1p(points).sum(axis=1), missed
+
+    def _unexplained(self, late: Array, kind: int, target_s: float) -> float:
+        """Share of late requests that was seen and not expected."""
+        terms = self._terms
+        known = ~np.isnan(terms.measured[kind])
+        if not known.any():
+            return 0.0
+        expected = late[np.arange(len(known)), terms.chosen][known]
+        seen = terms.measured[kind][known] > target_s
+        gap = np.average(seen - expected, weights=terms.weights[known])
+        return float(np.clip(gap, -BIAS_LIMIT, BIAS_LIMIT))
+
+
+def _energy_target(goals: Goals, gap_s: float, routers: int) -> float:
+    """Joules a request may take on the mean; infinite without such a goal."""
+    joules = goals.energy_per_request_j or float("inf")
+    if goals.power_w is not None and gap_s > 0:
+        joules = min(joules, goals.power_w * gap_s / routers)
+    return joules
+
+
+def _above_1(z: Array) -> Array:
+    """P(x > 1) of a log-normal x whose logarithm's mean is z spreads; logistic form."""
+    return 1.0 / (1.0 + np.exp(np.clip(-1.702 * z, -50.0, 50.0)))
+
+
+def _p95(values: Array) -> tuple[float | None, int]:
+    known = values[~np.isnan(values)]
+    return (float(np.percentile(known, 95)) if len(known) else None), len(known)
+
+
+def _mean(values: Array) -> tuple[float | None, int]:
+    known = values[~np.isnan(values)]
+    return (float(known.mean()) if len(known) else None), len(known)

@@ -1,0 +1,49 @@
+"""A LoRA adapter that an SLM replica holds in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import Any
+
+# An adapter that is still answering is waited for this long before its slot is taken by force.
+UNLOAD_PATIENCE_S = 120.0
+
+
+class ResidentAdapter:
+    """A loaded adapter. Serve's LRU may drop it while requests run; unloading waits for them."""
+
+    def __init__(self, name: str, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self._engine = engine
+        self._loop = loop
+        self._idle = threading.Event()
+        self._idle.set()
+        self._running = 0
+        self._unloaded = False
+
+    @contextlib.contextmanager
+    def in_use(self) -> Any:
+        """Hold the adapter in memory for the length of one request."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield self
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    def __del__(self) -> None:
+        # Serve calls this in a thread when the LRU drops the adapter; the collector calls it again.
+        if self._unloaded or self._loop.is_closed():
+            return
+        self._unloaded = True
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is self._loop:
+                return  # collected on the loop itself: the engine is going away with us
+        self._idle.wait(UNLOAD_PATIENCE_S)
+        asyncio.run_coroutine_threadsafe(self._engine.unload_adapter(self.name), self._loop).result(
+            UNLOAD_PATIENCE_S
+        )

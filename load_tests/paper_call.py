@@ -1,0 +1,113 @@
+"""One simulated request of the `paper` experiment, and what the router would log of it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+
+from calm_serve.testing import Served, make_outcome
+from calm_serve.types import Decision, Outcome, QualitySignal, SLMState
+
+
+@dataclass
+class Fault:
+    """What is wrong with one SLM now. `wrong` and `fails` are shares of its requests."""
+
+    fails: float = 0.0
+    wrong: float = 0.0
+    garbled: bool = False  # wrong answers do not even have the form that its validator checks
+    slower: float = 1.0
+
+
+@dataclass(slots=True)
+class Row:
+    """One request, in order of arrival. Times in seconds; NaN where there was no answer."""
+
+    at_s: float
+    request: int
+    chosen: str = ""  # by the decision
+    preferred: str = ""  # had every SLM been awake
+    slm: str = ""  # answered
+    tried: tuple[str, ...] = ()
+    hit: bool = True  # the SLM that got it was awake
+    path: str = ""
+    propensity: float = 1.0
+    exact: float = 0.0
+    credit: float = 0.0
+    ttft_s: float = float("nan")
+    latency_s: float = float("nan")
+    energy_j: float = float("nan")
+    error: str = ""  # "", "shed", "unavailable", "failed", "late"
+
+
+@dataclass
+class Call:
+    """A request under way."""
+
+    row: Row
+    decision: Decision
+    plan: list[str]
+    position: int = 0
+    full: set[str] = field(default_factory=set)
+    state: SLMState | None = None
+    load: tuple[float, ...] = ()
+
+
+def refusal(call: Call, at_s: float) -> Outcome:
+    """The outcome of a request that nobody answered."""
+    shed = call.row.error == "shed"
+    return make_outcome(
+        call.decision.decision_id,
+        at=at_s,
+        slm_id=call.plan[-1],
+        status="rejected" if shed else "error",
+        http_status=429 if shed else 503,
+        ttft_s=None,
+        e2e_s=None,
+        tpot_s=None,
+        energy_j=None,
+        output_tokens=0,
+        numbers=(),
+        buckets=(),
+        load=(),
+        predicted=(),
+    )
+
+
+def answer(
+    call: Call,
+    served: Served,
+    signals: tuple[QualitySignal, ...],
+    *,
+    prompt: int,
+    tokens: int,
+    cold: bool,
+) -> Outcome:
+    """The outcome of an answered request, as `deployments.dispatch.outcome_of` makes it."""
+    row, decision = call.row, call.decision
+    chosen = next((c for c in decision.candidates if c.slm_id == row.slm), None)
+    return make_outcome(
+        decision.decision_id,
+        at=served.ended_s,
+        slm_id=row.slm,
+        path="fallback" if row.slm != decision.slm_id else str(decision.path),
+        reason=str(decision.reason),
+        rule=decision.rule,
+        propensity=decision.propensity,
+        retries=len(row.tried) - 1,
+        served_replica=row.slm,
+        predicted_replica=row.slm,
+        cold=cold,
+        ttft_s=row.ttft_s,
+        e2e_s=row.latency_s,
+        tpot_s=(served.ended_s - served.first_token_s) / (tokens - 1) if tokens > 1 else None,
+        queue_s=served.started_s - served.arrived_s,
+        prompt_tokens=prompt,
+        output_tokens=tokens,
+        energy_j=row.energy_j,
+        numbers=decision.context.numbers,
+        buckets=decision.context.buckets,
+        load=call.load,
+        predicted=astuple(chosen.prediction)[1:] if chosen and chosen.prediction else (),
+        versions=astuple(decision.versions),
+        signals=signals,
+    )

@@ -1,0 +1,99 @@
+"""Half of the fleet's memory serves the whole fleet: SLMs sleep and wake in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from served_fleet import ServedFleet, eventually
+
+IDS = ("extract", "sql", "shell", "reason", "intent", "general")
+
+
+def rows(fleet: ServedFleet) -> dict[str, dict[str, Any]]:
+    return {r["id"]: r for r in fleet.get("/v1/fleet")["slms"]}
+
+
+def put(fleet: ServedFleet, settings: dict[str, Any]) -> httpx.Response:
+    return httpx.put(f"{fleet.url}/v1/residency", json=settings, timeout=30.0)
+
+
+@pytest.fixture
+def budget(fleet: ServedFleet) -> Iterator[int]:
+    """About half of what all replicas together declare; given back afterwards."""
+    whole = sum(r["declared_bytes"] * r["replicas"] for r in rows(fleet).values())
+    half = whole // 2
+    put(fleet, {"memory_budget_bytes": half}).raise_for_status()
+    eventually("some sleep", lambda: settled(fleet, half), 30.0)
+    yield half
+    put(fleet, {}).raise_for_status()
+    eventually(
+        "everybody is awake",
+        lambda: all(
+            s["state"] == "hot"
+            for url in fleet.router_urls()
+            for s in httpx.get(f"{url}/v1/fleet", timeout=30.0).json()["slms"]
+        ),
+        30.0,
+    )
+
+
+def settled(fleet: ServedFleet, budget: int) -> bool:
+    """Every router knows of the budget, and it holds."""
+    documents = [
+        httpx.get(f"{url}/v1/fleet", timeout=30.0).json().get("residency") or {}
+        for url in fleet.router_urls()
+    ]
+    return all(d.get("peak_bytes", 0) > 0 and d["hot_bytes"] <= budget for d in documents)
+
+
+def test_every_slm_answers_within_half_of_the_memory(fleet: ServedFleet, budget: int) -> None:
+    asleep = [i for i, r in rows(fleet).items() if r["state"] == "asleep"]
+    assert asleep
+    for slm_id in (*IDS, *reversed(IDS)):
+        answer = fleet.chat("list all files", slm_id, max_tokens=4)
+        assert (answer.status_code, answer.headers["x-calm-model"]) == (200, slm_id)
+        assert fleet.get("/v1/fleet")["residency"]["hot_bytes"] <= budget
+    # All at once: requests of an SLM wait together, and nobody is turned away.
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(fleet.chat, "list files", IDS[n % 6], max_tokens=4) for n in range(36)]
+        assert [f.result().status_code for f in asked] == [200] * 36
+
+    def told() -> dict[str, Any] | None:
+        found: dict[str, Any] = fleet.get("/v1/fleet")["residency"]
+        return found if found["hits"] + found["misses"] >= 48 else None
+
+    residency = eventually("every request was counted", told, 10.0)
+    assert residency["peak_bytes"] <= budget
+    assert residency["swaps"] >= 6
+    assert 0.0 < residency["hit_ratio"] < 1.0
+    assert all(r["wake_s"] > 0.0 for i, r in rows(fleet).items() if i in asleep)
+
+
+def test_a_stream_of_a_sleeping_slm_is_complete(fleet: ServedFleet, budget: int) -> None:
+    sleeper = next(i for i, r in rows(fleet).items() if r["state"] == "asleep")
+    body = {
+        "model": sleeper,
+        "stream": True,
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": "list all files"}],
+    }
+    answer = fleet.post("/v1/chat/completions", body)
+    assert answer.status_code == 200
+    assert answer.text.rstrip().endswith("data: [DONE]")
+    outcome = fleet.outcome(answer.headers["x-calm-decision-id"])
+    assert outcome.cold
+    assert outcome.extra["preferred_hot"] is False
+
+
+def test_a_deadline_before_the_wake_up_is_refused_with_retry_after(
+    fleet: ServedFleet, budget: int
+) -> None:
+    sleeper = next(i for i, r in rows(fleet).items() if r["state"] == "asleep")
+    answer = fleet.chat("list all files", sleeper, {"x-calm-deadline-s": "0.001"}, max_tokens=4)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "model_asleep"

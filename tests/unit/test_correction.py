@@ -1,0 +1,120 @@
+"""P(success) follows an SLM that breaks, and forgives it afterwards."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from calm_serve.monitor.correction import HALF_LIFE_S, MAX_FACTOR, MIN_FACTOR, QualityCorrection
+from calm_serve.plan import objective
+from calm_serve.testing import FakeClock, make_context, make_goals, make_prediction, make_state
+
+PREDICTED = {"broken": 0.9, "other": 0.6}
+
+
+class World:
+    """Two SLMs that answer with a true quality, a scorer, and a correction per SLM."""
+
+    def __init__(self, seed: int) -> None:
+        self.clock = FakeClock()
+        self.truth = dict(PREDICTED)
+        self._draw = Random(seed)
+        self._corrections = {slm: QualityCorrection(self.clock) for slm in PREDICTED}
+        self._asked = 0
+
+    def choose(self, exploration_ratio: float = 0.0) -> str:
+        """Score both SLMs as the loop does; latency and energy are equal."""
+        self._asked += 1
+        weights = objective.weights_of(make_goals())
+        candidates = [
+            objective.evaluate(
+                make_context(),
+                make_prediction(slm, success_ratio=p),
+                make_state(slm, quality_factor=self._corrections[slm].factor()),
+                weights,
+            )
+            for slm, p in PREDICTED.items()
+        ]
+        order = objective.ranked(candidates)
+        return objective.explore(order, f"request {self._asked}", exploration_ratio)[0].slm_id
+
+    def ask(self, exploration_ratio: float = 0.0) -> str:
+        """One request and its label; a tenth of a second passes."""
+        slm = self.choose(exploration_ratio)
+        label = float(self._draw.random() < self.truth[slm])
+        self._corrections[slm].observe(PREDICTED[slm], label)
+        self.clock.advance(0.1)
+        return slm
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_slm_whose_quality_collapses_loses_its_traffic_within_50_of_its_requests(
+    seed: int,
+) -> None:
+    world = World(seed)
+    assert sum(world.ask() == "broken" for _ in range(300)) > 290
+    world.truth["broken"] = 0.1
+    # A request now and then still finds out whether it is well again.
+    assert sum(world.ask() == "broken" for _ in range(400)) <= 50
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_time_alone_brings_a_recovered_slm_back(seed: int) -> None:
+    world = World(seed)
+    world.truth["broken"] = 0.1
+    while world.choose() == "broken":
+        world.ask()
+    world.truth["broken"] = 0.9
+    world.clock.advance(5 * HALF_LIFE_S)
+    assert sum(world.ask() == "broken" for _ in range(100)) > 90
+
+
+def test_exploration_brings_a_recovered_slm_back_sooner_than_time() -> None:
+    world = World(0)
+    world.truth["broken"] = 0.1
+    while world.choose() == "broken":
+        world.ask()
+    world.truth["broken"] = 0.9
+    asked = 0
+    while world.choose() != "broken":
+        world.ask(exploration_ratio=0.05)
+        asked += 1
+    assert asked * 0.1 < HALF_LIFE_S / 2
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.95])
+def test_a_calibrated_predictor_is_left_alone(p: float) -> None:
+    clock, draw = FakeClock(), Random(1)
+    correction = QualityCorrection(clock)
+    factors = []
+    for _ in range(5_000):
+        correction.observe(p, float(draw.random() < p))
+        clock.advance(1.0)
+        factors.append(correction.factor())
+    assert sum(abs(f - 1.0) for f in factors) / len(factors) < 0.06
+    assert sum(abs(f - 1.0) * p > 0.15 for f in factors) / len(factors) < 0.05
+
+
+def test_an_slm_that_is_better_than_predicted_is_raised() -> None:
+    correction = QualityCorrection(FakeClock())
+    for _ in range(30):
+        correction.observe(0.4, 1.0)
+    assert correction.factor() == MAX_FACTOR
+
+
+def test_a_collapse_is_reported_once_with_its_size() -> None:
+    draw, correction = Random(2), QualityCorrection(FakeClock())
+    changes = [correction.observe(0.9, float(draw.random() < 0.9)) for _ in range(200)]
+    assert changes == [None] * 200
+    changes = [correction.observe(0.9, 0.0) for _ in range(50)]
+    (change,) = [c for c in changes if c is not None]
+    assert change == pytest.approx(-0.9, abs=0.1)
+
+
+def test_the_factor_stays_within_its_bounds_and_is_one_without_evidence() -> None:
+    correction = QualityCorrection(FakeClock())
+    assert correction.factor() == 1.0
+    for _ in range(500):
+        correction.observe(0.99, 0.0)
+    assert MIN_FACTOR <= correction.factor() < 0.1

@@ -1,0 +1,245 @@
+"""`/v1/goals`, and how a router takes the goals that the board has."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any, cast
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.config import Goals, Learning
+from calm_serve.errors import RequestError
+from calm_serve.knowledge.goal_book import GoalChange
+from calm_serve.loop import Loop
+from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
+from deployments.goals import GoalsEndpoint, goals_section
+from deployments.knowledge_client import KnowledgeClient
+from deployments.metrics import BY_NAME, fleet_samples
+
+
+class Keeper:
+    """A knowledge client that hands every change straight back to the loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.goals_change: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+
+    async def set_goals(self, goals: Goals, by: str) -> dict[str, Any]:
+        revision = len(self.history) + 1
+        self.goals_change = {"at": 5.0, "by": by, "revision": revision, "old": None, "new": {}}
+        self.history.insert(0, self.goals_change)
+        self.loop.set_goals(goals)
+        return self.goals_change
+
+    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+        return self.history[:limit]
+
+
+def request(body: Any = None, query: str = "", **headers: str) -> Request:
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": payload, "more_body": False}
+
+    named = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
+    scope = {
+        "type": "http",
+        "method": "PUT",
+        "path": "/v1/goals",
+        "query_string": query.encode(),
+        "headers": named,
+        "client": ("10.0.0.7", 1),
+    }
+    return Request(scope, receive)
+
+
+def data(response: Response) -> Any:
+    return json.loads(bytes(response.body))
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop(make_fleet(), make_goals())
+
+
+@pytest.fixture
+def keeper(loop: Loop) -> Keeper:
+    return Keeper(loop)
+
+
+@pytest.fixture
+def endpoint(loop: Loop, keeper: Keeper) -> GoalsEndpoint:
+    return GoalsEndpoint(loop, keeper)
+
+
+async def test_goals_weights_and_targets_are_shown(loop: Loop, endpoint: GoalsEndpoint) -> None:
+    loop.set_goals(make_goals(ttft_p95_s=1.0, min_quality=0.9))
+    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.5))
+    document = data(await endpoint.get(request()))
+    assert document["goals"]["ttft_p95_s"] == 1.0
+    assert document["weights"]["latency_per_s"] == loop.goals.latency_weight_per_s
+    assert document["version"] == loop.versions.goals
+    assert document["changed"] == {"at": None, "by": None, "revision": None}
+    assert document["targets"] == [
+        {
+            "name": "ttft_p95_s",
+            "target": 1.0,
+            "measured": 0.5,
+            "held": True,
+            "feasible": None,
+            "samples": 1,
+        },
+        {
+            "name": "min_quality",
+            "target": 0.9,
+            "measured": 0.5,
+            "held": False,
+            "feasible": None,
+            "samples": 1,
+        },
+    ]
+
+
+async def test_a_put_replaces_all_goals_and_is_signed(
+    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint
+) -> None:
+    loop.set_goals(make_goals(min_quality=0.5))
+    response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
+    assert response.status_code == 200
+    document = data(response)
+    assert (document["goals"]["ttft_p95_s"], document["goals"]["min_quality"]) == (0.5, None)
+    assert document["changed"] == {"at": 5.0, "by": "ann", "revision": 1}
+    assert loop.goals == Goals(ttft_p95_s=0.5)
+    await endpoint.put(request({}))
+    assert keeper.goals_change["by"] == "10.0.0.7"
+
+
+async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) -> None:
+    before = data(await endpoint.get(request()))["goals"]
+    assert data(await endpoint.put(request(before)))["goals"] == before
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"ttft_p95": 1.0}, "unknown key 'ttft_p95'; the nearest valid key is 'ttft_p95_s'"),
+        ({"ttft_p95_s": -1.0}, "goals.ttft_p95_s: .*greater than 0"),
+        ({"ttft_p95_s": "fast"}, "goals.ttft_p95_s"),
+        ({"policy": {"name": "lucky"}}, "goals.policy.name"),
+        ({"policy": {"name": "single", "slm": "smal"}}, "unknown SLM 'smal'.*'small'"),
+        ([1], "JSON object"),
+        (b"{", "not valid JSON"),
+    ],
+)
+async def test_wrong_goals_are_refused_and_change_nothing(
+    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint, body: Any, message: str
+) -> None:
+    before = loop.goals
+    with pytest.raises(RequestError, match=message) as caught:
+        await endpoint.put(request(body))
+    assert caught.value.http_status == 400
+    assert loop.goals is before
+    assert keeper.history == []
+
+
+async def test_a_refused_field_is_named_as_the_param(endpoint: GoalsEndpoint) -> None:
+    with pytest.raises(RequestError) as caught:
+        await endpoint.put(request({"min_quality": 3}))
+    assert caught.value.to_openai()["error"]["param"] == "min_quality"
+
+
+async def test_history_shows_the_newest_changes(endpoint: GoalsEndpoint) -> None:
+    for name in ("ann", "bob"):
+        await endpoint.put(request({}, x_calm_actor=name))
+    document = data(await endpoint.get(request(query="history=1")))
+    assert [h["by"] for h in document["history"]] == ["bob"]
+    assert "history" not in data(await endpoint.get(request()))
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "many", "1001"])
+async def test_a_wrong_history_length_is_refused(endpoint: GoalsEndpoint, asked: str) -> None:
+    with pytest.raises(RequestError, match="'history'"):
+        await endpoint.get(request(query=f"history={asked}"))
+
+
+def test_gauges_show_targets_measurements_and_weights(loop: Loop) -> None:
+    loop.set_goals(make_goals(ttft_p95_s=1.0, power_w=3.0))
+    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=2.0))
+    found = {
+        (name, *labels): value
+        for name, labels, value in fleet_samples({"goals": goals_section(loop)})
+    }
+    assert found["calm_goal_target", "ttft_p95_s"] == 1.0
+    assert found["calm_goal_measured", "ttft_p95_s"] == 2.0
+    assert found["calm_goal_held", "ttft_p95_s"] == 0.0
+    assert found["calm_goal_target", "power_w"] == 3.0
+    assert ("calm_goal_measured", "power_w") not in found
+    assert found["calm_weight", "quality"] == 1.0
+    assert ("calm_weight", "late_ttft_after_s") not in found
+    assert all(name in BY_NAME for name, *_ in found)
+
+
+def client() -> KnowledgeClient:
+    return KnowledgeClient("calm", Learning(), make_fleet())
+
+
+def change(revision: int, **goals: Any) -> dict[str, Any]:
+    return {"at": 1.0, "by": "ann", "old": None, "new": goals, "revision": revision}
+
+
+def test_published_goals_replace_the_configured_ones(loop: Loop) -> None:
+    mine = client()
+    mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
+    assert loop.goals == Goals(ttft_p95_s=2.0)
+    assert (mine.goals_change["by"], mine.goals_change["revision"]) == ("ann", 1)
+
+
+def test_the_same_goals_again_leave_the_weights_where_they_are(loop: Loop) -> None:
+    mine = client()
+    mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
+    before = loop.goals
+    mine.apply_goals(change(2, ttft_p95_s=2.0), loop)
+    assert loop.goals is before
+
+
+def test_published_goals_that_make_no_sense_are_refused(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, mine = loop.goals, client()
+    with caplog.at_level(logging.ERROR):
+        mine.apply_goals(change(1, gone_field=2.0), loop)
+    assert loop.goals is before
+    assert mine.goals_change == {}
+    assert "gone_field" in caplog.text
+
+
+async def test_a_change_returns_when_this_router_has_heard_of_it(loop: Loop) -> None:
+    mine = client()
+
+    async def ask(method: str, *args: Any) -> Any:
+        assert method == "set_goals"
+        return GoalChange(1.0, args[1], None, {"ttft_p95_s": 2.0}, revision=7)
+
+    mine._ask = ask  # type: ignore[method-assign]
+    waiting = asyncio.create_task(mine.set_goals(Goals(ttft_p95_s=2.0), "ann"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    mine.apply_goals(change(6, ttft_p95_s=1.0), loop)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    mine.apply_goals(change(7, ttft_p95_s=2.0), loop)
+    assert (await waiting)["revision"] == 7
+    assert loop.goals == Goals(ttft_p95_s=2.0)
+
+
+def test_the_board_key_reaches_the_loop(loop: Loop) -> None:
+    mine = client()
+    nobody = cast(Any, None)
+    asyncio.run(mine._apply("goals", change(1, min_quality=0.5), loop, nobody, nobody))
+    assert loop.goals.min_quality == 0.5

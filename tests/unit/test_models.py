@@ -1,0 +1,89 @@
+"""Predictors on disk."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.models import FOLDER, INDEX, KEPT, Change, Index, Model, ModelShelf
+from calm_serve.knowledge.models import ModelState as State
+
+
+def model(number: int, state: State = State.RETIRED) -> Model:
+    return Model(f"lgbm-{number}", "trained", state, 1000.0 + number, 50, {"log_loss": 0.3})
+
+
+def filled(count: int) -> tuple[Index, dict[str, bytes]]:
+    index = Index()
+    for i in range(count):
+        index = index.with_model(model(i))
+    return index, {m.version: m.version.encode() for m in index.models}
+
+
+def test_index_and_artifacts_survive_a_restart(tmp_path: Path) -> None:
+    index, blobs = filled(3)
+    index = replace(index, pinned="lgbm-1", last_change=Change(5.0, "pinned", "lgbm-1", "", "why"))
+    ModelShelf(tmp_path).write(index, blobs)
+    again = ModelShelf(tmp_path)
+    assert again.index == index
+    assert again.read("lgbm-1") == b"lgbm-1"
+
+
+def test_only_the_last_ones_and_those_in_use_are_kept(tmp_path: Path) -> None:
+    shelf, index = ModelShelf(tmp_path), Index()
+    for i, state in enumerate((State.PREVIOUS, State.CHAMPION)):
+        index = index.with_model(model(i, state))
+        shelf.write(index, {f"lgbm-{i}": b"x"})
+    for i in range(2, 4 + KEPT):
+        index = index.with_model(model(i))
+        shelf.write(index, {f"lgbm-{i}": b"x"})
+    kept = {m.version for m in shelf.index.models}
+    assert kept == {"lgbm-0", "lgbm-1", *(f"lgbm-{i}" for i in range(4, 4 + KEPT))}
+    assert {p.stem for p in (tmp_path / FOLDER).glob("*.bin")} == kept
+
+
+def test_a_pinned_one_is_kept(tmp_path: Path) -> None:
+    index = replace(Index().with_model(model(0)), pinned="lgbm-0")
+    for i in range(1, 3 + KEPT):
+        index = index.with_model(model(i))
+    assert "lgbm-0" in index.by_version
+    assert "lgbm-1" not in index.by_version
+
+
+@pytest.mark.parametrize("content", ["{", '{"models": [{"version": 1}]}', "[]"])
+def test_a_broken_index_is_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / INDEX).write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert ModelShelf(tmp_path).index == Index()
+    assert INDEX in caplog.text
+
+
+def test_an_index_that_could_not_be_written_changes_nothing(tmp_path: Path) -> None:
+    index, blobs = filled(1)
+    shelf = ModelShelf(tmp_path)
+    shelf.write(index, blobs)
+    more = index.with_model(model(7))
+    (tmp_path / FOLDER / "lgbm-7.tmp").mkdir()  # the artifact cannot be written
+    with pytest.raises(KnowledgeError, match="lgbm-7"):
+        shelf.write(more, {"lgbm-7": b"x"})
+    assert ModelShelf(tmp_path).index == shelf.index == index
+
+
+def test_a_missing_artifact_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(KnowledgeError, match=r"nowhere\.bin"):
+        ModelShelf(tmp_path).read("nowhere")
+
+
+def test_a_state_is_handed_on_with_its_reason() -> None:
+    index = Index().with_model(model(1, State.CHAMPION)).with_model(model(2, State.CHALLENGER))
+    turned = index.turned(State.CHAMPION, State.ROLLED_BACK, "too sure of itself")
+    assert turned.of(State.CHAMPION) is None
+    assert turned.by_version["lgbm-1"].note == "too sure of itself"
+    assert turned.by_version["lgbm-2"] == index.by_version["lgbm-2"]

@@ -1,0 +1,58 @@
+"""The knowledge actor tells routers of SLMs that the champion does not know."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from calm_serve.analyze.lightgbm import Artifact
+from calm_serve.config import Fleet
+from calm_serve.knowledge.newcomer_desk import NewcomerDesk
+from calm_serve.knowledge.newcomers import Newcomers, fit
+from calm_serve.testing import make_fleet, make_spec
+
+PRIORS = {"quality": 0.05, "skill_quality": 0.9}
+FLEET = make_fleet(
+    make_spec("old", examples=tuple(f"list files of {i}" for i in range(16)), priors=PRIORS)
+)
+JOINED = make_spec("new", examples=tuple(f"bake cake number {i}" for i in range(16)), priors=PRIORS)
+
+
+def champion_of(fleet: Fleet) -> Artifact:
+    newcomers = Newcomers()
+    newcomers.follow(fleet, known=())
+    job = newcomers.job()
+    assert job is not None
+    champion = fit(job, 0.0)
+    assert champion is not None
+    return champion
+
+
+BOTH = make_fleet(*FLEET.slms, JOINED)
+
+
+def test_an_slm_that_joins_is_learned_once_and_forgotten_when_a_champion_knows_it() -> None:
+    told: list[dict[str, Any] | None] = []
+    knows_both = champion_of(BOTH)
+    boosters = {k: v for k, v in knows_both.boosters.items() if k.endswith(":old")}
+    knows_old = Artifact("champion", ("old",), boosters, {}, 32, 0.0)
+
+    async def go() -> None:
+        desk = NewcomerDesk(told.append, lambda: 0.0)
+        await desk.teach(FLEET, (), knows_old)
+        assert told == []
+        await desk.teach(FLEET, (JOINED,), knows_old)
+        await desk.teach(FLEET, (JOINED,), knows_old)
+        await desk.teach(FLEET, (JOINED,), knows_both)
+
+    asyncio.run(go())
+    first, last = told
+    assert first is not None
+    assert Artifact.from_bytes(first["blob"]).slm_ids == ("new",)
+    assert last is None
+
+
+def test_without_a_champion_nobody_is_new() -> None:
+    told: list[dict[str, Any] | None] = []
+    asyncio.run(NewcomerDesk(told.append, lambda: 0.0).teach(FLEET, (JOINED,), None))
+    assert told == []

@@ -1,0 +1,93 @@
+"""Labels that come only when something is wrong do not look like an SLM that broke."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from calm_serve.knowledge.quality import SLMQuality, feedback_score
+from calm_serve.testing import FakeClock
+from calm_serve.types import QualitySignal
+
+FAILED = (QualitySignal("validator:sql", 0.0),)
+
+
+def test_complaints_about_one_answer_in_fifty_change_nothing_until_there_are_more() -> None:
+    clock, draw = FakeClock(), Random(1)
+    quality = SLMQuality(clock)
+    factors = []
+    for _ in range(5_000):
+        quality.answered(())
+        if draw.random() < 0.02:
+            quality.scored(0.9, 0.0)
+        clock.advance(0.5)
+        factors.append(quality.factor)
+    assert min(factors) > 0.9
+
+
+def test_feedback_on_most_answers_is_compared_with_the_prediction_at_once() -> None:
+    quality = SLMQuality(FakeClock())
+    for _ in range(15):
+        quality.answered(())
+        quality.scored(0.9, 0.0)
+    assert quality.factor < 0.5
+
+
+def test_an_slm_that_reports_only_its_failures_is_not_taken_for_broken() -> None:
+    clock, draw = FakeClock(), Random(2)
+    quality = SLMQuality(clock)
+    factors = []
+    for _ in range(3_000):
+        quality.answered(FAILED if draw.random() < 0.1 else ())
+        clock.advance(1.0)
+        factors.append(quality.factor)
+    assert sum(f < 0.85 for f in factors) < 0.02 * len(factors)
+    assert max(factors) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_failures_far_above_the_usual_lower_the_factor_within_50_answers(seed: int) -> None:
+    clock, draw = FakeClock(), Random(seed)
+    quality = SLMQuality(clock)
+    for number in range(550):
+        failing = 0.9 if number >= 500 else 0.1
+        quality.answered(FAILED if draw.random() < failing else ())
+        clock.advance(0.2)
+    assert quality.factor < 0.5
+
+
+def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_published() -> None:
+    clock = FakeClock()
+    quality = SLMQuality(clock)
+    for number in range(120):
+        if number == 80:
+            quality.forget_predictor()
+        quality.answered(())
+        quality.scored(None, float(number < 40))
+        clock.advance(0.2)
+    assert quality.factor < 0.3
+
+
+def test_what_lasts_becomes_usual_in_the_end() -> None:
+    clock, draw = FakeClock(), Random(3)
+    quality = SLMQuality(clock)
+    for number in range(30_000):
+        quality.scored(None, float(draw.random() < (0.9 if number < 500 else 0.5)))
+        clock.advance(0.2)
+    assert quality.factor > 0.85
+
+
+def test_another_predictor_starts_without_a_correction() -> None:
+    quality = SLMQuality(FakeClock())
+    for _ in range(20):
+        quality.answered(())
+        quality.scored(0.9, 0.0)
+    quality.forget_predictor()
+    assert quality.factor == 1.0
+
+
+def test_the_latest_feedback_counts_and_other_signals_are_none() -> None:
+    said = (QualitySignal("feedback", 1.0, 2.0), QualitySignal("feedback", 0.25, 3.0))
+    assert feedback_score((*said, *FAILED)) == 0.25
+    assert feedback_score(FAILED) is None

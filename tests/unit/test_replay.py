@@ -1,0 +1,142 @@
+"""`calm replay`: logged choices made again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from calm_serve.analyze.lightgbm import LightGBMPredictor
+from calm_serve.analyze.prior import MetadataPrior
+from calm_serve.config import Goals
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
+from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.knowledge.trainer import train
+from calm_serve.loop import config_version
+from calm_serve.types import Outcome
+from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
+from tests.logged_decisions import serve
+
+GOALS = Goals(exploration_ratio=0.3)
+LEARNED = LightGBMPredictor(
+    train(make_world(600), (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0).artifact,
+    MetadataPrior(),
+)
+
+
+def replayed(
+    outcomes: list[Outcome], goals: Goals, predictor: LightGBMPredictor | None = None
+) -> Replay:
+    replay = Replay(Rules(goals, config_version(goals), predictor))
+    for outcome in outcomes:
+        replay.add(outcome)
+    return replay
+
+
+@pytest.mark.parametrize("predictor", [None, LEARNED])
+def test_the_same_goals_and_predictor_reproduce_every_choice(
+    predictor: LightGBMPredictor | None,
+) -> None:
+    found = replayed(serve(200, GOALS, LEARNED), GOALS, predictor)
+    assert (found.comparable, found.reproduced, found.differing) == (200, 200, [])
+    explored = sum(o.reason == "exploration" for o in serve(200, GOALS, LEARNED))
+    assert explored > 20
+    # What the draw chose is reproduced; the evaluated policy does not explore.
+    assert found.report()["changed"] == explored
+
+
+def test_weights_that_a_controller_had_moved_are_taken_from_the_log() -> None:
+    outcomes = [
+        replace(o, extra={**o.extra, "weights": [9.0, 0.0, 0.0, 1.0]})
+        for o in serve(50, Goals(exploration_ratio=0.0), LEARNED)
+    ]
+    found = replayed(outcomes, Goals(exploration_ratio=0.0))
+    assert found.comparable == 50
+    assert 0 < found.reproduced < 50
+    assert len(found.differing) == min(50 - found.reproduced, 10)
+
+
+def test_other_goals_and_predictors_are_not_expected_to_reproduce() -> None:
+    outcomes = serve(30, GOALS, LEARNED)
+    other = replayed(outcomes, Goals(latency_weight_per_s=1.0))
+    assert (other.comparable, dict(other.not_comparable)) == (0, {"decided under other goals": 30})
+    prior = replayed(serve(30, GOALS), GOALS, LEARNED)
+    assert dict(prior.not_comparable) == {"decided by another predictor": 30}
+
+
+def test_what_chose_otherwise_is_counted_by_reason() -> None:
+    pinned, ruled, old = (
+        make_outcome(str(i), path=path) for i, path in enumerate(("pinned", "rule", "scored"))
+    )
+    found = replayed([pinned, ruled, ruled, old], GOALS)
+    assert found.report()["skipped"] == {
+        "chosen by the client": 1,
+        "chosen by a rule": 2,
+        "logged without its candidates": 1,
+    }
+
+
+def test_a_shipped_predictor_is_recognised_by_its_version() -> None:
+    outcomes = serve(20, GOALS, LEARNED)
+    shipped = [replace(o, versions=(f"{o.versions[0]}+shipped", *o.versions[1:])) for o in outcomes]
+    assert replayed(shipped, GOALS, LEARNED).reproduced == 20
+
+
+def test_the_estimates_find_out_that_a_predictor_chooses_better() -> None:
+    outcomes = serve(600, GOALS)  # by the prior: the same SLM for every prompt
+    report = replayed(outcomes, GOALS, LEARNED).report()
+    assert 200 < report["changed"] < 400
+    quality = report["estimates"]["quality"]
+    truth = 0.95
+    low, high = quality["doubly_robust"]["ci95"]
+    assert low < truth < high
+    assert quality["difference"]["ci95"][0] > 0.2
+    assert quality["logged"] < 0.7
+    moved = {(m["from"], m["to"]): m["decisions"] for m in report["moved"]}
+    assert sum(moved.values()) == report["changed"]
+
+
+def test_goals_without_patience_choose_what_is_predicted_to_be_faster() -> None:
+    outcomes = serve(400, GOALS, LEARNED)
+    report = replayed(outcomes, Goals(exploration_ratio=0.0, latency_weight_per_s=50.0)).report()
+    faster = report["estimates"]["e2e_s"]["difference"]
+    assert faster["ci95"][1] < 0.0
+    assert report["estimates"]["quality"]["difference"]["ci95"][1] < 0.0
+
+
+def test_a_log_may_be_a_store_or_json_lines(tmp_path: Path) -> None:
+    outcomes = serve(30, GOALS, LEARNED)
+    lines = tmp_path / "log.jsonl"
+    lines.write_text("".join(json.dumps(asdict(o)) + "\n" for o in outcomes))
+    store = OutcomeStore(f"sqlite:///{tmp_path / 'outcomes.sqlite'}")
+    store.append(outcomes)
+    store.close()
+    found = [list(read_outcomes(str(tmp_path / n))) for n in ("log.jsonl", "outcomes.sqlite")]
+    assert found == [outcomes, outcomes]
+    assert list(read_outcomes(f"sqlite:///{tmp_path / 'outcomes.sqlite'}")) == outcomes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.sqlite", None, "not found"),
+        ("log.jsonl", "{}\n", r"log\.jsonl:1"),
+        ("log.jsonl", "\n[1\n", r"log\.jsonl:2"),
+        ("notes.sqlite", "nothing like a database, but long enough to look at", "database"),
+    ],
+)
+def test_what_is_no_log_is_refused(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(KnowledgeError, match=message):
+        list(read_outcomes(str(tmp_path / name)))
+
+
+def test_an_empty_log_has_no_estimates() -> None:
+    report = replayed([], GOALS).report()
+    assert set(report["estimates"].values()) == {None}

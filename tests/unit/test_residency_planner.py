@@ -1,0 +1,320 @@
+"""The residency planner: budget, pins, guards, held requests, prefetch, and what may be ordered."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calm_serve.config import ResidencyOptions
+from calm_serve.plan.occupancy import OCCUPYING, Demand, Occupant, Plan, publishable
+from calm_serve.plan.residency import SPREAD_S, ResidencyPlanner
+from calm_serve.types import Residency
+
+HOT, ASLEEP, COLD = Residency.HOT, Residency.ASLEEP, Residency.COLD
+
+
+def slm(slm_id: str, tier: Residency = ASLEEP, size: int = 1, **fields: Any) -> Occupant:
+    return Occupant(slm_id, {"node": size}, tier, **{"wake_s": 0.3, "wake_j": 0.3, **fields})
+
+
+def options(budget: int = 2, **fields: Any) -> ResidencyOptions:
+    return ResidencyOptions(**{"memory_budget_bytes": budget, "min_resident_s": 1.0, **fields})
+
+
+class Host:
+    """Obeys a planner at once, or only where it is told to."""
+
+    def __init__(self, planner: ResidencyPlanner, *slms: Occupant) -> None:
+        self.planner = planner
+        self.slms = {o.slm_id: o for o in slms}
+
+    def step(self, now: float, *arrivals: str, held: dict[str, int] | None = None) -> Plan:
+        plan = self.planner.step(now, Demand(arrivals, held or {}), list(self.slms.values()))
+        for slm_id, tier in plan.tiers.items():
+            self.slms[slm_id] = replace(self.slms[slm_id], tier=tier)
+        return plan
+
+    def set(self, slm_id: str, **fields: Any) -> None:
+        self.slms[slm_id] = replace(self.slms[slm_id], **fields)
+
+    @property
+    def hot(self) -> set[str]:
+        return {i for i, o in self.slms.items() if o.tier is HOT}
+
+
+def warm(budget: int = 2, *, now: float = 0.0, **fields: Any) -> Host:
+    """a and b are hot, and have been for a minute; c and d are asleep."""
+    host = Host(ResidencyPlanner(options(budget, **fields)), *map(slm, "abcd"))
+    host.step(now - 60.0)
+    host.step(now - 59.0)
+    return host
+
+
+def test_at_first_the_budget_is_filled_with_pinned_slms_before_the_others() -> None:
+    host = Host(ResidencyPlanner(options(2)), slm("a"), slm("b"), slm("c", pinned=True))
+    host.step(0.0)
+    assert host.hot == {"a", "c"}
+
+
+def test_after_a_restart_what_is_hot_stays_hot() -> None:
+    host = Host(ResidencyPlanner(options(2)), slm("a"), slm("b", HOT), slm("c", HOT))
+    host.step(0.0)
+    assert host.hot == {"b", "c"}
+
+
+def test_a_request_that_waits_gets_its_slm_at_the_cost_of_the_least_likely() -> None:
+    host = warm()
+    host.step(0.0, *"aaab")
+    host.step(0.1, "c", held={"c": 1})
+    assert host.hot == {"a", "c"}
+
+
+def test_an_slm_that_has_just_woken_stays_for_its_minimum() -> None:
+    host = warm(1)
+    host.step(0.0, "c", held={"c": 1})
+    host.step(0.1)  # hears that c is hot
+    plan = host.step(0.2, "d", held={"d": 1})
+    assert host.hot == {"c"}
+    assert plan.waits["d"] == pytest.approx(0.9 + 0.3)
+    host.step(1.2, held={"d": 1})
+    assert host.hot == {"d"}
+
+
+def test_a_pinned_slm_never_leaves() -> None:
+    host = Host(ResidencyPlanner(options(1)), slm("a", pinned=True), slm("b"))
+    for now in range(5):
+        plan = host.step(float(now), "b", held={"b": 3})
+        assert host.hot == {"a"}
+    assert plan.waits["b"] == math.inf
+
+
+def test_an_idle_slm_goes_before_one_that_is_answering_and_worth_more() -> None:
+    host = warm()
+    host.step(0.0, *"aaaabb")
+    host.set("b", running=4)
+    host.set("a", running=0)
+    host.step(0.1, "c", held={"c": 1})
+    assert host.hot == {"b", "c"}
+
+
+def test_a_busy_slm_goes_only_for_requests_that_have_waited_long() -> None:
+    host = warm(1)
+    for number in range(100):
+        host.step(number * 0.1, "a")
+    host.set("a", running=8)
+    plan = host.step(10.0, "c", held={"c": 1})
+    assert host.hot == {"a"}
+    assert math.isfinite(plan.waits["c"])
+    now = 10.0
+    while host.hot == {"a"}:
+        now += 0.25
+        host.step(now, "a", held={"c": 1})
+        assert now < 40.0, "the request starves"
+    assert host.hot == {"c"}
+
+
+def test_the_slm_that_was_waited_for_longest_comes_first() -> None:
+    host = warm(1)
+    host.step(-30.0, "b", held={"b": 1})
+    host.step(-29.9)
+    plan = host.step(-29.8, "c", "d", held={"c": 1})
+    plan = host.step(-29.7, held={"d": 9, "c": 1})
+    assert plan.waits["c"] < plan.waits["d"]
+    host.step(-28.0, held={"d": 9, "c": 1})
+    assert host.hot == {"c"}
+
+
+def test_estimates_of_a_queue_hold() -> None:
+    host = warm(1)
+    host.step(0.0, "b", held={"b": 1})
+    host.step(0.1)
+    plan = host.step(0.2, "c", "d", held={"c": 1, "d": 1})
+    ready: dict[str, float] = {}
+    for tenths in range(3, 60):
+        now = tenths / 10
+        waiting = {i: 1 for i in "cd" if i not in ready}
+        host.step(now, held=waiting)
+        for slm_id in host.hot & set(waiting):
+            ready[slm_id] = now - 0.2 + 0.3
+    for slm_id in "cd":
+        assert ready[slm_id] == pytest.approx(plan.waits[slm_id], rel=0.35)
+
+
+def test_what_is_likely_next_is_woken_before_it_is_asked_for() -> None:
+    host = warm(1, now=-100.0)
+    for turn in range(40):
+        at = turn * 2.0
+        for offset, slm_id in ((0.0, "a"), (1.1, "b")):
+            held = {} if slm_id in host.hot else {slm_id: 1}
+            host.step(at + offset, slm_id, held=held)
+            host.step(at + offset + 0.01)
+    # b was the last one, so a is next; b has been hot for its minimum.
+    host.step(39 * 2.0 + 1.1 + 0.5)
+    host.step(39 * 2.0 + 1.1 + 1.05)
+    assert host.hot == {"a"}
+
+
+def test_nothing_moves_without_a_reason() -> None:
+    host = warm()
+    for number in range(50):
+        host.step(number * 1.0, "ab"[number % 2])
+    assert host.hot == {"a", "b"}
+    assert host.planner.swaps == 0
+
+
+def test_free_room_is_used_for_what_is_wanted() -> None:
+    host = warm(3)
+    assert host.hot == {"a", "b", "c"}
+    host.planner.step(0.0, Demand(), [])
+    assert host.planner.swaps == 0
+
+
+def test_one_large_slm_takes_the_place_of_several_small_ones() -> None:
+    planner = ResidencyPlanner(options(2))
+    host = Host(planner, slm("a"), slm("b"), slm("large", size=2))
+    host.step(0.0)
+    host.step(0.1)
+    host.step(2.0, "large", held={"large": 1})
+    assert host.hot == {"large"}
+
+
+def test_no_more_victims_leave_than_are_needed() -> None:
+    planner = ResidencyPlanner(options(4))
+    host = Host(planner, slm("tiny"), slm("big", size=3), slm("c", size=3))
+    host.step(0.0)
+    host.step(2.0, "big")
+    host.step(3.0, "c", held={"c": 1})
+    assert host.hot == {"tiny", "c"}
+
+
+def test_budgets_count_on_each_node_by_itself() -> None:
+    planner = ResidencyPlanner(options(1))
+    here, there = slm("here"), Occupant("there", {"other": 1}, ASLEEP)
+    both = Occupant("both", {"node": 1, "other": 1}, ASLEEP)
+    host = Host(planner, here, there, both)
+    host.step(0.0)
+    assert host.hot == {"here", "there"}
+    host.step(2.0)
+    host.step(3.5, "both", held={"both": 1})
+    assert host.hot == {"both"}
+
+
+def test_replicas_that_were_added_send_somebody_to_sleep() -> None:
+    host = warm(2)
+    host.step(0.0, *"aaaabaaaa")
+    host.set("a", bytes_by_node={"node": 2})
+    host.step(0.5)
+    assert host.hot == {"a"}
+
+
+def test_an_slm_that_may_goes_cold_after_a_while_and_comes_back_when_wanted() -> None:
+    planner = ResidencyPlanner(options(2, cold_after_s=30.0))
+    host = Host(planner, slm("a"), slm("b"), slm("c", may_go_cold=True), slm("d"))
+    host.step(0.0)
+    plan = host.step(31.0)
+    assert (plan.tiers["c"], plan.tiers["d"]) == (COLD, ASLEEP)
+    host.step(40.0, "c", held={"c": 1})
+    assert "c" in host.hot
+
+
+def test_an_idle_slm_that_may_goes_cold_from_hot_too_but_not_while_it_answers() -> None:
+    planner = ResidencyPlanner(options(2, cold_after_s=30.0))
+    host = Host(planner, slm("a"), slm("c", may_go_cold=True))
+    host.step(0.0)
+    host.set("c", running=1)
+    assert host.step(31.0).tiers["c"] is HOT
+    host.set("c", running=0)
+    plan = host.step(32.0)
+    assert (plan.tiers["a"], plan.tiers["c"]) == (HOT, COLD)
+
+
+def test_a_last_replica_that_serve_took_away_is_not_waited_for() -> None:
+    host = Host(ResidencyPlanner(options(2)), slm("a"), slm("c", may_go_cold=True))
+    host.step(0.0)
+    host.step(1.0)
+    host.set("c", tier=COLD)
+    plan = host.step(2.0)
+    assert plan.tiers["c"] is COLD
+    assert "c" not in plan.wakes
+
+
+def test_what_is_cold_at_first_is_not_started_unasked() -> None:
+    host = Host(ResidencyPlanner(options(2)), slm("a"), slm("c", COLD, may_go_cold=True))
+    for now in range(3):
+        assert host.step(float(now), "a").tiers["c"] is COLD
+
+
+def test_without_a_budget_there_is_no_planner() -> None:
+    with pytest.raises(ValueError, match="budget"):
+        ResidencyPlanner(ResidencyOptions())
+
+
+def test_a_wake_up_is_ordered_only_when_the_one_that_gave_way_sleeps() -> None:
+    plan = Plan({"a": ASLEEP, "b": HOT}, ("b",), {})
+    draining = [slm("a", HOT), slm("b")]
+    assert publishable(plan, draining, {"a": HOT, "b": ASLEEP}, 1) == {"a": ASLEEP, "b": ASLEEP}
+    asleep = [slm("a"), slm("b")]
+    assert publishable(plan, asleep, {"a": ASLEEP, "b": ASLEEP}, 1) == {"a": ASLEEP, "b": HOT}
+
+
+def test_an_order_to_wake_stands_until_the_slm_has_woken() -> None:
+    plan = Plan({"a": HOT, "b": ASLEEP}, ("a",), {})
+    orders = publishable(plan, [slm("a"), slm("b")], {"a": ASLEEP, "b": HOT}, 1)
+    assert orders == {"a": ASLEEP, "b": HOT}
+
+
+def test_wakes_are_ordered_in_the_order_of_the_queue() -> None:
+    plan = Plan({"a": HOT, "b": HOT, "c": ASLEEP}, ("b", "a"), {})
+    orders = publishable(plan, [slm("a"), slm("b"), slm("c")], {}, 1)
+    assert orders == {"a": ASLEEP, "b": HOT, "c": ASLEEP}
+
+
+events = st.lists(
+    st.tuples(
+        st.floats(0.0, 3.0),  # seconds since the last step
+        st.lists(st.sampled_from("abcde"), max_size=4),
+        st.dictionaries(st.sampled_from("abcde"), st.integers(0, 5), max_size=5),
+        st.lists(st.sampled_from("abcde"), max_size=3),  # who obeys now
+        st.dictionaries(st.sampled_from("abcde"), st.integers(0, 3), max_size=3),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    events=events,
+    sizes=st.lists(st.integers(1, 4), min_size=5, max_size=5),
+    budget=st.integers(5, 9),
+    limit=st.integers(1, 20),
+)
+def test_the_budget_pins_and_the_swap_bound_hold_whatever_happens(
+    events: list[Any], sizes: list[int], budget: int, limit: int
+) -> None:
+    planner = ResidencyPlanner(options(budget, max_swaps_per_min=limit, min_resident_s=0.5))
+    slms = {i: slm(i, size=n, pinned=i == "a") for i, n in zip("abcde", sizes, strict=True)}
+    published: dict[str, Residency] = {}
+    swaps: list[float] = []
+    now = 0.0
+    for elapsed, arrivals, held, obeying, running in events:
+        now += elapsed
+        for slm_id in obeying:
+            order = published.get(slm_id, ASLEEP)
+            slms[slm_id] = replace(slms[slm_id], tier=order, running=running.get(slm_id, 0))
+        before = planner.swaps
+        plan = planner.step(now, Demand(arrivals, held), list(slms.values()))
+        swaps += [now] * (planner.swaps - before)
+        published = publishable(plan, list(slms.values()), published, budget)
+        taken = {i for i, o in slms.items() if o.tier in OCCUPYING or published[i] is HOT}
+        assert sum(slms[i].bytes for i in taken) <= budget
+        assert sum(slms[i].bytes for i, t in plan.tiers.items() if t is HOT) <= budget
+        assert plan.tiers["a"] is HOT
+        assert set(plan.waits) == {i for i in slms if plan.tiers[i] is not HOT} | set(plan.wakes)
+    for at in swaps:
+        assert sum(at - 60.0 < s <= at for s in swaps) <= limit
+        assert sum(at - SPREAD_S < s <= at for s in swaps) <= max(limit * SPREAD_S / 60.0, 1)

@@ -1,0 +1,60 @@
+"""The cold tier's autoscaling policy: counts by tier, and nothing that could harm Serve."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID
+
+from deployments.residency import ResidencyPolicy
+
+
+def context(requests: float = 0.0, replicas: int = 1) -> Any:
+    config = SimpleNamespace(get_target_ongoing_requests=lambda: 4.0)
+    return SimpleNamespace(
+        total_num_requests=requests, current_num_replicas=replicas, config=config
+    )
+
+
+def counts(tiers: dict[str, str], **requests: float) -> dict[str, int]:
+    policy = ResidencyPolicy(follow=False)
+    policy.set_orders(tiers)
+    contexts = {DeploymentID(f"slm-{i}", "calm"): context(n) for i, n in requests.items()}
+    found, states = policy(contexts)
+    assert states == {}
+    return {i.name.removeprefix("slm-"): n for i, n in found.items()}
+
+
+def test_a_cold_slm_has_no_replica_whatever_its_load() -> None:
+    assert counts({"a": "cold"}, a=9.0) == {"a": 0}
+
+
+@pytest.mark.parametrize("tier", ["cold", "asleep"])
+def test_an_slm_that_is_not_to_be_hot_is_not_started(tier: str) -> None:
+    policy = ResidencyPolicy(follow=False)
+    policy.set_orders({"a": tier})
+    assert policy({DeploymentID("slm-a", "calm"): context(1.0, replicas=0)}) == ({}, {})
+
+
+def test_a_sleeping_slm_keeps_the_replicas_that_it_has() -> None:
+    assert counts({"a": "asleep"}, a=9.0) == {}
+
+
+@pytest.mark.parametrize(("requests", "replicas"), [(0.0, 1), (4.0, 1), (4.1, 2), (12.0, 3)])
+def test_a_hot_slm_has_one_replica_or_what_its_load_asks_for(
+    requests: float, replicas: int
+) -> None:
+    assert counts({"a": "hot"}, a=requests) == {"a": replicas}
+    assert counts({"other": "cold"}, a=requests) == {"a": replicas}
+
+
+def test_without_orders_load_alone_decides() -> None:
+    assert counts({}, a=0.0, b=5.0) == {"a": 0, "b": 2}
+
+
+def test_whatever_goes_wrong_changes_nothing() -> None:
+    policy = ResidencyPolicy(follow=False)
+    policy.set_orders({"a": "hot"})
+    assert policy({DeploymentID("slm-a", "calm"): None}) == ({}, {})

@@ -1,0 +1,179 @@
+"""The router and SLMs that sleep: requests are held, kept informed, refused honestly, not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from calm_serve.testing import make_facts, make_replica
+from deployments import dispatch, fleet_view, holding, residency_client, router
+from deployments.live import LiveView
+from deployments.wire import Final, Refusal, deployment_name
+from tests.router_harness import Knowledge, Metrics, Service
+
+CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
+END = Final(b"data: [DONE]\n\n", make_facts("r1"))
+BUDGET = {"memory_budget_bytes": 1, "hold_s": 20.0}
+ASLEEP = {"small": "asleep", "large": "hot"}
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
+    view = LiveView(lambda: 0.0)
+    for module in (dispatch, fleet_view, residency_client):
+        monkeypatch.setattr(module, "VIEW", view)
+    for slm_id in ("small", "large"):
+        view.update_replicas(deployment_name(slm_id), [make_replica("r1")])
+    replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router-1"))
+    monkeypatch.setattr(router.serve, "get_replica_context", lambda: replica)
+    monkeypatch.setattr(router, "KnowledgeClient", Knowledge)
+    monkeypatch.setattr(router, "RouterMetrics", Metrics)
+    monkeypatch.setattr(router, "REFRESH_S", 0.0)
+    monkeypatch.setattr(holding, "QUIET_S", 0.001)
+    monkeypatch.setattr(holding, "PERIOD_S", 0.001)
+    return view
+
+
+def asleep(folder: Path, *items: Any) -> Service:
+    return Service(folder, *items)
+
+
+def order(service: Service, tiers: dict[str, str]) -> None:
+    service.router._view.set_tiers({"tiers": tiers, "options": BUDGET}, 1)
+
+
+def stream_of(response: Any) -> AsyncIterator[bytes]:
+    stream: AsyncIterator[bytes] = response.body_iterator
+    return stream
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_stream_hears_comments_until_its_slm_is_awake(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with asleep(tmp_path, b"data: 1\n\n", END) as service:
+        order(service, ASLEEP)
+        response: Any = await service.post({**CHAT, "stream": True})
+        stream = stream_of(response)
+        assert [await anext(stream) for _ in range(3)] == [holding.COMMENT] * 3
+        order(service, {"small": "hot"})
+        rest = [part async for part in stream if part != holding.COMMENT]
+        (outcome,) = await service.outcomes()
+    assert rest == [b"data: 1\n\n", END.payload]
+    assert response.headers["x-calm-model"] == "small"
+    assert (outcome.status, outcome.http_status, outcome.cold) == ("ok", 200, True)
+    assert outcome.extra["preferred_hot"] is False
+
+
+async def test_an_answer_in_one_piece_just_waits(view: LiveView, tmp_path: Path) -> None:
+    async with asleep(tmp_path, Final(b"{}", make_facts("r1"))) as service:
+        order(service, ASLEEP)
+        waiting = asyncio.create_task(service.post(CHAT))
+        await turns()
+        assert not waiting.done()
+        order(service, {"small": "hot"})
+        response = await waiting
+        (outcome,) = await service.outcomes()
+    assert (response.status_code, bytes(response.body)) == (200, b"{}")
+    assert outcome.cold
+
+
+@pytest.mark.parametrize(
+    "items", [(RayActorError(),), (Refusal(422, b'{"error": {}}'),)], ids=["dead", "refused"]
+)
+async def test_what_fails_after_comments_is_an_error_event(
+    view: LiveView, tmp_path: Path, items: Any
+) -> None:
+    async with asleep(tmp_path, *items) as service:
+        order(service, ASLEEP)
+        response: Any = await service.post({**CHAT, "stream": True})
+        stream = stream_of(response)
+        assert await anext(stream) == holding.COMMENT
+        order(service, {"small": "hot"})
+        last = [part async for part in stream][-1]
+        (outcome,) = await service.outcomes()
+    assert last.startswith(b'data: {"error"')
+    assert last.endswith(b"}\n\n")
+    assert outcome.status in ("error", "rejected")
+
+
+async def test_a_client_that_leaves_while_it_waits_is_not_waited_for(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with asleep(tmp_path, b"data: 1\n\n", END) as service:
+        order(service, ASLEEP)
+        response: Any = await service.post({**CHAT, "stream": True})
+        stream: Any = stream_of(response)
+        assert await anext(stream) == holding.COMMENT
+        await stream.aclose()
+        await turns()
+        assert not service.router._residency._held
+        (outcome,) = await service.outcomes()
+    assert (outcome.status, outcome.http_status) == ("cancelled", 499)
+
+
+async def test_a_stream_that_is_never_read_is_not_waited_for(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with asleep(tmp_path, b"data: 1\n\n", END) as service:
+        order(service, ASLEEP)
+        response: Any = await service.post({**CHAT, "stream": True})
+        del response
+        await turns()
+        assert not service.router._residency._held
+        (outcome,) = await service.outcomes()
+    assert outcome.status == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_wait_that_is_too_long_is_refused_with_retry_after(
+    view: LiveView, tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Knowledge, "waits", {"small": 41.5})
+    async with asleep(tmp_path, END) as service:
+        order(service, ASLEEP)
+        await turns()
+        response = await service.post({**CHAT, "stream": stream})
+        (outcome,) = await service.outcomes()
+    assert (response.status_code, response.headers["retry-after"]) == (503, "42")
+    assert b"model_asleep" in bytes(response.body)
+    # Nothing against the SLM: its breaker stays closed.
+    assert (outcome.status, outcome.http_status) == ("rejected", 503)
+
+
+async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path) -> None:
+    async with asleep(tmp_path, b"data: 1\n\n", END) as service:
+        order(service, ASLEEP)
+        response: Any = await service.post({**CHAT, "model": "large", "stream": True})
+        parts = [part async for part in stream_of(response)]
+        (outcome,) = await service.outcomes()
+    assert parts == [b"data: 1\n\n", END.payload]
+    assert (outcome.cold, outcome.extra["preferred_hot"]) == (False, True)
+
+
+async def test_the_budget_is_shown_and_changed_at_run_time(view: LiveView, tmp_path: Path) -> None:
+    async with asleep(tmp_path, END) as service:
+        order(service, ASLEEP)
+        shown = await service.request("GET", "/v1/residency")
+        body = json.dumps({"memory_budget_bytes": "2GiB", "policy": "lru"}).encode()
+        changed = await service.request("PUT", "/v1/residency", body)
+        wrong = await service.request("PUT", "/v1/residency", b'{"memory_budget": 1}')
+        small = await service.request("PUT", "/v1/residency", b'{"memory_budget_bytes": 1}')
+        options = service.router._knowledge.residency
+    assert json.loads(bytes(shown.body))["tiers"] == ASLEEP
+    assert changed.status_code == 200
+    assert (options.memory_budget_bytes, options.policy) == (2 << 30, "lru")
+    assert (wrong.status_code, small.status_code) == (400, 400)
+    assert b"nearest valid key" in bytes(wrong.body)
+    assert b"exceed" in bytes(small.body)

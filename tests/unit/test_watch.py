@@ -1,0 +1,228 @@
+"""What the knowledge actor finds in a stream of outcomes, and whom it tells."""
+
+from __future__ import annotations
+
+import logging
+from random import Random
+from typing import Any
+
+import pytest
+
+from calm_serve.knowledge.watch import PUBLISH_S, RETRAIN_OUTCOMES, RETRAIN_PAUSE_S, Watch
+from calm_serve.monitor.alarms import LIFETIME_S, MAX_ALARMS, Alarms
+from calm_serve.testing import FakeClock, make_outcome
+from calm_serve.types import Outcome, QualitySignal
+
+
+class World:
+    """A watch, what it published, and how often it asked for training."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.published: list[dict[str, Any]] = []
+        self.trainings = 0
+        self.watch = Watch(self.clock, self.clock, self.published.append, self._train)
+        self._count = 0
+
+    def outcome(self, **fields: Any) -> Outcome:
+        """An outcome with an id of its own; a second passes."""
+        self._count += 1
+        self.clock.advance(1.0)
+        predicted = (0.9, 10.0, 0.05, 0.01, 1.0)
+        return make_outcome(f"o{self._count}", **{"predicted": predicted, **fields})
+
+    def send(self, **fields: Any) -> None:
+        """One outcome as a batch."""
+        self.watch.observe([self.outcome(**fields)])
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest published document."""
+        return self.published[-1]
+
+    def alarms(self) -> set[tuple[str, str]]:
+        """Kinds and SLMs of the alarms that are on."""
+        return {(a["kind"], a["slm"]) for a in self.last["alarms"]}
+
+    def _train(self) -> None:
+        self.trainings += 1
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def feedback(value: float) -> tuple[QualitySignal, ...]:
+    return (QualitySignal("feedback", value),)
+
+
+def test_a_collapse_lowers_the_factor_and_raises_one_alarm_logged_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = Random(1)
+    for _ in range(100):
+        world.send(signals=feedback(float(draw.random() < 0.9)))
+    assert world.last["quality_factors"].get("small", 1.0) > 0.9
+    with caplog.at_level(logging.WARNING):
+        for _ in range(30):
+            world.send(signals=feedback(0.0))
+    assert world.last["quality_factors"]["small"] < 0.3
+    assert world.alarms() == {("quality", "small")}
+    assert len(caplog.records) == 1
+
+
+def test_feedback_counts_whether_it_comes_before_or_after_its_outcome(world: World) -> None:
+    for _ in range(20):
+        first, second = world.outcome(), world.outcome(slm_id="large")
+        world.watch.feedback(first.outcome_id, feedback(0.0))
+        world.watch.observe([first, second])
+        world.watch.feedback(second.outcome_id, feedback(0.0))
+    factors = world.last["quality_factors"]
+    assert factors["small"] == factors["large"] < 0.4
+
+
+def test_an_outcome_that_is_delivered_twice_counts_once(world: World) -> None:
+    outcome = world.outcome(signals=feedback(0.0))
+    once, twice = World(), World()
+    once.watch.observe([outcome])
+    twice.watch.observe([outcome, outcome])
+    twice.watch.observe([outcome])
+    assert once.last == twice.last
+
+
+def test_a_factor_fades_by_time_alone(world: World) -> None:
+    for _ in range(30):
+        world.send(signals=feedback(0.0))
+    assert world.last["quality_factors"]["small"] < 0.3
+    for _ in range(300):
+        world.clock.advance(5.0)
+        world.watch.tick()
+    assert world.last["quality_factors"].get("small", 1.0) > 0.9
+
+
+def test_a_new_predictor_is_not_corrected_for_what_the_old_one_got_wrong(world: World) -> None:
+    for _ in range(30):
+        world.send(signals=feedback(0.0))
+    assert world.last["quality_factors"]["small"] < 0.3
+    learned = (0.1, 10.0, 0.05, 0.01, 1.0)
+    world.send(versions=("newer", "goals", "fleet"), predicted=learned)
+    assert (world.last["quality_factors"], world.alarms()) == ({}, set())
+    for _ in range(5):
+        world.send(signals=feedback(0.0))  # late answers to decisions of the old one
+    assert world.last["quality_factors"].get("small", 1.0) > 0.3
+
+
+def test_a_predictor_that_says_other_lengths_is_no_drift(world: World) -> None:
+    draw = Random(8)
+    for number in range(600):
+        version, tokens = ("old", 10.0) if number < 300 else ("new", 25.0)
+        world.send(
+            versions=(version, "goals", "fleet"),
+            predicted=(0.9, tokens, 0.05, 0.01, 1.0),
+            output_tokens=round(25 * draw.lognormvariate(0.0, 0.3)),
+        )
+    assert world.alarms() == set()
+
+
+def test_an_slm_named_by_rules_is_held_to_what_it_usually_achieves(world: World) -> None:
+    for _ in range(50):
+        world.send(predicted=(), path="rule", signals=feedback(1.0))
+    assert "small" not in world.last["quality_factors"]
+    for _ in range(20):
+        world.send(predicted=(), path="rule", signals=feedback(0.0))
+    assert world.last["quality_factors"]["small"] < 0.5
+
+
+def test_answers_twice_as_long_as_before_are_drift_that_retrains_once(world: World) -> None:
+    draw = Random(2)
+    for _ in range(200):
+        world.send(output_tokens=round(10 * draw.lognormvariate(0.0, 0.3)))
+    assert world.alarms() == set()
+    for _ in range(RETRAIN_OUTCOMES + 40):
+        world.send(output_tokens=round(25 * draw.lognormvariate(0.0, 0.3)))
+    assert world.alarms() == {("tokens", "small")}
+    assert world.trainings == 1
+
+
+def test_a_replica_that_becomes_slow_is_named_and_does_not_retrain(world: World) -> None:
+    draw = Random(3)
+    for number in range(700):
+        slow = 2.5 if number > 400 else 1.0
+        for replica, factor in (("r1", 1.0), ("r2", slow)):
+            tpot_s = 0.01 * factor * draw.lognormvariate(0.0, 0.2)
+            world.send(served_replica=replica, tpot_s=tpot_s)
+    (alarm,) = world.last["alarms"]
+    assert (alarm["kind"], alarm["slm"], alarm["replica"]) == ("speed", "small", "r2")
+    assert alarm["size"] == pytest.approx(2.5, rel=0.3)
+    assert world.trainings == 0
+
+
+def test_other_prompts_are_drift_of_the_fleet(world: World) -> None:
+    draw = Random(4)
+    for _ in range(1_500):
+        world.send(buckets=tuple(sorted(draw.sample(range(16), 6))))
+    assert ("prompt_mix", "") not in world.alarms()
+    for _ in range(400):
+        world.send(buckets=tuple(sorted(draw.sample(range(16, 32), 6))))
+    assert ("prompt_mix", "") in world.alarms()
+    assert world.trainings == 1
+
+
+def test_drift_that_goes_on_retrains_no_more_often_than_the_pause(world: World) -> None:
+    draw = Random(5)
+    for number in range(int(3 * RETRAIN_PAUSE_S)):
+        level = 25 if number // 150 % 2 else 10
+        world.send(output_tokens=round(level * draw.lognormvariate(0.0, 0.3)))
+    assert 1 <= world.trainings <= 3
+
+
+def test_a_wrong_predictor_is_a_calibration_alarm_until_it_is_right_again(world: World) -> None:
+    draw = Random(6)
+    for number in range(300):
+        # Too high as often as too low: no factor helps.
+        wrong = (0.9 if number % 2 else 0.1, 10.0, 0.05, 0.01, 1.0)
+        world.send(signals=feedback(float(draw.random() < 0.5)), predicted=wrong)
+    assert ("calibration", "") in world.alarms()
+    assert world.last["calibration_error"] == pytest.approx(0.4, abs=0.1)
+    right = (0.5, 10.0, 0.05, 0.01, 1.0)
+    for _ in range(600):
+        world.send(signals=feedback(float(draw.random() < 0.5)), predicted=right)
+    assert ("calibration", "") not in world.alarms()
+
+
+def test_calibration_is_published_with_its_coverage(world: World) -> None:
+    draw = Random(7)
+    for _ in range(300):
+        world.send(e2e_s=0.14 * draw.lognormvariate(0.0, 0.5))
+    found = world.last["calibration"]["small"]["e2e_s"]
+    assert found["p95"] > 1.5 * found["p50"]
+    assert found["coverage_ratio"] == pytest.approx(0.95, abs=0.04)
+
+
+def test_statistics_alone_are_published_every_few_seconds_only(world: World) -> None:
+    for _ in range(100):
+        world.watch.observe([make_outcome(f"fast{world.clock()}", slm_id="small")])
+        world.clock.advance(0.1)
+    assert len(world.published) <= 100 * 0.1 / PUBLISH_S + 2
+
+
+def test_alarms_end_by_themselves_and_keep_their_beginning_while_renewed() -> None:
+    clock = FakeClock(0.0)
+    alarms = Alarms(clock)
+    assert alarms.start("speed", "small", 2.0) is not None
+    clock.advance(LIFETIME_S / 2)
+    assert alarms.start("speed", "small", 3.0) is None
+    (row,) = alarms.rows()
+    assert (row["since"], row["size"]) == (0.0, 3.0)
+    clock.advance(LIFETIME_S - 1.0)
+    assert alarms.is_on("speed", "small")
+    clock.advance(2.0)
+    assert alarms.rows() == []
+
+
+def test_alarms_are_bounded() -> None:
+    alarms = Alarms(FakeClock())
+    for number in range(3 * MAX_ALARMS):
+        alarms.start("speed", f"slm {number}", 1.0)
+    assert len(alarms.rows()) == MAX_ALARMS

@@ -1,0 +1,111 @@
+"""What a router shows of the watch: /v1/fleet, explanations, corrected decisions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from calm_serve.loop import Loop
+from calm_serve.monitor.selector import MIN_DECISIONS
+from calm_serve.testing import (
+    FakeClock,
+    make_context,
+    make_decision,
+    make_fleet,
+    make_goals,
+    make_prediction,
+    make_spec,
+    make_state,
+)
+from calm_serve.types import Candidate, DecisionPath
+from deployments.fleet_view import FleetView
+from deployments.watch_view import WatchView
+
+FOUND: dict[str, Any] = {
+    "quality_factors": {"small": 0.4},
+    "calibration": {"small": {"e2e_s": {"p50": 0.9, "p95": 2.0, "coverage_ratio": 0.95}}},
+    "calibration_error": 0.03,
+    "alarms": [{"kind": "quality", "slm": "small", "size": -0.8, "since": 1.0}],
+}
+
+
+def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_energy() -> None:
+    clock = FakeClock(100.0)
+    view = FleetView(make_fleet())
+    view.watch = WatchView(clock)
+    view.set_watch(FOUND)
+    view.watch.set_energy({"small": {"requests_j": 5.0, "idle_j": 1.0, "at": 90.0}})
+    document = view.snapshot({})
+    assert document["alarms"] == FOUND["alarms"]
+    assert document["choices"]["calibration_error"] == 0.03
+    small, large = document["slms"]
+    assert small["quality_factor"] == 0.4
+    assert small["calibration"]["e2e_s"]["coverage_ratio"] == 0.95
+    assert small["energy"] == {"requests_j": 5.0, "idle_j": 1.0, "age_s": 10.0}
+    assert (large["quality_factor"], large["energy"]) == (1.0, {})
+
+
+def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() -> None:
+    watch = WatchView(FakeClock())
+    sides = [("small", "large"), ("large", "small")]
+
+    def choose(best: str, other: str) -> None:
+        candidates = (
+            Candidate(best, prediction=make_prediction(best), quality=0.9, score=0.9),
+            Candidate(other, prediction=make_prediction(other), quality=0.1, score=0.1),
+        )
+        watch.chose(make_decision(best, other, candidates=candidates))
+
+    for _ in range(MIN_DECISIONS):
+        choose(*sides[0])
+    (alarm,) = watch.fleet()["alarms"]
+    assert (alarm["kind"], alarm["detail"]) == (
+        "constant_selector",
+        "small is best for every prompt",
+    )
+    for number in range(MIN_DECISIONS):
+        choose(*sides[number % 2])
+    assert watch.fleet()["alarms"] == []
+
+
+def test_an_explained_decision_has_quantiles_where_they_are_known() -> None:
+    watch = WatchView(FakeClock())
+    watch.set(FOUND)
+    explained = watch.explain(asdict(make_decision("small", "large")))
+    small, large = explained["candidates"]
+    e2e_s = make_prediction().e2e_s
+    assert small["quantiles"]["e2e_s"] == pytest.approx({"p50": 0.9 * e2e_s, "p95": 2.0 * e2e_s})
+    assert "quantiles" not in large
+
+
+def loop(factors: dict[str, float]) -> Loop:
+    fleet = make_fleet(
+        make_spec("small", priors={"quality": 0.8}),
+        make_spec("large", priors={"quality": 0.6}),
+        markers={"sql": "select"},
+        rules=[{"name": "sql", "marker": "sql", "slms": ["small"]}],
+    )
+    return Loop(
+        fleet,
+        make_goals(),
+        read_state=lambda spec: make_state(spec.id, quality_factor=factors.get(spec.id, 1.0)),
+    )
+
+
+def test_a_decision_weighs_the_corrected_quality_and_records_the_raw_prediction() -> None:
+    assert loop({}).decide_context(make_context()).slm_id == "small"
+    decision = loop({"small": 0.5}).decide_context(make_context())
+    assert decision.slm_id == "large"
+    small = next(c for c in decision.candidates if c.slm_id == "small")
+    assert small.prediction is not None
+    assert (small.prediction.success_ratio, small.quality) == (0.8, 0.4)
+
+
+def test_a_rule_does_not_name_an_slm_that_has_lost_its_quality() -> None:
+    context = make_context(markers=("sql",))
+    assert loop({}).decide_context(context).path is DecisionPath.RULE
+    assert loop({"small": 0.7}).decide_context(context).path is DecisionPath.RULE
+    decision = loop({"small": 0.3}).decide_context(context)
+    assert (decision.path, decision.slm_id) == (DecisionPath.PRIOR, "large")
