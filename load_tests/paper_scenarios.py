@@ -142,9 +142,10 @@ def every_policy(
     predictor = shipped(answers.fleet)
     shares: Mapping[str, float] = {}
     for name in policies:
-        goals = Goals(policy=policy_of(name, answers, shares))
         if name == THRIFTY:
             goals = thrifty(answers)
+        else:
+            goals = Goals(policy=policy_of(name, answers, shares))
         residency = None
         if memory:
             kept = ResidencyPolicy.CALM if name in (OURS, THRIFTY, ORACLE) else ResidencyPolicy.LRU
