@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
@@ -11,7 +12,7 @@ from calm_serve.types import Candidate, Outcome, RoutingContext, SLMState
 Choice = tuple[Sequence[str], float]  # ids best first; probability of the first one
 
 
-class Baseline:
+class Baseline(ABC):
     """What the loop asks of a policy. Single-threaded, bounded by the number of SLMs."""
 
     def __init__(self) -> None:
@@ -21,6 +22,7 @@ class Baseline:
         """Follow SLMs that came or went."""
         self._specs = {spec.id: spec for spec in fleet.slms}
 
+    @abstractmethod
     def choose(
         self,
         context: RoutingContext,
@@ -28,7 +30,6 @@ class Baseline:
         states: Mapping[str, SLMState],
     ) -> Choice:
         """Rank the candidates: at least one, all scored, none excluded."""
-        raise NotImplementedError
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from a finished request, whoever chose its SLM."""

@@ -10,6 +10,7 @@ Pure and synchronous: time comes in as seconds of the caller's monotonic clock.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 from calm_serve.config import ResidencyOptions
@@ -17,7 +18,7 @@ from calm_serve.plan.occupancy import OCCUPYING, Demand, Occupant, Plan, Room
 from calm_serve.types import Residency
 
 
-class Planner:
+class Planner(ABC):
     """The mechanism. `step` is called whenever something changed, and now and then without."""
 
     def __init__(self, options: ResidencyOptions) -> None:
@@ -53,10 +54,11 @@ class Planner:
 
     def _observe(self, slm_id: str, now: float) -> None:
         """An SLM was wanted."""
+        del slm_id, now
 
+    @abstractmethod
     def _worth(self, occupant: Occupant, now: float) -> float:
         """What keeping it hot is worth; the least goes first. 0 keeps the fleet's order."""
-        raise NotImplementedError
 
     def _free_at(self, occupant: Occupant, now: float) -> float:
         """Earliest time at which the SLM may be put to sleep for another."""
@@ -74,6 +76,7 @@ class Planner:
 
     def _anticipate(self, now: float, by_id: Mapping[str, Occupant], demand: Demand) -> None:
         """Change tiers without being asked."""
+        del now, by_id, demand
 
     # The mechanism.
 
