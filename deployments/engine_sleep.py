@@ -49,7 +49,7 @@ async def fall_asleep(llm: Any) -> None:
     await llm.pause_generation(mode="wait")
     try:
         await llm.collective_rpc("release_memory")
-    except Exception:
+    except Exception:  # whatever it was: a paused engine would hold requests for ever
         await llm.resume_generation()
         raise
 
