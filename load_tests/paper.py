@@ -2,12 +2,12 @@
 
 Live: the fleet is served and the standard workload sent under policies that take turns in blocks
 at run time (`PUT /v1/goals`): the generalist alone, the paper's score (`plan/paper.py`),
-content-blind random with ours' shares, ours, and ours under goals that give up quality for cost
-(`thrifty`), to compare where the paper's policy stands. Everybody batches; a smaller part sends one
-request at a time, as the paper served. Arrivals: one compressed day of the shape of the web site of
-the football world cup 1998 (`arrivals.world_cup`), and the Azure trace of code requests where
-DATA_DIR is set. Once with all models hot, once with memory for half of them, where the paper's
-policy has the paper's cache (LRU).
+content-blind random with ours' shares, ours, and ours with the generalist's or the paper's quality
+as its target (`min_quality`) and all the rest to save, which compares cost at one quality.
+Everybody batches; a smaller part sends one request at a time, as the paper served. Arrivals: one
+compressed day of the shape of the web site of the football world cup 1998 (`arrivals.world_cup`),
+and the Azure trace of code requests where DATA_DIR is set. Once with all models hot, once with
+memory for half of them, where the paper's policy has the paper's cache (LRU).
 
 Latency is the client's, from when a request was due; quality is graded on held-out answers; energy
 is what the service attributed, on a CPU an estimate from CPU time. Nothing is learned meanwhile.
@@ -82,10 +82,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--records", type=Path, help="write every request to this file (JSON lines)"
     )
-    parser.add_argument("--day", type=int, default=1000, help="requests of a day: %(default)s")
-    parser.add_argument("--trace", type=int, default=300, help="of the trace: %(default)s")
-    parser.add_argument("--serial", type=int, default=80, help="one at a time: %(default)s")
-    parser.add_argument("--half", type=int, default=500, help="at half memory: %(default)s")
+    parser.add_argument("--day", type=int, default=480, help="requests of a day: %(default)s")
+    parser.add_argument("--trace", type=int, default=160, help="of the trace: %(default)s")
+    parser.add_argument("--serial", type=int, default=60, help="one at a time: %(default)s")
+    parser.add_argument("--half", type=int, default=240, help="at half memory: %(default)s")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--live", action="store_true", help="only what is served")
     part.add_argument("--simulated", action="store_true", help="only what is simulated")

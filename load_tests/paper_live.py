@@ -18,7 +18,16 @@ import httpx
 
 from calm_serve.knowledge.store import OutcomeStore
 from load_tests import arrivals
-from load_tests.paper_figures import GENERALIST, OURS, PAPER, SHARES, THRIFTY, Record
+from load_tests.paper_figures import (
+    AS_GENERALIST,
+    AS_PAPER,
+    GENERALIST,
+    OURS,
+    PAPER,
+    POLICIES,
+    SHARES,
+    Record,
+)
 from load_tests.paper_runs import Arrival, Runner
 from load_tests.served import fleet_file, served
 from load_tests.workloads import Request
@@ -29,8 +38,9 @@ GENERAL = "general"  # the SLM that the generalist alone is
 LOAD_RATIO = 0.5
 FULL = 16
 CAPACITY_REQUESTS = 128
-# What the thrifty operator gives up: twice all of quality for one second, a fifth for one joule.
-THRIFTY_PER_S, THRIFTY_PER_J = 2.0, 0.2
+# Where quality is a target, cost is what is left to save: six times all of quality for one second.
+# `min_quality` is what the other policy has had so far; see `paper_runs.Runner`.
+SAVING = {"policy": {"name": "calm"}, "latency_weight_per_s": 6.0, "energy_weight_per_j": 0.6}
 WARM_UP = 8  # requests for each SLM
 NEVER = 1_000_000  # outcomes before the service itself would train: nothing is learned meanwhile
 SEED = 98
@@ -75,11 +85,8 @@ def policies(names: Sequence[str]) -> dict[str, Section]:
         GENERALIST: {"policy": {"name": "single", "slm": GENERAL}},
         PAPER: {"policy": {"name": "paper"}},
         SHARES: {"policy": {"name": "shares"}},
-        THRIFTY: {
-            "policy": {"name": "calm"},
-            "latency_weight_per_s": THRIFTY_PER_S,
-            "energy_weight_per_j": THRIFTY_PER_J,
-        },
+        AS_GENERALIST: SAVING,
+        AS_PAPER: SAVING,
     }
     return {name: every[name] for name in names}
 
@@ -119,9 +126,9 @@ def hot(
 
 
 def half(live: Live, asked: Sequence[Request], sizes: Sizes, residency: Mapping[str, Any]) -> None:
-    """Memory for about half the fleet: ours, then the paper's policy with the paper's cache."""
-    for name, own in (("half_memory", "calm"), ("half_memory_lru", "lru")):
-        names = (OURS, GENERALIST, SHARES, THRIFTY) if own == "calm" else (PAPER,)
+    """Memory for about half the fleet: the paper's policy with the paper's cache, then ours."""
+    for name, own in (("half_memory_lru", "lru"), ("half_memory", "calm")):
+        names = [p for p in POLICIES if (p == PAPER) == (own == "lru")]
 
         async def run(runner: Runner) -> None:
             rng = Random(SEED + 1)
@@ -147,7 +154,7 @@ def _serve(
             args["residency"] = dict(residency)
 
     async def serve(url: str) -> Runner:
-        runner = Runner(url, asked, sections)
+        runner = Runner(url, asked, sections, live.records)
         try:
             await runner.warm_up([s["id"] for s in fleet_file("reference")["slms"]], WARM_UP)
             await run(runner)

@@ -21,14 +21,16 @@ LABELS = {
     "generalist": "generalist alone",
     "paper": "the paper's policy",
     "shares": "blind, ours' shares",
-    "thrifty": "ours, thrifty goals",
+    "as_generalist": "ours, the generalist's quality",
+    "as_paper": "ours, the paper's quality",
 }
 COLOURS = {
     "calm": "tab:blue",
     "generalist": "tab:red",
     "paper": "tab:orange",
     "shares": "tab:gray",
-    "thrifty": "tab:cyan",
+    "as_generalist": "tab:cyan",
+    "as_paper": "tab:purple",
 }
 
 

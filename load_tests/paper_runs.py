@@ -21,13 +21,24 @@ from tqdm import tqdm
 
 from deployments.reference_fleet.grading import credit, marks
 from load_tests.asking import Question, ask
-from load_tests.paper_figures import OURS, SHARES, Record
+from load_tests.paper_figures import (
+    AS_GENERALIST,
+    AS_PAPER,
+    GENERALIST,
+    OURS,
+    PAPER,
+    SHARES,
+    Record,
+)
 from load_tests.workloads import Request
 
 TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 256
 # The same for every task: the limit is a feature, and must not tell the task.
 MAX_TOKENS = 320
+
+# Whose quality is another policy's target.
+TARGETS = {AS_GENERALIST: GENERALIST, AS_PAPER: PAPER}
 
 
 @dataclass(slots=True)
@@ -60,14 +71,20 @@ def blocks_of(arrivals: Sequence[Arrival], count: int) -> list[list[Arrival]]:
 class Runner:
     """Sends the workload to one service under one policy after another.
 
-    `policies` are changes of the service's goals by name; the shares of `shares` are those that
-    ours has had so far, so ours goes first in the first block.
+    `policies` are changes of the service's goals by name; the shares of `shares`, and the quality
+    that is a target, are those that another policy has had so far, so that one goes first. `before`
+    are records of earlier runs.
     """
 
     def __init__(
-        self, url: str, asked: Sequence[Request], policies: Mapping[str, Mapping[str, Any]]
+        self,
+        url: str,
+        asked: Sequence[Request],
+        policies: Mapping[str, Mapping[str, Any]],
+        before: Sequence[Record] = (),
     ) -> None:
         self.seen = Seen()
+        self._before = before
         self.records: list[Record] = []
         self._asked = asked
         self._policies = dict(policies)
@@ -123,6 +140,8 @@ class Runner:
         if policy == SHARES:
             shares = shares_of(self.records, scenario)
             change["policy"] = {**change["policy"], "shares": shares}
+        if policy in TARGETS:
+            change["min_quality"] = quality_of([*self._before, *self.records], TARGETS[policy])
         if not self._goals:
             got = (await self._client.get("/v1/goals")).raise_for_status()
             self._goals = got.json()["goals"]
@@ -193,6 +212,14 @@ class Runner:
         row = self._asked[record.request].row
         record.exact = marks(row.task, text, list(row.answers))["exact"]
         record.credit = credit(row.task, text, list(row.answers))
+
+
+def quality_of(records: Sequence[Record], policy: str) -> float:
+    """Mean credit of a policy's answers in all scenarios; ValueError before it had any."""
+    credits = [r.credit for r in records if r.policy == policy]
+    if not credits:
+        raise ValueError(f"{policy} has answered nothing yet, so its quality is not known")
+    return sum(credits) / len(credits)
 
 
 def shares_of(records: Sequence[Record], scenario: str) -> dict[str, float]:

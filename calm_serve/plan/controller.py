@@ -21,7 +21,7 @@ multipliers, one by one and all together, from where it stands, and takes what m
 costs least. Predictions are corrected by what was measured, by SLM; a p95 goal counts the expected
 share of late requests, with the spread seen. Where not all can hold, quality wins over latency over
 energy, by PENALTIES. Multipliers are bounded and reach their place in several steps, because load
-follows the choice.
+follows the choice; those of quality and energy do so at once when the goals have changed.
 
 Each router holds the goals for its own requests; then the fleet does. Power is divided among them.
 With few scored requests, or without targets, the weights stay as they are.
@@ -109,6 +109,7 @@ class GoalController:
         self._active = sorted({_OF_TARGET[name] for name in goals.targets})
         self._x, self._found = np.zeros(4), np.zeros(4)
         self._feasible: dict[int, bool] = {}
+        self._fresh = True
         self._stepped_at = self._window.seen - STEP_ROWS
         self.weights: Weights = self._stated
 
@@ -134,6 +135,9 @@ class GoalController:
         self._found, missed = search.run(self._found, self._active)
         self._feasible = {g: bool(missed[g] <= FEASIBLE_MISS[g]) for g in self._active}
         highest = np.maximum(self._x * FASTER, FIRST)
+        if self._fresh:  # nobody waits for these two: they follow from the choice alone
+            highest[[_QUALITY, _ENERGY]] = LIMIT
+            self._fresh = False
         self._x = np.clip(self._found, self._x * SLOWER, highest)
         self._x[(self._found == 0.0) & (self._x < NEGLIGIBLE)] = 0.0
         self.weights = search.weights(self._x, self._stated)

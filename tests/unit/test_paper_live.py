@@ -20,7 +20,7 @@ from load_tests.paper_figures import (
     residency,
 )
 from load_tests.paper_live import sequence
-from load_tests.paper_runs import blocks_of, shares_of
+from load_tests.paper_runs import blocks_of, quality_of, shares_of
 
 
 def record(policy: str, place: int, **fields: object) -> Record:
@@ -65,6 +65,14 @@ def test_shares_are_those_that_ours_had_so_far() -> None:
     found.append(record(OURS, 5, slm="", error="status 503"))
     assert shares_of(found, "hot") == {"sql": 0.75, "general": 0.25}
     assert shares_of(found, "azure") == {}
+
+
+def test_quality_as_a_target_is_what_the_other_policy_had_in_all_scenarios() -> None:
+    found = [record(PAPER, i, credit=0.5 * (i % 2)) for i in range(4)]
+    found += [record(OURS, 5, credit=1.0)]
+    assert quality_of(found, PAPER) == 0.25
+    with pytest.raises(ValueError, match="generalist has answered nothing yet"):
+        quality_of(found, GENERALIST)
 
 
 def test_figures_of_ours_over_the_others() -> None:
