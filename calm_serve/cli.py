@@ -7,6 +7,7 @@ is one line on stderr.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -64,7 +65,10 @@ def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
     no JSON object.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    except ValueError as error:
+        raise RequestError(f"{url}: {error}") from error
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer = json.load(response)
@@ -72,7 +76,8 @@ def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         raise RequestError(f"{url}: {_error_message(error)}") from error
     except urllib.error.URLError as error:
         raise ComponentError(f"cannot reach {url}: {error.reason}") from error
-    except OSError as error:  # reset or timed out while it was answering
+    # Reset or timed out while it was answering, or it speaks no HTTP.
+    except (OSError, http.client.HTTPException) as error:
         raise ComponentError(f"cannot reach {url}: {error}") from error
     except ValueError as error:
         raise RequestError(f"{url}: no JSON answer: {error}") from error

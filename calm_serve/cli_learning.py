@@ -90,21 +90,32 @@ def read_goals(given: str) -> Goals:
         path = Path(given)
         if not path.is_file():
             raise ConfigError(f"goals not found: {given}")
-        name, given = path.name, path.read_text(encoding="utf-8")
+        name = path.name
+        try:
+            given = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: not text that can be read: {error}") from error
     try:
         data = yaml.safe_load(given)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if isinstance(data, dict) and "applications" in data:
-        # Of several applications the fleet's own, which is the one that has goals.
-        found = [a.get("args", {}) for a in data["applications"] or () if isinstance(a, dict)]
-        data = next((args["goals"] for args in found if "goals" in args), {})
+        data = _configured(data["applications"], name)
     try:
         return Goals.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{name}: {where}{': ' if where else ''}{first['msg']}") from error
+
+
+def _configured(applications: Any, name: str) -> Any:
+    """The goals of the fleet's own application; of others there may be several."""
+    for application in applications if isinstance(applications, list) else ():
+        args = application.get("args") if isinstance(application, dict) else None
+        if isinstance(args, dict) and "fleet" in args:
+            return args.get("goals", {})
+    raise ConfigError(f"{name}: no application with args.fleet")
 
 
 def _predictor(path: str) -> LightGBMPredictor:
@@ -156,11 +167,24 @@ def _models(answer: Mapping[str, Any]) -> str:
             f"{probation['labelled']} labelled outcomes; gain "
             + _interval(probation["gain"], probation["gain_ci95"])
         )
+    if training := answer["last_training"]:
+        lines.append(f"last training: {_training(training)}")
     if change := answer["last_change"]:
         action = change["action"].replace("_", " ")
         before = change["before"] or "none"
         lines.append(f"last change: {action} {before} -> {change['version']}: {change['reason']}")
     return "\n".join(lines)
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    reason = str(training["reason"]).replace("_", " ")
+    if "version" not in training:
+        return f"{reason}: {training['detail']}"
+    text = f"{training['version']} against {training['against']}: {reason}"
+    if interval := training["difference_ci95"]:
+        gain = training["champion_loss"] - training["challenger_loss"]
+        text += f", log loss gain {_interval(gain, interval)} on {training['held_out']} labels"
+    return text + (f"; {training['then']}" if "then" in training else "")
 
 
 def _replay(report: Mapping[str, Any]) -> str:
@@ -175,6 +199,10 @@ def _replay(report: Mapping[str, Any]) -> str:
         lines.append(f"  not reproduced, for example: {', '.join(report['differing'])}")
     if not decisions:
         return "\n".join(lines)
+    if moving := report["weights"]:
+        priced = {k: v for k, v in moving.items() if v and not k.endswith("_after_s")}
+        now = ", ".join(f"{k}={v:.3g}" for k, v in priced.items())
+        lines.append(f"weights moved to hold the targets; at the end: {now}")
     lines.append(f"changed: {report['changed']:,} ({report['changed'] / decisions:.1%})")
     lines += [f"  {m['from']} -> {m['to']}: {m['decisions']:,}" for m in report["moved"][:20]]
     rows = [

@@ -134,13 +134,17 @@ class SLMState:
     kv_usage_ratio: float = 0.0
     cached_prefix_ratio: float = 0.0
     ttft_s: float | None = None  # recent mean, None before the first observation
-    tpot_s: float | None = None
-    energy_j_per_token: float | None = None
+    tpot_s: float | None = None  # of one more request, at the present load
+    energy_j_per_token: float | None = None  # of one more request, at the present load
     failure_ratio: float = 0.0
     breaker_open: bool = False
     wake_s: float = 0.0  # measured time from start to ready
     age_s: float = 0.0
     quality_factor: float = 1.0  # recent successes over predicted ones
+    in_flight: int = 0  # requests inside all SLMs, as this process sees them
+    ttft_ratio: float = 1.0  # measured over analytic TTFT at the present load
+    ttft_spread: float = 0.5  # of log(measured / predicted)
+    e2e_spread: float = 0.5
 
     @property
     def load_ratio(self) -> float:
@@ -158,6 +162,9 @@ class Prediction:
     ttft_s: float
     tpot_s: float
     energy_j: float
+    # Standard deviations of log(measured / predicted), for the probability of missing an SLO.
+    ttft_spread: float = 0.5
+    e2e_spread: float = 0.5
 
     @property
     def e2e_s(self) -> float:

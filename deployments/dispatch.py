@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
 from calm_serve.knowledge.decisions import terms_of
+from calm_serve.monitor.load_effect import load_met
 from calm_serve.types import (
     Decision,
     DecisionPath,
@@ -263,11 +264,11 @@ def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outco
         numbers=context.numbers,
         buckets=context.buckets,
         load=call.load,
-        predicted=astuple(prediction)[1:] if prediction else (),
+        predicted=astuple(prediction)[1:6] if prediction else (),
         versions=astuple(decision.versions),
         signals=signals,
         prompt=prompt,
-        extra=terms_of(decision) | _residency_terms(call),
+        extra=terms_of(decision) | load_met(call.state) | _residency_terms(call),
     )
 
 

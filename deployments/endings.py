@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from starlette.responses import Response
 
 from calm_serve.errors import CalmError, CapacityError, SLMUnavailableError
 from deployments import dispatch
+
+log = logging.getLogger("ray.serve")
 
 
 class Finish:
@@ -21,7 +24,10 @@ class Finish:
         """Record the call, unless that was done, and pass the response through."""
         if not self._done:
             self._done = True
-            self._record()
+            try:
+                self._record()
+            except Exception:  # whatever it is: the client gets the answer that is there
+                log.exception("call %s not written down", self._call.decision.decision_id)
         return response or Response()
 
     def __del__(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from calm_serve.config import Resources
 from calm_serve.errors import ComponentError
 from calm_serve.monitor.energy import (
     DEFAULT_WATTS_PER_CORE,
+    POWERCAP,
     EnergyMeter,
     TokenShareAttributor,
     best_meter,
@@ -63,6 +65,7 @@ class ReplicaEnergy:
         processes: its processes now, itself included.
         clock: monotonic seconds.
         environ: where CUDA_VISIBLE_DEVICES is.
+        powercap: where the processors' counters are.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class ReplicaEnergy:
         processes: Callable[[], Sequence[psutil.Process]],
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
+        powercap: Path = POWERCAP,
     ) -> None:
         self._clock = clock
         meter = gpu_meter(resources.num_gpus, environ) or best_meter(
-            ProcessesCpu(processes), host_cpu_s
+            ProcessesCpu(processes), host_cpu_s, powercap=powercap
         )
         self.account = TokenShareAttributor(meter)
         # Found anew by asking the kernel for our descendants, so it sees what `processes` misses.

@@ -19,7 +19,8 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from deployments.metrics import METRICS, Aggregates, HistogramState, Kind, Metric, fleet_samples
+from deployments.metric_table import METRICS, Kind, Metric
+from deployments.metrics import Aggregates, HistogramState, fleet_samples
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -50,7 +50,8 @@ class FleetView:
 
     def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
         """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
-        self.tiers.set_reports(reports)
+        for slm_id, replica_id in self.tiers.set_reports(reports):
+            VIEW.index(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
         self._reports = {
             slm_id: max(by_replica.values(), key=lambda r: float(r["at"]))
@@ -78,7 +79,7 @@ class FleetView:
         kept = self._states.get(spec.id)
         if kept is not None and now - kept[0] < STATE_LIFETIME_S:
             return kept[1]
-        replicas = VIEW.replicas(deployment_name(spec.id))
+        replicas = self._live(spec)
         state = self._monitor.state(spec, replicas, now, self._absent(spec))
         state = self.tiers.state(state, replicas)
         self._states[spec.id] = (now, state)
@@ -123,7 +124,7 @@ class FleetView:
         state = self.state(spec)
         seen = self._monitor.snapshot(spec.id, self._clock())
         report = self._reports.get(spec.id, {})
-        replicas = VIEW.replicas(deployment_name(spec.id))
+        replicas = self._live(spec)
         return {
             "id": spec.id,
             "state": self._word(spec),
@@ -139,13 +140,15 @@ class FleetView:
             "memory_bytes": sum(r.memory_bytes for r in replicas),
             "ready_s": report.get("ready_s", {}),
             "ttft_s": state.ttft_s,
-            "tpot_s": state.tpot_s,
+            "tpot_s": seen.tpot_s,
             "ttft_p95_s": seen.ttft_p95_s,
             "tpot_p95_s": seen.tpot_p95_s,
             "e2e_p95_s": seen.e2e_p95_s,
             "queue_s": seen.queue_s,
             "output_tokens_per_s": seen.output_tokens_per_s,
-            "energy_j_per_token": state.energy_j_per_token,
+            "energy_j_per_token": seen.energy_j_per_token,
+            "energy_j_per_token_next": state.energy_j_per_token,
+            "ttft_ratio": round(state.ttft_ratio, 3),
             "age_s": seen.age_s,
             "requests": seen.requests,
             "failures": seen.failures,
@@ -156,6 +159,9 @@ class FleetView:
             **self.tiers.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
         }
+
+    def _live(self, spec: SLMSpec) -> tuple[ReplicaState, ...]:
+        return self.tiers.as_reported(VIEW.replicas(deployment_name(spec.id)))
 
     def _replica(self, replica: ReplicaState) -> dict[str, Any]:
         return {

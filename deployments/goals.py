@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class GoalsEndpoint:
         """Goals, weights and targets of this router; `?history=N` adds the last N changes."""
         document = self._document()
         if asked := request.query_params.get("history"):
-            if not asked.isdecimal() or not 1 <= int(asked) <= 1000:
+            if not asked.isdecimal() or len(asked) > 4 or not 1 <= int(asked) <= 1000:
                 raise RequestError("'history' must be a number from 1 to 1000", param="history")
             document["history"] = await self._knowledge.goal_history(int(asked))
         return http.json_response(document)
@@ -51,7 +52,8 @@ class GoalsEndpoint:
     async def put(self, request: Request) -> Response:
         """Replace the goals, for all routers; fields left out get their defaults.
 
-        Durable when answered. `x-calm-actor`, else the client's address, goes to the audit trail.
+        Durable when answered; 202 when this router has yet to hear of it. `x-calm-actor`, else the
+        client's address, goes to the audit trail.
         """
         body = await http.read_json(request, BODY_LIMIT_BYTES)
         if not isinstance(body, dict):
@@ -61,14 +63,21 @@ class GoalsEndpoint:
         except ConfigError as error:
             raise RequestError(error.message, param=error.param) from error
         address = request.client.host if request.client else "unknown"
-        await self._knowledge.set_goals(goals, request.headers.get(ACTOR_HEADER) or address)
+        by = request.headers.get(ACTOR_HEADER) or address
+        change = await self._knowledge.set_goals(goals, by)
+        if self._knowledge.goals_change.get("revision", 0) < change["revision"]:
+            pending = {"goals": goals.model_dump(mode="json"), "changed": _signed(change)}
+            return http.json_response(pending, 202)
         return http.json_response(self._document())
 
     def _document(self) -> dict[str, Any]:
-        change = self._knowledge.goals_change
-        changed = {key: change.get(key) for key in ("at", "by", "revision")}
+        changed = _signed(self._knowledge.goals_change)
         goals = self._loop.goals.model_dump(mode="json")
         return {"goals": goals, **goals_section(self._loop), "changed": changed}
+
+
+def _signed(change: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: change.get(key) for key in ("at", "by", "revision")}
 
 
 def goals_section(loop: Loop) -> dict[str, Any]:

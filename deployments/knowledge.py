@@ -19,6 +19,14 @@ def actor_name(app_name: str) -> str:
     return f"knowledge-{app_name}"
 
 
+class KnowledgeActor(KnowledgeService):
+    """Ray restarts an actor with the arguments of its first start; the settings since are kept."""
+
+    def __init__(self, fleet: Fleet, learning: Learning) -> None:
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        super().__init__(fleet, learning, resume=restarted)
+
+
 def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
     """Return the handle of the application's knowledge actor, creating the actor if need be.
 
@@ -26,7 +34,7 @@ def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
     it runs unless `learning` points to shared storage.
     """
     return (
-        ray.remote(KnowledgeService)
+        ray.remote(KnowledgeActor)
         .options(
             name=actor_name(app_name),
             namespace=NAMESPACE,

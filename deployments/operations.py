@@ -57,6 +57,7 @@ class Operations:
             "version": self._loop.predictor.version,
             "source": self._knowledge.predictor_source,
             "outcomes_pending": self._outcomes.pending_rows,
+            "outcomes_lost": self._outcomes.lost_rows,
             "knowledge_reachable": self._knowledge.reachable,
             **models_section(self._knowledge),
         }

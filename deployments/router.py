@@ -11,22 +11,20 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from calm_serve.analyze.predictor import live_load
 from calm_serve.analyze.request import ChatRequest, parse_chat, parse_completion, parse_overrides
 from calm_serve.config import Fleet, ServeArgs
 from calm_serve.errors import CalmError, RequestError
 from calm_serve.loop import Loop
-from calm_serve.types import Decision, Residency
-from deployments import dispatch, endings, holding, http
+from deployments import dispatch, http
+from deployments.answering import Answering
 from deployments.exposition import render_fleet_metrics
 from deployments.fleet_view import FleetView
 from deployments.goals import GoalsEndpoint
@@ -39,13 +37,11 @@ from deployments.outcomes import OutcomeSender
 from deployments.predictors import PredictorsEndpoint
 from deployments.residency_client import ResidencyClient
 from deployments.residency_endpoint import ResidencyEndpoint
-from deployments.wire import Hints, Refusal
 
 log = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
 STEER_S = 0.25  # between two looks of the goals' controller at what was learned
-JSON, EVENTS = "application/json", "text/event-stream"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -68,7 +64,7 @@ class Router:
             decision_log=args.router.decision_log,
             routers=args.router.replicas,
         )
-        self._dispatcher = dispatch.Dispatcher(
+        dispatcher = dispatch.Dispatcher(
             self._handles.get,
             retries=args.router.retries,
             attempt_failed=self._view.attempt_failed,
@@ -82,18 +78,21 @@ class Router:
         self._operations = Operations(
             self._loop, self._view, self._knowledge, self._metrics, self._outcomes
         )
-        self._goals = GoalsEndpoint(self._loop, self._knowledge)
+        answering = Answering(
+            args, self._loop, self._view, self._residency, dispatcher, self.record
+        )
+        goals = GoalsEndpoint(self._loop, self._knowledge)
         predictors = PredictorsEndpoint(self._knowledge)
         residency = ResidencyEndpoint(self._loop, self._view.tiers, self._knowledge)
         self._routes: dict[tuple[str, str], Endpoint] = {
-            ("POST", "/v1/chat/completions"): self._chat,
-            ("POST", "/v1/completions"): self._completions,
+            ("POST", "/v1/chat/completions"): answering.chat,
+            ("POST", "/v1/completions"): answering.complete,
             ("POST", "/v1/route"): self._route,
             ("POST", "/v1/feedback"): self._feedback,
             ("GET", "/v1/models"): self._operations.models,
             ("GET", "/v1/fleet"): self._operations.fleet,
-            ("GET", "/v1/goals"): self._goals.get,
-            ("PUT", "/v1/goals"): self._goals.put,
+            ("GET", "/v1/goals"): goals.get,
+            ("PUT", "/v1/goals"): goals.put,
             ("GET", "/v1/residency"): residency.get,
             ("PUT", "/v1/residency"): residency.put,
             ("GET", "/v1/predictors"): predictors.get,
@@ -132,137 +131,6 @@ class Router:
         except Exception:  # the last resort: a client of OpenAI's API gets OpenAI's error
             log.exception("request to %s failed", path)
             return http.error_response(CalmError("internal error"))
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, parse_chat, "chat")
-
-    async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, parse_completion, "complete")
-
-    async def _answer(
-        self, request: Request, parse: Callable[[Any], ChatRequest], method: str
-    ) -> Response:
-        decision_id = uuid.uuid4().hex
-        headers = {
-            "x-calm-decision-id": decision_id,
-            "x-calm-model": "",
-            "x-calm-reason": "refused",
-        }
-        try:
-            body = await http.read_json(request, self._limit_bytes)
-            parsed = parse(body)
-            overrides = parse_overrides(http.routing_headers(request))
-            decision = self._loop.decide(parsed, overrides, decision_id)
-        except CalmError as error:
-            return http.error_response(error, headers)
-        call = self._call(decision)
-        hints: Hints = {
-            "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
-            "schema": dict(parsed.schema) if parsed.schema is not None else None,
-            "labels": overrides.labels,
-        }
-        prompt = parsed.text if self._args.learning.keep_prompts else None
-        task = overrides.task
-        finish = endings.Finish(call, lambda: self.record(call, parsed, task, prompt))
-        headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
-        answer: AsyncIterator[bytes] | Refusal | None = None
-        try:
-            async with asyncio.timeout(self._args.router.request_timeout_s):
-                opening = self._dispatcher.open(call, method, body, hints)
-                if parsed.stream and call.state.residency is not Residency.HOT:
-                    waking = await holding.within(opening, holding.QUIET_S)
-                    if not waking.done():
-                        stream = holding.abandoned_with(self._held(call, waking, finish), waking)
-                        return StreamingResponse(stream, 200, headers, EVENTS)
-                    answer = waking.result()
-                else:
-                    answer = await opening
-                self._follow_failover(call)
-                headers |= {"x-calm-model": call.slm_id, "x-calm-reason": call.reason}
-                if isinstance(answer, Refusal):
-                    call.http_status, call.status = answer.http_status, "rejected"
-                    return finish(Response(answer.body, answer.http_status, headers, JSON))
-                if not parsed.stream:
-                    payload = b"".join([part async for part in answer])
-                    return finish(Response(payload, 200, headers, JSON))
-        except asyncio.CancelledError:
-            endings.cancelled(call)
-            dispatch.cancel(answer)
-            finish()
-            raise
-        except CalmError as error:
-            return finish(http.error_response(endings.refused(call, error), headers))
-        except dispatch.REPLICA_FAILURES as error:
-            dispatch.cancel(answer)
-            return finish(http.error_response(endings.gone(call, error), headers))
-        return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
-
-    def _call(self, decision: Decision) -> dispatch.Call:
-        spec = self._loop.specs[decision.slm_id]
-        state = self._view.state(spec)
-        call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
-        if self._view.tiers.active:
-            preferred = self._view.state(self._loop.specs[decision.preferred])
-            self._residency.wanted(call, hit=preferred.residency is Residency.HOT)
-        return call
-
-    def _follow_failover(self, call: dispatch.Call) -> None:
-        """After a failover the row describes the SLM that answers, not the one that failed."""
-        spec = self._loop.specs.get(call.slm_id)
-        if spec is not None and call.slm_id != call.decision.slm_id:
-            call.state = self._view.state(spec)
-            call.load = live_load(call.decision.context, spec, call.state)
-
-    async def _held(
-        self,
-        call: dispatch.Call,
-        opening: asyncio.Future[AsyncIterator[bytes] | Refusal],
-        finish: endings.Finish,
-    ) -> AsyncIterator[bytes]:
-        """A stream whose status line is out before its SLM is awake; errors come as events."""
-        try:
-            left_s = self._args.router.request_timeout_s - call.elapsed_s
-            async with asyncio.timeout(left_s):
-                async for comment in holding.comments(opening, holding.PERIOD_S):
-                    yield comment
-            answer = opening.result()
-            self._follow_failover(call)
-            if isinstance(answer, Refusal):
-                call.http_status, call.status = answer.http_status, "rejected"
-                yield b"data: " + answer.body + b"\n\n"
-            else:
-                async for part in self._stream(call, answer, finish):
-                    yield part
-        except CalmError as error:
-            yield http.sse_error(endings.refused(call, error))
-        except dispatch.REPLICA_FAILURES as error:
-            yield http.sse_error(endings.gone(call, error))
-        except (asyncio.CancelledError, GeneratorExit):
-            endings.cancelled(call)
-            raise
-        finally:
-            if call.final is None:
-                holding.give_up(opening)
-            finish()
-
-    async def _stream(
-        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: endings.Finish
-    ) -> AsyncIterator[bytes]:
-        try:
-            async with asyncio.timeout(self._args.router.request_timeout_s):
-                async for part in answer:
-                    if part:
-                        yield part
-        except dispatch.REPLICA_FAILURES as error:
-            # The status line is out; an error event instead of [DONE] tells the client.
-            yield http.sse_error(endings.gone(call, error))
-        except (asyncio.CancelledError, GeneratorExit):
-            endings.cancelled(call)
-            raise
-        finally:
-            if call.final is None:
-                dispatch.cancel(answer)
-            finish()
 
     async def _route(self, request: Request) -> Response:
         body = await http.read_json(request, self._limit_bytes)

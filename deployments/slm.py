@@ -158,7 +158,7 @@ class SLM:
         signals: tuple[QualitySignal, ...] = ()
         if kinds:
             # In a thread: a client's schema may take a while to check.
-            signals = await asyncio.to_thread(self._signals, facts, hints, kinds)
+            signals = await asyncio.to_thread(self._signals, facts, hints, kinds, _limit(body))
         yield Final(last, self._facts(facts, energy), signals)
 
     def _facts(self, facts: Any, energy: Any) -> EngineFacts:
@@ -177,7 +177,11 @@ class SLM:
             kv_usage_ratio=load.kv_usage_ratio,
         )
 
-    def _signals(self, facts: Any, hints: Hints, kinds: set[str]) -> tuple[QualitySignal, ...]:
+    def _signals(
+        self, facts: Any, hints: Hints, kinds: set[str], limit_tokens: int | None
+    ) -> tuple[QualitySignal, ...]:
+        if limit_tokens is not None and facts.output_tokens >= limit_tokens:
+            kinds = kinds & {hints.get("validate")}  # cut by the client, so not the SLM's fault
         text = "".join(facts.text)[:MAX_KEPT_CHARS]
         signals = []
         for kind in sorted(kinds):
@@ -253,6 +257,11 @@ def slm_class(max_resident_adapters: int) -> type[SLM]:
             return await self._load_adapter(name)
 
     return MultiplexedSLM
+
+
+def _limit(body: dict[str, Any]) -> int | None:
+    """Output tokens that the client asked for at most; the engine has accepted the body."""
+    return body.get("max_completion_tokens") or body.get("max_tokens")
 
 
 def _memory_bytes(process: psutil.Process) -> int:

@@ -27,6 +27,7 @@ class TierView:
         self._ordered: dict[str, Residency] = {}
         self._reported: dict[str, str] = {}  # replica -> the state it reported
         self._wake_s: dict[str, float] = {}  # the last wake-up that a replica measured
+        self._woke_in_s: dict[str, float] = {}  # the same, by replica
         self._changed = asyncio.Event()
 
     @property
@@ -44,14 +45,38 @@ class TierView:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def set_reports(self, reports: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Take what replicas say, SLM to replica to report."""
-        self._reported = {}
+    def set_reports(
+        self, reports: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    ) -> list[tuple[str, str]]:
+        """Take what replicas say, SLM to replica to report.
+
+        Returns (SLM, replica) of those that have slept since the last time: their cache is gone.
+        """
+        before, self._reported, slept = self._reported, {}, []
+        woke, self._woke_in_s = self._woke_in_s, {}
         for slm_id, by_replica in reports.items():
             for replica_id, report in by_replica.items():
-                self._reported[replica_id] = report["state"]
-                if (wake_s := report.get("ready_s", {}).get("wake")) is not None:
-                    self._wake_s[slm_id] = wake_s
+                state = self._reported[replica_id] = report["state"]
+                wake_s = report.get("ready_s", {}).get("wake")
+                if wake_s is not None:
+                    self._wake_s[slm_id] = self._woke_in_s[replica_id] = wake_s
+                # The board keeps the last report alone: another wake-up was another sleep too.
+                if before.get(replica_id) not in _NOT_AWAKE and (
+                    state in _NOT_AWAKE or wake_s != woke.get(replica_id)
+                ):
+                    slept.append((slm_id, replica_id))
+        return slept
+
+    def as_reported(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
+        """The replicas, those that sleep without the load of their last answers."""
+        if not any(self._reported.get(r.replica_id) == "asleep" for r in replicas):
+            return replicas
+        return tuple(
+            replace(r, running=0, waiting=0, queue_length=0, kv_usage_ratio=0.0)
+            if self._reported.get(r.replica_id) == "asleep"
+            else r
+            for r in replicas
+        )
 
     def ordered(self) -> dict[str, str]:
         """SLM to the tier that it was ordered to; {} without a memory budget."""

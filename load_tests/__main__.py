@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from load_tests.ending import exit_on_sigterm
+
 BENCHMARKS = {
     "decision": "what a routing decision costs, by path, size of the fleet and prompt length",
     "fleet": "what every model of the fleet answers, and what it costs, as served",
@@ -29,6 +31,7 @@ def main() -> int:
     )
     parser.add_argument("benchmark", choices=BENCHMARKS)
     chosen = parser.parse_args(sys.argv[1:2])
+    exit_on_sigterm()
     module = importlib.import_module(f"load_tests.{chosen.benchmark}")
     return int(module.main(sys.argv[2:]))
 

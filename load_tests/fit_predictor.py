@@ -27,6 +27,7 @@ from calm_serve.knowledge.trainer import train
 from deployments.reference_fleet.evalrows import FILES, load
 from deployments.reference_fleet.grading import credit
 from load_tests.asking import Question, ask
+from load_tests.ending import exit_on_sigterm
 from load_tests.served import FLEETS, fleet_file, served
 from load_tests.workloads import Request, request
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--per-file", type=int, default=600, help="requests of each file of eval/")
     options = parser.parse_args()
+    exit_on_sigterm()
     fleet = {key: value for key, value in fleet_file("reference").items() if key != "predictor"}
     with TemporaryDirectory(prefix="calm") as name:
         with served(fleet, _learn_nothing, Path(name)) as url:

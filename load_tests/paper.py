@@ -12,7 +12,8 @@ memory for half of them, where the paper's policy has the paper's cache (LRU).
 Latency is the client's, from when a request was due; quality is graded on held-out answers; energy
 is what the service attributed, on a CPU an estimate from CPU time. Nothing is learned meanwhile.
 
-Simulated: every other policy, residency, and what changes; see `paper_simulated.py`.
+Served too is what changes: goals, SLMs that break or come, learning; see `paper_changes.py`.
+Simulated: every other policy, residency, and changes again; see `paper_simulated.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from calm_serve.config_load import parse_fleet
-from load_tests import arrivals, paper_plots, paper_simulated, report
+from load_tests import arrivals, paper_changes, paper_plots, paper_simulated, report
 from load_tests.paper_figures import (
     POLICIES,
     RESAMPLES,
     Figures,
+    Record,
     Table,
     comparisons,
     per_policy,
@@ -88,12 +90,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--half", type=int, default=240, help="at half memory: %(default)s")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--live", action="store_true", help="only what is served")
+    part.add_argument("--changes", action="store_true", help="only what changes while served")
     part.add_argument("--simulated", action="store_true", help="only what is simulated")
     chosen = parser.parse_args(arguments)
     if chosen.simulated:
         simulated = paper_simulated.run(paper_simulated.Sizes(), chosen.plots)
         config = paper_simulated.config_of(paper_simulated.Sizes())
         report.write(chosen.json, "paper", {"simulated": config}, simulated)
+        return 0
+    if chosen.changes:
+        changes = paper_changes.run(standard(), chosen.plots)
+        _write_records(chosen.records, changes.records)
+        report.write(chosen.json, "paper", {"changes": changes.config}, changes.figures)
         return 0
     started = time.monotonic()
     asked, live = standard(), Live()
@@ -118,17 +126,23 @@ def main(arguments: Sequence[str]) -> int:
         f"{live.client_cpu_ratio:.2f} of a core, {1e3 * live.late_s:.0f} ms late; gaps of the "
         f"arrivals vary {live.variation} (Poisson: 1)"
     )
+    changes = paper_changes.run(asked, chosen.plots)
+    figures |= changes.figures
     figures["live_minutes"] = round((time.monotonic() - started) / 60.0, 1)
     paper_plots.draw(chosen.plots, tables, figures, live.rate_per_s)
-    if chosen.records:
-        lines = [json.dumps(asdict(record)) for record in live.records]
-        chosen.records.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    config = _config(live, sizes, sorted(source))
+    _write_records(chosen.records, [*live.records, *changes.records])
+    config = _config(live, sizes, sorted(source)) | {"changes": changes.config}
     if not chosen.live:
         figures = paper_simulated.run(paper_simulated.Sizes(), chosen.plots) | figures
         config["simulated"] = paper_simulated.config_of(paper_simulated.Sizes())
     report.write(chosen.json, "paper", config, figures)
     return 0
+
+
+def _write_records(path: Path | None, records: Sequence[Record]) -> None:
+    if path is not None:
+        lines = [json.dumps(asdict(record)) for record in records]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _config(live: Live, sizes: Sizes, energy: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Simulated changes of the `paper` experiment: workload, hardware, goals, SLMs that come or break.
+"""Simulated changes of the `paper` experiment: workload, hardware, goals, SLMs that break.
 
 Counts are of requests from the change on. Each function runs one seed and returns plain figures.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
-from calm_serve.analyze.lightgbm import Artifact, load_artifact, own_head
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.config import Fleet, Goals
-from calm_serve.knowledge.newcomers import Newcomers, fit, known_slms, with_newcomers
+from calm_serve.config import Goals
 from load_tests.paper_answers import Answers, shipped
 from load_tests.paper_call import Fault, Row
 from load_tests.paper_scenarios import Figures, capacity_rps
@@ -26,9 +23,8 @@ RECENT = 100  # requests over which a goal is looked at
 HELD = 1.1  # a goal is held within 10 %
 FEEDBACK_RATIO = 0.3  # of the answers somebody says how good they were, unless a figure's name says
 
-SHARE_RATIO = 0.8  # a newcomer has adopted 80 % of the share it gets from whoever knows it
+SHARE_RATIO = 0.8  # of its usual share: an SLM that was repaired, or that came, has its traffic
 LOST_RATIO = 0.2  # a broken SLM has lost its traffic when it gets 20 % of its share
-WINDOW = 200  # requests ahead over which a share is counted
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class Shift:
 
 
 SHIFTS = ("mix", "load", "hardware", "goals")
-NEW_SLMS = ("sql", "shell", "intent")
 
 
 def shifts_of(answers: Answers) -> list[Shift]:
@@ -119,107 +114,6 @@ def _metric(rows: Sequence[Row], metric: str) -> float:
     if metric == "latency_s":
         return float(np.nanpercentile(values, 95))
     return float(np.nanmean(values))
-
-
-def new_slm(
-    answers: Answers, seed: int, *, slm_id: str, feedback_ratio: float = FEEDBACK_RATIO
-) -> Figures:
-    """An SLM arrives that no outcome knows: requests until it has its share.
-
-    Its share is what the shipped predictor, which was trained on its answers, gives it on the same
-    requests. `alone` is the same without `knowledge.newcomers`: rules and the metadata prior.
-    """
-    name = f"new.{slm_id}"
-    shipped_one = _artifact(answers.fleet)
-    known = _arriving(answers, seed, slm_id, shipped_one, False, feedback_ratio).rows[BEFORE:]
-    found: Figures = {f"{name}.share": _share(known, slm_id)}
-    for kind, learns in (("", True), ("alone.", False)):
-        artifact = without(shipped_one, slm_id)
-        after = _arriving(answers, seed, slm_id, artifact, learns, feedback_ratio).rows[BEFORE:]
-        # Over the same requests, because no 200 of them hold as much for the newcomer as others.
-        ratios = [
-            _share(after[i : i + WINDOW], slm_id) / _share(known[i : i + WINDOW], slm_id)
-            for i in range(AFTER - WINDOW + 1)
-        ]
-        at = next((i for i, ratio in enumerate(ratios) if ratio >= SHARE_RATIO), AFTER)
-        found |= {
-            f"{name}.{kind}adoption_requests": float(at),
-            f"{name}.{kind}adoption_answers": float(sum(r.slm == slm_id for r in after[:at])),
-            f"{name}.{kind}first_share_ratio": ratios[0],
-            f"{name}.{kind}share_ratio_after_150": ratios[150],
-            f"{name}.{kind}last_share_ratio": ratios[-1],
-            f"{name}.{kind}credit": float(np.mean([r.credit for r in after])),
-            f"{name}.known_credit": float(np.mean([r.credit for r in known])),
-        }
-    return found
-
-
-def _arriving(
-    answers: Answers,
-    seed: int,
-    slm_id: str,
-    artifact: Artifact,
-    learns: bool,
-    feedback_ratio: float,
-) -> World:
-    """BEFORE requests without the SLM, AFTER with it."""
-    rng, fleet = Random(seed), answers.fleet
-    world = World(
-        answers,
-        Goals(),
-        seed=seed,
-        predictor=with_newcomers(artifact, None, MetadataPrior()),
-        fleet=fleet_without(fleet, slm_id),
-        feedback_ratio=feedback_ratio,
-    )
-    rate, now = 0.3 * capacity_rps(answers, answers.largest), 0.0
-    arrived = []
-    for _ in range(BEFORE + AFTER):
-        now += rng.expovariate(rate)
-        arrived.append((now, rng.randrange(len(answers))))
-    world.serve(arrived[:BEFORE])
-    world.set_fleet(fleet)
-    newcomers = Newcomers()
-    if learns:
-        newcomers.follow(fleet, known_slms(artifact))
-    for cut in range(BEFORE, BEFORE + AFTER, 5):
-        # As the knowledge actor: outcomes come in small batches, and a fit is published at once.
-        if (job := newcomers.job()) is not None:
-            fitted = fit(job, world.clock.now_s)
-            world.loop.predictor = with_newcomers(artifact, fitted, MetadataPrior())
-        world.outcomes = []
-        world.serve(arrived[cut : cut + 5])
-        newcomers.observe(world.outcomes)
-    world.finish()
-    return world
-
-
-def without(artifact: Artifact, slm_id: str) -> Artifact:
-    """The predictor as if the SLM had never been there."""
-    gone = {own_head(head, slm_id) for head in ("success", "output_tokens")}
-    boosters = {k: v for k, v in artifact.boosters.items() if k not in gone}
-    ids = tuple(s for s in artifact.slm_ids if s != slm_id)
-    if len(ids) < len(artifact.slm_ids) and "ttft_residual" in boosters:
-        raise ValueError("the correction of TTFT knows SLMs by their places")
-    return replace(artifact, slm_ids=ids, boosters=boosters)
-
-
-def fleet_without(fleet: Fleet, slm_id: str) -> Fleet:
-    """The fleet file before the SLM came."""
-    return fleet.model_copy(
-        update={
-            "slms": tuple(s for s in fleet.slms if s.id != slm_id),
-            "rules": tuple(r for r in fleet.rules if slm_id not in r.slms),
-        }
-    )
-
-
-def _artifact(fleet: Fleet) -> Artifact:
-    return load_artifact(Path(fleet.predictor) / "predictor.bin")
-
-
-def _share(rows: Sequence[Row], slm_id: str) -> float:
-    return float(np.mean([r.chosen == slm_id for r in rows]))
 
 
 @dataclass(frozen=True)
@@ -300,7 +194,7 @@ def broken_slm(answers: Answers, seed: int, *, kind: str) -> Figures:
 
 
 def first_window(
-    rows: Sequence[Row], counts: Callable[[Row], bool], length: int, holds: Callable[[float], bool]
+    rows: Sequence[Any], counts: Callable[[Any], bool], length: int, holds: Callable[[float], bool]
 ) -> int:
     """The first place from which the share of the next `length` rows holds; else all of them."""
     hits = np.concatenate([[0], np.cumsum([counts(r) for r in rows])])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
+from operator import attrgetter
 
+from calm_serve.monitor.load_effect import load_met
 from calm_serve.testing import Served, make_outcome
 from calm_serve.types import Decision, Outcome, QualitySignal, SLMState
+
+# As `dataclasses.astuple`, which copies deeply.
+_numbers = attrgetter("success_ratio", "output_tokens", "ttft_s", "tpot_s", "energy_j")
+_versions = attrgetter("predictor", "goals", "fleet")
 
 
 @dataclass
@@ -29,6 +35,7 @@ class Row:
     slm: str = ""  # answered
     tried: tuple[str, ...] = ()
     hit: bool = True  # the SLM that got it was awake
+    preferred_hot: bool = True  # the preferred one was
     path: str = ""
     propensity: float = 1.0
     exact: float = 0.0
@@ -107,7 +114,8 @@ def answer(
         numbers=decision.context.numbers,
         buckets=decision.context.buckets,
         load=call.load,
-        predicted=astuple(chosen.prediction)[1:] if chosen and chosen.prediction else (),
-        versions=astuple(decision.versions),
+        predicted=_numbers(chosen.prediction) if chosen and chosen.prediction else (),
+        versions=_versions(decision.versions),
         signals=signals,
+        extra=load_met(call.state) if call.state is not None else {},
     )

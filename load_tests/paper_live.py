@@ -168,7 +168,7 @@ def _serve(
     with TemporaryDirectory(prefix="calm") as folder:
         with served(change=change, state=Path(folder)) as url:
             runner = asyncio.run(serve(url))
-        _add_outcomes(runner.records, Path(folder))
+        add_outcomes(runner.records, Path(folder))
     live.records += runner.records
     live.client_cpu_ratio = max(live.client_cpu_ratio, runner.seen.client_cpu_ratio)
     live.late_s = max(live.late_s, runner.seen.late_s)
@@ -176,7 +176,8 @@ def _serve(
         live.cores_busy[key] = round(sum(values) / len(values), 3)
 
 
-def _add_outcomes(records: Sequence[Record], state: Path) -> None:
+def add_outcomes(records: Sequence[Record], state: Path) -> None:
+    """Add what the service logged of the requests: energy, and who would have had them."""
     store = OutcomeStore(f"sqlite:///{(state / 'outcomes.sqlite').absolute()}")
     try:
         outcomes = {o.outcome_id: o for o in store.recent(OUTCOMES)}

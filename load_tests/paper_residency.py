@@ -38,7 +38,7 @@ def traces(answers: Answers, seed: int) -> Figures:
         ("mixed", [r for _, r in workload(answers, at_s, seed)]),
         ("phases", _phases(answers, rng)),
     ):
-        preferred = _preferred(answers, requests, seed)
+        preferred = _preferred(answers, requests)
         trace = list(zip(at_s, preferred, strict=True))
         found |= {f"trace.{name}.{k}": v for k, v in _equal(answers, trace).items()}
         found |= {f"trace.{name}.{k}": v for k, v in _by_bytes(answers, trace).items()}
@@ -84,9 +84,8 @@ def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> Occupant:
     return Occupant(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)
 
 
-def _preferred(answers: Answers, requests: Sequence[int], seed: int) -> list[str]:
+def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:
     loop = Loop(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
-    del seed
     chosen = {i: loop.decide_context(answers.contexts[i]).slm_id for i in sorted(set(requests))}
     return [chosen[i] for i in requests]
 

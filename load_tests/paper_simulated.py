@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from load_tests import arrivals, paper_hours, paper_simulated_plots, report
+from load_tests import arrivals, ending, paper_hours, paper_simulated_plots, report
 from load_tests import paper_adaptation as adaptation
+from load_tests import paper_newcomers as newcomers
 from load_tests import paper_residency as residency
 from load_tests import paper_scenarios as scenarios
 from load_tests.paper_answers import AT_ONCE, Answers, published, reference
@@ -67,8 +68,13 @@ class Job:
     """One seed of one scenario; `prefix` goes before the names of its figures."""
 
     prefix: str
-    run: Callable[[Answers], Figures]
+    run: functools.partial[Figures]
     fleet: str = "reference"
+
+    @property
+    def part(self) -> str:
+        """What the minutes are counted for."""
+        return self.prefix.rstrip(".") or str(self.run.func.__name__)
 
 
 def jobs_of(sizes: Sizes, trace: Sequence[float]) -> list[Job]:
@@ -87,8 +93,8 @@ def jobs_of(sizes: Sizes, trace: Sequence[float]) -> list[Job]:
             found.append(Job("", shift))
         for kind in adaptation.BREAKS:
             found.append(Job("", functools.partial(adaptation.broken_slm, seed=seed, kind=kind)))
-        for slm in adaptation.NEW_SLMS:
-            new = functools.partial(adaptation.new_slm, seed=seed, slm_id=slm)
+        for slm in newcomers.NEW_SLMS:
+            new = functools.partial(newcomers.new_slm, seed=seed, slm_id=slm)
             found.append(Job("", new))
     return found
 
@@ -132,23 +138,28 @@ def _load() -> None:
     _FLEETS["published"] = published(_FLEETS["reference"])
 
 
-def _run(job: Job) -> Figures:
-    return {f"{job.prefix}{k}": v for k, v in job.run(_FLEETS[job.fleet]).items()}
+def _run(job: Job) -> tuple[Figures, float]:
+    started = time.monotonic()
+    figures = job.run(_FLEETS[job.fleet])
+    return {f"{job.prefix}{k}": v for k, v in figures.items()}, time.monotonic() - started
 
 
 def simulate(sizes: Sizes, trace: Sequence[float], workers: int = WORKERS) -> dict[str, Any]:
     """All figures: means over seeds, with `_ci95` where there is more than one."""
     jobs = jobs_of(sizes, trace)
+    results: dict[int, Figures] = {}
+    minutes = Counter[str]()
+    with closing(ending.in_processes(_run, jobs, workers=workers, initializer=_load)) as done:
+        for place, (found, seconds) in tqdm(
+            done, total=len(jobs), desc="simulate", mininterval=1.0
+        ):
+            results[place] = found
+            minutes[jobs[place].part] += seconds / 60.0
+    print("minutes of one core:", ", ".join(f"{k} {v:.1f}" for k, v in minutes.most_common()))
     values: dict[str, list[float]] = {}
-    # Not forked: LightGBM's threads would not survive it.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_load) as pool:
-        running = [pool.submit(_run, job) for job in jobs]
-        for done in tqdm(as_completed(running), total=len(jobs), desc="simulate", mininterval=1.0):
-            done.result()
-        for one in running:  # in their order, so that sums do not depend on who was first
-            for name, value in one.result().items():
-                values.setdefault(name, []).append(value)
+    for place in range(len(jobs)):  # in their order, so that sums do not depend on who was first
+        for name, value in results[place].items():
+            values.setdefault(name, []).append(value)
     figures = summarised(values)
     return figures | conclusions(figures, values)
 
@@ -203,7 +214,7 @@ def conclusions(
             found[f"{name}_ci95"] = figures[f"{source}_ci95"]
     for name, pattern, parts in (
         ("goal_recovery_requests", "shift.{}.recovery_requests", adaptation.SHIFTS),
-        ("new_slm_adoption_requests", "new.{}.adoption_requests", adaptation.NEW_SLMS),
+        ("new_slm_adoption_requests", "new.{}.adoption_requests", newcomers.NEW_SLMS),
         ("broken_slm_drain_requests", "broken.{}.drain_requests", adaptation.BREAKS),
     ):
         # The worst of the cases, each a mean over seeds: a target is for all of them.

@@ -84,6 +84,7 @@ class World:
     def set_fleet(self, fleet: Fleet) -> None:
         """Follow SLMs that came or went."""
         self.loop.set_fleet(fleet)
+        self.watch.set_slms(fleet.slms)
         for spec in fleet.slms:
             if spec.id not in self.engines:
                 speed = self.answers.speeds[spec.id]
@@ -177,6 +178,7 @@ class World:
         call = Call(row, decision, plan)
         if self.memory is not None:
             row.hit = self.memory.is_hot(decision.slm_id)
+            row.preferred_hot = self.memory.is_hot(row.preferred)
             self.memory.wanted(row.preferred)
         self._try(call)
         if self.memory is not None:

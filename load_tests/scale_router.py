@@ -21,7 +21,8 @@ from calm_serve.monitor.windows import FleetMonitor
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
 from deployments.fleet_view import STATE_LIFETIME_S
 from deployments.live import FACTS_LIFETIME_S, LiveView
-from deployments.metrics import Metric, RouterMetrics
+from deployments.metric_table import Metric
+from deployments.metrics import RouterMetrics
 from deployments.wire import deployment_name
 
 Clock = Callable[[], float]

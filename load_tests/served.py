@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,24 @@ STOP_S = 90.0
 Change = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Service:
+    """A running service: its endpoint, the configuration it was started with, and its log."""
+
+    url: str
+    config: dict[str, Any]
+    log: Path
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where Ray's dashboard answers. Raises RuntimeError where the log does not say it."""
+        text = self.log.read_text("utf-8")
+        found = re.search(r"dashboard at \S*?(http://[\d.]+:\d+)", text)
+        if found is None:
+            raise RuntimeError(f"no dashboard in the log:\n{text[-2000:]}")
+        return found[1]
+
+
 @contextmanager
 def served(
     fleet: Mapping[str, Any] | None = None,
@@ -34,7 +54,21 @@ def served(
     plain: bool = False,
     deployments: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[str]:
-    """Serve until the block ends; yields the endpoint's URL.
+    """As `serving`, for who needs the endpoint's URL alone."""
+    with serving(fleet, change, state, plain=plain, deployments=deployments) as service:
+        yield service.url
+
+
+@contextmanager
+def serving(
+    fleet: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    state: Path | None = None,
+    *,
+    plain: bool = False,
+    deployments: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[Service]:
+    """Serve until the block ends.
 
     `fleet` replaces the reference fleet, with paths relative to the folder of the fleet files;
     `change` edits the application's `args`; `state` keeps outcomes; `plain` leaves out Serve's
@@ -63,7 +97,7 @@ def served(
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(process, url, log)
-            yield url
+            yield Service(url, config, log)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calm_serve.config import Learning
-from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain
 from calm_serve.knowledge.service import KnowledgeService
 from tests.knowledge_data import make_fleet
@@ -37,7 +35,9 @@ class World:
     before_training: Callable[[], Any] = lambda: None
     services: list[KnowledgeService] = field(default_factory=list)
 
-    def start(self, *, predictor: str = "", **learning: Any) -> KnowledgeService:
+    def start(
+        self, *, predictor: str = "", resume: bool = False, **learning: Any
+    ) -> KnowledgeService:
         self.clock.now += 1.0
         values = {"state_dir": str(self.folder / "state"), "min_outcomes": 60, "retrain_every": 40}
         service = KnowledgeService(
@@ -46,6 +46,7 @@ class World:
             clock=self.clock,
             monotonic=self.clock,
             trainer=self._train,
+            resume=resume,
         )
         self.services.append(service)
         return service
@@ -66,6 +67,4 @@ class World:
 
 async def settled(service: KnowledgeService) -> None:
     """Wait for a training that started by itself."""
-    if service._retraining is not None:
-        with suppress(KnowledgeError):
-            await service._retraining
+    await service._training.settled()

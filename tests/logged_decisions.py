@@ -76,7 +76,7 @@ def _serve(
             numbers=asked.numbers,
             buckets=asked.buckets,
             load=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
-            predicted=astuple(chosen.prediction)[1:],
+            predicted=astuple(chosen.prediction)[1:6],
             versions=astuple(decision.versions),
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),
             extra=terms_of(decision),

@@ -1,7 +1,7 @@
 """Analytic latency and energy from live state: what queueing theory and the metadata can say.
 
-Learned residuals correct it (`lightgbm.py`); it is never replaced, so an unseen load still has a
-sensible answer.
+What was measured corrects it: learned residuals (`lightgbm.py`), and `SLMState.ttft_ratio`, which
+follows the last answers. It is never replaced, so an unseen load still has a sensible answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ def analytic_tpot_s(spec: SLMSpec, state: SLMState) -> float:
 def analytic_ttft_s(
     spec: SLMSpec, state: SLMState, prompt_tokens: int, cached_ratio: float = 0.0
 ) -> float:
-    """Seconds to the first token: prefill, wait for a slot, and waking up.
+    """Seconds to the first token: prefill, wait for a slot, and waking up."""
+    return awake_ttft_s(spec, state, prompt_tokens, cached_ratio) + wake_s(spec, state)
+
+
+def awake_ttft_s(
+    spec: SLMSpec, state: SLMState, prompt_tokens: int, cached_ratio: float = 0.0
+) -> float:
+    """Seconds to the first token of an SLM that is awake.
 
     prompt_tokens scales the prefill against a prompt of 128 tokens, for which the prior is stated.
     """
@@ -37,8 +44,12 @@ def analytic_ttft_s(
     if ahead:
         service_s = analytic_tpot_s(spec, state) * spec.priors.output_tokens
         wait = service_s * ahead / max(state.capacity, 1)
-    wake = 0.0 if state.residency is Residency.HOT else state.wake_s or spec.priors.wake_s
-    return prefill + wait + wake
+    return prefill + wait
+
+
+def wake_s(spec: SLMSpec, state: SLMState) -> float:
+    """Seconds until the SLM is awake."""
+    return 0.0 if state.residency is Residency.HOT else state.wake_s or spec.priors.wake_s
 
 
 def energy_j(spec: SLMSpec, state: SLMState, output_tokens: float) -> float:

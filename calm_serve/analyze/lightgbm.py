@@ -14,7 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES, load_vector
-from calm_serve.analyze.latency import analytic_tpot_s, analytic_ttft_s, energy_j
+from calm_serve.analyze.latency import analytic_tpot_s, awake_ttft_s, energy_j, wake_s
 from calm_serve.analyze.one_row import (
     COLUMNS,
     FIRST_BUCKET,
@@ -222,23 +222,19 @@ class LightGBMPredictor:
             self._ttft_s(context, index, spec, state),
             analytic_tpot_s(spec, state),
             energy_j(spec, state, tokens),
+            state.ttft_spread,
+            state.e2e_spread,
         )
 
     def _ttft_s(self, context: RoutingContext, index: int, spec: SLMSpec, state: SLMState) -> float:
-        # A sleeping SLM is scored as if awake and its wake-up is added afterwards: the correction
-        # was learned on answers of awake SLMs and must not scale the time to start one.
-        prompt_tokens, cached_ratio = context.prompt_tokens, state.cached_prefix_ratio
-        awake, wake_s = state, 0.0
-        if state.residency is not Residency.HOT:
-            awake = replace(state, residency=Residency.HOT)
-        ttft_s = analytic_ttft_s(spec, awake, prompt_tokens, cached_ratio)
-        if awake is not state:
-            wake_s = analytic_ttft_s(spec, state, prompt_tokens, cached_ratio) - ttft_s
+        # The corrections were learned on answers of awake SLMs and must not scale the time to wake.
+        ttft_s = awake_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
         if self._residual is not None:
-            self._row.set_candidate(index, load_vector(spec, awake, ttft_s))
+            self._row.set_candidate(index, load_vector(spec, state, ttft_s))
             (residual,) = self._residual.predict()
             ttft_s *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
-        return ttft_s + wake_s
+        ttft_s *= state.ttft_ratio
+        return ttft_s if state.residency is Residency.HOT else ttft_s + wake_s(spec, state)
 
 
 def _sigmoid(value: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calm_serve.analyze.latency import analytic_tpot_s, analytic_ttft_s, energy_j
+from calm_serve.analyze.latency import analytic_tpot_s, awake_ttft_s, energy_j, wake_s
 from calm_serve.config import SLMSpec
 from calm_serve.types import Prediction, RoutingContext, SLMState
 
@@ -39,7 +39,10 @@ def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) ->
         slm_id=spec.id,
         success_ratio=priors.skill_quality if matches else priors.quality,
         output_tokens=tokens,
-        ttft_s=analytic_ttft_s(spec, state, context.prompt_tokens),
+        ttft_s=awake_ttft_s(spec, state, context.prompt_tokens) * state.ttft_ratio
+        + wake_s(spec, state),
         tpot_s=analytic_tpot_s(spec, state),
         energy_j=energy_j(spec, state, tokens),
+        ttft_spread=state.ttft_spread,
+        e2e_spread=state.e2e_spread,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from threading import Lock
 
 ANSWER_BLOCKS = 8
 """What an answer counts as work, in prompt blocks of about 32 tokens; its length is not known."""
@@ -20,9 +21,12 @@ class PrefixIndex:
     A block hash stands for the whole prompt up to and including that block
     (`RoutingContext.prefix_chain`). A prompt is served by few replicas, so holders are small
     tuples, shared along a chain. `add` and `retain` belong to one thread, the one that routes;
-    the others only read and may be called from any thread. All operations are in-process, without
-    I/O; `match` and `shared` are linear in the chain, `retain` in the number of replicas, `add`
+    the others may be called from any thread. All operations are in-process, without I/O; `match`
+    and `shared` are linear in the chain, `retain` and `emptied` in the number of replicas, `add`
     in both.
+
+    A replica that gives its cache away is known by another name from then on, so its old blocks
+    are cleaned like those of a replica that is gone: when they are next touched.
     """
 
     def __init__(self, max_blocks: int) -> None:
@@ -33,7 +37,11 @@ class PrefixIndex:
         self._holders: OrderedDict[int, tuple[str, ...]] = OrderedDict()
         self._next: dict[int, int] = {}  # the block that followed, or `_SEVERAL`
         self._work: dict[str, float] = {}
-        self._live: frozenset[str] | None = None  # None until membership is known
+        self._live: frozenset[str] | None = None  # names; None until membership is known
+        self._names: dict[str, str] = {}  # replica to its name, where that is another
+        self._ids: dict[str, str] = {}  # and back
+        self._emptied = 0
+        self._membership = Lock()
 
     def __len__(self) -> int:
         """Return the number of blocks remembered."""
@@ -67,8 +75,9 @@ class PrefixIndex:
             matched[replica_id] = depth
         live = self._live
         if live is not None and not live.issuperset(matched):
-            return {r: blocks for r, blocks in matched.items() if r in live}
-        return matched
+            matched = {r: blocks for r, blocks in matched.items() if r in live}
+        ids = self._ids
+        return {ids.get(r, r): blocks for r, blocks in matched.items()} if ids else matched
 
     def shared(self, chain: Sequence[int]) -> int:
         """Return how many leading blocks of `chain` other conversations begin with too.
@@ -96,18 +105,18 @@ class PrefixIndex:
 
     def add(self, chain: Sequence[int], replica_id: str) -> None:
         """Remember that `replica_id` served `chain`; a replica known to be gone is ignored."""
-        live = self._live
-        if live is not None and replica_id not in live:
+        live, name = self._live, self._names.get(replica_id, replica_id)
+        if live is not None and name not in live:
             return
-        self._count_work(chain, replica_id)
+        self._count_work(chain, replica_id, name)
         before: tuple[str, ...] | None = None
-        after: tuple[str, ...] = (replica_id,)
+        after: tuple[str, ...] = (name,)
         # From the tail, so that eviction takes tails before the heads they depend on.
         for block in reversed(chain):
             holders = self._holders.pop(block, ())
             if holders != before:
                 before = holders
-                after = _with(holders, replica_id, live)
+                after = _with(holders, name, live)
             self._holders[block] = after
         for i in range(len(chain) - 2):
             if self._next.setdefault(chain[i], chain[i + 1]) != chain[i + 1]:
@@ -115,11 +124,11 @@ class PrefixIndex:
         while len(self._holders) > self._max_blocks:
             self._next.pop(self._holders.popitem(last=False)[0], None)
 
-    def _count_work(self, chain: Sequence[int], replica_id: str) -> None:
+    def _count_work(self, chain: Sequence[int], replica_id: str, name: str) -> None:
         cached, seen = 0, None
         for block in chain:
             holders = self._holders.get(block, ())
-            if holders is not seen and replica_id not in holders:
+            if holders is not seen and name not in holders:
                 break
             cached, seen = cached + 1, holders
         work = self._work
@@ -136,10 +145,29 @@ class PrefixIndex:
         index while requests wait. A new replica starts with the mean work of the others: it is
         to get its share, not everything.
         """
-        self._live = frozenset(replica_ids)
-        old = [self._work[r] for r in self._live if r in self._work]
+        here = frozenset(replica_ids)
+        with self._membership:
+            self._names = {r: name for r, name in self._names.items() if r in here}
+            self._rename(here)
+        old = [self._work[r] for r in here if r in self._work]
         mean = sum(old) / len(old) if old else 0.0
-        self._work = {r: self._work.get(r, mean) for r in self._live}
+        self._work = {r: self._work.get(r, mean) for r in here}
+
+    def emptied(self, replica_id: str) -> None:
+        """Forget what a replica has served: its cache is gone, as after sleep."""
+        with self._membership:
+            live = self._live
+            name = self._names.get(replica_id, replica_id)
+            if live is None or name not in live:
+                return
+            self._emptied += 1
+            here = frozenset(self._ids.get(r, r) for r in live)
+            self._names = {**self._names, replica_id: f"{replica_id}#{self._emptied}"}
+            self._rename(here)
+
+    def _rename(self, here: Iterable[str]) -> None:
+        self._ids = {name: r for r, name in self._names.items()}
+        self._live = frozenset(self._names.get(r, r) for r in here)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a bound or an invariant is broken; call it where `add` runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -33,6 +34,11 @@ def decode_outcome(row: Outcome | Mapping[str, Any]) -> Outcome:
         numbers = value if name in _FEATURES else (value,)
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             raise KnowledgeError(f"malformed outcome: {name} is not finite")
+    try:
+        json.dumps(outcome.extra, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise KnowledgeError(f"malformed outcome: extra: {error}") from error
+    _check(outcome.signals)
     return outcome
 
 
@@ -46,10 +52,14 @@ def decode_signals(
         )
     except ValidationError as error:
         raise KnowledgeError(f"malformed signal: {error.errors()[0]['msg']}") from error
-    for signal in decoded:
+    _check(decoded)
+    return decoded
+
+
+def _check(signals: Iterable[QualitySignal]) -> None:
+    for signal in signals:
         if not (0.0 <= signal.value <= 1.0 and math.isfinite(signal.at)):
             raise KnowledgeError(f"malformed signal: value {signal.value} is not in [0, 1]")
-    return decoded
 
 
 def to_columns(outcome: Outcome) -> dict[str, Any]:

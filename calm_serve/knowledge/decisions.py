@@ -72,7 +72,8 @@ def terms_of(decision: Decision) -> dict[str, Any]:
     """What `Outcome.extra` keeps of a decision; empty unless it chose among predictions.
 
     "candidates" are [SLM, P(success), tokens, TTFT, TPOT, joules, hot, quality factor], the chosen
-    one first; "weights" those of types.Weights; "slo" and "floor" only where the request named one.
+    one first; "weights" those of types.Weights; "slo" and "floor" only where the request named one,
+    and with an SLO each candidate's spreads of TTFT and E2E.
     """
     weights = decision.weights
     if decision.path not in _CHOSEN_FREELY or weights is None:
@@ -92,6 +93,9 @@ def terms_of(decision: Decision) -> dict[str, Any]:
     context = decision.context
     if context.slo_ttft_ms or context.slo_tpot_ms or context.deadline_s:
         terms["slo"] = [context.slo_ttft_ms, context.slo_tpot_ms, context.deadline_s]
+        spreads = {c.slm_id: _spreads(c) for c in decision.candidates}
+        for row in terms["candidates"]:
+            row += spreads[row[0]]
     if context.quality_floor:
         terms["floor"] = context.quality_floor
     return terms
@@ -109,7 +113,7 @@ def read_decision(outcome: Outcome) -> LoggedDecision | None:
         chosen=str(extra["candidates"][0][0]),
         predictions=tuple(_read_row(row) for row in extra["candidates"]),
         weights=Weights(*extra["weights"]),
-        context=_context(outcome, slo, floor),
+        context=context_of(outcome, slo, floor),
         complete="left_out" not in extra,
     )
 
@@ -175,14 +179,21 @@ def _row(candidate: Candidate) -> list[Any]:
     ]
 
 
+def _spreads(candidate: Candidate) -> list[float]:
+    expected = candidate.prediction
+    if expected is None:
+        return []
+    return [round(expected.ttft_spread, _DIGITS), round(expected.e2e_spread, _DIGITS)]
+
+
 def _read_row(row: Sequence[Any]) -> tuple[Prediction, SLMState]:
-    slm_id, success, tokens, ttft_s, tpot_s, energy_j, hot, factor = row
+    slm_id, success, tokens, ttft_s, tpot_s, energy_j, hot, factor, *spreads = row
     state = SLMState(
         slm_id,
         residency=Residency.HOT if hot else Residency.ASLEEP,
         quality_factor=float(factor),
     )
-    return Prediction(slm_id, success, tokens, ttft_s, tpot_s, energy_j), state
+    return Prediction(slm_id, success, tokens, ttft_s, tpot_s, energy_j, *spreads), state
 
 
 def _updated(
@@ -205,7 +216,12 @@ def _max_output_tokens(outcome: Outcome) -> float:
     return float(round(math.expm1(logged))) if logged > 0.0 else math.inf
 
 
-def _context(outcome: Outcome, slo: Sequence[float | None], quality_floor: float) -> RoutingContext:
+def context_of(
+    outcome: Outcome,
+    slo: Sequence[float | None] = (None, None, None),
+    quality_floor: float = 0.0,
+) -> RoutingContext:
+    """What scoring reads of a logged request, and nothing else."""
     return RoutingContext(
         request_id=outcome.outcome_id,
         requested_model="auto",

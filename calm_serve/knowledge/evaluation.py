@@ -136,9 +136,9 @@ def measured(outcome: Outcome, weights: Weights) -> dict[str, float]:
     """The metrics of an outcome, NaN for what is not known of it."""
     if outcome.status not in ("ok", "error"):  # refused or left: says nothing about the SLM
         return dict.fromkeys(METRICS, _UNKNOWN)
-    label = quality_label(outcome.signals)
-    quality = _UNKNOWN if label is None else label[0]
-    done = outcome.status == "ok"
+    label, done = quality_label(outcome.signals), outcome.status == "ok"
+    # Nobody says anything of an answer that failed: left out, the SLM would be the better for it.
+    quality = label[0] if label is not None else _UNKNOWN if done else 0.0
     e2e_s = outcome.e2e_s if outcome.e2e_s is not None else _UNKNOWN
     energy_j = outcome.energy_j if outcome.energy_j is not None else 0.0 if not done else _UNKNOWN
     return {

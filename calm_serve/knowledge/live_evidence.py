@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calm_serve.analyze.lightgbm import Artifact, fits_layout
+from calm_serve.analyze.lightgbm import SUCCESS, Artifact, fits_layout, own_head
 from calm_serve.knowledge.gate import MIN_EXPLORED, Verdict, judge
+from calm_serve.knowledge.holdout import label_arrays, success_probabilities
 from calm_serve.knowledge.scores import calibration_error, log_losses
 from calm_serve.knowledge.shadow import ShadowTally
-from calm_serve.knowledge.trainer import label_arrays, success_probabilities
 from calm_serve.types import Outcome
 
 WINDOW = 500  # labelled outcomes
@@ -41,19 +41,34 @@ class Calibration:
     previous_calibration_error: float
     surely_worse: bool
 
+    def reason(self, previous: str) -> str:
+        """The comparison with `previous`, a version, in one line."""
+        low, high = self.gain_ci95
+        return (
+            f"log loss {self.log_loss:.3f} against {self.previous_log_loss:.3f} that {previous} "
+            f"would have had on {self.labelled} labelled outcomes (gain {self.gain:+.3f}, CI95 "
+            f"{low:+.3f} to {high:+.3f}), calibration error {self.calibration_error:.3f} against "
+            f"{self.previous_calibration_error:.3f}"
+        )
+
 
 def live_calibration(
-    outcomes: Sequence[Outcome], version: str, previous: Artifact
+    outcomes: Sequence[Outcome], champion: Artifact, previous: Artifact
 ) -> Calibration | None:
-    """Compare on the labelled `outcomes` that `version` predicted; None below MIN_LABELLED.
+    """Compare on the labelled `outcomes` that the champion predicted; None below MIN_LABELLED.
 
+    Those of an SLM that it does not know were predicted by somebody else under its version.
     Weighted by label weight; the interval is the normal one of a weighted mean of paired
     differences.
     """
+    known = {s for s in champion.slm_ids if own_head(SUCCESS, s) in champion.boosters}
     mine = [
         o
         for o in outcomes
-        if o.predicted and fits_layout(o) and o.versions[0].partition("+")[0] == version
+        if o.predicted
+        and o.slm_id in known
+        and fits_layout(o)
+        and o.versions[0].partition("+")[0] == champion.version
     ]
     if len(mine) < MIN_LABELLED:
         return None

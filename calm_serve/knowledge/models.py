@@ -93,6 +93,11 @@ class Index:
         """The model in a state, None when there is none."""
         return next((m for m in self.models if m.state is state), None)
 
+    def was_worse(self, version: str) -> bool:
+        """Whether it was tried before and taken back; it is not tried again by itself."""
+        known = self.by_version.get(version)
+        return known is not None and known.state in (ModelState.ROLLED_BACK, ModelState.REJECTED)
+
     def turned(self, state: ModelState, into: ModelState, note: str | None = None) -> Index:
         """This index with whoever is in `state` turned into something else."""
         models = tuple(

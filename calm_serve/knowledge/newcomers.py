@@ -4,7 +4,8 @@ A champion that was trained before an SLM came leaves it to the metadata prior, 
 for every prompt without a marker, and another champion takes hundreds of labels and minutes. But
 P(success) is one small booster per SLM, so a newcomer's can be fitted alone: at first on the
 prompts that the fleet file names as examples (its own succeed at its `skill_quality`, those of
-others at its `quality`), then with its labelled answers too, whenever these have doubled.
+others at its `quality`), then with its labelled answers too, whenever these have doubled. Where it
+names none, the prompts that a rule gives it stand in for them: a rule promises as much.
 
 The artifact holds newcomers alone and stands in for the champion's prior (`with_newcomers`). So no
 other SLM's prediction changes, and it is out of use once a champion knows the SLM. There is no
@@ -33,7 +34,14 @@ from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.knowledge.labels import FEEDBACK, quality_label
 from calm_serve.knowledge.trainer import fit_heads
-from calm_serve.types import Outcome, Prediction, QualitySignal, RoutingContext, SLMState
+from calm_serve.types import (
+    DecisionPath,
+    Outcome,
+    Prediction,
+    QualitySignal,
+    RoutingContext,
+    SLMState,
+)
 
 FIRST_LABELS = 10  # answers before the second fit; every further one needs twice as many
 MAX_ANSWERS = 640  # of one newcomer; by then a retraining has learned it
@@ -50,9 +58,19 @@ OPTIMISM, EXAMPLE_ANSWERS = 1.0, 8.0
 
 @dataclass(slots=True)
 class _Newcomer:
+    has_examples: bool
     answers: OrderedDict[str, Outcome] = field(default_factory=OrderedDict)
-    labelled: int = 0
-    due_at: int = 0  # labelled answers
+    count: int = 0  # answers that say something
+    due_at: int = 0
+
+    def says(self, outcome: Outcome) -> bool:
+        """Whether there is anything to learn from an answer."""
+        return quality_label(outcome.signals) is not None or self.is_example(outcome)
+
+    def is_example(self, outcome: Outcome) -> bool:
+        """Whether a rule's word is all there is."""
+        said = quality_label(outcome.signals) is not None
+        return not self.has_examples and not said and outcome.path == DecisionPath.RULE
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +91,8 @@ class Newcomers:
     def follow(self, fleet: Fleet, known: Collection[str]) -> None:
         """Take the fleet and the SLMs that the champion knows; the others are newcomers."""
         self._fleet = fleet
-        ids = [s.id for s in fleet.slms if s.id not in known][:MAX_NEWCOMERS]
-        self._new = {slm_id: self._new.get(slm_id) or _Newcomer() for slm_id in ids}
+        specs = [s for s in fleet.slms if s.id not in known][:MAX_NEWCOMERS]
+        self._new = {s.id: self._new.get(s.id) or _Newcomer(bool(s.examples)) for s in specs}
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Count answers of newcomers; those of other SLMs are ignored."""
@@ -83,7 +101,7 @@ class Newcomers:
             if new is None or outcome.status != "ok" or not fits_layout(outcome):
                 continue
             if outcome.outcome_id not in new.answers:
-                new.labelled += quality_label(outcome.signals) is not None
+                new.count += new.says(outcome)
                 new.answers[outcome.outcome_id] = outcome
             if len(new.answers) > MAX_ANSWERS:
                 new.answers.popitem(last=False)
@@ -92,21 +110,24 @@ class Newcomers:
         """Count what was said of a newcomer's answer."""
         for new in self._new.values():
             if (outcome := new.answers.get(outcome_id)) is not None:
-                before = quality_label(outcome.signals) is not None
+                before = new.says(outcome)
                 outcome = replace(outcome, signals=(*outcome.signals, *signals))
                 new.answers[outcome_id] = outcome
-                new.labelled += not before and quality_label(outcome.signals) is not None
+                new.count += new.says(outcome) - before
 
     def job(self) -> Job | None:
         """The fit that is due, for all newcomers at once; None when nobody has news."""
-        if self._fleet is None or all(n.labelled < n.due_at for n in self._new.values()):
+        if self._fleet is None or all(n.count < n.due_at for n in self._new.values()):
             return None
         rows, counts = [], []
         for slm_id, new in self._new.items():
             spec = next(s for s in self._fleet.slms if s.id == slm_id)
-            new.due_at = max(2 * new.labelled, FIRST_LABELS)
-            labelled = [o for o in new.answers.values() if quality_label(o.signals)]
-            rows.append((slm_id, (*example_outcomes(self._fleet, spec), *labelled)))
+            new.due_at = max(2 * new.count, FIRST_LABELS)
+            answers = new.answers.values()
+            promised = (QualitySignal(FEEDBACK, spec.priors.skill_quality),)
+            named = [replace(o, signals=promised) for o in answers if new.is_example(o)]
+            labelled = [o for o in answers if quality_label(o.signals)]
+            rows.append((slm_id, (*example_outcomes(self._fleet, spec), *named, *labelled)))
             counts.append((slm_id, len(labelled)))
         return Job(tuple(rows), tuple(counts))
 

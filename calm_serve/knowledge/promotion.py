@@ -17,17 +17,19 @@ from typing import Any
 
 from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.config import Learning
-from calm_serve.errors import KnowledgeError, RequestError
-from calm_serve.knowledge.champion import CHAMPION_FILE, TRAINED, Champion, load_champion
-from calm_serve.knowledge.live_evidence import (
-    WINDOW,
-    Calibration,
-    live_calibration,
-    objection,
-    shadow_note,
-    shadow_verdict,
+from calm_serve.errors import RequestError
+from calm_serve.knowledge.champion import (
+    SHIPPED,
+    TRAINED,
+    Champion,
+    find_model,
+    load_shipped,
+    read_model,
+    restore_champion,
 )
+from calm_serve.knowledge.live_evidence import objection, shadow_note, shadow_verdict
 from calm_serve.knowledge.models import Change, Index, Model, ModelShelf, ModelState
+from calm_serve.knowledge.probation import Probation
 from calm_serve.knowledge.shadow import ShadowTally
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import Outcome
@@ -35,7 +37,6 @@ from calm_serve.types import Outcome
 # Thin traffic must not hold a better predictor back: after this long the shadow is judged anyway.
 SHADOW_MAX_S = 60.0
 SHADOW_ROWS = 2000
-CHECK_EVERY_LABELS = 25
 
 InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 _log = logging.getLogger(__name__)
@@ -66,25 +67,25 @@ class Promotion:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._shelf = ModelShelf(state_dir)
-        self._calibration: Calibration | None = None
-        self._checked_labels = 0
+        self._probation = Probation(store, in_thread)
         self._announced: dict[str, Any] = {}
         self._tally: ShadowTally | None = None
-        self._challenger = self._load(self._shelf.index.of(ModelState.CHALLENGER))
-        self._previous = self._load(self._shelf.index.of(ModelState.PREVIOUS))
-        self.champion = self._restored(state_dir, shipped_dir)
+        self._challenger = find_model(self._shelf, ModelState.CHALLENGER)
+        self._previous = find_model(self._shelf, ModelState.PREVIOUS)
+        self.champion = restore_champion(self._shelf, state_dir, shipped_dir)
         self._announce_all()
 
-    async def offer(self, blob: bytes) -> str:
-        """Take a challenger that won the gate; return what became of it.
+    async def offer(self, blob: bytes, against: str | None = None) -> str:
+        """Take a challenger that won the gate, `against` a champion's version; say what became.
 
         "promoted": it decides; "shadow": it has to be compared first; "refused": it was tried
-        before and was worse.
+        before and was worse; "outdated": another champion decides than the one that it beat.
         """
         offered = Champion(Artifact.from_bytes(blob), blob, TRAINED)
         async with self._lock:
-            known = self._shelf.index.by_version.get(offered.artifact.version)
-            if known and known.state in (ModelState.ROLLED_BACK, ModelState.REJECTED):
+            if against is not None and against != self._version:
+                return "outdated"
+            if self._shelf.index.was_worse(offered.artifact.version):
                 return "refused"
             pinned = bool(self._shelf.index.pinned)
             if not pinned and (self.champion is None or not self.learning.shadow_requests):
@@ -97,11 +98,23 @@ class Promotion:
             await self._write(index.with_model(entry), offered)
             # The clock of a challenger that is replaced goes on: trainings that follow each other
             # quickly would otherwise never get one promoted.
-            since = self._tally.since if self._tally else self._clock()
+            now = self._clock()
+            waiting = self._tally.waiting_since if self._tally else now
             self._challenger = offered
-            self._tally = ShadowTally(offered.artifact.version, since)
+            self._tally = ShadowTally(offered.artifact.version, now, waiting)
             self._announce_challenger()
             return "shadow"
+
+    async def ship(self, shipped_dir: str) -> None:
+        """Follow a fleet that ships another predictor; one that was trained or pinned stays."""
+        async with self._lock:
+            found = await self._in_thread(lambda: load_shipped(shipped_dir))
+            index, trained = self._shelf.index, self.champion and self.champion.source != SHIPPED
+            if found is None or index.pinned or trained:
+                return
+            version = found.artifact.version
+            if version != self._version and not index.was_worse(version):
+                await self._promote(found, "shipped with the fleet")
 
     async def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Count what routers report of the challenger; promote or reject it when that is enough."""
@@ -110,13 +123,13 @@ class Promotion:
         for outcome in outcomes:
             self._tally.add(outcome)
         if self._tally.requests >= self.learning.shadow_requests:
-            await self._end_shadow()
+            await self._end_shadow(self._tally)
 
     async def tick(self) -> None:
         """Background work that is due: probation, a shadow that got no requests, the summary."""
         tally = self._tally
-        if tally is not None and self._clock() - tally.since >= SHADOW_MAX_S:
-            await self._end_shadow()
+        if tally is not None and self._clock() - tally.waiting_since >= SHADOW_MAX_S:
+            await self._end_shadow(tally)
         await self._check_champion()
         self._announce_models()
 
@@ -139,7 +152,7 @@ class Promotion:
             if model is None:
                 raise RequestError(f"no predictor {version!r} is stored", param="version")
             if self.champion is None or version != self.champion.artifact.version:
-                target = await self._in_thread(lambda: self._loaded(model))
+                target = await self._in_thread(lambda: read_model(self._shelf, model))
                 await self._promote(target, "pinned by the operator", pinned=version)
             else:
                 await self._write(replace(self._shelf.index, pinned=version))
@@ -157,27 +170,11 @@ class Promotion:
         Raises RequestError without a previous one, or when one is pinned.
         """
         async with self._lock:
-            champion, previous = self.champion, self._previous
             if self._shelf.index.pinned:
                 raise RequestError(f"{self._shelf.index.pinned!r} is pinned; unpin it first")
-            if previous is None or champion is None:
+            if self._previous is None or self.champion is None:
                 raise RequestError("there is no previous predictor to roll back to")
-            index = self._shelf.index.turned(
-                ModelState.CHALLENGER, ModelState.RETIRED, "beat a predictor that was rolled back"
-            )
-            index = index.turned(ModelState.CHAMPION, ModelState.ROLLED_BACK, reason)
-            index = index.turned(ModelState.PREVIOUS, ModelState.CHAMPION, "rolled back to")
-            change = self._change("rolled_back", previous, reason)
-            await self._write(replace(index, last_change=change))
-            _log.warning(
-                "predictor %s rolled back to %s: %s",
-                champion.artifact.version,
-                previous.artifact.version,
-                reason,
-            )
-            self.champion, self._previous = previous, None
-            self._challenger, self._tally, self._calibration = None, None, None
-            self._announce_all()
+            await self._roll_back(self.champion, self._previous, reason)
 
     def summary(self) -> dict[str, Any]:
         """What routers show under `predictor` in /v1/fleet, and `status` under "models"."""
@@ -187,7 +184,7 @@ class Promotion:
             "challenger": self._challenger.artifact.version if self._challenger else "",
             "pinned": index.pinned,
             "shadow": None if self._tally is None else self._tally.report(),
-            "probation": None if self._calibration is None else asdict(self._calibration),
+            "probation": self._probation.summary(),
             "last_change": None if index.last_change is None else asdict(index.last_change),
         }
 
@@ -196,10 +193,12 @@ class Promotion:
         models = [asdict(model) for model in self._shelf.index.models]
         return {"object": "list", "data": models, **self.summary()}
 
-    async def _end_shadow(self) -> None:
+    async def _end_shadow(self, tally: ShadowTally) -> None:
         async with self._lock:
-            tally, challenger, champion = self._tally, self._challenger, self.champion
-            if tally is None or challenger is None or champion is None or self._shelf.index.pinned:
+            challenger, champion = self._challenger, self.champion
+            if tally is not self._tally:  # another challenger came while this one's end was due
+                return
+            if challenger is None or champion is None or self._shelf.index.pinned:
                 return
             rows = await self._in_thread(lambda: self._store.recent(SHADOW_ROWS, labelled=True))
             rows = [o for o in rows if o.at >= tally.since]
@@ -234,66 +233,47 @@ class Promotion:
         )
         await self._write(index, target)
         self.champion, self._previous = target, before
-        self._challenger, self._tally, self._calibration = None, None, None
+        self._challenger, self._tally = None, None
+        self._probation.begin()
+        self._announce_all()
+
+    async def _roll_back(self, champion: Champion, previous: Champion, reason: str) -> None:
+        index = self._shelf.index.turned(
+            ModelState.CHALLENGER, ModelState.RETIRED, "beat a predictor that was rolled back"
+        )
+        index = index.turned(ModelState.CHAMPION, ModelState.ROLLED_BACK, reason)
+        index = index.turned(ModelState.PREVIOUS, ModelState.CHAMPION, "rolled back to")
+        change = self._change("rolled_back", previous, reason)
+        await self._write(replace(index, last_change=change))
+        _log.warning(
+            "predictor %s rolled back to %s: %s",
+            champion.artifact.version,
+            previous.artifact.version,
+            reason,
+        )
+        self.champion, self._previous = previous, None
+        self._challenger, self._tally = None, None
+        self._probation.begin()
         self._announce_all()
 
     async def _check_champion(self) -> None:
         champion, previous = self.champion, self._previous
         if champion is None or previous is None or self._shelf.index.pinned:
             return
-        total = await self._in_thread(self._store.labelled_total)
-        if total - self._checked_labels < CHECK_EVERY_LABELS:
+        found = await self._probation.check(champion.artifact, previous.artifact)
+        if found is None or not found.surely_worse:
             return
-        self._checked_labels = total
-        rows = await self._in_thread(lambda: self._store.recent(WINDOW, labelled=True))
-        version = champion.artifact.version
-        found = await asyncio.to_thread(live_calibration, rows, version, previous.artifact)
-        if self.champion is not champion:
-            return
-        self._calibration = found
-        if found is not None and found.surely_worse:
-            low, high = found.gain_ci95
-            await self.rollback(
-                f"log loss {found.log_loss:.3f} against {found.previous_log_loss:.3f} that "
-                f"{previous.artifact.version} would have had on {found.labelled} labelled outcomes "
-                f"(gain {found.gain:+.3f}, CI95 {low:+.3f} to {high:+.3f}), calibration error "
-                f"{found.calibration_error:.3f} against {found.previous_calibration_error:.3f}"
-            )
+        async with self._lock:
+            # Whoever decides now may be somebody else, whom this verdict does not concern.
+            if self.champion is champion and not self._shelf.index.pinned:
+                await self._roll_back(champion, previous, found.reason(previous.artifact.version))
 
-    def _restored(self, state_dir: Path, shipped_dir: str) -> Champion | None:
-        index = self._shelf.index
-        entry = index.of(ModelState.CHAMPION)
-        if entry is not None and (entry.source == TRAINED or entry.version == index.pinned):
-            found = self._load(entry)
-            if found is not None:
-                return found
-        found = load_champion(state_dir, shipped_dir)
-        if found is None:
-            return self._load(entry)
-        if entry is None or entry.version != found.artifact.version:
-            index = index.turned(ModelState.CHAMPION, ModelState.RETIRED)
-            model = Model.of(found.artifact, found.source, ModelState.CHAMPION)
-            self._shelf.write(index.with_model(model), {model.version: found.blob})
-        if found.source == TRAINED:
-            (state_dir / CHAMPION_FILE).unlink(missing_ok=True)  # it is in the folder now
-        return found
-
-    def _load(self, model: Model | None) -> Champion | None:
-        if model is None:
-            return None
-        try:
-            return self._loaded(model)
-        except KnowledgeError as error:
-            _log.warning("predictor passed over: %s", error.message)
-            return None
-
-    def _loaded(self, model: Model) -> Champion:
-        blob = self._shelf.read(model.version)
-        return Champion(Artifact.from_bytes(blob), blob, model.source)
+    @property
+    def _version(self) -> str:
+        return self.champion.artifact.version if self.champion else ""
 
     def _change(self, action: str, target: Champion, reason: str) -> Change:
-        before = self.champion.artifact.version if self.champion else ""
-        return Change(self._clock(), action, target.artifact.version, before, reason)
+        return Change(self._clock(), action, target.artifact.version, self._version, reason)
 
     async def _write(self, index: Index, model: Champion | None = None) -> None:
         blobs = {} if model is None else {model.artifact.version: model.blob}
@@ -303,7 +283,8 @@ class Promotion:
         if self.champion is not None:
             self._publish("predictor", _published(self.champion))
         if self._challenger is not None and self._tally is None:  # after a restart: begin anew
-            self._tally = ShadowTally(self._challenger.artifact.version, self._clock())
+            now = self._clock()
+            self._tally = ShadowTally(self._challenger.artifact.version, now, now)
         self._announce_challenger()
 
     def _announce_challenger(self) -> None:

@@ -3,8 +3,8 @@
 Three streams, because they are biased in different ways. Feedback is compared with P(success), as
 long as it comes for a good part of the answers; who hears complaints only would else take every
 SLM for broken, so rare feedback is compared with what was usual. So is feedback on answers that a
-rule asked for, which nobody predicted. Validators mostly speak when an answer fails, so the share
-of failures among all answers is compared with what was usual.
+rule asked for, which nobody predicted. Validators mostly speak when an answer fails, so their
+silence is a pass, and the share of failures among all answers is compared with what was usual.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from calm_serve.types import QualitySignal
 
 USUAL = 500  # labels behind what is usual
 MIN_USUAL = 20
-# Share of the answers with feedback from which on it is believed to be about all of them.
-REPRESENTATIVE_RATIO = 0.3
+# Share of the answers with feedback from which on it is believed to be about all of them: of the
+# last 250 to 500, counted since the first feedback, with a few in hand so that one is not all.
+REPRESENTATIVE_RATIO, IN_HAND = 0.2, 20.0
 # While a stream is below this factor its answers are not the usual ones, and hardly count as such:
 # the mean follows them ten times as slowly.
 UNUSUAL_FACTOR, UNUSUAL_PART = 0.8, 0.1
 
 
 class SLMQuality:
-    """All streams of one SLM; `form_is_checked` once a validator has spoken of it.
+    """All streams of one SLM.
 
-    `clock` is monotonic, in seconds.
+    `clock` is monotonic, in seconds. `form_is_checked` says that a validator reads every answer;
+    where that is not known, it begins when one first speaks.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], form_is_checked: bool = False) -> None:
         self._clock = clock
         self._usual_score, self._usual_expected = _Mean(), _Mean()
         self._ruled, self._form = _AgainstUsual(clock), _AgainstUsual(clock)
-        self._answers = self._scored = 0.0  # recent answers, and those with feedback
-        self.form_is_checked = False
+        # Answers since somebody first judged one, and those that were judged.
+        self._answers, self._scored = IN_HAND, 0.0
+        self.form_is_checked = form_is_checked
         self.forget_predictor()
 
     def forget_predictor(self) -> None:
@@ -53,7 +56,7 @@ class SLMQuality:
 
     def answered(self, signals: Iterable[QualitySignal]) -> bool:
         """Count an answer with what validators said of it; True when a change was found."""
-        self._answers += 1.0
+        self._answers += self._scored > 0.0
         if self._answers > USUAL:
             self._answers, self._scored = self._answers / 2.0, self._scored / 2.0
         checks = [s.value for s in signals if s.source.startswith(VALIDATOR_PREFIX)]
@@ -69,10 +72,16 @@ class SLMQuality:
         """
         self._scored += 1.0
         if predicted is None:
-            return self._ruled.observe(score)
+            usual = self._ruled.usual
+            changed = self._ruled.observe(score)
+            # Counted twice, because this stream outlives the predictor, and whoever breaks is found
+            # sooner by all that is said of it.
+            found = usual is not None and self._feedback.observe(usual, score) is not None
+            return changed or found
         usual, expected = self._usual_score.value, self._usual_expected.value
-        self._usual_score.add(score)
-        self._usual_expected.add(predicted)
+        part = UNUSUAL_PART if self._feedback.factor() < UNUSUAL_FACTOR else 1.0
+        self._usual_score.add(score, part)
+        self._usual_expected.add(predicted, part)
         if self._scored < REPRESENTATIVE_RATIO * self._answers:
             if self._usual_score.count <= MIN_USUAL:
                 return False
@@ -112,8 +121,13 @@ class _AgainstUsual:
     def factor(self) -> float:
         return self._correction.factor()
 
+    @property
+    def usual(self) -> float | None:
+        """The usual value, once it is known."""
+        return self._usual.value if self._usual.count >= MIN_USUAL else None
+
     def observe(self, value: float) -> bool:
         """Count a value in [0, 1]; True when a change was found."""
-        expected, known = self._usual.value, self._usual.count >= MIN_USUAL
+        expected = self.usual
         self._usual.add(value, UNUSUAL_PART if self.factor < UNUSUAL_FACTOR else 1.0)
-        return known and self._correction.observe(expected, value) is not None
+        return expected is not None and self._correction.observe(expected, value) is not None

@@ -3,14 +3,16 @@
 What the log does not hold is left as it was: candidates that a filter or a rule had excluded stay
 excluded, TTFT, TPOT and joules per token of each candidate are those predicted then. With the goals
 and the predictor that decided, exploration included, the logged choice must come out again;
-`Replay.reproduced` counts it.
+`Replay.reproduced` counts it. Under goals with targets the weights move as they do in a router: a
+controller follows the log, and steers by what was predicted of each candidate and measured of the
+one that was chosen.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,22 @@ from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.knowledge.decisions import (
     LoggedDecision,
     PromptPredictor,
+    context_of,
     read_decision,
     redecide,
     rescore,
 )
 from calm_serve.knowledge.evaluation import METRICS, PolicyLog, estimate
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.plan.objective import weights_of
-from calm_serve.types import Candidate, DecisionPath, Outcome
+from calm_serve.plan.controller import GoalController
+from calm_serve.types import (
+    Candidate,
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    Outcome,
+    Versions,
+)
 
 PAGE_ROWS = 1000
 POLICY = "replayed"
@@ -46,7 +56,7 @@ class Rules:
 
 @dataclass(slots=True)
 class Replay:
-    """Counts and columns of one replay; feed it with `add`, in any order."""
+    """Counts and columns of one replay; feed it with `add`, in the log's order."""
 
     rules: Rules
     outcomes: int = 0
@@ -57,6 +67,10 @@ class Replay:
     not_comparable: Counter[str] = field(default_factory=Counter)  # by reason
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)  # from SLM, to SLM
     log: PolicyLog = field(default_factory=lambda: PolicyLog([POLICY]))
+    controller: GoalController = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.controller = GoalController(self.rules.goals)
 
     def add(self, outcome: Outcome) -> None:
         """Make one logged choice again."""
@@ -64,6 +78,7 @@ class Replay:
         logged = read_decision(outcome)
         if logged is None:
             self.skipped[_why_not(outcome)] += 1
+            self._steer(_decided(outcome), outcome)
             return
         if self.rules.predictor is not None and not fits_layout(outcome):
             self.skipped["logged under another feature layout"] += 1
@@ -71,7 +86,7 @@ class Replay:
         goals = self.rules.goals
         same_goals = outcome.versions[1] == self.rules.goals_version
         # Under the same goals a controller may have moved the weights: the log has them as used.
-        weights = logged.weights if same_goals else weights_of(goals)
+        weights = logged.weights if same_goals else self.controller.weights
         values = None
         if self.rules.predictor is not None:
             values = self.rules.predictor.of_prompt(outcome.numbers, outcome.buckets)
@@ -81,6 +96,7 @@ class Replay:
         if choice != logged.chosen:
             self.moved[logged.chosen, choice] += 1
         self.log.add(logged, ranked, {POLICY: choice}, weights)
+        self._steer(_decided(outcome, logged, ranked), outcome)
 
     def report(self, seed: int = 0) -> dict[str, Any]:
         """Everything as plain data; estimates are None where a metric was never measured."""
@@ -97,8 +113,15 @@ class Replay:
             "moved": [
                 {"from": a, "to": b, "decisions": n} for (a, b), n in self.moved.most_common()
             ],
+            # Those that the controller ended with; they are as stated without a target.
+            "weights": asdict(self.controller.weights) if self.rules.goals.targets else None,
             "estimates": {metric: self._estimate(metric, seed) for metric in METRICS},
         }
+
+    def _steer(self, decision: Decision, outcome: Outcome) -> None:
+        if self.rules.goals.targets:
+            self.controller.learn(decision, outcome)
+            self.controller.step()
 
     def _reproduce(self, logged: LoggedDecision, ranked: list[Candidate], same_goals: bool) -> None:
         outcome, predictor = logged.outcome, self.rules.predictor
@@ -129,15 +152,35 @@ class Replay:
         return found
 
 
+def _decided(
+    outcome: Outcome, logged: LoggedDecision | None = None, ranked: Sequence[Candidate] = ()
+) -> Decision:
+    """The logged choice as a controller learns from it; without candidates it only spends."""
+    return Decision(
+        decision_id=outcome.outcome_id,
+        slm_id=outcome.slm_id if logged is None else logged.chosen,
+        adapter=outcome.adapter,
+        path=DecisionPath.RULE if logged is None else DecisionPath.SCORED,
+        reason=DecisionReason.RULE_MATCH if logged is None else DecisionReason.BEST_SCORE,
+        rule=outcome.rule,
+        propensity=outcome.propensity,
+        complexity=None,
+        candidates=tuple(ranked),
+        ranking=(),
+        context=context_of(outcome) if logged is None else logged.context,
+        versions=Versions(*outcome.versions),
+    )
+
+
 def read_outcomes(log: str) -> Iterator[Outcome]:
     """Outcomes of a log: a JSON-lines file, an SQLite file or an SQLAlchemy URL.
 
     Raises KnowledgeError when it is none, or a line of it is no outcome.
     """
-    path = Path(log)
-    if "://" not in log and not path.is_file():
+    path = _file_of(log)
+    if path is not None and not path.is_file():  # opened as a store, it would be made
         raise KnowledgeError(f"log not found: {log}")
-    if path.suffix in (".jsonl", ".json"):
+    if path is not None and path.suffix in (".jsonl", ".json"):
         yield from _read_lines(path)
         return
     store = OutcomeStore(log if "://" in log else f"sqlite:///{path}")
@@ -148,6 +191,14 @@ def read_outcomes(log: str) -> Iterator[Outcome]:
             row = page[-1][0]
     finally:
         store.close()
+
+
+def _file_of(log: str) -> Path | None:
+    """The file that holds the log, None for that of a database server."""
+    scheme, url, path = log.partition(":///")
+    if url and scheme.startswith("sqlite"):
+        return Path(path)
+    return None if "://" in log else Path(log)
 
 
 def _read_lines(path: Path) -> Iterator[Outcome]:

@@ -8,38 +8,30 @@ when those that gave way have reported that they sleep, or are gone. Without a b
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from calm_serve.config import ResidencyOptions, SLMSpec
+from calm_serve.knowledge.replica_book import ReplicaBook, hot_bytes
 from calm_serve.monitor.decay import DecayedRate, Ewma
 from calm_serve.monitor.energy import DEFAULT_WATTS_PER_CORE
-from calm_serve.plan.occupancy import OCCUPYING, Demand, Occupant, publishable
+from calm_serve.plan.occupancy import Demand, Occupant, publishable
 from calm_serve.plan.residency_base import Planner
 from calm_serve.plan.residency_baselines import build
 from calm_serve.types import Residency
 
 META = "residency"
 ROUTER_EXPIRY_S = 5.0  # a router that said nothing for so long waits for nothing
-GONE_AFTER_S = 1.5  # a replica that no router has seen for so long, two looks, has died
-START_PATIENCE_S = 600.0  # a replica that no router has seen yet may take so long
 RESTART_PATIENCE_S = 10.0  # after a restart, replicas have this long to say what they are
 FIRST_WAKE_S = 1.0  # believed before any wake-up was measured
 WAKE_HALF_LIFE_S = 600.0
 RECENT_S = 60.0
 MAX_ROUTERS = 256
-MAX_REPLICAS = 4096
-
-_STATES = {
-    "ready": Residency.HOT,
-    "waking": Residency.STARTING,
-    "starting engine": Residency.STARTING,
-    "warming up": Residency.STARTING,
-    "asleep": Residency.ASLEEP,
-}
-_SETTLED = (Residency.HOT, Residency.ASLEEP)
-_ORDER = (Residency.HOT, Residency.STARTING, Residency.ASLEEP)
+_log = logging.getLogger(__name__)
 
 
 class MetaStore(Protocol):
@@ -55,16 +47,6 @@ class _Router:
     heard_at: float
     held: dict[str, int] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Replica:
-    slm_id: str
-    tier: Residency
-    heard_at: float
-    reported: bool = False
-    seen_at: float | None = None  # by a router
-    node: str = ""
 
 
 class ResidencyDesk:
@@ -88,7 +70,7 @@ class ResidencyDesk:
         self._planner: Planner | None = None
         self._specs: dict[str, SLMSpec] = {}
         self._routers: dict[str, _Router] = {}
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas = ReplicaBook()
         self._published: dict[str, Residency] = {}
         self._waits: dict[str, float] = {}
         self._planned_at: dict[str, float] = {}  # SLM -> when it was first to be woken
@@ -100,7 +82,7 @@ class ResidencyDesk:
         self._recent = (DecayedRate(RECENT_S, now), DecayedRate(RECENT_S, now))
         self._silent_until = now
         if text := store.meta(META):
-            self._apply(**json.loads(text))
+            self._restore(text)
             # Replicas are as they were; nobody may be woken before they have said how that is.
             self._silent_until = now + RESTART_PATIENCE_S
 
@@ -141,9 +123,7 @@ class ResidencyDesk:
         self._routers[router_id] = _Router(now, dict(said["held"]), dict(said["running"]))
         for slm_id, replicas in said["replicas"].items():
             for replica_id, node in replicas.items():
-                # One that this actor has not heard of, as after a restart, is taken to be hot.
-                replica = self._replica(slm_id, replica_id, Residency.HOT)
-                replica.seen_at, replica.node = now, node
+                self._replicas.seen(slm_id, replica_id, node, now)
         self._hits += said["hits"]
         self._misses += said["misses"]
         for rate, count in zip(self._recent, (said["hits"], said["misses"]), strict=True):
@@ -154,12 +134,10 @@ class ResidencyDesk:
     def report(self, slm_id: str, replica_id: str, state: str, times: Mapping[str, float]) -> None:
         """A replica's word: the state it is in now; `times` may have the seconds of its wake-up."""
         now = self._clock()
-        replica = self._replica(slm_id, replica_id, Residency.COLD)
-        replica.tier, replica.reported = _STATES.get(state, Residency.COLD), True
-        replica.heard_at = now
+        tier = self._replicas.reported(slm_id, replica_id, state, now)
         if "wake" in times:  # its first start is none
             self._wake_cpu_s[slm_id] = times["wake"]
-            if replica.tier is Residency.HOT and (since := self._planned_at.pop(slm_id, None)):
+            if tier is Residency.HOT and (since := self._planned_at.pop(slm_id, None)):
                 self._wake.setdefault(slm_id, Ewma(WAKE_HALF_LIFE_S)).add(now - since, now)
         self.step()
 
@@ -170,7 +148,7 @@ class ResidencyDesk:
         now = self._clock()
         self._forget(now)
         occupants = [self._occupant(s, now) for s in self._specs.values()]
-        self._watch_peak(self._hot_bytes(occupants))
+        self._watch_peak(hot_bytes(occupants))
         if now < self._silent_until and not self._all_heard():
             return
         plan = self._planner.step(now, Demand(tuple(wanted), self._sum("held")), occupants)
@@ -194,7 +172,7 @@ class ResidencyDesk:
         return {
             "policy": str(self._options.policy),
             "budget_bytes": self._budget,
-            "hot_bytes": self._hot_bytes(occupants),
+            "hot_bytes": hot_bytes(occupants),
             "peak_bytes": self._peak_bytes,
             "swaps": self._planner.swaps,
             "hits": self._hits,
@@ -203,6 +181,12 @@ class ResidencyDesk:
             "recent_hit_ratio": _ratio(hits, misses),
             "held_requests": sum(self._sum("held").values()),
         }
+
+    def _restore(self, text: str) -> None:
+        try:
+            self._apply(**json.loads(text))
+        except (ValidationError, TypeError) as error:  # another version of the program wrote it
+            _log.warning("stored residency settings passed over: %s", error)
 
     def _apply(self, options: Mapping[str, Any], latency_per_s: float, energy_per_j: float) -> None:
         self._options = ResidencyOptions.model_validate(options)
@@ -220,25 +204,16 @@ class ResidencyDesk:
         self._publish({"tiers": tiers, "options": self._options.model_dump(mode="json")})
         self._told = True
 
-    def _watch_peak(self, hot_bytes: int) -> None:
+    def _watch_peak(self, used_bytes: int) -> None:
         # While the fleet starts, every replica loads before it can sleep.
-        settled = all(r.tier in _SETTLED for r in self._replicas.values())
-        if settled and hot_bytes <= self._budget and self._all_heard():
+        if self._replicas.settled and used_bytes <= self._budget and self._all_heard():
             self._started = True
         if self._started:
-            self._peak_bytes = max(self._peak_bytes, hot_bytes)
+            self._peak_bytes = max(self._peak_bytes, used_bytes)
 
     @property
     def _budget(self) -> int:
         return int(self._options.memory_budget_bytes or 0)
-
-    def _replica(self, slm_id: str, replica_id: str, tier: Residency) -> _Replica:
-        replica = self._replicas.get(replica_id)
-        if replica is None:
-            if len(self._replicas) >= MAX_REPLICAS:
-                del self._replicas[next(iter(self._replicas))]
-            replica = self._replicas[replica_id] = _Replica(slm_id, tier, self._clock())
-        return replica
 
     def _forget(self, now: float) -> None:
         """Routers that are silent, and replicas that routers saw and see no more."""
@@ -248,26 +223,17 @@ class ResidencyDesk:
             del self._routers[router_id]
         if not self._routers:
             return  # nobody looks
-        last_look = max(r.heard_at for r in self._routers.values())
-        for replica_id, replica in list(self._replicas.items()):
-            seen_at, patience_s = replica.seen_at, GONE_AFTER_S
-            if seen_at is None:  # it starts, or it died while it did
-                seen_at, patience_s = replica.heard_at, START_PATIENCE_S
-            if last_look - seen_at > patience_s:
-                del self._replicas[replica_id]
+        self._replicas.forget(max(r.heard_at for r in self._routers.values()))
 
     def _all_heard(self) -> bool:
-        heard = {r.slm_id for r in self._replicas.values() if r.reported}
-        return all(i in heard for i, s in self._specs.items() if s.residency != "on_demand")
+        return all(s.id in self._replicas.heard for s in self._specs.values() if _stays(s))
 
     def _occupant(self, spec: SLMSpec, now: float) -> Occupant:
-        replicas = [r for r in self._replicas.values() if r.slm_id == spec.id]
-        tiers = {r.tier for r in replicas}
-        tier = next((t for t in _ORDER if t in tiers), Residency.COLD)
+        tier = self._replicas.tier(spec, now)
         priors = spec.priors
         return Occupant(
             spec.id,
-            self._bytes_by_node(spec, replicas),
+            self._replicas.bytes_by_node(spec),
             tier=tier,
             wake_s=priors.wake_s if tier is Residency.COLD else self._wake_s(spec.id),
             wake_j=self._wake_cpu_s.get(spec.id, FIRST_WAKE_S)
@@ -279,19 +245,6 @@ class ResidencyDesk:
             running=sum(r.running.get(spec.id, 0) for r in self._routers.values()),
         )
 
-    def _bytes_by_node(self, spec: SLMSpec, replicas: list[_Replica]) -> dict[str, int]:
-        nodes: dict[str, int] = {}
-        for replica in replicas:
-            if replica.node:
-                nodes[replica.node] = nodes.get(replica.node, 0) + spec.declared_bytes
-        placed = sum(1 for r in replicas if r.node)
-        unplaced = max(len(replicas), spec.scaling.min_replicas, 1) - placed
-        # Where a replica will be, nobody knows yet: it counts on every node that there is.
-        known = {r.node for r in self._replicas.values() if r.node} or {""}
-        for node in known if unplaced else ():
-            nodes[node] = nodes.get(node, 0) + unplaced * spec.declared_bytes
-        return nodes
-
     def _wake_s(self, slm_id: str) -> float:
         """Measured from the plan to the report; before that, the mean of the others'."""
         measured = {i: e.mean for i, e in self._wake.items() if e.mean is not None}
@@ -299,21 +252,16 @@ class ResidencyDesk:
             return measured[slm_id]
         return sum(measured.values()) / len(measured) if measured else FIRST_WAKE_S
 
-    @staticmethod
-    def _hot_bytes(occupants: Iterable[Occupant]) -> int:
-        """Declared bytes in memory, on the fullest node."""
-        nodes: dict[str, int] = {}
-        for occupant in occupants:
-            for node, size in occupant.bytes_by_node.items() if occupant.tier in OCCUPYING else ():
-                nodes[node] = nodes.get(node, 0) + size
-        return max(nodes.values(), default=0)
-
     def _sum(self, what: str) -> dict[str, int]:
         total: dict[str, int] = {}
         for router in self._routers.values():
             for slm_id, count in getattr(router, what).items():
                 total[slm_id] = total.get(slm_id, 0) + count
         return total
+
+
+def _stays(spec: SLMSpec) -> bool:
+    return spec.residency != "on_demand"
 
 
 def _ratio(hits: float, misses: float) -> float | None:

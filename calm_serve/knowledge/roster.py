@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ EXPIRY_S = 30.0
 MAX_REGISTERED = 256
 MAX_REPLICAS_PER_SLM = 32
 MAX_SLMS = 512
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -78,8 +80,16 @@ class Roster:
         return tuple(SLMSpec.model_validate(e.spec) for e in self._entries.values())
 
     def restore(self, text: str) -> None:
-        """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew."""
+        """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew.
+
+        What another version of the program wrote and this one cannot read is left out.
+        """
         for slm_id, entry in json.loads(text).items():
+            try:
+                SLMSpec.model_validate(entry["spec"])
+            except ValidationError as error:
+                _log.warning("registered SLM %r left out: %s", slm_id, error)
+                continue
             self._entries[slm_id] = _Entry(entry["spec"], entry["app_name"], self._clock())
 
 

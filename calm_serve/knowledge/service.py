@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions
-from calm_serve.errors import ConfigError, KnowledgeError
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge import settings
 from calm_serve.knowledge.board import Board
 from calm_serve.knowledge.codec import decode_outcome, decode_signals
 from calm_serve.knowledge.goal_book import GoalBook, GoalChange
@@ -27,7 +28,9 @@ from calm_serve.knowledge.residency_desk import META as RESIDENCY
 from calm_serve.knowledge.residency_desk import ResidencyDesk
 from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain_in_child
 from calm_serve.knowledge.roster import Roster, StartupStates
+from calm_serve.knowledge.steps import Ticker, take_steps
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.knowledge.training_desk import TrainingDesk
 from calm_serve.knowledge.watch import Watch
 from calm_serve.monitor.ledger import EnergyLedger
 from calm_serve.types import Outcome, QualitySignal
@@ -52,22 +55,26 @@ class KnowledgeService:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         trainer: Callable[[RetrainJob], Awaitable[RetrainResult]] = retrain_in_child,
+        resume: bool = False,
     ) -> None:
-        """Open the store and load the champion (blocks; once). Raises KnowledgeError."""
-        self._fleet, self._learning = fleet, learning
-        self._clock, self._trainer = clock, trainer
+        """Open the store and load the champion (blocks; once). Raises KnowledgeError.
+
+        `resume` goes on with the settings of the last `configure`: whoever restarts an actor has
+        the arguments of its first start only.
+        """
+        self._clock = clock
         self._state_dir = Path(learning.state_dir).expanduser().resolve()
         self._state_dir.mkdir(parents=True, exist_ok=True)
         default_url = f"sqlite:///{self._state_dir / 'outcomes.sqlite'}"
         self._store_url = learning.store_url or default_url
         self._store = OutcomeStore(self._store_url)
+        if resume:
+            fleet, learning = settings.kept(self._store) or (fleet, learning)
+        self._fleet, self._learning = fleet, learning
         # One thread, so writes come one after another in the order they were asked for.
         self._io = ThreadPoolExecutor(1, thread_name_prefix="knowledge-store")
         self._roster, self._states = Roster(monotonic), StartupStates()
-        self._retraining: asyncio.Task[dict[str, Any]] | None = None
-        self._background: asyncio.Task[None] | None = None
-        self._closing = asyncio.Event()
-        self._last_verdict: dict[str, Any] = {}
+        self._ticker, self._ticks = Ticker(self.tick, TICK_S), 0
         self._refused_rows = 0
         # Milliseconds since 1970: a restarted service never repeats a version.
         self._board = Board(int(clock() * 1000))
@@ -86,12 +93,21 @@ class KnowledgeService:
             in_thread=self._in_thread,
             clock=clock,
         )
+        self._training = TrainingDesk(
+            self._store,
+            self._store_url,
+            self._promotion,
+            trainer,
+            self._in_thread,
+            self._slm_ids,
+            learning,
+        )
         orders = functools.partial(self._board.publish, RESIDENCY)
         self._residency = ResidencyDesk(self._store, orders, monotonic)
-        self._residency.set_slms((*fleet.slms, *self._roster.specs()))
         self._energy = EnergyLedger(clock)
         to_routers = functools.partial(self._board.publish, "watch")
-        self._watch = Watch(clock, monotonic, to_routers, self._retrain_on_drift)
+        self._watch = Watch(clock, monotonic, to_routers, self._training.on_drift)
+        self._follow_slms()
         self._newcomers = NewcomerDesk(functools.partial(self._board.publish, "newcomers"), clock)
 
     async def configure(self, fleet: Fleet, learning: Learning) -> None:
@@ -99,21 +115,19 @@ class KnowledgeService:
 
         Raises ConfigError when it would.
         """
-        for name in ("store_url", "state_dir"):
-            if getattr(learning, name) != getattr(self._learning, name):
-                raise ConfigError(
-                    f"learning.{name} cannot change while the knowledge actor runs; shut it down"
-                )
+        settings.check(self._learning, learning)
+        await self._in_thread(lambda: settings.keep(self._store, fleet, learning))
         self._fleet, self._learning = fleet, learning
-        self._residency.set_slms((*fleet.slms, *self._roster.specs()))
-        self._promotion.learning = learning
+        self._promotion.learning = self._training.learning = learning
+        self._follow_slms()
+        await self._promotion.ship(fleet.predictor)
 
     async def log(self, batch_id: str, rows: Sequence[Row]) -> list[str]:
         """Store outcomes; return the ids that need not be sent again, durable when this returns.
 
         A malformed row can never be stored, so its id is acknowledged too, counted and logged.
         """
-        self._start()
+        self._ticker.start()
         outcomes: list[Outcome] = []
         refused: list[str] = []
         for row in rows:
@@ -124,12 +138,15 @@ class KnowledgeService:
                 given = row.get("outcome_id") if isinstance(row, Mapping) else row.outcome_id
                 refused.append(str(given))
         self._refused_rows += len(refused)
-        await self._in_thread(lambda: self._store.append(outcomes))
-        self._watch.observe(outcomes)
-        self._newcomers.observe(outcomes)
-        await self._teach_newcomers()
-        await self._promotion.observe(outcomes)
-        await self._maybe_retrain()
+        added = await self._in_thread(lambda: self._store.append(outcomes))
+        new = list({o.outcome_id: o for o in outcomes if o.outcome_id in added}.values())
+        await take_steps(
+            lambda: self._watch.observe(new),
+            lambda: self._newcomers.observe(new),
+            self._teach_newcomers,
+            lambda: self._promotion.observe(new),
+            self._training.maybe,
+        )
         return [o.outcome_id for o in outcomes] + refused
 
     async def feedback(
@@ -139,13 +156,15 @@ class KnowledgeService:
 
         Returns whether the outcome is known. Raises KnowledgeError for a malformed signal.
         """
-        self._start()
+        self._ticker.start()
         decoded = decode_signals(signals)
         known = await self._in_thread(lambda: self._store.add_signals(outcome_id, decoded))
-        self._watch.feedback(outcome_id, decoded)
-        self._newcomers.feedback(outcome_id, decoded)
-        await self._teach_newcomers()
-        await self._maybe_retrain()
+        await take_steps(
+            lambda: self._watch.feedback(outcome_id, decoded),
+            lambda: self._newcomers.feedback(outcome_id, decoded),
+            self._teach_newcomers,
+            self._training.maybe,
+        )
         return known
 
     async def outcome(self, outcome_id: str) -> Outcome | None:
@@ -165,7 +184,7 @@ class KnowledgeService:
         {"version": int, "value": ...}; pass the versions back as `have`. Empty after timeout_s (at
         most MAX_WAIT_S).
         """
-        self._start()
+        self._ticker.start()
         return await self._board.wait(have, min(max(timeout_s, 0.0), MAX_WAIT_S), keys)
 
     async def configure_goals(self, goals: Goals) -> None:
@@ -207,7 +226,7 @@ class KnowledgeService:
 
     async def register(self, spec_json: str, app_name: str) -> None:
         """Add an SLM application, or renew its heartbeat. Raises ConfigError."""
-        self._start()
+        self._ticker.start()
         if self._roster.register(spec_json, app_name, [s.id for s in self._fleet.slms]):
             await self._publish_registry()
 
@@ -217,14 +236,14 @@ class KnowledgeService:
             await self._publish_registry()
 
     async def predictors(self) -> dict[str, Any]:
-        """Stored predictors, and what is known of champion and challenger."""
-        return self._promotion.document()
+        """Stored predictors, what is known of champion and challenger, the last training."""
+        return {**self._promotion.document(), "last_training": self._training.last_verdict}
 
     async def change_predictor(self, action: str, version: str = "") -> dict[str, Any]:
         """As `Promotion.act`; return `predictors()` afterwards."""
-        self._start()
+        self._ticker.start()
         await self._promotion.act(action, version)
-        return self._promotion.document()
+        return await self.predictors()
 
     async def retrain(self, force: bool = False) -> dict[str, Any]:
         """Train and judge now, and publish a better predictor; return the verdict.
@@ -232,14 +251,7 @@ class KnowledgeService:
         Without `force`, fewer than min_outcomes labelled outcomes give the reason
         "too_few_outcomes". Joins a training that is running. Raises KnowledgeError.
         """
-        if self._retraining is None or self._retraining.done():
-            labelled = await self._in_thread(self._store.labelled_count)
-            if not force and labelled < self._learning.min_outcomes:
-                return {"publish": False, "reason": "too_few_outcomes", "labelled": labelled}
-            if self._retraining is None or self._retraining.done():
-                self._retraining = asyncio.create_task(self._retrain())
-        # Shielded: a caller who gives up does not end the training.
-        return await asyncio.shield(self._retraining)
+        return await self._training.retrain(force)
 
     async def status(self) -> dict[str, Any]:
         """Counts, champion and last verdict, for people."""
@@ -252,22 +264,25 @@ class KnowledgeService:
             "predictor": champion.artifact.version if champion else "prior",
             "predictor_source": champion.source if champion else "prior",
             "predictor_metrics": dict(champion.artifact.metrics) if champion else {},
-            "retraining": self._retraining is not None and not self._retraining.done(),
-            "last_verdict": self._last_verdict,
+            "retraining": self._training.running,
+            "last_verdict": self._training.last_verdict,
             "models": self._promotion.summary(),
             "registered": sorted(self._roster.ids()),
         }
 
     async def tick(self) -> None:
         """Background work that is due: drop SLM applications whose heartbeat stopped, and so on."""
-        self._watch.tick()
-        await self._teach_newcomers()
-        self._residency.step()
-        await self._promotion.tick()
-        if (energy := self._energy.rows()) != (self._board.value("energy") or {}):
-            self._board.publish("energy", energy)
-        if self._roster.expire():
-            await self._publish_registry()
+        self._ticks += 1
+        await take_steps(
+            self._watch.tick,
+            self._teach_newcomers,
+            self._residency.step,
+            self._promotion.tick,
+            self._publish_energy,
+            self._expire,
+        )
+        if self._ticks % PRUNE_EVERY_TICKS == 0:
+            await take_steps(self.prune)
 
     async def prune(self) -> int:
         """Delete outcomes beyond `learning.max_rows`, oldest first; return how many."""
@@ -275,92 +290,38 @@ class KnowledgeService:
 
     async def close(self) -> None:
         """Stop background work and close the store; a running training is ended."""
-        self._closing.set()
-        if self._retraining is not None:
-            self._retraining.cancel()
-        tasks = [t for t in (self._background, self._retraining) if t is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._training.close()
+        await self._ticker.stop()
         await self._in_thread(self._store.close)
         self._io.shutdown()
 
-    def _start(self) -> None:
-        """Start the background loop at the first call: a constructor has no event loop."""
-        if self._background is None:
-            self._background = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        ticks = 0
-        while True:
-            try:
-                await asyncio.wait_for(self._closing.wait(), TICK_S)
-                return
-            except TimeoutError:
-                ticks += 1
-            try:
-                await self.tick()
-                if ticks % PRUNE_EVERY_TICKS == 0:
-                    await self.prune()
-            except KnowledgeError as error:
-                _log.warning("background work failed: %s", error.message)
-
-    async def _maybe_retrain(self) -> None:
-        if self._retraining is not None and not self._retraining.done():
-            return
-        total = await self._in_thread(self._store.labelled_total)
-        trained_at = int(await self._in_thread(lambda: self._store.meta("trained_at")) or 0)
-        due = self._learning.retrain_every if trained_at else self._learning.min_outcomes
-        if total - trained_at < due or (self._retraining and not self._retraining.done()):
-            return
-        self._retraining = asyncio.create_task(self._retrain())
-        self._retraining.add_done_callback(_log_failure)
-
-    def _retrain_on_drift(self) -> None:
-        """Train before the next quota is full, once there is enough to train on at all."""
-        self._drifted = asyncio.create_task(self.retrain())
-        self._drifted.add_done_callback(_log_failure)
-
-    async def _retrain(self) -> dict[str, Any]:
-        """Train once; a failure counts as an attempt, or the next batch would try again."""
-        total = await self._in_thread(self._store.labelled_total)
-        await self._in_thread(lambda: self._store.set_meta("trained_at", str(total)))
-        champion = self._promotion.champion
-        job = RetrainJob(
-            store_url=self._store_url,
-            slm_ids=(*(s.id for s in self._fleet.slms), *self._roster.ids()),
-            champion=champion.blob if champion else None,
-            holdout_ratio=self._learning.holdout_ratio,
-        )
-        try:
-            result = await self._trainer(job)
-        except KnowledgeError as error:
-            self._last_verdict = {"publish": False, "reason": "failed", "detail": error.message}
-            raise
-        outcome = {} if result.blob is None else {"then": await self._promotion.offer(result.blob)}
-        self._last_verdict = {
-            **result.verdict,
-            "version": result.version,
-            "against": champion.artifact.version if champion else "base_rate",
-            "metrics": result.metrics,
-            **outcome,
-        }
-        return self._last_verdict
+    def _slm_ids(self) -> tuple[str, ...]:
+        return (*(s.id for s in self._fleet.slms), *self._roster.ids())
 
     async def _teach_newcomers(self) -> None:
         champion = self._promotion.champion
         artifact = champion.artifact if champion else None
         await self._newcomers.teach(self._fleet, self._roster.specs(), artifact)
 
+    def _publish_energy(self) -> None:
+        if (energy := self._energy.rows()) != (self._board.value("energy") or {}):
+            self._board.publish("energy", energy)
+
+    async def _expire(self) -> None:
+        if self._roster.expire():
+            await self._publish_registry()
+
     async def _publish_registry(self) -> None:
         registry = self._roster.snapshot()
         self._board.publish("registry", registry)
-        self._residency.set_slms((*self._fleet.slms, *self._roster.specs()))
+        self._follow_slms()
         # Kept, so that a restart does not take every SLM application off the air until it calls.
         await self._in_thread(lambda: self._store.set_meta("registry", json.dumps(registry)))
 
+    def _follow_slms(self) -> None:
+        slms = (*self._fleet.slms, *self._roster.specs())
+        self._residency.set_slms(slms)
+        self._watch.set_slms(slms)
+
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._io, call)
-
-
-def _log_failure(task: asyncio.Task[dict[str, Any]]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.warning("retraining failed: %s", error)

@@ -61,7 +61,8 @@ class ShadowTally:
     """What routers reported of one challenger."""
 
     version: str
-    since: float  # Unix time in seconds
+    since: float  # Unix time in seconds: it has seen no outcome after this
+    waiting_since: float  # the same, or when the first of those came that it replaced
     requests: int = 0
     agreed: int = 0
     gain: float = 0.0

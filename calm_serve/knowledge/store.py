@@ -51,10 +51,10 @@ class OutcomeStore:
             METADATA.create_all(self._engine)
         self._check_schema()
 
-    def append(self, rows: Sequence[Outcome]) -> int:
-        """Store outcomes in one transaction; return how many were new (ids decide)."""
+    def append(self, rows: Sequence[Outcome]) -> set[str]:
+        """Store outcomes in one transaction; return the ids that were new."""
         if not rows:
-            return 0
+            return set()
         insert = self._insert(OUTCOMES).on_conflict_do_nothing(index_elements=["outcome_id"])
         with self._guard("append"), self._engine.begin() as connection:
             new = connection.execute(
@@ -65,7 +65,7 @@ class OutcomeStore:
             said = [(o.outcome_id, s) for o in rows if o.outcome_id in added for s in o.signals]
             self._write_signals(connection, said)
             self._mark_labelled(connection, sorted(added))
-        return len(added)
+        return added
 
     def add_signals(self, outcome_id: str, signals: Sequence[QualitySignal]) -> bool:
         """Store statements about an outcome; the latest of each source counts.

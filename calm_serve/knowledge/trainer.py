@@ -14,14 +14,12 @@ import lightgbm as lgb
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.analyze.features import LOAD_NAMES
 from calm_serve.analyze.lightgbm import (
     MAX_LOG_RESIDUAL,
     OUTPUT_TOKENS,
     SUCCESS,
     TTFT_RESIDUAL,
     Artifact,
-    Heads,
     Rows,
     Values,
     fits_layout,
@@ -30,7 +28,14 @@ from calm_serve.analyze.lightgbm import (
 )
 from calm_serve.analyze.one_row import FIRST_BUCKET, FIRST_LOAD, SLM_COLUMN
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge import scores
+from calm_serve.knowledge.holdout import (
+    ANALYTIC_TTFT,
+    answered,
+    label_arrays,
+    regression_metrics,
+    success_metrics,
+    timed,
+)
 from calm_serve.knowledge.labels import quality_label
 from calm_serve.types import Outcome
 
@@ -39,7 +44,6 @@ MIN_LABELLED_PER_SLM = 5  # below it an SLM stays with its prior
 MAX_ROUNDS = 150  # at a learning rate of 0.08; fewer at a higher one
 DEFAULT_ROUNDS = 40  # when there is too little data to choose the number of rounds
 MIN_TUNING_ROWS = 20
-_ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
 
 # Small trees: a prediction over all candidates has to stay in the tens of microseconds. SLMs are
 # told apart one against the rest, because LightGBM's default needs 100 rows per category.
@@ -118,31 +122,13 @@ def train(
         "fit_outcomes": len(fit),
         "fit_until": split.holdout[0].at,
         "base_rate": base_rate,
-        **_success_metrics(artifact, split.labelled_holdout, base_rate),
-        **_regression_metrics(artifact, [o for o in split.holdout if o.slm_id in known], fit),
+        **success_metrics(artifact, split.labelled_holdout, base_rate),
+        **regression_metrics(artifact, [o for o in split.holdout if o.slm_id in known], fit),
     }
     artifact = Artifact(
         artifact.version, known, boosters, metrics, artifact.trained_on, artifact.created_at
     )
     return Training(artifact, split.labelled_holdout, base_rate)
-
-
-def label_arrays(outcomes: Sequence[Outcome]) -> tuple[Values, Values]:
-    """Labels and weights of labelled outcomes. Raises ValueError for an unlabelled one."""
-    pairs = [quality_label(o.signals) for o in outcomes]
-    if any(p is None for p in pairs):
-        raise ValueError("an outcome has no quality label")
-    both = np.array([p for p in pairs if p is not None], dtype=np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def success_probabilities(
-    artifact: Artifact, outcomes: Sequence[Outcome], fallback: float
-) -> Values:
-    """P(success) of logged outcomes; `fallback` where the artifact does not know the SLM."""
-    rows = outcome_rows(outcomes, artifact.slm_ids)
-    found = Heads(artifact).of_own(SUCCESS, rows)
-    return np.where(np.isnan(found), fallback, found)
 
 
 def _split(outcomes: Sequence[Outcome], slm_ids: set[str], holdout_ratio: float) -> _Split:
@@ -183,17 +169,17 @@ def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict
             boosters[own_head(SUCCESS, slm_id)] = _fit(
                 "cross_entropy", rows, smoothed, weights[mine], seed, _OWN_PARAMS
             )
-    if answered := [o for o in fit if _answered(o)]:
-        lengths = np.log1p(np.array([o.output_tokens for o in answered], dtype=np.float64))
-        for slm_id, rows, mine in _by_slm(answered, slm_ids):
+    if whole := [o for o in fit if answered(o)]:
+        lengths = np.log1p(np.array([o.output_tokens for o in whole], dtype=np.float64))
+        for slm_id, rows, mine in _by_slm(whole, slm_ids):
             boosters[own_head(OUTPUT_TOKENS, slm_id)] = _fit(
                 "regression", rows, lengths[mine], None, seed, {**_OWN_PARAMS, **_COARSE}
             )
-    if timed := [o for o in fit if _timed(o)]:
-        rows = outcome_rows(timed, slm_ids)
+    if first_tokens := [o for o in fit if timed(o)]:
+        rows = outcome_rows(first_tokens, slm_ids)
         rows[:, FIRST_BUCKET:FIRST_LOAD] = 0.0  # words do not make a prefill slower
         boosters[TTFT_RESIDUAL] = _fit(
-            "regression", rows, _log_residuals(timed), None, seed, _COARSE
+            "regression", rows, _log_residuals(first_tokens), None, seed, _COARSE
         )
     return boosters
 
@@ -213,17 +199,8 @@ def _by_slm(
             yield slm_id, rows[mine], mine
 
 
-def _answered(outcome: Outcome) -> bool:
-    return outcome.status == "ok" and outcome.output_tokens > 0
-
-
-def _timed(outcome: Outcome) -> bool:
-    """A first token from an awake SLM: starting one is not the residual's business."""
-    return _answered(outcome) and not outcome.cold and (outcome.ttft_s or 0.0) > 0.0
-
-
-def _log_residuals(timed: Sequence[Outcome]) -> Values:
-    logs = [math.log(o.ttft_s or 1.0) - o.load[_ANALYTIC_TTFT] for o in timed]
+def _log_residuals(first_tokens: Sequence[Outcome]) -> Values:
+    logs = [math.log(o.ttft_s or 1.0) - o.load[ANALYTIC_TTFT] for o in first_tokens]
     return np.clip(np.array(logs), -MAX_LOG_RESIDUAL, MAX_LOG_RESIDUAL)
 
 
@@ -269,46 +246,6 @@ def _dataset(
         categorical_feature=[SLM_COLUMN],
         params={"verbosity": -1, "max_bin": _PARAMS["max_bin"]},
     )
-
-
-def _success_metrics(
-    artifact: Artifact, holdout: Sequence[Outcome], base_rate: float
-) -> dict[str, Any]:
-    labels, weights = label_arrays(holdout)
-    predicted = success_probabilities(artifact, holdout, base_rate)
-    served = np.array([o.predicted[0] if o.predicted else base_rate for o in holdout])
-    return {
-        "holdout_labelled": len(holdout),
-        "log_loss": scores.log_loss(labels, predicted, weights),
-        "base_rate_log_loss": scores.log_loss(labels, np.full(len(labels), base_rate), weights),
-        "served_log_loss": scores.log_loss(labels, served, weights),
-        "auc": scores.auc(labels, predicted, weights),
-        "calibration_error": scores.calibration_error(labels, predicted, weights),
-    }
-
-
-def _regression_metrics(
-    artifact: Artifact, holdout: Sequence[Outcome], fit: Sequence[Outcome]
-) -> dict[str, Any]:
-    """Mean absolute errors on the holdout, next to the analytic model and the mean length."""
-    heads, metrics = Heads(artifact), dict[str, Any]()
-    timed = [o for o in holdout if _timed(o)]
-    residual = heads.residuals(outcome_rows(timed, artifact.slm_ids)) if timed else None
-    if residual is not None:
-        seen = np.array([o.ttft_s or 0.0 for o in timed])
-        analytic = np.exp([o.load[_ANALYTIC_TTFT] for o in timed])
-        corrected = analytic * np.exp(np.clip(residual, -MAX_LOG_RESIDUAL, MAX_LOG_RESIDUAL))
-        metrics["ttft_mae_s"] = float(np.mean(np.abs(seen - corrected)))
-        metrics["analytic_ttft_mae_s"] = float(np.mean(np.abs(seen - analytic)))
-    answered = [o for o in holdout if _answered(o)]
-    logs = heads.of_own(OUTPUT_TOKENS, outcome_rows(answered, artifact.slm_ids))
-    known = ~np.isnan(logs)
-    if known.any():
-        lengths = np.array([o.output_tokens for o in answered], dtype=np.float64)[known]
-        mean = np.mean([o.output_tokens for o in fit if _answered(o)])
-        metrics["output_tokens_mae"] = float(np.mean(np.abs(lengths - np.expm1(logs[known]))))
-        metrics["mean_output_tokens_mae"] = float(np.mean(np.abs(lengths - mean)))
-    return metrics
 
 
 def _version(boosters: Mapping[str, str], slm_ids: Sequence[str]) -> str:

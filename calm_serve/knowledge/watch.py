@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from calm_serve.config import SLMSpec
 from calm_serve.knowledge import scores
 from calm_serve.knowledge.prompt_mix import PromptMix
 from calm_serve.knowledge.quality import SLMQuality, feedback_score
@@ -52,8 +53,8 @@ _log = logging.getLogger(__name__)
 class _SLM:
     """What is kept of one SLM."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.quality = SLMQuality(clock)
+    def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
+        self.quality = SLMQuality(clock, form_is_checked)
         self.calibration = Calibration()
         self.tokens = _length_test()
         self.speed: OrderedDict[str, LevelChange] = OrderedDict()  # by replica
@@ -85,6 +86,7 @@ class Watch:
         self._publish, self._retrain = publish, retrain
         self.alarms = Alarms(clock)
         self._slms: OrderedDict[str, _SLM] = OrderedDict()
+        self._checked: frozenset[str] = frozenset()  # by their own validators
         self._mix = PromptMix()
         self._remembered: OrderedDict[str, tuple[str, tuple[float, ...]]] = OrderedDict()
         self._early: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
@@ -95,6 +97,12 @@ class Watch:
         self._published_at = self._checked_at = self._retrained_at = -math.inf
         self._outcomes = 0
         self._retrain_at: int | None = None
+
+    def set_slms(self, specs: Iterable[SLMSpec]) -> None:
+        """Learn whose answers a validator reads, so that its silence counts from the first on."""
+        self._checked = frozenset(s.id for s in specs if s.validator)
+        for slm_id in self._checked & self._slms.keys():
+            self._slms[slm_id].quality.form_is_checked = True
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Count a batch; an outcome that was seen before is ignored."""
@@ -252,7 +260,7 @@ class Watch:
     def _slm(self, slm_id: str) -> _SLM:
         slm = self._slms.get(slm_id)
         if slm is None:
-            slm = _SLM(self._monotonic)
+            slm = _SLM(self._monotonic, slm_id in self._checked)
             _remember(self._slms, slm_id, slm, MAX_SLMS)
         return slm
 

@@ -21,11 +21,19 @@ HALF_LIFE_S = 180.0
 PRIOR_SUCCESSES = 2.0
 # Deviations that chance explains are left out: this many standard deviations.
 CHANCE_SIGMAS = 1.5
+# The same once a fall was found, which chance does not explain. More would let requests through to
+# an SLM that is broken, less keeps them away for minutes from one that is well again.
+FALLEN_SIGMAS = 0.75
 # Whoever fails is held back everywhere; a success on some prompts says less about the others.
 MIN_FACTOR, MAX_FACTOR = 0.05, 1.25
-# A change of P(success) by more than the slack sums up to the limit in 7 labels when
-# a 0.9 becomes 0.1; chance gets there about once in a thousand.
-CHANGE_SLACK, CHANGE_LIMIT = 0.15, 5.0
+# A fall is looked for by how likely the labels are with this share of the usual successes. A usual
+# 0.7 that becomes 0.0 sums up to the limit in 10 labels, a 0.9 in 5; chance needs some 10,000.
+FALL_RATIO, FALL_LIMIT = 0.4, 8.0
+# A rise, by how likely they are without the correction. To be wrong here costs a few requests.
+RISE_LIMIT = 4.0
+# What the predictor always promises too much or too little is no change: the level of so many
+# labels, with a prior as strong as so many expected successes.
+LEVEL_LABELS, LEVEL_PRIOR, MAX_LEVEL = 300, 10.0, 1.5
 
 
 class QualityCorrection:
@@ -33,16 +41,21 @@ class QualityCorrection:
 
     Posterior mean of a rate ratio under a Gamma(k, k) prior, as for standardised mortality ratios
     (Clayton and Kaldor, Biometrics 43, 1987): (k + observed) / (k + expected), after chance is
-    taken off. A cumulative sum finds when a change began and drops the labels before it.
+    taken off. A risk-adjusted cumulative sum of log likelihood ratios (Steiner et al.,
+    Biostatistics 1, 2000) finds when a fall began and drops the labels before it.
     """
 
-    __slots__ = ("_clock", "_factor", "_fall", "_labels", "_rise")
+    __slots__ = ("_clock", "_factor", "_fall", "_fallen", "_labels", "_level", "_rise", "_sums")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._labels: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
-        self._fall, self._rise = (Cusum(CHANGE_SLACK, CHANGE_LIMIT) for _ in range(2))
+        self._fall, self._rise = Cusum(0.0, FALL_LIMIT), Cusum(0.0, RISE_LIMIT)
+        self._fallen = False
         self._factor = 1.0
+        self._level = _Level()
+        # When summed up; then of the labels: expected successes, deviation, variance.
+        self._sums = (0.0, 0.0, 0.0, 0.0)
 
     def observe(self, predicted: float, label: float) -> float | None:
         """Count one answer; the change found (label less expectation, negative is worse), if any.
@@ -52,22 +65,38 @@ class QualityCorrection:
             label: what was said of the answer, in [0, 1].
         """
         self._labels.append((self._clock(), label, predicted))
-        over = label - min(predicted * self._factor, 1.0)
+        now = predicted * min(self._factor, 1.0)
+        # A factor that only says what the level says is not to count twice.
+        expected = max(self._level.ratio, 1.0) * min(now, predicted * self._level.ratio)
         change = None
         # Both are always fed: each one counts the run that it would cut to.
-        fell, rose = self._fall.add(-over), self._rise.add(over)
+        fell = self._fall.add(_evidence(FALL_RATIO * expected, expected, label))
+        rose = self._rise.add(_evidence(predicted, now, label))
         if fell or rose:
             run = self._fall.run if fell else self._rise.run
             kept = list(self._labels)[-run:]
             self._labels = deque(kept, maxlen=WINDOW)
             change = sum(y - p for _, y, p in kept) / run
+            self._fallen = fell
+        if not self._fallen:
+            self._level.add(predicted, label)
+        self._sums = self._summed()
         self._factor = self.factor()
+        self._fallen = self._fallen and self._factor < 1.0
         return change
 
     def factor(self) -> float:
         """The factor now, in [MIN_FACTOR, MAX_FACTOR]; 1 without evidence."""
+        at, expected, over, variance = self._sums
+        left: float = 0.5 ** ((self._clock() - at) / HALF_LIFE_S)  # all of them fade alike
+        sigmas = FALLEN_SIGMAS if self._fallen else CHANCE_SIGMAS
+        sure = max(abs(over) - sigmas * math.sqrt(variance), 0.0) * left
+        factor = 1.0 + (sure if over > 0.0 else -sure) / (PRIOR_SUCCESSES + expected * left)
+        return min(max(factor, MIN_FACTOR), MAX_FACTOR)
+
+    def _summed(self) -> tuple[float, float, float, float]:
         now = self._clock()
-        expected, over, variance = PRIOR_SUCCESSES, 0.0, 0.0
+        expected = over = variance = 0.0
         for at, label, predicted in self._labels:
             weight = 0.5 ** ((now - at) / HALF_LIFE_S)
             expected += weight * predicted
@@ -75,6 +104,29 @@ class QualityCorrection:
             # A predictor that is certain may still be wrong.
             p = min(max(predicted, 0.05), 0.95)
             variance += weight * weight * p * (1.0 - p)
-        sure = max(abs(over) - CHANCE_SIGMAS * math.sqrt(variance), 0.0)
-        factor = 1.0 + (sure if over > 0.0 else -sure) / expected
-        return min(max(factor, MIN_FACTOR), MAX_FACTOR)
+        return now, expected, over, variance
+
+
+def _evidence(changed: float, expected: float, label: float) -> float:
+    """Log likelihood of a label under one P(success), over that under another."""
+    one, other = (min(max(p, 0.02), 0.95) for p in (changed, expected))
+    return label * math.log(one / other) + (1.0 - label) * math.log((1.0 - one) / (1.0 - other))
+
+
+class _Level:
+    """Observed over predicted successes in the long run, at most MAX_LEVEL."""
+
+    __slots__ = ("_expected", "_observed")
+
+    def __init__(self) -> None:
+        self._observed = self._expected = LEVEL_PRIOR
+
+    @property
+    def ratio(self) -> float:
+        return min(self._observed / self._expected, MAX_LEVEL)
+
+    def add(self, predicted: float, label: float) -> None:
+        """Count a label; the oldest fade."""
+        keep = 1.0 - 1.0 / LEVEL_LABELS
+        self._observed = keep * self._observed + label
+        self._expected = keep * self._expected + predicted

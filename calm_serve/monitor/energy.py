@@ -22,6 +22,7 @@ DEFAULT_WATTS_PER_CORE = 6.0
 # Of two readings of a meter. CPU times tick every 10 ms, so reading more often tells little.
 MIN_READ_S = 0.05
 POWER_MEMORY_S = 0.5  # busy seconds behind the recent power
+PACE_GAIN = 0.1  # of each answer's tokens per second
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -143,9 +144,12 @@ class RequestEnergy:
 
 @dataclass(slots=True)
 class _Share:
+    started: float
+    heard_at: float  # when it last told of tokens
     energy_j: float = 0.0
     tokens: int = 0
-    new_tokens: int = 0  # since the last tick
+    new_tokens: float = 0.0  # told since the last reading
+    made: float = 0.0  # as the next reading will count them
 
 
 class TokenShareAttributor:
@@ -161,6 +165,9 @@ class TokenShareAttributor:
     is first set off against them. So one request is wrong by at most |power now - recent power| *
     min_read_s, and what is wrong is borne by the requests (or the idle time) of the next interval:
     no joule is lost or made. `ahead_j` is at most the recent power times min_read_s.
+
+    An answer in one piece tells its tokens at the end: they count as made evenly while it ran, and
+    whoever has not told any yet is taken to make them at the mean pace.
     """
 
     def __init__(
@@ -174,6 +181,7 @@ class TokenShareAttributor:
         self._read_at = self._busy_at = clock()
         self._busy_s = 0.0  # since the last reading, up to the last time that nothing ran
         self._power_w: float | None = None  # of busy time
+        self._pace = 0.0  # tokens per second of one request, 0 before the first is known
         self._running: dict[str, _Share] = {}
         self.idle_j = self.requests_j = self.ahead_j = 0.0
 
@@ -199,20 +207,25 @@ class TokenShareAttributor:
         if not self._running:
             self._tick_if_due()  # what was spent up to here was idle and not this request's
             self._busy_at = self._clock()
-        self._running[request_id] = _Share()
+        now = self._clock()
+        self._running[request_id] = _Share(started=now, heard_at=now)
 
     def add_tokens(self, request_id: str, tokens: int) -> None:
         """Count tokens that `request_id` produced; KeyError if it does not run."""
-        share = self._running[request_id]
+        share, now = self._running[request_id], self._clock()
+        silent_s, unread_s = now - share.heard_at, now - self._read_at
         share.tokens += tokens
-        share.new_tokens += tokens
+        share.new_tokens += tokens if silent_s <= unread_s else tokens * unread_s / silent_s
+        share.heard_at = now
 
     def finish(self, request_id: str) -> RequestEnergy:
         """Stop charging `request_id` and return its account; KeyError if it does not run."""
-        share = self._running[request_id]
+        share, now = self._running[request_id], self._clock()
+        self._measure_pace(share, now)
         if not self._tick_if_due() and self._power_w is not None:
-            unread_j = self._power_w * (self._busy_s + self._clock() - self._busy_at)
-            charged_j = max(unread_j - self.ahead_j, 0.0) * self._part(share, self._new_tokens())
+            unread_j = self._power_w * (self._busy_s + now - self._busy_at)
+            part = self._part(share, self._count_made(now))
+            charged_j = max(unread_j - self.ahead_j, 0.0) * part
             share.energy_j += charged_j
             self.ahead_j += charged_j
         del self._running[request_id]
@@ -225,6 +238,7 @@ class TokenShareAttributor:
         """Read the meter and charge what was spent since the last reading."""
         total_j, now = self._meter.read_j(), self._clock()
         spent_j, self._last_j = total_j - self._last_j, total_j
+        made = self._count_made(now)
         self._measure_power(spent_j, now)
         paid_j = min(spent_j, self.ahead_j)
         self.ahead_j -= paid_j
@@ -232,10 +246,9 @@ class TokenShareAttributor:
         if not self._running:
             self.idle_j += spent_j
             return
-        new_tokens = self._new_tokens()
         for share in self._running.values():
-            share.energy_j += spent_j * self._part(share, new_tokens)
-            share.new_tokens = 0
+            share.energy_j += spent_j * self._part(share, made)
+            share.new_tokens = 0.0
 
     def _tick_if_due(self) -> bool:
         known = self._power_w is not None
@@ -255,13 +268,22 @@ class TokenShareAttributor:
             gain = min(busy_s / POWER_MEMORY_S, 1.0)
             self._power_w = before_w + gain * (spent_j / busy_s - before_w)
 
-    def _new_tokens(self) -> int:
-        return sum(share.new_tokens for share in self._running.values())
+    def _measure_pace(self, share: _Share, now: float) -> None:
+        if share.tokens and now > share.started:
+            pace = share.tokens / (now - share.started)
+            self._pace += PACE_GAIN * (pace - self._pace) if self._pace else pace
 
-    def _part(self, share: _Share, new_tokens: int) -> float:
+    def _count_made(self, now: float) -> float:
+        """Count everybody's tokens since the last reading, those included that nobody told yet."""
+        for share in self._running.values():
+            silent_s = now - max(share.heard_at, self._read_at)
+            share.made = share.new_tokens + self._pace * silent_s
+        return sum(share.made for share in self._running.values())
+
+    def _part(self, share: _Share, made: float) -> float:
         """The share's part of what was spent since the last reading, in [0, 1]."""
         # No token yet from anybody means that all of them are in prefill: equal parts.
-        return share.new_tokens / new_tokens if new_tokens else 1.0 / len(self._running)
+        return share.made / made if made else 1.0 / len(self._running)
 
 
 class _Increments:

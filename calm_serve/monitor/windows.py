@@ -6,12 +6,14 @@ per decision; it holds no lock and does no I/O. Its size is bounded by the numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
 from calm_serve.monitor.breaker import Breaker, BreakerLimits, BreakerState
 from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
+from calm_serve.monitor.load_effect import LoadEffect
 from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
 
 Clock = Callable[[], float]
@@ -62,6 +64,7 @@ class SLMWindow:
         self._output_tokens = DecayedRate(HALF_LIFE_S, now)
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = Breaker(limits or BreakerLimits())
+        self.effect = LoadEffect()
         self.wake_s: float | None = None
         self.quality_factor = 1.0
 
@@ -73,6 +76,7 @@ class SLMWindow:
         self._arrivals.add(1.0, now)
         self._count_attempt(outcome, now)
         self._cold_starts += outcome.cold
+        self.effect.observe(outcome)
         # The wait for a cold start is predicted from `wake_s`; in the mean it would make an SLM
         # look slow for minutes after it has woken.
         if outcome.ttft_s is not None and not outcome.cold:
@@ -121,12 +125,22 @@ class SLMWindow:
         )
 
     def state(
-        self, spec: SLMSpec, replicas: Sequence[ReplicaState], now: float, absent: Residency
+        self,
+        spec: SLMSpec,
+        replicas: Sequence[ReplicaState],
+        now: float,
+        absent: Residency,
+        elsewhere: int = 0,
     ) -> SLMState:
         """Return the live state; see `FleetMonitor.state`."""
         running, waiting = _load(replicas, spec.limits.max_num_seqs)
-        in_flight = sum(r.queue_length for r in replicas)
+        sent = sum(r.queue_length for r in replicas)
         count = max(len(replicas), 1)
+        inside = running + waiting
+        effect = self.effect
+        per_token = effect.energy.next_j(inside / count)
+        log_in_flight = math.log(elsewhere + inside + 1)
+        tpot_s = effect.tpot.at(log_in_flight)
         return SLMState(
             slm_id=self._slm_id,
             residency=Residency.HOT if replicas else absent,
@@ -137,13 +151,17 @@ class SLMWindow:
             kv_usage_ratio=sum(r.kv_usage_ratio for r in replicas) / count,
             cached_prefix_ratio=sum(r.cached_prefix_ratio for r in replicas) / count,
             ttft_s=self._ttft.recent.mean,
-            tpot_s=self._tpot.recent.mean,
-            energy_j_per_token=self._energy_j_per_token.mean,
+            tpot_s=self._tpot.recent.mean if tpot_s is None else tpot_s,
+            energy_j_per_token=self._energy_j_per_token.mean if per_token is None else per_token,
             failure_ratio=self._breaker.failure_ratio,
-            breaker_open=self._breaker.blocks(now, in_flight),
+            breaker_open=self._breaker.blocks(now, sent),
             wake_s=spec.priors.wake_s if self.wake_s is None else self.wake_s,
             age_s=max(now - self._seen_at, 0.0),
             quality_factor=self.quality_factor,
+            in_flight=elsewhere + inside,
+            ttft_ratio=effect.ttft.at(log_in_flight),
+            ttft_spread=effect.ttft_spread.value,
+            e2e_spread=effect.e2e_spread.value,
         )
 
     def _count_attempt(self, outcome: Outcome, now: float) -> None:
@@ -161,6 +179,9 @@ class FleetMonitor:
     def __init__(self, slm_ids: Iterable[str], clock: Clock) -> None:
         self._clock = clock
         self._windows = {slm_id: SLMWindow(slm_id, clock) for slm_id in slm_ids}
+        self._inside: dict[str, int] = {}  # requests, when the SLM was last looked at
+        self._in_flight = 0
+        self._predictor = ""
 
     @property
     def slm_ids(self) -> tuple[str, ...]:
@@ -175,11 +196,16 @@ class FleetMonitor:
     def remove(self, slm_id: str) -> None:
         """Forget an SLM; its late outcomes will be ignored."""
         self._windows.pop(slm_id, None)
+        self._in_flight -= self._inside.pop(slm_id, 0)
 
     def observe(self, outcome: Outcome) -> None:
         """Count one finished request; an SLM that is not watched is ignored."""
-        if window := self._windows.get(outcome.slm_id):
-            window.observe(outcome)
+        if (predictor := outcome.versions[0]) != self._predictor:
+            self._predictor = predictor
+            for window in self._windows.values():
+                window.effect.ttft.reset()
+        if found := self._windows.get(outcome.slm_id):
+            found.observe(outcome)
 
     def attempt_failed(self, slm_id: str) -> None:
         """Count an attempt at `slm_id` that failed and went on elsewhere.
@@ -219,7 +245,12 @@ class FleetMonitor:
             absent: residency to report when there are no replicas.
         """
         self.add(spec.id)
-        return self._windows[spec.id].state(spec, replicas, now, absent)
+        before = self._inside.get(spec.id, 0)
+        elsewhere = self._in_flight - before
+        state = self._windows[spec.id].state(spec, replicas, now, absent, elsewhere)
+        self._in_flight = state.in_flight
+        self._inside[spec.id] = state.running + state.waiting
+        return state
 
     def snapshot(self, slm_id: str, now: float) -> SLMSnapshot:
         """Return one SLM's recent past; KeyError when it is not watched."""

@@ -11,6 +11,7 @@ prediction for this request on the fleet as it is now.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from zlib import crc32
@@ -20,6 +21,8 @@ from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, S
 
 # A request that names an SLO loses up to this much quality for an SLM that will miss it.
 SLO_PENALTY = 0.5
+MIN_SPREAD = 0.01  # of log(measured / predicted)
+_SQRT2 = math.sqrt(2.0)
 
 
 def weights_of(goals: Goals) -> Weights:
@@ -53,17 +56,31 @@ def evaluate(
 
 
 def slo_penalty(context: RoutingContext, prediction: Prediction) -> float:
-    """0 with headroom; grows with the relative violation up to SLO_PENALTY."""
+    """SLO_PENALTY times the probability that an SLO which the request named is missed.
+
+    What is measured is taken to be log-normal around what is predicted. Of several SLOs the one
+    most likely to be missed counts, because one slow moment misses all of them.
+    """
     if not (context.slo_ttft_ms or context.slo_tpot_ms or context.deadline_s):
         return 0.0
-    over = 0.0
+    missed = 0.0
     if context.slo_ttft_ms:
-        over = max(over, prediction.ttft_s * 1000.0 / context.slo_ttft_ms - 1.0)
+        over = prediction.ttft_s * 1000.0 / context.slo_ttft_ms
+        missed = _above_one(over, prediction.ttft_spread)
     if context.slo_tpot_ms:
-        over = max(over, prediction.tpot_s * 1000.0 / context.slo_tpot_ms - 1.0)
+        over = prediction.tpot_s * 1000.0 / context.slo_tpot_ms
+        missed = max(missed, _above_one(over, prediction.e2e_spread))
     if context.deadline_s:
-        over = max(over, prediction.e2e_s / context.deadline_s - 1.0)
-    return SLO_PENALTY * min(over, 1.0)
+        over = prediction.e2e_s / context.deadline_s
+        missed = max(missed, _above_one(over, prediction.e2e_spread))
+    return SLO_PENALTY * missed
+
+
+def _above_one(middle: float, spread: float) -> float:
+    """P(X > 1) where log(X) is normal around log(middle)."""
+    if middle <= 0.0:
+        return 0.0
+    return 0.5 * math.erfc(-math.log(middle) / (max(spread, MIN_SPREAD) * _SQRT2))
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:

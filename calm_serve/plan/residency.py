@@ -7,6 +7,7 @@ that wait are served together, and what is likely next is woken before it is ask
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,8 +19,9 @@ from calm_serve.types import Residency
 
 # Arrivals ahead that a swap is judged by where few come; at high rates, those of its residence.
 HORIZON_ARRIVALS = 4.0
-# A request that waits for this long counts double against an SLM that is busy answering.
-PATIENCE_S = 0.5
+# Who waits counts as one arrival against an SLM that is hot, and double after each of these.
+PATIENCE_S = 1.0
+MAX_DOUBLINGS = 64.0
 # Wake-ups are spread over the minute: no more than their share of it within SPREAD_S.
 SPREAD_S = 10.0
 # Prefetches leave this share of the wake-ups to requests that wait.
@@ -33,8 +35,9 @@ class ResidencyPlanner(Planner):
 
     Worth per byte = expected arrivals x (latency weight x wake_s + energy weight x wake_j) / bytes,
     over the arrivals of a residence. An SLM that woke stays for `min_resident_s`; wake-ups are
-    bounded per minute; an SLM that is answering goes only for requests that have waited long
-    against what it is worth; nothing is prefetched unless that saves more than it costs.
+    bounded per minute; an SLM goes only for requests that have waited long against what it is
+    worth, so that in a burst those that few want take turns in the places that are worth least;
+    nothing is prefetched unless that saves more than it costs.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class ResidencyPlanner(Planner):
         self._latency_per_s = latency_per_s if latency_per_s or energy_per_j else 1.0
         self._energy_per_j = energy_per_j
         self._forecast = Forecast()
-        self._expected: dict[str, float] = {}
+        self._expected: dict[str, float] = {}  # arrivals of this step's horizon, by SLM
+        self._horizon, self._rate = HORIZON_ARRIVALS, 0.0
         self._wakes: deque[float] = deque(maxlen=options.max_swaps_per_min)
         self._spread = max(int(options.max_swaps_per_min * SPREAD_S / 60.0), 1)
 
@@ -65,9 +69,10 @@ class ResidencyPlanner(Planner):
     def _value(self, occupant: Occupant, now: float) -> float:
         """Quality points that being hot saves until the next change."""
         if not self._expected:
+            self._rate = self._forecast.rate_per_s(now)
             residence_s = self._options.min_resident_s + occupant.wake_s
-            rate = self._forecast.rate_per_s(now)
-            self._expected = self._forecast.expected(max(rate * residence_s, HORIZON_ARRIVALS))
+            self._horizon = max(self._rate * residence_s, HORIZON_ARRIVALS)
+            self._expected = self._forecast.expected(self._horizon)
         return self._expected.get(occupant.slm_id, 0.0) * self._wake_cost(occupant)
 
     def _wake_cost(self, occupant: Occupant) -> float:
@@ -90,12 +95,18 @@ class ResidencyPlanner(Planner):
         super()._swap(occupant, victims, now)
         self._wakes.append(now)
 
-    def _yields(self, victim: Occupant, to: Occupant, now: float, held: int) -> bool:
-        if not victim.running:
-            return True
-        waited_s = now - self._held_since[to.slm_id]
-        urgency = held * (1.0 + waited_s / PATIENCE_S) * self._wake_cost(to)
-        return (self._value(to, now) + urgency) / max(to.bytes, 1) > self._worth(victim, now)
+    def _yields(self, victim: Occupant, to: Occupant, now: float) -> bool:
+        # What either would be worth until the victim could be back, in time and not in arrivals:
+        # where few come, nobody waits for the sake of those who might.
+        away_s = self._options.min_resident_s + to.wake_s + to.answer_s + victim.wake_s
+        value, worth = self._value(to, now), self._worth(victim, now)
+        share = self._rate * away_s / self._horizon
+        if victim.running:  # it is wanted now
+            share = max(share, 1.0)
+        # However much the victim is wanted, it gives way within a few doublings: nobody starves.
+        doublings = min((now - self._held_since[to.slm_id]) / PATIENCE_S, MAX_DOUBLINGS)
+        urgency = math.exp2(doublings) * self._wake_cost(to)
+        return (value * share + urgency) / max(to.bytes, 1) > worth * share
 
     def _anticipate(self, now: float, by_id: Mapping[str, Occupant], demand: Demand) -> None:
         """Wake what is likely to be wanted next, instead of what is not: one SLM per step."""

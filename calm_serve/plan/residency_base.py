@@ -43,7 +43,7 @@ class Planner(ABC):
         queue = self._queue(now, demand, by_id)
         self._make_legal(now, by_id)
         for slm_id in queue:
-            self._admit(by_id[slm_id], now, by_id, demand)
+            self._admit(by_id[slm_id], now, by_id)
         self._anticipate(now, by_id, demand)
         self._cool(now, by_id)
         wakes = [i for i in self._tiers if self._pending(by_id[i])]
@@ -69,9 +69,9 @@ class Planner(ABC):
         """Earliest time at which an SLM may be woken."""
         return now
 
-    def _yields(self, victim: Occupant, to: Occupant, now: float, held: int) -> bool:
+    def _yields(self, victim: Occupant, to: Occupant, now: float) -> bool:
         """Whether the SLM may go to sleep for one for which requests wait."""
-        del victim, to, now, held
+        del victim, to, now
         return True
 
     def _anticipate(self, now: float, by_id: Mapping[str, Occupant], demand: Demand) -> None:
@@ -129,18 +129,12 @@ class Planner(ABC):
             self._tiers[victim.slm_id] = Residency.ASLEEP
             room.add(victim, -1)
 
-    def _admit(
-        self, occupant: Occupant, now: float, by_id: Mapping[str, Occupant], demand: Demand
-    ) -> None:
+    def _admit(self, occupant: Occupant, now: float, by_id: Mapping[str, Occupant]) -> None:
         """Give a waiting SLM its memory, at the cost of others if they may go."""
         if self._tiers[occupant.slm_id] is Residency.HOT or self._swap_at(now) > now:
             return
-        held = demand.held[occupant.slm_id]
-        movable = [
-            o
-            for o in self._hot(by_id)
-            if self._leaves(o, now) and self._yields(o, occupant, now, held)
-        ]
+        hot = [o for o in self._hot(by_id) if self._leaves(o, now)]
+        movable = [o for o in hot if self._yields(o, occupant, now)]
         victims = self._victims(occupant, movable, now, by_id)
         if victims is not None:
             self._swap(occupant, victims, now)

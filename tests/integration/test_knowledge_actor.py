@@ -80,6 +80,17 @@ async def test_outcomes_in_predictor_out_and_both_survive_a_kill(learning: Learn
     assert process_of(learning.state_dir) != killed
 
 
+async def test_a_restarted_actor_has_the_settings_of_the_last_deployment(
+    learning: Learning,
+) -> None:
+    actor = await get_knowledge("test", make_fleet(), learning)
+    patient = learning.model_copy(update={"min_outcomes": 1000})
+    await get_knowledge("test", make_fleet(), patient)
+    await actor.log.remote("b1", make_world(70))
+    os.kill(process_of(learning.state_dir), signal.SIGKILL)
+    assert (await patiently(actor, "retrain"))["reason"] == "too_few_outcomes"
+
+
 async def test_everybody_gets_the_same_actor_and_its_log_cannot_move(
     learning: Learning, tmp_path: Path
 ) -> None:

@@ -60,8 +60,8 @@ def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStor
 
 def test_a_repeated_batch_adds_nothing(store: OutcomeStore) -> None:
     rows = make_world(50)
-    assert store.append(rows) == 50
-    assert store.append([*rows, make_outcome("new"), make_outcome("new")]) == 1
+    assert len(store.append(rows)) == 50
+    assert store.append([*rows, make_outcome("new"), make_outcome("new")]) == {"new"}
     assert store.count() == 51
     assert store.labelled_total() == 50
 
@@ -70,7 +70,7 @@ def test_two_writers_of_the_same_batch_store_it_once(url: str, store: OutcomeSto
     other = OutcomeStore(url)
     rows = make_world(200)
     with ThreadPoolExecutor(2) as pool:
-        added = list(pool.map(lambda s: s.append(rows), (store, other)))
+        added = list(pool.map(lambda s: len(s.append(rows)), (store, other)))
     other.close()
     assert sum(added) == 200
     assert store.count() == 200

@@ -3,7 +3,7 @@
 What was learned first decides in the shadow of the shipped predictor, and can be taken back.
 
 The users of these tests have an opinion of their own: whatever looks like one of their reports is
-answered well by the SLM that the shipped predictor thinks worst of, and badly by everybody else.
+answered well by an SLM that the shipped predictor thinks little of, and badly by everybody else.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
 from calm_serve.loop import config_version
 
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
+# Nobody checks the form of their answers: one token of JSON or SQL is none, and these reports would
+# have the users' favourite rolled back for it.
+UNCHECKED = ("reason", "general")
 ROUNDS = 30
 
 
@@ -66,7 +69,7 @@ def test_feedback_moves_later_requests_to_the_slm_that_users_prefer(fleet: Serve
     assert len(routers) == 2
     before = versions(routers)
     first, second = rankings(routers)
-    wanted = max(SLMS, key=lambda slm: first.index(slm) + second.index(slm))
+    wanted = max(UNCHECKED, key=lambda slm: first.index(slm) + second.index(slm))
     assert wanted not in (first[0], second[0])
 
     jobs = [(6 * i + j, slm) for i in range(ROUNDS) for j, slm in enumerate(SLMS)]

@@ -63,6 +63,11 @@ def test_feedback_is_stored_with_its_outcome(fleet: ServedFleet) -> None:
     assert signals["feedback"] == 0.75
 
 
+def test_an_answer_that_the_client_cut_says_nothing_of_the_slm(fleet: ServedFleet) -> None:
+    cut = fleet.chat(SONG, "extract", max_tokens=3)
+    assert fleet.outcome(cut.headers["x-calm-decision-id"]).signals == ()
+
+
 def test_a_check_that_the_client_asked_for_labels_the_outcome(fleet: ServedFleet) -> None:
     answer = fleet.chat(SONG, headers={"x-calm-validate": "json"}, max_tokens=160, temperature=0)
     cut = fleet.chat(SONG, headers={"x-calm-validate": "json"}, max_tokens=3)
@@ -110,7 +115,7 @@ def knowledge_actor(fleet: ServedFleet) -> psutil.Process:
     """The process that runs the actor now."""
 
     def find() -> psutil.Process | None:
-        found = [p for p in fleet.processes() if "KnowledgeService" in " ".join(p.cmdline())]
+        found = [p for p in fleet.processes() if "KnowledgeActor" in " ".join(p.cmdline())]
         return found[0] if found else None
 
     return eventually("the knowledge actor runs", find, 30.0)

@@ -138,7 +138,7 @@ def test_a_router_that_dies_is_replaced_and_the_new_one_knows_what_was_learned(
 ) -> None:
     version = fleet.get("/v1/fleet")["predictor"]["version"]
     victim = fleet.replicas()["router"][0]["pid"]
-    knowledge = [p for p in fleet.processes() if "KnowledgeService" in " ".join(p.cmdline())]
+    knowledge = [p for p in fleet.processes() if "KnowledgeActor" in " ".join(p.cmdline())]
     for process in knowledge:
         process.kill()  # so that what is published comes from its files
     psutil.Process(victim).kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import urllib.error
@@ -295,6 +296,21 @@ def test_slow_service_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", hang)
     with pytest.raises(ComponentError, match="timed out"):
         cli.fetch_json("http://h/v1/fleet", None)
+
+
+def test_what_speaks_no_http_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greet(*_: object, **__: object) -> None:
+        raise http.client.BadStatusLine("+PONG")
+
+    monkeypatch.setattr(urllib.request, "urlopen", greet)
+    with pytest.raises(ComponentError, match="PONG"):
+        cli.fetch_json("http://h/v1/fleet", None)
+
+
+@pytest.mark.parametrize("url", ["fleet", "http://ho st", "localhost:8000"])
+def test_a_url_that_is_none_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fleet", "--url", url]) == 1
+    assert url in errors(capsys)
 
 
 @pytest.mark.parametrize("body", [b"plain text", b"[1, 2]"])

@@ -45,6 +45,16 @@ DOCUMENT: dict[str, Any] = {
         "gain": 0.1,
         "gain_ci95": [0.02, 0.18],
     },
+    "last_training": {
+        "reason": "better",
+        "version": "lgbm-3",
+        "against": "lgbm-2",
+        "champion_loss": 0.5,
+        "challenger_loss": 0.4,
+        "difference_ci95": [0.02, 0.18],
+        "held_out": 60,
+        "then": "shadow",
+    },
     "last_change": {
         "at": 5.0,
         "action": "rolled_back",
@@ -77,6 +87,21 @@ def test_models_shows_every_predictor_and_what_happened(
     assert "lgbm-3 compared on 12 requests, agreement 0.75" in out
     assert "log loss 0.300 live, 0.400 of the previous predictor" in out
     assert "rolled back lgbm-1 -> lgbm-2: log loss 0.9 against 0.3" in out
+    said = "lgbm-3 against lgbm-2: better, log loss gain 0.1 [0.02, 0.18] on 60 labels; shadow"
+    assert f"last training: {said}" in out
+
+
+def test_models_shows_a_training_that_taught_too_little_or_failed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = {"reason": "too_few_held_out", "version": "lgbm-4", "against": "lgbm-2"}
+    few |= {"difference_ci95": None}
+    run("models", answer=DOCUMENT | {"last_training": few})
+    assert "last training: lgbm-4 against lgbm-2: too few held out\n" in capsys.readouterr().out
+    run("models", answer=DOCUMENT | {"last_training": {"reason": "failed", "detail": "no rows"}})
+    assert "last training: failed: no rows\n" in capsys.readouterr().out
+    run("models", answer=DOCUMENT | {"last_training": {}})
+    assert "last training" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -155,6 +180,31 @@ def test_replay_refuses_goals_that_are_none(
 ) -> None:
     assert run("replay", log, "--goals", goals)[0] == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"applications: [{name: a, args: }]", "no application with args.fleet"),
+        (b"applications: 3", "no application with args.fleet"),
+        (b"\xff\xfe", "goals.yaml: not text"),
+    ],
+)
+def test_replay_says_what_is_wrong_with_a_file_of_goals(
+    log: str, tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "goals.yaml").write_bytes(content)
+    assert run("replay", log, "--goals", str(tmp_path / "goals.yaml"))[0] == 2
+    assert message in capsys.readouterr().err
+
+
+def test_replay_makes_no_log_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "outcomes.sqlite"
+    assert run("replay", f"sqlite:///{missing}", "--goals", "{}")[0] == 1
+    assert "log not found" in capsys.readouterr().err
+    assert not missing.exists()
 
 
 def test_replay_refuses_a_predictor_and_a_log_that_are_none(

@@ -96,6 +96,32 @@ def test_a_calibrated_predictor_is_left_alone(p: float) -> None:
     assert sum(abs(f - 1.0) * p > 0.15 for f in factors) / len(factors) < 0.05
 
 
+@pytest.mark.parametrize(("p", "true"), [(0.5, 0.75), (0.7, 0.7), (0.9, 0.9), (0.8, 0.7)])
+def test_a_healthy_slm_does_not_lose_its_traffic_in_ten_thousand_labels(
+    p: float, true: float
+) -> None:
+    clock, draw = FakeClock(), Random(4)
+    correction = QualityCorrection(clock)
+    below = 0
+    for _ in range(10_000):
+        correction.observe(p, float(draw.random() < true))
+        clock.advance(1.0)
+        below += correction.factor() < 0.5
+    assert below <= 50  # a false alarm at most, and over soon
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_slm_that_is_usually_better_than_predicted_is_found_out_as_soon(seed: int) -> None:
+    clock, draw = FakeClock(), Random(seed)
+    correction = QualityCorrection(clock)
+    for _ in range(200):
+        correction.observe(0.55, float(draw.random() < 0.8))
+        clock.advance(1.0)
+    for _ in range(15):
+        correction.observe(0.55, 0.0)
+    assert correction.factor() < 0.5
+
+
 def test_an_slm_that_is_better_than_predicted_is_raised() -> None:
     correction = QualityCorrection(FakeClock())
     for _ in range(30):

@@ -52,6 +52,14 @@ def test_the_same_goals_and_predictions_choose_the_same(
         assert again == logged.chosen == outcome.slm_id
 
 
+def test_a_record_from_before_spreads_were_logged_still_replays() -> None:
+    for outcome in serve(20, Goals(), learned(), slo_ttft_ms=100.0):
+        rows = [row[:8] for row in outcome.extra["candidates"]]
+        logged = read_decision(replace(outcome, extra={**outcome.extra, "candidates": rows}))
+        assert logged is not None
+        assert {c.slm_id for c in rescore(logged)} == {row[0] for row in rows}
+
+
 def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
     predictor = learned()
     for outcome in serve(40, Goals(), predictor):

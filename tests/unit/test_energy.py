@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -259,3 +260,33 @@ def test_short_requests_with_pauses_between_them_pay_for_themselves() -> None:
         clock.advance(0.07)
     account.tick()
     assert account.idle_j == pytest.approx(0.0, abs=0.3)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "streamed"])
+def test_an_answer_costs_its_tokens_however_it_is_sent(whole: bool) -> None:
+    """A step of 10 ms and 1 J makes one token for everybody inside."""
+    meter, clock, random = FakeMeter(), FakeClock(), Random(1)
+    account = TokenShareAttributor(meter, clock)
+    left: dict[str, int] = {}
+    made: dict[str, int] = {}
+    true_j: dict[str, float] = {}
+    charged_j: dict[str, float] = {}
+    for step in range(4000):
+        if random.random() < 0.05:
+            account.start(str(step))
+            left[str(step)] = made[str(step)] = random.randint(5, 60)
+            true_j[str(step)] = 0.0
+        meter.joules += 1.0 if left else 0.0
+        clock.advance(0.01)
+        for key in list(left):
+            left[key] -= 1
+            true_j[key] += 1.0 / len(left)
+            if not whole:
+                account.add_tokens(key, 1)
+        for key in [k for k, tokens in left.items() if not tokens]:
+            if whole:
+                account.add_tokens(key, made[key])
+            charged_j[key] = account.finish(key).energy_j
+            del left[key]
+    wrong_j = [abs(charged_j[key] - true_j[key]) for key in charged_j]
+    assert sum(wrong_j) < 0.2 * sum(true_j[key] for key in charged_j)

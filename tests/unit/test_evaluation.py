@@ -124,6 +124,13 @@ def test_a_request_that_was_not_answered_through_no_fault_of_the_slm_says_nothin
     assert all(np.isnan(v) for v in found.values())
 
 
+def test_an_answer_that_failed_is_worth_nothing_and_took_its_time() -> None:
+    failed = make_outcome(status="error", e2e_s=2.0, energy_j=None, signals=())
+    found = measured(failed, Weights(0.1, 0.02, 0.5))
+    assert (found["quality"], found["reward"]) == (0.0, pytest.approx(-0.2))
+    assert np.isnan(found["e2e_s"])
+
+
 def two_slms(i: int, *, other_is_right: bool, explored: bool) -> Any:
     """ "small" was predicted better; the truth about "large" is in its labels."""
     rows = [

@@ -167,3 +167,51 @@ def test_memory_and_adapters_are_those_of_all_replicas(view: FleetView, live: Li
 def test_the_fleet_document_has_the_predictor_it_is_given(view: FleetView) -> None:
     document = view.snapshot({"version": "v"})
     assert (document["ready"], document["predictor"]) == (False, {"version": "v"})
+
+
+def said(state: str, **ready_s: float) -> dict[str, Any]:
+    return {"hot": {"a": {"at": 1.0, "state": state, "ready_s": ready_s}}}
+
+
+def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_said(
+    view: FleetView, live: LiveView
+) -> None:
+    set_replicas(live, "hot", make_replica("a", running=1, waiting=2, kv_usage_ratio=0.3))
+    view.set_tiers({"tiers": {"hot": "asleep"}, "options": {}}, 1)
+    view.set_reports(said("ready"))
+    assert row(view, "hot")["running"] == 1  # it still answers
+    view.set_reports(said("asleep"))
+    shown = row(view, "hot")
+    assert (shown["running"], shown["waiting"], shown["kv_usage_ratio"]) == (0, 0, 0.0)
+    assert shown["per_replica"][0]["running"] == 0
+
+
+@pytest.mark.parametrize(
+    "reports",
+    [
+        [said("ready"), said("asleep", wake=0.2)],
+        [said("ready"), said("waking")],
+        [said("ready", wake=0.2), said("ready", wake=0.3)],  # the sleep between was overwritten
+    ],
+)
+def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
+    view: FleetView, live: LiveView, reports: list[dict[str, Any]]
+) -> None:
+    set_replicas(live, "hot", make_replica("a"))
+    view.set_reports(reports[0])
+    index = live.index(deployment_name("hot"))
+    index.add((1, 2, 3), "a")
+    for repeated in (reports[0], reports[1]):
+        assert index.match((1, 2, 3)) == {"a": 3}
+        view.set_reports(repeated)
+    assert index.match((1, 2, 3)) == {}
+
+
+def test_prefixes_that_were_served_since_waking_are_kept(view: FleetView, live: LiveView) -> None:
+    set_replicas(live, "hot", make_replica("a"))
+    view.set_reports(said("asleep"))
+    index = live.index(deployment_name("hot"))
+    index.add((1, 2, 3), "a")
+    view.set_reports(said("waking"))
+    view.set_reports(said("ready", wake=0.3))
+    assert index.match((1, 2, 3)) == {"a": 3}

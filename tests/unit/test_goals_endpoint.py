@@ -18,7 +18,8 @@ from calm_serve.loop import Loop
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
 from deployments.goals import GoalsEndpoint, goals_section
 from deployments.knowledge_client import KnowledgeClient
-from deployments.metrics import BY_NAME, fleet_samples
+from deployments.metric_table import BY_NAME
+from deployments.metrics import fleet_samples
 
 
 class Keeper:
@@ -28,13 +29,16 @@ class Keeper:
         self.loop = loop
         self.goals_change: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.hears = True
 
     async def set_goals(self, goals: Goals, by: str) -> dict[str, Any]:
         revision = len(self.history) + 1
-        self.goals_change = {"at": 5.0, "by": by, "revision": revision, "old": None, "new": {}}
-        self.history.insert(0, self.goals_change)
-        self.loop.set_goals(goals)
-        return self.goals_change
+        change = {"at": 5.0, "by": by, "revision": revision, "old": None, "new": {}}
+        self.history.insert(0, change)
+        if self.hears:
+            self.goals_change = change
+            self.loop.set_goals(goals)
+        return change
 
     async def goal_history(self, limit: int) -> list[dict[str, Any]]:
         return self.history[:limit]
@@ -119,6 +123,18 @@ async def test_a_put_replaces_all_goals_and_is_signed(
     assert keeper.goals_change["by"] == "10.0.0.7"
 
 
+async def test_a_change_that_this_router_has_not_heard_of_yet_is_accepted_not_done(
+    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint
+) -> None:
+    before, keeper.hears = loop.goals, False
+    response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
+    assert response.status_code == 202
+    document = data(response)
+    assert document["goals"]["ttft_p95_s"] == 0.5
+    assert document["changed"] == {"at": 5.0, "by": "ann", "revision": 1}
+    assert loop.goals == before
+
+
 async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) -> None:
     before = data(await endpoint.get(request()))["goals"]
     assert data(await endpoint.put(request(before)))["goals"] == before
@@ -161,7 +177,7 @@ async def test_history_shows_the_newest_changes(endpoint: GoalsEndpoint) -> None
     assert "history" not in data(await endpoint.get(request()))
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "many", "1001"])
+@pytest.mark.parametrize("asked", ["0", "-1", "many", "1001", "1" * 5000])
 async def test_a_wrong_history_length_is_refused(endpoint: GoalsEndpoint, asked: str) -> None:
     with pytest.raises(RequestError, match="'history'"):
         await endpoint.get(request(query=f"history={asked}"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.metrics import METRICS
+from deployments.metric_table import METRICS
 
 PATH = Path(__file__).parents[2] / "deployments" / "grafana" / "calm_serve.json"
 DASHBOARD: dict[str, Any] = json.loads(PATH.read_text())

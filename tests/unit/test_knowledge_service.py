@@ -85,7 +85,7 @@ async def test_training_starts_by_itself_and_publishes_to_the_board(world: World
     service = world.start()
     have = {k: e["version"] for k, e in (await service.board({}, 0.0)).items()}
     await service.log("b1", make_world(59))
-    assert service._retraining is None
+    assert not service._training.running
     await service.log("b2", make_world(300)[59:])
     await settled(service)
     published = (await service.board(have, 5.0))["predictor"]["value"]

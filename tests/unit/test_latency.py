@@ -104,6 +104,13 @@ def test_the_prior_raises_quality_for_a_prompt_of_the_slms_skills() -> None:
     assert (plain.success_ratio, skilled.success_ratio) == (0.3, 0.9)
 
 
+def test_what_was_measured_scales_the_ttft_of_the_prior_but_not_the_wake_up() -> None:
+    asleep = make_state(residency=Residency.ASLEEP, wake_s=7.0, ttft_ratio=3.0, ttft_spread=0.2)
+    found = prior_prediction(make_context(prompt_tokens=128), SPEC, asleep)
+    assert found.ttft_s == pytest.approx(7.15)
+    assert found.ttft_spread == 0.2
+
+
 def test_the_prior_answer_is_no_longer_than_the_client_allows() -> None:
     short = prior_prediction(make_context(max_output_tokens=5), SPEC, make_state())
     assert short.output_tokens == 5.0

@@ -108,6 +108,13 @@ def test_a_slow_slm_is_predicted_slower_than_the_analytic_model() -> None:
     assert prediction.ttft_s == pytest.approx(3 * analytic, rel=0.1)
 
 
+def test_what_was_measured_lately_scales_the_ttft_and_widens_it() -> None:
+    (usual,) = of(predictor(), [TALKER])
+    (slow,) = of(predictor(), [TALKER], ttft_ratio=2.0, ttft_spread=0.3, e2e_spread=0.4)
+    assert slow.ttft_s == pytest.approx(2.0 * usual.ttft_s)
+    assert (slow.ttft_spread, slow.e2e_spread) == (0.3, 0.4)
+
+
 def test_waking_up_is_added_and_not_scaled() -> None:
     (awake,) = of(predictor(), [TALKER])
     (cold,) = of(predictor(), [TALKER], residency=Residency.COLD, wake_s=50.0)

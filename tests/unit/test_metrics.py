@@ -11,15 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from calm_serve.types import Outcome
 from deployments.exposition import render_fleet_metrics
 from deployments.host import HostMonitor, HostUsage, ProcessTreeCpu
-from deployments.metrics import (
-    BY_NAME,
-    METRICS,
-    Kind,
-    Metric,
-    Record,
-    RouterMetrics,
-    cache_class,
-)
+from deployments.metric_table import BY_NAME, METRICS, Kind, Metric
+from deployments.metrics import Record, RouterMetrics, cache_class
 
 OUTCOME = Outcome(
     outcome_id="d1",
@@ -226,6 +219,20 @@ def test_labels_a_client_could_invent_become_other() -> None:
     assert len(metrics.aggregates.values["calm_requests"]) == 1
     labels = recorder.of("calm_requests")[0][1]
     assert {labels[name] for name in ("slm", "path", "reason", "status")} == {"other"}
+
+
+def test_an_slm_that_joined_later_has_series_of_its_own() -> None:
+    metrics, recorder = router_metrics()
+    joined = {**SNAPSHOT, "slms": [*SNAPSHOT["slms"], {"id": "joined", "state": "hot"}]}
+    metrics.refresh(joined, HOST)
+    metrics.observe(replace(OUTCOME, slm_id="joined"))
+    assert recorder.of("calm_requests")[0][1]["slm"] == "joined"
+    metrics.refresh(joined, HOST)
+    rates = {r["slm"]: v for v, r in recorder.of("calm_requests_per_second")}
+    assert rates["joined"] > 0.0
+    metrics.refresh(SNAPSHOT, HOST)
+    metrics.observe(replace(OUTCOME, slm_id="joined"))
+    assert recorder.of("calm_requests")[-1][1]["slm"] == "other"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from calm_serve.analyze.features import ContextBuilder, add_features
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.analyze.request import Overrides, parse_chat
@@ -150,3 +152,33 @@ def test_equal_jobs_give_equal_artifacts() -> None:
         assert job is not None
         found.append(fit(job, 0.0))
     assert found[0] == found[1]
+
+
+def test_prompts_that_a_rule_gives_it_stand_in_for_examples_that_its_entry_does_not_name() -> None:
+    fleet = make_fleet(
+        make_spec("sql", priors=PRIORS),
+        make_spec("shell", examples=tuple(SHELL[:16]), priors=PRIORS),
+    )
+    newcomers = Newcomers()
+    newcomers.follow(fleet, known={"shell"})
+    newcomers.job()
+    named = [replace(answer_of(fleet, t, n, None), path="rule") for n, t in enumerate(SQL[:16])]
+    newcomers.observe(named)
+    assert success(fleet, newcomers, SQL[-1]) > 0.7
+    # What is said of such an answer counts instead of the promise.
+    for outcome in named:
+        newcomers.feedback(outcome.outcome_id, [QualitySignal("feedback", 0.0)])
+    newcomers.observe(
+        replace(answer_of(fleet, text, 100 + n, 0.0), path="rule") for n, text in enumerate(SQL)
+    )
+    assert success(fleet, newcomers, SQL[-1]) < 0.4
+
+
+def test_a_rules_word_adds_nothing_where_there_are_examples() -> None:
+    fleet, newcomers = make_two(), Newcomers()
+    newcomers.follow(fleet, known={"shell"})
+    newcomers.job()
+    newcomers.observe(
+        replace(answer_of(fleet, text, n, None), path="rule") for n, text in enumerate(SQL)
+    )
+    assert newcomers.job() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -42,23 +43,35 @@ def test_the_score_is_the_weighted_sum_of_its_terms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slo", "penalty"),
+    ("slo", "share"),
     [
         ({}, 0.0),
-        ({"slo_ttft_ms": 100.0}, 0.0),
-        ({"slo_ttft_ms": 40.0}, SLO_PENALTY * 0.25),
-        ({"slo_ttft_ms": 1.0}, SLO_PENALTY),
-        ({"slo_tpot_ms": 8.0}, SLO_PENALTY * 0.25),
-        ({"deadline_s": 0.68}, 0.0),
-        ({"deadline_s": 0.34}, SLO_PENALTY),
-        ({"slo_ttft_ms": 40.0, "slo_tpot_ms": 5.0}, SLO_PENALTY),
+        ({"slo_ttft_ms": 50.0}, 0.5),
+        ({"slo_ttft_ms": 50.0 * math.e**0.4}, 0.1587),  # one spread of headroom
+        ({"slo_ttft_ms": 50.0 / math.e**0.8}, 0.9772),
+        ({"slo_ttft_ms": 1.0}, 1.0),
+        ({"slo_tpot_ms": 10.0}, 0.5),
+        ({"deadline_s": 0.68 * math.e**0.2}, 0.1587),
+        ({"deadline_s": 0.34}, 0.9997),
+        ({"slo_ttft_ms": 50.0, "deadline_s": 100.0}, 0.5),
     ],
 )
-def test_a_missed_slo_costs_by_its_relative_violation(
-    slo: dict[str, float], penalty: float
-) -> None:
-    prediction = make_prediction(ttft_s=0.05, tpot_s=0.01, output_tokens=64)
-    assert slo_penalty(make_context(**slo), prediction) == pytest.approx(penalty)
+def test_a_slo_costs_by_the_probability_of_missing_it(slo: dict[str, float], share: float) -> None:
+    prediction = make_prediction(
+        ttft_s=0.05, tpot_s=0.01, output_tokens=64, ttft_spread=0.4, e2e_spread=0.2
+    )
+    penalty = slo_penalty(make_context(**slo), prediction)
+    assert penalty == pytest.approx(SLO_PENALTY * share, abs=1e-4)
+
+
+def test_an_slm_whose_times_are_uncertain_is_the_worse_bet_with_headroom() -> None:
+    context = make_context(slo_ttft_ms=100.0)
+    steady, uneven = (make_prediction(ttft_s=0.05, ttft_spread=s) for s in (0.1, 0.8))
+    assert slo_penalty(context, steady) < slo_penalty(context, uneven)
+
+
+def test_predictions_of_no_time_at_all_miss_nothing() -> None:
+    assert slo_penalty(make_context(slo_ttft_ms=1.0), make_prediction(ttft_s=0.0)) == 0.0
 
 
 def test_the_floor_keeps_those_above_it_and_else_the_best_one() -> None:

@@ -45,6 +45,7 @@ class Knowledge:
 
 class Sender:
     pending_rows = 3
+    lost_rows = 2
 
 
 class Desk:
@@ -99,6 +100,7 @@ async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) 
         "version": "prior",
         "source": "shipped",
         "outcomes_pending": 3,
+        "outcomes_lost": 2,
         "knowledge_reachable": True,
         "challenger": "lgbm-2",
     }

@@ -71,6 +71,31 @@ def test_a_replica_that_is_gone_neither_matches_nor_is_added() -> None:
     assert index.match((1, 2)) == {"b": 2}
 
 
+def test_a_replica_whose_cache_is_gone_matches_only_what_it_served_since() -> None:
+    index = PrefixIndex(100)
+    index.retain(["a", "b"])
+    for replica_id in ("a", "b"):
+        index.add((1, 2, 3), replica_id)
+    index.emptied("a")
+    assert index.match((1, 2, 3)) == {"b": 3}
+    index.add((1, 2), "a")
+    assert index.match((1, 2, 3)) == {"a": 2, "b": 3}
+    index.emptied("a")
+    index.retain(["a", "c"])
+    assert index.match((1, 2, 3)) == {}
+
+
+def test_the_work_of_a_replica_outlives_its_cache() -> None:
+    index = PrefixIndex(100)
+    index.retain(["a"])
+    index.add((1, 2, 3), "a")
+    before = index.work["a"]
+    index.emptied("a")
+    index.add((1, 2, 3), "a")
+    assert set(index.work) == {"a"}
+    assert index.work["a"] == pytest.approx(2 * before, rel=0.02)
+
+
 def test_holders_of_a_hot_block_stay_bounded_while_replicas_come_and_go() -> None:
     index = PrefixIndex(100)
     for generation in range(50):

@@ -3,90 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from calm_serve.analyze.lightgbm import LightGBMPredictor
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.config import Goals, Learning
 from calm_serve.errors import RequestError
 from calm_serve.knowledge.live_evidence import MIN_LABELLED, live_calibration
-from calm_serve.knowledge.promotion import SHADOW_MAX_S, Promotion
+from calm_serve.knowledge.promotion import SHADOW_MAX_S
 from calm_serve.knowledge.shadow import COMPARISONS_PER_S, Shadow
-from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.knowledge.trainer import Training, train
 from calm_serve.testing import FakeClock
-from calm_serve.types import Outcome
-from tests.knowledge_data import CODER, TALKER, make_world
 from tests.logged_decisions import serve
-
-GOALS = Goals(exploration_ratio=0.2)
-
-
-def trained(seed: int, *, upside_down: bool = False) -> Training:
-    """A predictor of the world, or one that has every label the wrong way round."""
-    outcomes = make_world(800, seed=seed)
-    if upside_down:
-        outcomes = [
-            replace(o, signals=tuple(replace(s, value=1.0 - s.value) for s in o.signals))
-            for o in outcomes
-        ]
-    return train(outcomes, (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
-
-
-GOOD, BETTER, BAD = trained(1), trained(2), trained(3, upside_down=True)
-
-
-def blob(training: Training) -> bytes:
-    return training.artifact.to_bytes()
-
-
-def version(training: Training) -> str:
-    return training.artifact.version
-
-
-def predictor(training: Training) -> LightGBMPredictor:
-    return LightGBMPredictor(training.artifact, MetadataPrior())
-
-
-async def at_once(call: Callable[[], Any]) -> Any:
-    return call()
-
-
-class Desk:
-    """Promotions on one folder and store, one after another, and what they published."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clock = FakeClock(1000.0)
-        self.store = OutcomeStore(f"sqlite:///{folder / 'outcomes.sqlite'}")
-        self.board: dict[str, Any] = {}
-
-    def start(self, **learning: Any) -> Promotion:
-        self.board.clear()
-        return Promotion(
-            Learning(**{"shadow_requests": 0, **learning}),
-            "",
-            self.folder,
-            store=self.store,
-            publish=self.board.__setitem__,
-            in_thread=at_once,
-            clock=self.clock,
-        )
-
-    async def log(self, promotion: Promotion, outcomes: list[Outcome]) -> None:
-        self.store.append(outcomes)
-        await promotion.observe(outcomes)
-        self.clock.advance(5.0)
-        await promotion.tick()
-
-    @property
-    def decides(self) -> str:
-        return str(self.board["predictor"]["version"])
+from tests.promotion_desk import (
+    BAD,
+    BETTER,
+    GOALS,
+    GOOD,
+    Desk,
+    blob,
+    predictor,
+    shadowed,
+    version,
+)
 
 
 @pytest.fixture
@@ -94,18 +32,6 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     made = Desk(tmp_path)
     yield made
     made.store.close()
-
-
-def shadowed(count: int, present: Training, challenger: Training, **more: Any) -> list[Outcome]:
-    """Outcomes of a router in which `present` decides and `challenger` has a silent say."""
-    clock = FakeClock()
-    shadow = Shadow(clock)
-    shadow.challenger = predictor(challenger)
-    outcomes = serve(count, GOALS, predictor(present), **more)
-    for outcome in outcomes:
-        clock.advance(1.0)
-        shadow.compare(outcome)
-    return outcomes
 
 
 async def test_without_a_shadow_a_winner_decides_at_once(desk: Desk) -> None:
@@ -216,8 +142,8 @@ async def test_outcomes_of_another_predictor_put_nobody_on_trial(desk: Desk) -> 
 
 def test_a_handful_of_labels_convicts_nobody() -> None:
     outcomes = serve(MIN_LABELLED, GOALS, predictor(BAD))
-    assert live_calibration(outcomes[1:], version(BAD), GOOD.artifact) is None
-    found = live_calibration(outcomes, version(BAD), GOOD.artifact)
+    assert live_calibration(outcomes[1:], BAD.artifact, GOOD.artifact) is None
+    found = live_calibration(outcomes, BAD.artifact, GOOD.artifact)
     assert found is not None and found.surely_worse
 
 
@@ -225,7 +151,7 @@ def test_two_that_are_as_good_are_hardly_ever_told_apart() -> None:
     convicted = 0
     for seed in range(20):
         outcomes = serve(100, GOALS, predictor(GOOD), seed=seed)
-        found = live_calibration(outcomes, version(GOOD), BETTER.artifact)
+        found = live_calibration(outcomes, GOOD.artifact, BETTER.artifact)
         convicted += found is not None and found.surely_worse
     assert convicted == 0
 

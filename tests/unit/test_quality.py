@@ -34,6 +34,16 @@ def test_feedback_on_most_answers_is_compared_with_the_prediction_at_once() -> N
     assert quality.factor < 0.5
 
 
+def test_feedback_that_begins_late_is_believed_within_tens_of_answers() -> None:
+    quality = SLMQuality(FakeClock())
+    for _ in range(400):
+        quality.answered(())
+    for _ in range(25):
+        quality.answered(())
+        quality.scored(0.9, 0.0)
+    assert quality.factor < 0.5
+
+
 def test_an_slm_that_reports_only_its_failures_is_not_taken_for_broken() -> None:
     clock, draw = FakeClock(), Random(2)
     quality = SLMQuality(clock)
@@ -55,6 +65,35 @@ def test_failures_far_above_the_usual_lower_the_factor_within_50_answers(seed: i
         quality.answered(FAILED if draw.random() < failing else ())
         clock.advance(0.2)
     assert quality.factor < 0.5
+
+
+def test_an_slm_that_never_failed_its_own_check_is_distrusted_once_it_does() -> None:
+    clock = FakeClock()
+    quality = SLMQuality(clock, form_is_checked=True)
+    for number in range(310):
+        quality.answered(FAILED if number >= 300 else ())
+        clock.advance(0.2)
+    assert quality.factor < 0.5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_feedback_on_some_answers_finds_a_broken_slm_within_50_of_them(seed: int) -> None:
+    clock, draw = FakeClock(), Random(seed)
+    quality = SLMQuality(clock)
+
+    def answer(usual: float) -> None:
+        quality.answered(())
+        ruled, score = draw.random() < 0.5, float(draw.random() < usual)
+        if draw.random() < 0.3:
+            quality.scored(None if ruled else 0.6, score)
+        clock.advance(1.0)
+
+    for _ in range(400):
+        answer(0.75)
+    assert quality.factor > 0.8
+    for _ in range(50):
+        answer(0.0)
+    assert quality.factor < 0.5  # where rules stop to hold
 
 
 def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_published() -> None:

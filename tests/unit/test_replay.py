@@ -107,6 +107,33 @@ def test_goals_without_patience_choose_what_is_predicted_to_be_faster() -> None:
     assert report["estimates"]["quality"]["difference"]["ci95"][1] < 0.0
 
 
+def test_targets_move_the_weights_in_a_replay_as_they_do_in_a_router() -> None:
+    outcomes = serve(400, GOALS, LEARNED)
+    spent = sum(o.energy_j or 0.0 for o in outcomes) / len(outcomes)
+    goals = Goals(exploration_ratio=0.0, energy_per_request_j=0.7 * spent)
+    report = replayed(outcomes, goals).report()
+    estimate = report["estimates"]["energy_j"]
+    assert estimate["logged"] == pytest.approx(spent)
+    # The first rows have the stated weights, until there is something to steer by.
+    assert estimate["doubly_robust"]["value"] < 0.85 * spent
+    assert estimate["difference"]["ci95"][1] < 0.0
+    assert report["weights"]["energy_per_j"] > goals.energy_weight_per_j
+    assert replayed(outcomes, Goals()).report()["weights"] is None
+
+
+def test_what_a_rule_chose_counts_against_a_target_too() -> None:
+    outcomes = serve(200, GOALS, LEARNED)
+    spent = sum(o.energy_j or 0.0 for o in outcomes) / len(outcomes)
+    goals = Goals(exploration_ratio=0.0, energy_per_request_j=1.05 * spent)
+    ruled = [make_outcome(f"rule-{i}", path="rule", energy_j=0.2 * spent) for i in range(200)]
+    mixed = [o for pair in zip(outcomes, ruled, strict=True) for o in pair]
+    alone, cheaper = (replayed(rows, goals).report()["weights"] for rows in (outcomes, mixed))
+    assert cheaper["energy_per_j"] <= alone["energy_per_j"]
+    dear = [replace(o, energy_j=2.0 * spent) for o in ruled]
+    mixed = [o for pair in zip(outcomes, dear, strict=True) for o in pair]
+    assert replayed(mixed, goals).report()["weights"]["energy_per_j"] > alone["energy_per_j"]
+
+
 def test_a_log_may_be_a_store_or_json_lines(tmp_path: Path) -> None:
     outcomes = serve(30, GOALS, LEARNED)
     lines = tmp_path / "log.jsonl"

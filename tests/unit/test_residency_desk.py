@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from calm_serve.config import ResidencyOptions
+from calm_serve.knowledge.replica_book import GONE_AFTER_S, OWED_PATIENCE_S
 from calm_serve.knowledge.residency_desk import (
-    GONE_AFTER_S,
     META,
     RESTART_PATIENCE_S,
     ROUTER_EXPIRY_S,
@@ -105,8 +105,10 @@ def test_a_wake_up_waits_for_the_report_of_the_one_that_gives_way() -> None:
     assert fleet.want()["hot_bytes"] <= 2 * SIZE
 
 
-def test_a_replica_that_died_makes_room_like_one_that_sleeps() -> None:
+def test_a_replica_that_died_and_is_not_replaced_makes_room_like_one_that_sleeps() -> None:
     fleet = Fleet().up()
+    may_go = {"residency": "on_demand", "scaling": {"min_replicas": 0}}
+    fleet.desk.set_slms([spec(i, **may_go) for i in IDS])
     fleet.want("a", "c", held={"c": 1})
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
@@ -216,3 +218,31 @@ def test_an_slm_on_two_nodes_counts_on_both() -> None:
     answer = fleet.want(replicas=replicas)
     assert answer["hot_bytes"] == SIZE
     assert len(fleet.hot) == 1
+
+
+def test_a_replica_counts_from_when_it_is_ordered() -> None:
+    fleet = Fleet().up()
+    for _ in range(round(GONE_AFTER_S / 0.5) + 1):
+        fleet.clock.advance(0.5)
+        answer = fleet.want(gone="a")  # a has died, and Serve starts another one
+    assert answer["hot_bytes"] == 2 * SIZE  # with b
+    fleet.clock.advance(OWED_PATIENCE_S)
+    assert fleet.want(gone="a")["hot_bytes"] == SIZE
+    fleet.desk.report("a", "a-2", "importing", {})
+    assert fleet.want(gone="a")["hot_bytes"] == 2 * SIZE
+
+
+def test_nobody_is_woken_into_the_memory_of_a_replica_that_starts() -> None:
+    fleet = Fleet().up()
+    fleet.want("a", "c", held={"c": 1})
+    fleet.report("b", "asleep")
+    fleet.report("c", "ready", wake=0.1)
+    assert fleet.hot == {"a", "c"}
+    for _ in range(round(GONE_AFTER_S / 0.5) + 1):
+        fleet.clock.advance(0.5)
+        fleet.want(gone="b")  # b was asleep and has died
+    for _ in range(4):
+        fleet.clock.advance(0.5)
+        fleet.want("b", held={"b": 1}, gone="b")
+        assert len(fleet.hot) <= 2
+        assert fleet.desk.summary()["hot_bytes"] == 3 * SIZE  # as a fact: it loads before it sleeps

@@ -95,18 +95,28 @@ def test_a_pinned_slm_never_leaves() -> None:
 
 def test_an_idle_slm_goes_before_one_that_is_answering_and_worth_more() -> None:
     host = warm()
-    host.step(0.0, *"aaaabb")
+    for number, slm_id in enumerate("aabb" * 10):
+        host.step(4.0 * number, slm_id)
     host.set("b", running=4)
     host.set("a", running=0)
-    host.step(0.1, "c", held={"c": 1})
+    host.step(160.0, "c", held={"c": 1})
     assert host.hot == {"b", "c"}
 
 
-def test_a_busy_slm_goes_only_for_requests_that_have_waited_long() -> None:
+def test_where_few_come_an_idle_slm_goes_at_once_however_popular() -> None:
+    host = warm(1)
+    for number in range(20):
+        host.step(10.0 * number, "a")
+    host.step(200.0, "c", held={"c": 1})
+    assert host.hot == {"c"}
+
+
+@pytest.mark.parametrize("running", [0, 8])
+def test_an_slm_in_demand_goes_only_for_requests_that_have_waited_long(running: int) -> None:
     host = warm(1)
     for number in range(100):
         host.step(number * 0.1, "a")
-    host.set("a", running=8)
+    host.set("a", running=running)
     plan = host.step(10.0, "c", held={"c": 1})
     assert host.hot == {"a"}
     assert math.isfinite(plan.waits["c"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
+from starlette.responses import Response
 
 from calm_serve.knowledge.decisions import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
@@ -207,6 +208,17 @@ def test_a_call_is_written_down_once_whoever_comes_first() -> None:
     finish()
     finish()
     assert rows == [call]
+
+
+def test_a_call_that_cannot_be_written_down_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> None:
+        raise KeyError("window")
+
+    call = dispatch.Call(make_decision("small"), make_state("small"), ())
+    answer = Response("here", 200)
+    with caplog.at_level("ERROR"):
+        assert endings.Finish(call, broken)(answer) is answer
+    assert call.decision.decision_id in caplog.text
 
 
 async def test_a_scored_choice_can_be_made_again_from_its_outcome(

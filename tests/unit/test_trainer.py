@@ -58,6 +58,16 @@ def test_the_holdout_does_not_reach_the_model() -> None:
     assert run(lied).artifact.boosters == run(world).artifact.boosters
 
 
+def test_first_tokens_after_a_failover_teach_nothing_of_the_slm_that_answered() -> None:
+    world = make_world(200)
+    late = [
+        replace(o, retries=1, ttft_s=30.0 + (o.ttft_s or 0.0)) if i % 4 == 0 else o
+        for i, o in enumerate(world)
+    ]
+    metrics = run(late).metrics
+    assert metrics["ttft_mae_s"] < 0.2 * metrics["analytic_ttft_mae_s"]
+
+
 def test_an_artifact_records_when_it_was_made() -> None:
     assert run(make_world(60)).artifact.created_at == 77.0
 

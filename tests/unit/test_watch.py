@@ -10,7 +10,7 @@ import pytest
 
 from calm_serve.knowledge.watch import PUBLISH_S, RETRAIN_OUTCOMES, RETRAIN_PAUSE_S, Watch
 from calm_serve.monitor.alarms import LIFETIME_S, MAX_ALARMS, Alarms
-from calm_serve.testing import FakeClock, make_outcome
+from calm_serve.testing import FakeClock, make_outcome, make_spec
 from calm_serve.types import Outcome, QualitySignal
 
 
@@ -123,6 +123,19 @@ def test_a_predictor_that_says_other_lengths_is_no_drift(world: World) -> None:
             output_tokens=round(25 * draw.lognormvariate(0.0, 0.3)),
         )
     assert world.alarms() == set()
+
+
+def test_silence_of_an_slms_own_validator_is_its_usual_from_the_first_answer_on(
+    world: World,
+) -> None:
+    world.send()
+    world.watch.set_slms([make_spec("small", validator="sql"), make_spec("large")])
+    for _ in range(60):
+        world.send()
+    for _ in range(10):
+        world.send(signals=(QualitySignal("validator:sql", 0.0),))
+    assert world.last["quality_factors"]["small"] < 0.5
+    assert ("quality", "small") in world.alarms()
 
 
 def test_an_slm_named_by_rules_is_held_to_what_it_usually_achieves(world: World) -> None:

@@ -59,5 +59,5 @@ async def test_drift_starts_a_training_that_waits_for_no_quota(world: World) -> 
         predicted = (0.9, 10.0, 0.05, 0.01, 1.0)
         row = make_outcome(f"o{number}", slm_id=CODER, output_tokens=tokens, predicted=predicted)
         await service.log(f"b{number}", [row])
-    await service._drifted
+    await settled(service)
     assert len(world.jobs) == 1

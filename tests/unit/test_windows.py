@@ -287,6 +287,45 @@ def test_state_counts_requests_sent_that_no_engine_has_reported_yet() -> None:
     assert (state.running, state.waiting) == (SLOTS, 3)
 
 
+def test_states_know_how_many_requests_the_whole_fleet_has() -> None:
+    clock = Clock()
+    big = SPEC.model_copy(update={"id": "big"})
+    monitor = FleetMonitor(["small", "big"], clock)
+    monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
+    assert monitor.state(big, [ReplicaState("r2", running=2)], clock.now).in_flight == 5
+    assert monitor.state(SPEC, [ReplicaState("r1", running=1)], clock.now).in_flight == 3
+    monitor.remove("big")
+    assert monitor.state(SPEC, [], clock.now).in_flight == 0
+
+
+def test_the_state_prices_one_more_request_at_the_present_load() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    for running in (1, 4) * 40:
+        joules = 10 * (0.01 + 0.08 / running)
+        met = {"load_met": [running, running, 1.0]}
+        monitor.observe(replace(OK, energy_j=joules, output_tokens=10, extra=met))
+    idle = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
+    busy = monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
+    twice = monitor.state(SPEC, [ReplicaState("r1", running=3), ReplicaState("r2")], clock.now)
+    assert idle.energy_j_per_token == pytest.approx(0.09, rel=0.05)
+    assert busy.energy_j_per_token == pytest.approx(0.03, rel=0.05)
+    assert twice.energy_j_per_token == pytest.approx(0.01 + 0.08 / 2.5, rel=0.05)
+
+
+def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
+    clock = Clock()
+    monitor = FleetMonitor(["small"], clock)
+    slow = replace(
+        OK, ttft_s=0.3, predicted=(0.5, 64.0, 0.1, 0.01, 6.4), extra={"load_met": [1, 1, 1.0]}
+    )
+    for _ in range(20):
+        monitor.observe(slow)
+    assert monitor.state(SPEC, [], clock.now).ttft_ratio == pytest.approx(3.0, rel=0.15)
+    monitor.observe(replace(slow, versions=("next", "g", "f"), status="error", http_status=500))
+    assert monitor.state(SPEC, [], clock.now).ttft_ratio == 1.0
+
+
 def test_state_without_replicas_is_what_the_caller_says() -> None:
     clock = Clock()
     monitor = FleetMonitor(["small"], clock)

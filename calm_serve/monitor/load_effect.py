@@ -1,0 +1,203 @@
+"""What load does to one SLM, learned from what was measured of it: TTFT, TPOT, joules per token.
+
+All are lines fitted by decayed least squares, O(1) in time and memory. A line with little behind
+it, or whose load hardly varied, keeps a stated slope.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from calm_serve.types import Outcome, SLMState
+
+# An engine's step costs about the same whoever is in it, so a token's joules fall with the number
+# of requests that share its steps. Share of a lone token's joules that is the step's, until it is
+# measured; 0.8 to 0.95 on small models on CPU.
+STEP_SHARE = 0.8
+ENERGY_HALF_LIFE = 64.0  # answers
+ENERGY_RIDGE = 16.0  # tokens times squares of 1 / requests that the stated slope is worth
+# Engines on one machine take each other's cores. Slope of log(latency) over the logarithm of all
+# requests in flight, until it is measured; 0.4 to 0.7 with six engines on 2 cores.
+LATENCY_SLOPE, MAX_LATENCY_SLOPE = 0.5, 1.5
+LATENCY_HALF_LIFE = 12.0  # answers: level and slope follow a change of load
+LATENCY_RIDGE = 4.0
+PRIOR_ANSWERS = 2.0  # weight of "the predicted TTFT is right"
+MAX_LOG_RATIO = 3.0  # a factor of 20
+SPREAD_HALF_LIFE = 32.0
+SPREAD_PRIOR_ANSWERS = 4.0
+PRIOR_SPREAD, MIN_SPREAD = 0.5, 0.05
+_SPREAD_KEEP = 0.5 ** (1.0 / SPREAD_HALF_LIFE)
+TINY_S = 1e-6
+
+
+class DecayedLine:
+    """Least squares y = level + slope * x; values count half after `half_life` newer ones."""
+
+    __slots__ = ("_keep", "_x", "_xx", "_xy", "_y", "weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._keep = 0.5 ** (1.0 / half_life)
+        self.weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float, weight: float = 1.0) -> None:
+        """Count a value with `weight` (above 0)."""
+        keep = self._keep
+        self.weight = self.weight * keep + weight
+        self._x = self._x * keep + weight * x
+        self._y = self._y * keep + weight * y
+        self._xx = self._xx * keep + weight * x * x
+        self._xy = self._xy * keep + weight * x * y
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Weighted means of x and y; ZeroDivisionError before the first value."""
+        return self._x / self.weight, self._y / self.weight
+
+    def slope(self, prior: float, ridge: float) -> float:
+        """The slope, drawn to `prior` as if that had been seen over a sum of squares of `ridge`."""
+        x, y = self.means
+        squares = max(self._xx - self.weight * x * x, 0.0)
+        return (self._xy - self.weight * x * y + ridge * prior) / (squares + ridge)
+
+
+class TokenEnergy:
+    """Joules per output token of one SLM: b + a / n with n requests in its steps, a and b >= 0."""
+
+    __slots__ = ("_line", "_step_j", "_token_j")
+
+    def __init__(self) -> None:
+        self._line = DecayedLine(ENERGY_HALF_LIFE)
+        self._step_j = self._token_j = 0.0
+
+    def add(self, joules_per_token: float, running: float, tokens: int) -> None:
+        """Count an answer of `tokens` that began with `running` requests inside, itself included.
+
+        Weighed by tokens, so that the line keeps the total.
+        """
+        line = self._line
+        line.add(1.0 / max(running, 1.0), joules_per_token, float(tokens))
+        shared, mean_j = line.means
+        prior = mean_j * STEP_SHARE / (1.0 - STEP_SHARE + STEP_SHARE * shared)
+        slope = line.slope(prior, ENERGY_RIDGE)
+        self._step_j = min(max(slope, 0.0), mean_j / shared)
+        self._token_j = mean_j - self._step_j * shared
+
+    def next_j(self, running: float) -> float | None:
+        """Joules per token of one more request beside `running` others; None before an answer."""
+        if not self._line.weight:
+            return None
+        return self._token_j + self._step_j / (running + 1.0)
+
+
+class LoadedLatency:
+    """A latency of one SLM as a power of how many requests the whole fleet has in flight.
+
+    Its logarithm is a line over the logarithm of the requests, the newest one included. Reading is
+    on the path of every decision, so the line is made when an answer comes.
+    """
+
+    __slots__ = ("_answers", "_level", "_line", "_slope")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all answers."""
+        self._line = DecayedLine(LATENCY_HALF_LIFE)
+        self._level = self._slope = 0.0
+        self._answers = 0
+
+    def add(self, value: float, in_flight: int) -> None:
+        """Count a value above 0 of a request that made it `in_flight`."""
+        self._answers += 1
+        self._line.add(math.log(max(in_flight, 1)), math.log(value))
+        slope = self._line.slope(LATENCY_SLOPE, LATENCY_RIDGE)
+        self._slope = min(max(slope, 0.0), MAX_LATENCY_SLOPE)
+        x, y = self._line.means
+        self._level = y - self._slope * x
+
+    def at(self, log_in_flight: float) -> float | None:
+        """The value for a request that makes it so many; None before the first answer."""
+        if not self._answers:
+            return None
+        return math.exp(self._level + self._slope * log_in_flight)
+
+
+class TtftRatio(LoadedLatency):
+    """Measured over predicted TTFT, both without this ratio; near 1 until there are answers."""
+
+    __slots__ = ()
+
+    def add(self, value: float, in_flight: int) -> None:
+        """Count a ratio above 0 of a request that made it `in_flight`."""
+        super().add(value, in_flight)
+        # All answers count here, or the ratio would stay too near to 1 for ever.
+        trust = self._answers / (self._answers + PRIOR_ANSWERS)
+        self._level *= trust
+        self._slope *= trust
+
+    def at(self, log_in_flight: float) -> float:
+        """The ratio for a request that makes it so many; 1 before the first answer."""
+        log_ratio = self._level + self._slope * log_in_flight
+        if not -MAX_LOG_RATIO <= log_ratio <= MAX_LOG_RATIO:
+            log_ratio = math.copysign(MAX_LOG_RATIO, log_ratio)
+        return math.exp(log_ratio)
+
+
+class LogSpread:
+    """Root mean square of log(measured / predicted), from PRIOR_SPREAD on."""
+
+    __slots__ = ("_squares", "_weight", "value")
+
+    def __init__(self) -> None:
+        self._weight = SPREAD_PRIOR_ANSWERS
+        self._squares = SPREAD_PRIOR_ANSWERS * PRIOR_SPREAD**2
+        self.value = PRIOR_SPREAD
+
+    def add(self, ratio: float) -> None:
+        """Count measured over predicted (above 0)."""
+        log_ratio = min(max(math.log(ratio), -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        self._weight = self._weight * _SPREAD_KEEP + 1.0
+        self._squares = self._squares * _SPREAD_KEEP + log_ratio**2
+        self.value = max(math.sqrt(self._squares / self._weight), MIN_SPREAD)
+
+
+def load_met(state: SLMState) -> dict[str, Any]:
+    """What `Outcome.extra` keeps of the load that a request met; `state` is that of its decision.
+
+    [requests per replica of the SLM, requests inside all SLMs, both with this one, and the TTFT
+    ratio that its prediction had].
+    """
+    inside = (state.running + state.waiting) / max(state.replicas, 1)
+    return {"load_met": [round(inside + 1.0, 2), state.in_flight + 1, round(state.ttft_ratio, 4)]}
+
+
+class LoadEffect:
+    """What the answers of one SLM say of the load they met (`load_met`)."""
+
+    __slots__ = ("e2e_spread", "energy", "tpot", "ttft", "ttft_spread")
+
+    def __init__(self) -> None:
+        self.energy = TokenEnergy()
+        self.ttft, self.tpot = TtftRatio(), LoadedLatency()
+        self.ttft_spread, self.e2e_spread = LogSpread(), LogSpread()
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count an answer, unless it waited for its SLM to wake or nobody wrote down its load."""
+        if outcome.status != "ok" or outcome.cold or "load_met" not in outcome.extra:
+            return
+        running, in_flight, applied = outcome.extra["load_met"]
+        if outcome.energy_j is not None and outcome.output_tokens > 0:
+            joules = outcome.energy_j / outcome.output_tokens
+            self.energy.add(joules, running, outcome.output_tokens)
+        if outcome.tpot_s:
+            self.tpot.add(outcome.tpot_s, in_flight)
+        if len(outcome.predicted) != 5 or not outcome.ttft_s or not outcome.e2e_s:
+            return  # a rule's decision predicts nothing
+        _, tokens, ttft_s, tpot_s, _ = outcome.predicted
+        ratio = outcome.ttft_s / max(ttft_s, TINY_S)
+        self.ttft.add(ratio * applied, in_flight)
+        self.ttft_spread.add(ratio)
+        e2e_s = ttft_s + tpot_s * max(tokens - 1.0, 0.0)
+        self.e2e_spread.add(outcome.e2e_s / max(e2e_s, TINY_S))
