@@ -40,9 +40,9 @@ class Sizes:
     after: int = 240
     without: int = 64
     settled: int = 220
-    broken: tuple[int, int] = (160, 260)
+    broken: tuple[int, int] = (260, 400)
     learned_from: int = 120  # labels with swapped feedback when the service may train
-    mislearned: int = 300
+    mislearned: int = 460
     undone: int = 240
 
 

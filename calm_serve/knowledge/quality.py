@@ -46,6 +46,10 @@ class SLMQuality:
         self._feedback = QualityCorrection(self._clock)
         self._usual_score, self._usual_expected = _Mean(), _Mean()
 
+    def suspect(self) -> None:
+        """Its answers have changed in another way: less evidence that they are wrong is enough."""
+        self._feedback.suspect()
+
     @property
     def factor(self) -> float:
         """Factor on P(success); below 1 when any stream is worse than expected."""

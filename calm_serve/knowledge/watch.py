@@ -177,6 +177,8 @@ class Watch:
             return
         _, tokens, _, tpot_s, _ = outcome.predicted
         change = _log_change(slm.tokens, outcome.output_tokens, tokens)
+        if change is not None:
+            slm.quality.suspect()
         self._report(change, "tokens", outcome.slm_id, "answers are {} times as long as predicted")
         if outcome.tpot_s and not outcome.cold:
             speed = slm.speed.get(outcome.served_replica) or LevelChange(RATIO_SLACK, RATIO_LIMIT)

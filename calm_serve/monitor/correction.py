@@ -29,6 +29,8 @@ MIN_FACTOR, MAX_FACTOR = 0.05, 1.25
 # A fall is looked for by how likely the labels are with this share of the usual successes. A usual
 # 0.7 that becomes 0.0 sums up to the limit in 10 labels, a 0.9 in 5; chance needs some 10,000.
 FALL_RATIO, FALL_LIMIT = 0.4, 8.0
+# Whose answers have just changed in another way needs less evidence, for so many labels.
+SUSPECTED_LABELS, SUSPECTED_PART = 50, 0.5
 # A rise, by how likely they are without the correction. To be wrong here costs a few requests.
 RISE_LIMIT = 4.0
 # What the predictor always promises too much or too little is no change: the level of so many
@@ -45,17 +47,32 @@ class QualityCorrection:
     Biostatistics 1, 2000) finds when a fall began and drops the labels before it.
     """
 
-    __slots__ = ("_clock", "_factor", "_fall", "_fallen", "_labels", "_level", "_rise", "_sums")
+    __slots__ = (
+        "_clock",
+        "_factor",
+        "_fall",
+        "_fallen",
+        "_labels",
+        "_level",
+        "_rise",
+        "_sums",
+        "_suspected",
+    )
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._labels: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._fall, self._rise = Cusum(0.0, FALL_LIMIT), Cusum(0.0, RISE_LIMIT)
         self._fallen = False
+        self._suspected = 0  # labels left for which less evidence is enough
         self._factor = 1.0
         self._level = _Level()
         # When summed up; then of the labels: expected successes, deviation, variance.
         self._sums = (0.0, 0.0, 0.0, 0.0)
+
+    def suspect(self) -> None:
+        """Its answers have changed in another way (length): a fall is likelier than usual."""
+        self._suspected = SUSPECTED_LABELS
 
     def observe(self, predicted: float, label: float) -> float | None:
         """Count one answer; the change found (label less expectation, negative is worse), if any.
@@ -70,7 +87,9 @@ class QualityCorrection:
         expected = max(self._level.ratio, 1.0) * min(now, predicted * self._level.ratio)
         change = None
         # Both are always fed: each one counts the run that it would cut to.
-        fell = self._fall.add(_evidence(FALL_RATIO * expected, expected, label))
+        part = SUSPECTED_PART if self._suspected else 1.0
+        self._suspected = max(self._suspected - 1, 0)
+        fell = self._fall.add(_evidence(FALL_RATIO * expected, expected, label), part)
         rose = self._rise.add(_evidence(predicted, now, label))
         if fell or rose:
             run = self._fall.run if fell else self._rise.run

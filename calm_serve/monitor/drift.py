@@ -28,8 +28,8 @@ class Cusum:
         self.run = 0
         self.change = 0.0
 
-    def add(self, deviation: float) -> bool:
-        """Count a value; True when the sum passed the limit, which starts it anew.
+    def add(self, deviation: float, part: float = 1.0) -> bool:
+        """Count a value; True when the sum passed this part of the limit, which starts it anew.
 
         Then `run` and `change`, the mean deviation of its values, describe the change until the
         next value is added.
@@ -40,7 +40,7 @@ class Cusum:
         if self._sum <= 0.0:
             return False
         self.run += 1
-        if self._sum <= self._limit:
+        if self._sum <= part * self._limit:
             return False
         self.change = self._sum / self.run + self._slack
         self._sum = 0.0

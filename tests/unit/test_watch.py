@@ -57,6 +57,21 @@ def feedback(value: float) -> tuple[QualitySignal, ...]:
     return (QualitySignal("feedback", value),)
 
 
+@pytest.mark.parametrize(("output_tokens", "falls"), [(10, False), (30, True)])
+def test_bad_answers_of_another_length_are_believed_sooner(output_tokens: int, falls: bool) -> None:
+    world, draw = World(), Random(4)
+    expected = (0.5, 10.0, 0.05, 0.01, 1.0)
+    for _ in range(100):
+        said = feedback(float(draw.random() < 0.5))
+        world.send(predicted=expected, output_tokens=10, signals=said)
+    for _ in range(25):
+        world.send(predicted=expected, output_tokens=output_tokens)
+    assert (("tokens", "small") in world.alarms()) is falls
+    for _ in range(10):
+        world.send(predicted=expected, output_tokens=output_tokens, signals=feedback(0.0))
+    assert (world.watch._factors["small"] < 0.5) is falls
+
+
 def test_a_collapse_lowers_the_factor_and_raises_one_alarm_logged_once(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
