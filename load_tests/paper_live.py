@@ -35,7 +35,7 @@ from load_tests.workloads import Request
 GENERAL = "general"  # the SLM that the generalist alone is
 # What is offered, of what the generalist alone can do with `FULL` requests always in flight; in the
 # highest minute of the day it is 2.5 times as much.
-LOAD_RATIO = 0.5
+LOAD_RATIO = 0.4
 FULL = 16
 CAPACITY_REQUESTS = 128
 # Where quality is a target, cost is what is left to save: six times all of quality for one second.
