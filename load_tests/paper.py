@@ -133,7 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     _write_records(chosen.records, [*live.records, *changes.records])
     config = _config(live, sizes, sorted(source)) | {"changes": changes.config}
     if not chosen.live:
-        figures = paper_simulated.run(paper_simulated.Sizes(), chosen.plots) | figures
+        simulated = paper_simulated.run(paper_simulated.Sizes(), chosen.plots)
+        # What was served counts; an interval of the simulation is none of it.
+        figures |= {k: v for k, v in simulated.items() if k.removesuffix("_ci95") not in figures}
         config["simulated"] = paper_simulated.config_of(paper_simulated.Sizes())
     report.write(chosen.json, "paper", config, figures)
     return 0
