@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from calm_serve import cli_goals, cli_learning, cli_text
-from calm_serve.config import Fleet, ServeArgs
-from calm_serve.config_load import check_resources, load_args
+from calm_serve.config import Fleet, ServeArgs, check_resources, load_args
 from calm_serve.errors import (
     CalmError,
     ComponentError,

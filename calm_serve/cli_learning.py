@@ -13,8 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from calm_serve import cli_text
-from calm_serve.config import Goals
-from calm_serve.config_goals import PolicyName
+from calm_serve.config import Goals, SelectionPolicyName
 from calm_serve.errors import ConfigError, KnowledgeError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
     from calm_serve.loop import config_version
 
     goals = read_goals(args.goals)
-    if goals.policy.name is not PolicyName.CALM:
+    if goals.policy.name is not SelectionPolicyName.CALM:
         raise ConfigError("goals.policy: only decisions of the policy 'calm' can be made again")
     predictor = _predictor(args.predictor) if args.predictor else None
     replay = Replay(Rules(goals, config_version(goals), predictor))

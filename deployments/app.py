@@ -17,8 +17,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec
-from calm_serve.config_load import check_resources, load_args
+from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec, check_resources, load_args
 from calm_serve.plan import objective
 from deployments.announcer import Announcer
 from deployments.engine_arguments import check_engine_arguments

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from calm_serve.config import Goals
-from calm_serve.config_load import parse_goals
+from calm_serve.config import Goals, parse_goals
 from calm_serve.errors import ConfigError, RequestError
 from calm_serve.loop import Loop
 from deployments import http

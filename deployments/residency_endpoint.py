@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from calm_serve.config_load import parse_residency
+from calm_serve.config import parse_residency
 from calm_serve.errors import ConfigError, RequestError
 from calm_serve.loop import Loop
 from deployments import http

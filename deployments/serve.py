@@ -25,8 +25,7 @@ from typing import Any
 
 import yaml
 
-from calm_serve.config import Fleet
-from calm_serve.config_load import check_resources, load_args
+from calm_serve.config import Fleet, check_resources, load_args
 from calm_serve.errors import ConfigError
 from deployments.cluster_ports import PortClaim
 from deployments.engine_arguments import check_engine_arguments

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calm_serve.config_load import parse_fleet
+from calm_serve.config import parse_fleet
 from load_tests import arrivals, paper_changes, paper_plots, paper_simulated, report
 from load_tests.paper_figures import (
     POLICIES,

@@ -22,8 +22,7 @@ from calm_serve.analyze.features import ContextBuilder, add_features
 from calm_serve.analyze.lightgbm import LightGBMPredictor, load_artifact
 from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.analyze.request import Overrides, parse_chat
-from calm_serve.config import Fleet, SLMSpec
-from calm_serve.config_load import load_fleet
+from calm_serve.config import Fleet, SLMSpec, load_fleet
 from calm_serve.types import RoutingContext
 from load_tests.served import FLEETS
 from load_tests.workloads import Request, standard

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_serve.config import Goals
-from calm_serve.config_residency import ResidencyPolicy
+from calm_serve.config import Goals, ResidencyPolicyName
 from load_tests import arrivals, scale_state
 from load_tests.paper_answers import Answers, shipped
 from load_tests.paper_memory import half
@@ -42,7 +41,7 @@ def slm_hours(answers: Answers, seed: int, *, hours: float, requests: int) -> Fi
         goals,
         seed=seed,
         predictor=shipped(answers.fleet),
-        residency=options_of(ResidencyPolicy.CALM, half(answers)),
+        residency=options_of(ResidencyPolicyName.CALM, half(answers)),
         feedback_ratio=0.3,
     )
     sizes, weights = list[float](), list[list[float]]()

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from calm_serve.config import Goals
-from calm_serve.config_residency import ResidencyPolicy
+from calm_serve.config import Goals, ResidencyPolicyName
 from calm_serve.loop import Loop
 from calm_serve.plan.occupancy import Occupant
 from calm_serve.plan.residency_baselines import belady, belady_bound, build
@@ -26,7 +25,7 @@ ARRIVALS = 3000
 RATE_RPS = 0.5  # slow enough for the guards against thrash, about that of the paper's 25 per minute
 PHASE = 60  # requests of mostly two tasks
 PHASE_RATIO = 0.9
-POLICIES = tuple(ResidencyPolicy)
+POLICIES = tuple(ResidencyPolicyName)
 
 
 def traces(answers: Answers, seed: int) -> Figures:
@@ -72,7 +71,9 @@ def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
             first.append(slm_id)
             left -= size
     occupants = [_occupant(answers, i, size, i in first) for i, size in sizes.items()]
-    planner = build(options_of(ResidencyPolicy.CALM, budget), latency_per_s=0.1, energy_per_j=0.002)
+    planner = build(
+        options_of(ResidencyPolicyName.CALM, budget), latency_per_s=0.1, energy_per_j=0.002
+    )
     hits = replay(trace, planner, occupants, budget)
     bound = belady_bound(ids_of(trace), sizes, budget, first) / len(trace)
     return {"bytes.calm.hit_rate": hits.hit_ratio, "bytes.belady_bound": bound}

@@ -12,9 +12,14 @@ from random import Random
 import numpy as np
 
 from calm_serve.analyze.predictor import Predictor
-from calm_serve.config import Goals, ResidencyOptions, SLMSpec
-from calm_serve.config_goals import Policy, PolicyName
-from calm_serve.config_residency import ResidencyPolicy
+from calm_serve.config import (
+    Goals,
+    ResidencyOptions,
+    ResidencyPolicyName,
+    SelectionPolicy,
+    SelectionPolicyName,
+    SLMSpec,
+)
 from calm_serve.plan.residency_baselines import belady
 from calm_serve.types import Prediction, RoutingContext, SLMState
 from load_tests import arrivals
@@ -149,7 +154,11 @@ def every_policy(
             goals = Goals(policy=policy_of(name, answers, shares))
         residency = None
         if memory:
-            kept = ResidencyPolicy.CALM if name in (OURS, THRIFTY, ORACLE) else ResidencyPolicy.LRU
+            kept = (
+                ResidencyPolicyName.CALM
+                if name in (OURS, THRIFTY, ORACLE)
+                else ResidencyPolicyName.LRU
+            )
             residency = options_of(kept, half(answers))
         fleet = answers.fleet
         chooses: Predictor = predictor
@@ -171,14 +180,16 @@ def every_policy(
     return found
 
 
-def policy_of(name: str, answers: Answers, shares: Mapping[str, float]) -> Policy:
+def policy_of(name: str, answers: Answers, shares: Mapping[str, float]) -> SelectionPolicy:
     """The section `goals.policy` of a policy's name."""
     if name == SHARES:
-        return Policy(name=PolicyName.SHARES, shares=dict(shares))
+        return SelectionPolicy(name=SelectionPolicyName.SHARES, shares=dict(shares))
     if name == "single":
         best = int(answers.tables["credit"].mean(axis=0).argmax())
-        return Policy(name=PolicyName.SINGLE, slm=answers.slms[best])
-    return Policy(name=PolicyName.CALM if name == ORACLE else PolicyName(name))
+        return SelectionPolicy(name=SelectionPolicyName.SINGLE, slm=answers.slms[best])
+    return SelectionPolicy(
+        name=SelectionPolicyName.CALM if name == ORACLE else SelectionPolicyName(name)
+    )
 
 
 def summary(world: World) -> Figures:

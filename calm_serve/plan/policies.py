@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from calm_serve.config import Fleet, Goals, Rule
-from calm_serve.config_goals import Policy, PolicyName
+from calm_serve.config import Fleet, Goals, Rule, SelectionPolicy, SelectionPolicyName
 from calm_serve.plan.baseline import Baseline, Choice, draw, from_anywhere
 from calm_serve.plan.paper import Paper
 from calm_serve.plan.similarity import Reader
@@ -172,23 +171,27 @@ class Fastest(Baseline):
 
 def rules_of(goals: Goals, fleet: Fleet) -> tuple[Rule, ...]:
     """The declarative rules, which only `calm` and `rules` follow."""
-    return fleet.rules if goals.policy.name in (PolicyName.CALM, PolicyName.RULES) else ()
+    return (
+        fleet.rules
+        if goals.policy.name in (SelectionPolicyName.CALM, SelectionPolicyName.RULES)
+        else ()
+    )
 
 
 def build(goals: Goals, fleet: Fleet, read: Reader) -> Baseline | None:
     """The policy that the goals name, None for `calm`; `read` hashes texts as contexts are."""
-    make: dict[PolicyName, Callable[[Policy], Baseline]] = {
-        PolicyName.PAPER: lambda _: Paper(read),
-        PolicyName.RANDOM: lambda _: Uniform(),
-        PolicyName.ROUND_ROBIN: lambda _: RoundRobin(),
-        PolicyName.LEAST_LOADED: lambda _: LeastLoaded(),
-        PolicyName.LARGEST: lambda _: Largest(),
-        PolicyName.SINGLE: lambda policy: Single(policy.slm),
-        PolicyName.SHARES: lambda policy: Shares(policy.shares),
-        PolicyName.RULES: lambda _: Broadest(),
-        PolicyName.FASTEST: lambda _: Fastest(),
+    make: dict[SelectionPolicyName, Callable[[SelectionPolicy], Baseline]] = {
+        SelectionPolicyName.PAPER: lambda _: Paper(read),
+        SelectionPolicyName.RANDOM: lambda _: Uniform(),
+        SelectionPolicyName.ROUND_ROBIN: lambda _: RoundRobin(),
+        SelectionPolicyName.LEAST_LOADED: lambda _: LeastLoaded(),
+        SelectionPolicyName.LARGEST: lambda _: Largest(),
+        SelectionPolicyName.SINGLE: lambda policy: Single(policy.slm),
+        SelectionPolicyName.SHARES: lambda policy: Shares(policy.shares),
+        SelectionPolicyName.RULES: lambda _: Broadest(),
+        SelectionPolicyName.FASTEST: lambda _: Fastest(),
     }
-    if goals.policy.name is PolicyName.CALM:
+    if goals.policy.name is SelectionPolicyName.CALM:
         return None
     found = make[goals.policy.name](goals.policy)
     found.set_fleet(fleet)
@@ -200,7 +203,7 @@ class Shelf:
 
     def __init__(self, read: Reader) -> None:
         self._read = read
-        self._kept: dict[PolicyName, tuple[Policy, Baseline]] = {}
+        self._kept: dict[SelectionPolicyName, tuple[SelectionPolicy, Baseline]] = {}
 
     def take(self, goals: Goals, fleet: Fleet) -> Baseline | None:
         """The policy that the goals name, as it was when it last chose; None for `calm`."""

@@ -11,8 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from calm_serve.config import ResidencyOptions
-from calm_serve.config_residency import ResidencyPolicy
+from calm_serve.config import ResidencyOptions, ResidencyPolicyName
 from calm_serve.plan.occupancy import Occupant
 from calm_serve.plan.residency import ResidencyPlanner
 from calm_serve.plan.residency_base import Planner
@@ -61,11 +60,11 @@ class Static(Planner):
 def build(options: ResidencyOptions, *, latency_per_s: float, energy_per_j: float) -> Planner:
     """The planner that `options` name; the weights are those of the goals."""
     match options.policy:
-        case ResidencyPolicy.LRU:
+        case ResidencyPolicyName.LRU:
             return LeastRecentlyUsed(options)
-        case ResidencyPolicy.LFU:
+        case ResidencyPolicyName.LFU:
             return LeastFrequentlyUsed(options)
-        case ResidencyPolicy.STATIC:
+        case ResidencyPolicyName.STATIC:
             return Static(options)
         case _:
             return ResidencyPlanner(options, latency_per_s=latency_per_s, energy_per_j=energy_per_j)

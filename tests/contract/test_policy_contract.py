@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from calm_serve.analyze.features import text_buckets
 from calm_serve.config import Goals
-from calm_serve.config_goals import PolicyName
+from calm_serve.config.goals import SelectionPolicyName
 from calm_serve.plan.baseline import Baseline
 from calm_serve.plan.policies import build
 from calm_serve.testing import (
@@ -35,11 +35,11 @@ FLEET = make_fleet(
     make_spec("small", parameters=1, description="Small talk."),
 )
 # What a policy has to be told; a new policy needs an entry only if that is more than its name.
-TOLD: dict[PolicyName, dict[str, object]] = {
-    PolicyName.SINGLE: {"slm": "quick"},
-    PolicyName.SHARES: {"shares": {"broad": 0.5, "quick": 0.3, "small": 0.1}},
+TOLD: dict[SelectionPolicyName, dict[str, object]] = {
+    SelectionPolicyName.SINGLE: {"slm": "quick"},
+    SelectionPolicyName.SHARES: {"shares": {"broad": 0.5, "quick": 0.3, "small": 0.1}},
 }
-POLICIES = [name for name in PolicyName if name is not PolicyName.CALM]
+POLICIES = [name for name in SelectionPolicyName if name is not SelectionPolicyName.CALM]
 EVERY = pytest.mark.parametrize("name", POLICIES)
 
 PREDICTIONS = st.builds(
@@ -87,7 +87,7 @@ def _named(context: RoutingContext, request_id: UUID) -> RoutingContext:
     return context
 
 
-def policy(name: PolicyName) -> Baseline:
+def policy(name: SelectionPolicyName) -> Baseline:
     goals: Goals = make_goals(policy={"name": name, **TOLD.get(name, {})})
     found = build(goals, FLEET, text_buckets)
     assert found is not None
@@ -97,7 +97,7 @@ def policy(name: PolicyName) -> Baseline:
 @EVERY
 @given(SITUATIONS, OUTCOMES)
 def test_every_candidate_is_ranked_once_and_nobody_else(
-    name: PolicyName, situation: Situation, outcomes: list[object]
+    name: SelectionPolicyName, situation: Situation, outcomes: list[object]
 ) -> None:
     chooser = policy(name)
     for outcome in outcomes:
@@ -110,7 +110,7 @@ def test_every_candidate_is_ranked_once_and_nobody_else(
 @EVERY
 @given(st.lists(SITUATIONS, min_size=1, max_size=4), OUTCOMES)
 def test_the_same_history_gives_the_same_choices(
-    name: PolicyName, situations: list[Situation], outcomes: list[object]
+    name: SelectionPolicyName, situations: list[Situation], outcomes: list[object]
 ) -> None:
     first, second = policy(name), policy(name)
     for situation in situations:
@@ -123,7 +123,7 @@ def test_the_same_history_gives_the_same_choices(
 @EVERY
 @given(SITUATIONS)
 def test_the_order_of_the_candidates_does_not_matter(
-    name: PolicyName, situation: Situation
+    name: SelectionPolicyName, situation: Situation
 ) -> None:
     context, candidates, states = situation
     backwards = list(reversed(candidates))
@@ -134,7 +134,7 @@ def test_the_order_of_the_candidates_does_not_matter(
 @EVERY
 @pytest.mark.parametrize("allowed", [IDS, IDS[:3], IDS[1:], ("large", "small")])
 def test_an_slm_is_chosen_as_often_as_its_propensity_says(
-    name: PolicyName, allowed: Sequence[str]
+    name: SelectionPolicyName, allowed: Sequence[str]
 ) -> None:
     chooser, count = policy(name), 4000
     candidates = [Candidate(i, prediction=make_prediction(i)) for i in allowed]
@@ -154,7 +154,7 @@ def test_an_slm_is_chosen_as_often_as_its_propensity_says(
 
 
 @EVERY
-def test_a_policy_follows_the_fleet(name: PolicyName) -> None:
+def test_a_policy_follows_the_fleet(name: SelectionPolicyName) -> None:
     chooser = policy(name)
     newcomer = make_spec("newcomer", skills=["sql"])
     chooser.set_fleet(make_fleet(FLEET.slms[0], newcomer))

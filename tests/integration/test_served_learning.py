@@ -22,7 +22,7 @@ from served_fleet import (
 )
 
 from calm_serve import cli
-from calm_serve.config_load import load_fleet, parse_goals
+from calm_serve.config.loading import load_fleet, parse_goals
 from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
 from calm_serve.loop import config_version
 

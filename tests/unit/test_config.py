@@ -10,7 +10,12 @@ from pydantic import ValidationError
 
 from calm_serve import config
 from calm_serve.config import BATCHING, BatchingProfile, Config, Fleet, Goals, Resources, SLMSpec
-from calm_serve.config_load import check_resources, load_args, load_fleet, parse_fleet
+from calm_serve.config.loading import (
+    check_resources,
+    load_args,
+    load_fleet,
+    parse_fleet,
+)
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_fleet, make_spec
 

@@ -11,7 +11,7 @@ import yaml
 
 import calm_serve
 from calm_serve.config import Goals, ResidencyOptions, SLMSpec
-from calm_serve.config_load import load_args, load_fleet
+from calm_serve.config.loading import load_args, load_fleet
 from load_tests.__main__ import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]

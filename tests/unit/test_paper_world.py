@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calm_serve.config import Goals
-from calm_serve.config_residency import ResidencyOptions
+from calm_serve.config.residency import ResidencyOptions
 from calm_serve.testing import make_context, make_fleet, make_spec
 from load_tests.paper_adaptation import first_window
 from load_tests.paper_answers import Answers, Speed, fit

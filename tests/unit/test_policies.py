@@ -9,7 +9,7 @@ import pytest
 from calm_serve.analyze.features import text_buckets
 from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
-from calm_serve.config_load import check_policy
+from calm_serve.config.loading import check_policy
 from calm_serve.errors import ConfigError, NoCandidateError
 from calm_serve.loop import Loop, assume_hot
 from calm_serve.plan.baseline import Baseline

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.config import ResidencyOptions
-from calm_serve.config_residency import ResidencyPolicy
+from calm_serve.config.residency import ResidencyPolicyName
 from calm_serve.plan.occupancy import Occupant
 from calm_serve.plan.residency_baselines import belady, belady_bound, build
 from calm_serve.plan.residency_replay import Replayed, ids_of, replay, sizes_of
@@ -31,7 +31,9 @@ def occupants(sizes: dict[str, int] | None = None) -> list[Occupant]:
 def run(
     policy: str, trace: list[tuple[float, str]], budget: int = SLOTS, **fields: Any
 ) -> Replayed:
-    options = ResidencyOptions(memory_budget_bytes=budget, policy=ResidencyPolicy(policy), **fields)
+    options = ResidencyOptions(
+        memory_budget_bytes=budget, policy=ResidencyPolicyName(policy), **fields
+    )
     planner = build(options, latency_per_s=0.2, energy_per_j=0.02)
     return replay(trace, planner, occupants(), budget)
 
@@ -106,7 +108,7 @@ def test_nobody_who_loads_on_a_miss_beats_belady(ids: list[str], slots: int) -> 
 )
 def test_the_bound_for_unequal_sizes_holds(ids: list[str], sizes: list[int], budget: int) -> None:
     slms = occupants(dict(zip(IDS, sizes, strict=True)))
-    options = ResidencyOptions(memory_budget_bytes=budget, policy=ResidencyPolicy.LRU)
+    options = ResidencyOptions(memory_budget_bytes=budget, policy=ResidencyPolicyName.LRU)
     planner = build(options, latency_per_s=0.2, energy_per_j=0.02)
     trace = [(float(n), i) for n, i in enumerate(ids)]
     hot_first, left = [], budget

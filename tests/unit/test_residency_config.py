@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from calm_serve.config import ResidencyOptions
-from calm_serve.config_load import check_budget, load_args, load_fleet
+from calm_serve.config.loading import check_budget, load_args, load_fleet
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_fleet, make_spec
 

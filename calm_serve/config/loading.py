@@ -10,16 +10,11 @@ from typing import Any
 import yaml
 from pydantic import ByteSize, ValidationError
 
-from calm_serve.config import (
-    Adapter,
-    Fleet,
-    Goals,
-    ResidencyOptions,
-    Resources,
-    ServeArgs,
-    SLMSpec,
-)
-from calm_serve.config_base import nearest
+from calm_serve.config.base import nearest
+from calm_serve.config.fleet import Adapter, Fleet, Resources, SLMSpec
+from calm_serve.config.goals import Goals
+from calm_serve.config.residency import ResidencyOptions
+from calm_serve.config.service import ServeArgs
 from calm_serve.errors import ConfigError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")

@@ -6,10 +6,10 @@ from enum import StrEnum
 
 from pydantic import ByteSize, Field
 
-from calm_serve.config_base import Config
+from calm_serve.config.base import Config
 
 
-class ResidencyPolicy(StrEnum):
+class ResidencyPolicyName(StrEnum):
     """Who chooses the SLMs that are hot. All but `calm` are baselines to compare with."""
 
     CALM = "calm"  # forecast value per byte, with prefetch and guards against thrash
@@ -30,8 +30,8 @@ class ResidencyOptions(Config):
     memory_budget_bytes: ByteSize | None = Field(
         default=None, gt=0, description="Declared bytes of hot replicas per node; null is no limit."
     )
-    policy: ResidencyPolicy = Field(
-        default=ResidencyPolicy.CALM, description="See ResidencyPolicy."
+    policy: ResidencyPolicyName = Field(
+        default=ResidencyPolicyName.CALM, description="See ResidencyPolicyName."
     )
     min_resident_s: float = Field(
         default=0.25, ge=0, le=3600, description="An SLM that woke stays hot at least this long."
@@ -47,5 +47,5 @@ class ResidencyOptions(Config):
         gt=0,
         le=86_400,
         description="on_demand SLMs with min_replicas 0 lose their replicas after this long "
-        "without being wanted, by deployments.residency:ResidencyPolicy; null is never.",
+        "without being wanted, by deployments.residency:ResidencyPolicyName; null is never.",
     )

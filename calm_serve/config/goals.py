@@ -6,10 +6,10 @@ from enum import StrEnum
 
 from pydantic import Field, model_validator
 
-from calm_serve.config_base import Config, Identifier, Ratio
+from calm_serve.config.base import Config, Identifier, Ratio
 
 
-class PolicyName(StrEnum):
+class SelectionPolicyName(StrEnum):
     """Who chooses the SLM. All but `calm` are baselines to compare with."""
 
     CALM = "calm"  # rules, then predictions under the goals
@@ -24,20 +24,22 @@ class PolicyName(StrEnum):
     FASTEST = "fastest"  # the shortest predicted answer
 
 
-class Policy(Config):
+class SelectionPolicy(Config):
     """Which policy chooses the SLM, and what it needs to be told."""
 
-    name: PolicyName = Field(default=PolicyName.CALM, description="See PolicyName.")
+    name: SelectionPolicyName = Field(
+        default=SelectionPolicyName.CALM, description="See SelectionPolicyName."
+    )
     slm: str = Field(default="", description="Id of the SLM of `single`.")
     shares: dict[Identifier, Ratio] = Field(
         default={}, description="SLM id to share of `shares`; they are scaled to 1."
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> Policy:
-        if bool(self.slm) != (self.name is PolicyName.SINGLE):
+    def _complete(self) -> SelectionPolicy:
+        if bool(self.slm) != (self.name is SelectionPolicyName.SINGLE):
             raise ValueError("`slm` is required when the policy is single, and only then")
-        if bool(self.shares) != (self.name is PolicyName.SHARES):
+        if bool(self.shares) != (self.name is SelectionPolicyName.SHARES):
             raise ValueError("`shares` are required when the policy is shares, and only then")
         if self.shares and sum(self.shares.values()) <= 0.0:
             raise ValueError("at least one of `shares` must be above 0")
@@ -79,7 +81,7 @@ class Goals(Config):
     exploration_ratio: float = Field(
         default=0.01, ge=0, le=0.5, description="Share of scored requests that explore."
     )
-    policy: Policy = Field(default=Policy(), description="See Policy.")
+    policy: SelectionPolicy = Field(default=SelectionPolicy(), description="See SelectionPolicy.")
 
     @property
     def targets(self) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""The `args` of the application: the fleet, its goals, and how router and knowledge actor work."""
+
+from __future__ import annotations
+
+from pydantic import ByteSize, Field
+
+from calm_serve.config.base import Config
+from calm_serve.config.fleet import Fleet
+from calm_serve.config.goals import Goals
+from calm_serve.config.residency import ResidencyOptions
+
+
+class Learning(Config):
+    """The knowledge actor: where outcomes live and when it retrains."""
+
+    store_url: str = Field(default="", description="SQLAlchemy URL; '' is SQLite in `state_dir`.")
+    state_dir: str = Field(default=".calm", description="Predictors, spool and SQLite database.")
+    keep_prompts: bool = Field(default=False, description="Store prompt text with outcomes.")
+    min_outcomes: int = Field(default=200, ge=20, le=10**9, description="Before first training.")
+    retrain_every: int = Field(default=200, ge=10, le=10**9, description="New labelled outcomes.")
+    max_rows: int = Field(default=1_000_000, ge=1000, description="Retention; oldest go first.")
+    holdout_ratio: float = Field(default=0.25, gt=0, lt=0.9, description="Newest share, by time.")
+    shadow_requests: int = Field(
+        default=50,
+        ge=0,
+        le=10**6,
+        description="Scored requests on which a better predictor decides silently before it does "
+        "so in earnest, for 60 s at most; 0 is at once.",
+    )
+
+
+class RouterOptions(Config):
+    """The router deployment."""
+
+    replicas: int = Field(default=1, ge=1, le=256, description="One per node is usual.")
+    num_cpus: float = Field(default=0.2, ge=0, le=64, description="Ray CPUs per router replica.")
+    max_ongoing_requests: int = Field(default=512, ge=1, le=100_000, description="Per replica.")
+    max_body_bytes: ByteSize = Field(default=ByteSize(4 << 20), description="413 above this.")
+    request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Per request.")
+    retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")
+    decision_log: int = Field(default=2048, ge=1, description="Decisions kept for explanation.")
+
+
+class ServeArgs(Config):
+    """`args` of the application in serve_config.yaml."""
+
+    fleet: str | Fleet = Field(description="Path of a fleet file, or the fleet inline.")
+    goals: Goals = Field(default=Goals(), description="See Goals.")
+    learning: Learning = Field(default=Learning(), description="See Learning.")
+    router: RouterOptions = Field(default=RouterOptions(), description="See RouterOptions.")
+    residency: ResidencyOptions = Field(
+        default=ResidencyOptions(), description="See ResidencyOptions."
+    )
