@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
 from calm_serve.knowledge.decisions import terms_of
-from calm_serve.monitor.load_effect import load_met
+from calm_serve.telemetry import load_at_decision
 from calm_serve.types import (
     Decision,
     DecisionPath,
@@ -268,7 +268,7 @@ def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outco
         versions=astuple(decision.versions),
         signals=signals,
         prompt=prompt,
-        extra=terms_of(decision) | load_met(call.state) | _residency_terms(call),
+        extra=terms_of(decision) | load_at_decision(call.state) | _residency_terms(call),
     )
 
 

@@ -17,14 +17,15 @@ import psutil
 
 from calm_serve.config import Resources
 from calm_serve.errors import ComponentError
-from calm_serve.monitor.energy import (
+from calm_serve.telemetry import (
     DEFAULT_WATTS_PER_CORE,
     POWERCAP,
     EnergyMeter,
+    NvmlMeter,
     TokenShareAttributor,
     best_meter,
+    visible_gpus,
 )
-from calm_serve.monitor.nvml import NvmlMeter, visible_gpus
 from deployments.host import ProcessTreeCpu, host_cpu_s
 
 log = logging.getLogger("ray.serve")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calm_serve.config import Fleet, SLMSpec
-from calm_serve.monitor.replicas import ReplicaWindows
-from calm_serve.monitor.windows import FleetMonitor
+from calm_serve.telemetry import FleetStats, ReplicaStats
 from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
 from deployments.live import VIEW
 from deployments.tier_view import TierView
@@ -29,11 +28,11 @@ class FleetView:
         self.fleet = fleet
         self.ready = False
         self._clock = clock
-        self._monitor = FleetMonitor([s.id for s in fleet.slms], clock)
+        self._monitor = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, dict[str, Any]] = {}
         self._seen_up: set[str] = set()
-        self._replicas = ReplicaWindows(clock)
+        self._replicas = ReplicaStats(clock)
         self.watch = WatchView()
         self.tiers = TierView()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm_serve.monitor.decay import DecayedRate
+from calm_serve.telemetry import DecayedRate
 from calm_serve.types import DecisionPath, DecisionReason, Outcome, Residency
 from deployments.host import HostUsage
 from deployments.metric_table import BY_NAME, METRICS, Kind, Metric

@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from calm_serve.monitor.alarms import Alarms
-from calm_serve.monitor.coverage import quantiles
-from calm_serve.monitor.selector import SelectorWatch
+from calm_serve.telemetry import Alarms, ContentGainMonitor, quantiles
 from calm_serve.types import Decision
 
 log = logging.getLogger("ray.serve")
@@ -28,7 +26,7 @@ class WatchView:
         self._clock = clock
         self._found: Mapping[str, Any] = {}
         self._energy: Mapping[str, Mapping[str, Any]] = {}
-        self._selector = SelectorWatch()
+        self._selector = ContentGainMonitor()
         self._alarms = Alarms(clock)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from calm_serve.monitor.load_effect import load_met
+from calm_serve.telemetry import load_at_decision
 from calm_serve.testing import Served, make_outcome
 from calm_serve.types import Decision, Outcome, QualitySignal, SLMState
 
@@ -117,5 +117,5 @@ def answer(
         predicted=_numbers(chosen.prediction) if chosen and chosen.prediction else (),
         versions=_versions(decision.versions),
         signals=signals,
-        extra=load_met(call.state) if call.state is not None else {},
+        extra=load_at_decision(call.state) if call.state is not None else {},
     )

@@ -19,7 +19,7 @@ from calm_serve.config import Fleet, Goals, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError
 from calm_serve.knowledge.watch import Watch
 from calm_serve.loop import Loop
-from calm_serve.monitor.windows import FleetMonitor
+from calm_serve.telemetry import FleetStats
 from calm_serve.testing import EngineSimulator, FakeClock, Served
 from calm_serve.types import Outcome, QualitySignal, SLMState
 from load_tests.paper_answers import Answers
@@ -63,7 +63,7 @@ class World:
         self.outcomes: list[Outcome] | None = None  # a list here keeps what a trainer reads
         self.clock = FakeClock(0.0)
         fleet = fleet or answers.fleet
-        self.monitor = FleetMonitor([s.id for s in fleet.slms], self.clock)
+        self.monitor = FleetStats([s.id for s in fleet.slms], self.clock)
         self._retrain = retrain
         self.retrainings = 0
         self.watch = Watch(self.clock, self.clock, self._published, self._asked_to_retrain)

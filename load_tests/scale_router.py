@@ -17,7 +17,7 @@ from calm_serve.analyze.request import parse_chat, parse_overrides
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
 from calm_serve.loop import Loop
-from calm_serve.monitor.windows import FleetMonitor
+from calm_serve.telemetry import FleetStats
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
 from deployments.fleet_view import STATE_LIFETIME_S
 from deployments.live import FACTS_LIFETIME_S, LiveView
@@ -67,7 +67,7 @@ class RouterProcess:
         random: Random,
     ) -> None:
         self.view = LiveView(clock)
-        self.monitor = FleetMonitor([s.id for s in fleet.slms], clock)
+        self.monitor = FleetStats([s.id for s in fleet.slms], clock)
         self.metrics = RouterMetrics(clock, [s.id for s in fleet.slms], _no_outlet)
         self.loop = Loop(fleet, Goals(), read_state=self.state, predictor=predictor)
         self.queues = QueueCache(clock)

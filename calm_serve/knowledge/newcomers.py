@@ -9,7 +9,7 @@ names none, the prompts that a rule gives it stand in for them: a rule promises 
 
 The artifact holds newcomers alone and stands in for the champion's prior (`with_newcomers`). So no
 other SLM's prediction changes, and it is out of use once a champion knows the SLM. There is no
-gate: `monitor/correction.py` takes back within tens of answers what an example promised wrongly.
+gate: `telemetry/correction.py` takes back within tens of answers what an example promised wrongly.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 
 from calm_serve.analyze.features import NUMBER_NAMES
 from calm_serve.analyze.lightgbm import fits_layout
-from calm_serve.monitor.drift import PopulationShift
+from calm_serve.telemetry import PopulationShift
 from calm_serve.types import Outcome
 
 WORD_BINS = 32

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from calm_serve.knowledge.labels import FEEDBACK, VALIDATOR_PREFIX
-from calm_serve.monitor.correction import QualityCorrection
+from calm_serve.telemetry import QualityCorrection
 from calm_serve.types import QualitySignal
 
 USUAL = 500  # labels behind what is usual

@@ -17,11 +17,10 @@ from pydantic import ValidationError
 
 from calm_serve.config import ResidencyOptions, SLMSpec
 from calm_serve.knowledge.replica_book import ReplicaBook, hot_bytes
-from calm_serve.monitor.decay import DecayedRate, Ewma
-from calm_serve.monitor.energy import DEFAULT_WATTS_PER_CORE
 from calm_serve.plan.occupancy import Demand, Occupant, publishable
 from calm_serve.plan.residency_base import Planner
 from calm_serve.plan.residency_baselines import build
+from calm_serve.telemetry import DEFAULT_WATTS_PER_CORE, DecayedRate, Ewma
 from calm_serve.types import Residency
 
 META = "residency"

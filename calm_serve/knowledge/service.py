@@ -21,6 +21,7 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge import settings
 from calm_serve.knowledge.board import Board
 from calm_serve.knowledge.codec import decode_outcome, decode_signals
+from calm_serve.knowledge.energy_ledger import EnergyLedger
 from calm_serve.knowledge.goal_book import GoalBook, GoalChange
 from calm_serve.knowledge.newcomer_desk import NewcomerDesk
 from calm_serve.knowledge.promotion import Promotion
@@ -32,7 +33,6 @@ from calm_serve.knowledge.steps import Ticker, take_steps
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.training_desk import TrainingDesk
 from calm_serve.knowledge.watch import Watch
-from calm_serve.monitor.ledger import EnergyLedger
 from calm_serve.types import Outcome, QualitySignal
 
 TICK_S = 5.0

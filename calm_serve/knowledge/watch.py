@@ -22,9 +22,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.knowledge import scores
 from calm_serve.knowledge.prompt_mix import PromptMix
 from calm_serve.knowledge.quality import SLMQuality, feedback_score
-from calm_serve.monitor.alarms import Alarms
-from calm_serve.monitor.coverage import Calibration
-from calm_serve.monitor.drift import PSI_ALARM, PSI_CLEAR, LevelChange
+from calm_serve.telemetry import PSI_ALARM, PSI_CLEAR, Alarms, Calibration, LevelChange
 from calm_serve.types import Outcome, QualitySignal
 
 MAX_SLMS = 256

@@ -6,8 +6,13 @@ from random import Random
 
 import pytest
 
-from calm_serve.monitor.correction import HALF_LIFE_S, MAX_FACTOR, MIN_FACTOR, QualityCorrection
 from calm_serve.plan import objective
+from calm_serve.telemetry.correction import (
+    HALF_LIFE_S,
+    MAX_FACTOR,
+    MIN_FACTOR,
+    QualityCorrection,
+)
 from calm_serve.testing import FakeClock, make_context, make_goals, make_prediction, make_state
 
 PREDICTED = {"broken": 0.9, "other": 0.6}

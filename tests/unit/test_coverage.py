@@ -6,7 +6,12 @@ from random import Random
 
 import pytest
 
-from calm_serve.monitor.coverage import Calibration, RatioQuantiles, quantiles, ratios
+from calm_serve.telemetry.coverage import (
+    Calibration,
+    RatioQuantiles,
+    quantiles,
+    ratios,
+)
 from calm_serve.testing import make_outcome, make_prediction
 
 

@@ -6,7 +6,13 @@ from random import Random
 
 import pytest
 
-from calm_serve.monitor.drift import PSI_ALARM, PSI_CLEAR, Cusum, LevelChange, PopulationShift
+from calm_serve.telemetry.change_detection import (
+    PSI_ALARM,
+    PSI_CLEAR,
+    Cusum,
+    LevelChange,
+    PopulationShift,
+)
 
 
 def test_a_cumulative_sum_knows_how_long_ago_a_change_began() -> None:

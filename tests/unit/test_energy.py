@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.monitor.energy import (
+from calm_serve.telemetry.energy import (
     CpuShare,
     CpuTimeMeter,
     RaplMeter,

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from calm_serve.errors import ComponentError
-from calm_serve.monitor.ledger import MAX_REPLICAS, EnergyLedger
-from calm_serve.monitor.nvml import NvmlMeter, visible_gpus
+from calm_serve.knowledge.energy_ledger import MAX_REPLICAS, EnergyLedger
+from calm_serve.telemetry.nvml import NvmlMeter, visible_gpus
 from calm_serve.testing import FakeClock, make_spec
 from deployments.energy import REPORT_S, ProcessesCpu, ReplicaEnergy, gpu_meter
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from calm_serve.monitor.breaker import BreakerLimits
+from calm_serve.telemetry.circuit_breaker import BreakerLimits
 from calm_serve.testing import FakeClock, make_fleet, make_outcome, make_replica, make_spec
 from calm_serve.types import Residency
 from deployments import fleet_view

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.monitor.load_effect import (
+from calm_serve.telemetry.residuals import (
     MAX_LOG_RATIO,
     PRIOR_SPREAD,
     STEP_SHARE,
@@ -27,7 +27,7 @@ STEP_J, TOKEN_J = 0.05, 0.004
 
 def answered(running: float = 1.0, in_flight: int = 1, applied: float = 1.0, **fields: Any) -> Any:
     """An answer whose decision expected a TTFT of 50 ms and 0.68 s in all."""
-    return make_outcome(extra={"load_met": [running, in_flight, applied]}, **fields)
+    return make_outcome(extra={"load_at_decision": [running, in_flight, applied]}, **fields)
 
 
 def test_joules_of_a_step_are_told_from_joules_of_a_token() -> None:

@@ -55,7 +55,7 @@ def test_the_outcome_tells_the_load_that_the_request_met_with_itself() -> None:
     call = finished(started(make_decision("a")))
     call.state = make_state("a", running=4, waiting=2, replicas=2, in_flight=11, ttft_ratio=1.25)
     outcome = outcome_of(call, at=0.0, task="", prompt=None)
-    assert outcome.extra["load_met"] == [4.0, 12, 1.25]
+    assert outcome.extra["load_at_decision"] == [4.0, 12, 1.25]
 
 
 def test_the_first_token_of_a_stream_is_timed_here_and_of_one_piece_in_the_engine() -> None:

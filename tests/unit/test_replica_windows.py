@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calm_serve.monitor.replicas import MAX_REPLICAS, ReplicaWindows
+from calm_serve.telemetry.replica_stats import MAX_REPLICAS, ReplicaStats
 from calm_serve.testing import FakeClock, make_fleet, make_outcome, make_replica
 from calm_serve.types import QualitySignal
 from deployments import fleet_view
@@ -13,7 +13,7 @@ from deployments.wire import deployment_name
 
 
 def test_a_slow_replica_stands_out_beside_its_sibling() -> None:
-    windows = ReplicaWindows(FakeClock())
+    windows = ReplicaStats(FakeClock())
     for _ in range(20):
         windows.observe(make_outcome(served_replica="fast", tpot_s=0.01, ttft_s=0.05))
         windows.observe(make_outcome(served_replica="slow", tpot_s=0.04, ttft_s=0.2))
@@ -24,7 +24,7 @@ def test_a_slow_replica_stands_out_beside_its_sibling() -> None:
 
 def test_a_row_says_how_old_it_is_and_what_failed() -> None:
     clock = FakeClock()
-    windows = ReplicaWindows(clock)
+    windows = ReplicaStats(clock)
     signals = (QualitySignal("validator:json", 0.0),)
     windows.observe(make_outcome(served_replica="r", signals=signals))
     windows.observe(make_outcome(served_replica="r", status="error", ttft_s=None, tpot_s=None))
@@ -35,7 +35,7 @@ def test_a_row_says_how_old_it_is_and_what_failed() -> None:
 
 
 def test_replicas_come_and_go_without_growth() -> None:
-    windows = ReplicaWindows(FakeClock())
+    windows = ReplicaStats(FakeClock())
     for number in range(3 * MAX_REPLICAS):
         windows.observe(make_outcome(served_replica=f"r{number}"))
     assert windows.row("r0") == {}
@@ -43,7 +43,7 @@ def test_replicas_come_and_go_without_growth() -> None:
 
 
 def test_a_request_that_no_replica_served_is_nobodys() -> None:
-    windows = ReplicaWindows(FakeClock())
+    windows = ReplicaStats(FakeClock())
     windows.observe(make_outcome(served_replica=""))
     assert windows.row("") == {}
 

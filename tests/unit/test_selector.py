@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from calm_serve.monitor.selector import MIN_DECISIONS, WINDOW, SelectorWatch
+from calm_serve.telemetry.content_gain import MIN_DECISIONS, WINDOW, ContentGainMonitor
 from calm_serve.testing import make_context, make_decision, make_prediction
 from calm_serve.types import Candidate, Decision, DecisionPath
 
@@ -22,7 +22,7 @@ def decision(
 
 
 def test_choices_that_follow_the_prompt_gain_over_both_blind_rivals() -> None:
-    draw, watch = Random(1), SelectorWatch()
+    draw, watch = Random(1), ContentGainMonitor()
     for _ in range(400):
         sql, chat = (0.9, 0.2) if draw.random() < 0.5 else (0.2, 0.9)
         watch.observe(decision({"sql": (sql, sql), "chat": (chat, chat)}))
@@ -35,7 +35,7 @@ def test_choices_that_follow_the_prompt_gain_over_both_blind_rivals() -> None:
 
 
 def test_one_slm_for_everything_is_an_alarm_that_says_whether_others_would_do_better() -> None:
-    draw, best, costly = Random(2), SelectorWatch(), SelectorWatch()
+    draw, best, costly = Random(2), ContentGainMonitor(), ContentGainMonitor()
     for _ in range(300):
         other = 0.5 + 0.2 * draw.random()
         best.observe(decision({"a": (0.8, 0.8), "b": (other, other)}))
@@ -49,7 +49,7 @@ def test_one_slm_for_everything_is_an_alarm_that_says_whether_others_would_do_be
 
 
 def test_choices_by_chance_alone_are_an_alarm() -> None:
-    draw, watch = Random(3), SelectorWatch()
+    draw, watch = Random(3), ContentGainMonitor()
     for _ in range(400):
         tilt = 0.001 * draw.random()
         watch.observe(decision({"a": (0.5 + tilt, 0.5), "b": (0.5005, 0.5)}))
@@ -59,7 +59,7 @@ def test_choices_by_chance_alone_are_an_alarm() -> None:
 
 
 def test_nothing_is_said_early_and_pinned_decisions_do_not_count() -> None:
-    watch = SelectorWatch()
+    watch = ContentGainMonitor()
     for _ in range(MIN_DECISIONS + 5):
         watch.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}, DecisionPath.PINNED))
     assert watch.gains() is None
@@ -71,7 +71,7 @@ def test_nothing_is_said_early_and_pinned_decisions_do_not_count() -> None:
 
 
 def test_old_decisions_and_slms_that_left_are_forgotten() -> None:
-    watch = SelectorWatch()
+    watch = ContentGainMonitor()
     for _ in range(50):
         watch.observe(decision({"a": (0.9, 0.9), "gone": (0.1, 0.1)}))
     for _ in range(WINDOW):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from calm_serve.knowledge.watch import PUBLISH_S, RETRAIN_OUTCOMES, RETRAIN_PAUSE_S, Watch
-from calm_serve.monitor.alarms import LIFETIME_S, MAX_ALARMS, Alarms
+from calm_serve.telemetry.alarms import LIFETIME_S, MAX_ALARMS, Alarms
 from calm_serve.testing import FakeClock, make_outcome, make_spec
 from calm_serve.types import Outcome, QualitySignal
 

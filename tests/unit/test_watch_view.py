@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from calm_serve.loop import Loop
-from calm_serve.monitor.selector import MIN_DECISIONS
+from calm_serve.telemetry.content_gain import MIN_DECISIONS
 from calm_serve.testing import (
     FakeClock,
     make_context,

@@ -9,9 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.config import SLMSpec
-from calm_serve.monitor.breaker import Breaker, BreakerLimits, BreakerState
-from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
-from calm_serve.monitor.windows import HALF_LIFE_S, WINDOW_SIZE, FleetMonitor, SLMWindow
+from calm_serve.telemetry.circuit_breaker import BreakerLimits, BreakerState, CircuitBreaker
+from calm_serve.telemetry.slm_stats import (
+    HALF_LIFE_S,
+    WINDOW_SIZE,
+    FleetStats,
+    SLMStats,
+)
+from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
 from calm_serve.types import Outcome, ReplicaState, Residency
 
 SPEC = SLMSpec(id="small", model="acme/small", batching="interactive")
@@ -119,15 +124,15 @@ def test_quantiles_forget_what_is_too_old() -> None:
     assert window.quantiles((0.5,), 111.0) == (None,)
 
 
-def opened(limits: BreakerLimits) -> Breaker:
-    breaker = Breaker(limits)
+def opened(limits: BreakerLimits) -> CircuitBreaker:
+    breaker = CircuitBreaker(limits)
     for _ in range(limits.consecutive):
         breaker.record(True, 0.0)
     return breaker
 
 
 def test_breaker_opens_on_failures_in_a_row() -> None:
-    breaker = Breaker(BreakerLimits(consecutive=3))
+    breaker = CircuitBreaker(BreakerLimits(consecutive=3))
     breaker.record(True, 0.0)
     breaker.record(True, 0.0)
     assert breaker.state(0.0) is BreakerState.CLOSED
@@ -136,7 +141,7 @@ def test_breaker_opens_on_failures_in_a_row() -> None:
 
 
 def test_breaker_opens_on_the_ratio_only_with_enough_recent_requests() -> None:
-    breaker = Breaker(BreakerLimits(consecutive=100, failure_ratio=0.5, min_requests=10))
+    breaker = CircuitBreaker(BreakerLimits(consecutive=100, failure_ratio=0.5, min_requests=10))
     for turn in range(9):
         breaker.record(turn % 2 == 0, 0.0)
     assert breaker.state(0.0) is BreakerState.CLOSED
@@ -181,13 +186,13 @@ def test_failed_probes_double_the_cool_down_up_to_its_bound() -> None:
 
 def test_window_starts_with_unknowns_not_zeros() -> None:
     clock = Clock()
-    seen = SLMWindow("small", clock).snapshot(clock.now)
+    seen = SLMStats("small", clock).snapshot(clock.now)
     assert (seen.ttft_s, seen.ttft_p95_s, seen.tpot_s, seen.energy_j_per_token) == (None,) * 4
 
 
 def test_window_counts_a_cold_start_but_keeps_its_wait_out_of_the_mean() -> None:
     clock = Clock()
-    window = SLMWindow("small", clock)
+    window = SLMStats("small", clock)
     window.observe(OK)
     window.observe(replace(OK, cold=True, ttft_s=20.0, e2e_s=21.0))
     seen = window.snapshot(clock.now)
@@ -198,7 +203,7 @@ def test_window_counts_a_cold_start_but_keeps_its_wait_out_of_the_mean() -> None
 
 def test_window_weighs_energy_per_token_by_tokens() -> None:
     clock = Clock()
-    window = SLMWindow("small", clock)
+    window = SLMStats("small", clock)
     window.observe(replace(OK, output_tokens=1, energy_j=4.0))
     window.observe(replace(OK, output_tokens=99, energy_j=96.0))
     assert window.snapshot(clock.now).energy_j_per_token == pytest.approx(1.0)
@@ -206,7 +211,7 @@ def test_window_weighs_energy_per_token_by_tokens() -> None:
 
 def test_window_reports_how_long_it_has_heard_nothing() -> None:
     clock = Clock()
-    window = SLMWindow("small", clock)
+    window = SLMStats("small", clock)
     window.observe(replace(OK, queue_s=0.25))
     clock.now += 12.0
     seen = window.snapshot(clock.now)
@@ -214,7 +219,7 @@ def test_window_reports_how_long_it_has_heard_nothing() -> None:
 
 
 def test_window_stays_bounded() -> None:
-    window = SLMWindow("small", Clock())
+    window = SLMStats("small", Clock())
     for _ in range(WINDOW_SIZE * 3):
         window.observe(OK)
     assert len(window._ttft.window) == WINDOW_SIZE
@@ -231,7 +236,7 @@ def test_window_stays_bounded() -> None:
 )
 def test_what_is_not_the_slms_fault_is_no_failure(outcome: Outcome) -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     for _ in range(50):
         monitor.observe(outcome)
     assert monitor.snapshot("small", clock.now).failures == 0
@@ -240,7 +245,7 @@ def test_what_is_not_the_slms_fault_is_no_failure(outcome: Outcome) -> None:
 
 def test_failures_open_the_breaker_in_the_state() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     for _ in range(5):
         monitor.observe(FAILED)
     state = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
@@ -250,7 +255,7 @@ def test_failures_open_the_breaker_in_the_state() -> None:
 
 def test_attempts_served_elsewhere_open_the_breaker_too() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small", "big"], clock)
+    monitor = FleetStats(["small", "big"], clock)
     for _ in range(5):
         monitor.attempt_failed("small")
         monitor.observe(replace(OK, slm_id="big", retries=1))
@@ -260,7 +265,7 @@ def test_attempts_served_elsewhere_open_the_breaker_too() -> None:
 
 def test_half_open_state_depends_on_this_process_requests_in_flight() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     for _ in range(5):
         monitor.attempt_failed("small")
     clock.now += BreakerLimits().cool_down_s
@@ -274,7 +279,7 @@ def test_state_sums_load_and_averages_ratios_over_replicas() -> None:
         ReplicaState("r1", running=3, waiting=1, kv_usage_ratio=0.2, cached_prefix_ratio=0.5),
         ReplicaState("r2", running=2, waiting=0, kv_usage_ratio=0.6, cached_prefix_ratio=0.1),
     ]
-    state = FleetMonitor(["small"], clock).state(SPEC, replicas, clock.now)
+    state = FleetStats(["small"], clock).state(SPEC, replicas, clock.now)
     assert (state.residency, state.replicas) == (Residency.HOT, 2)
     assert (state.running, state.waiting, state.capacity) == (5, 1, 2 * SLOTS)
     assert (state.kv_usage_ratio, state.cached_prefix_ratio) == pytest.approx((0.4, 0.3))
@@ -283,14 +288,14 @@ def test_state_sums_load_and_averages_ratios_over_replicas() -> None:
 def test_state_counts_requests_sent_that_no_engine_has_reported_yet() -> None:
     clock = Clock()
     burst = [ReplicaState("r1", queue_length=SLOTS + 3)]
-    state = FleetMonitor(["small"], clock).state(SPEC, burst, clock.now)
+    state = FleetStats(["small"], clock).state(SPEC, burst, clock.now)
     assert (state.running, state.waiting) == (SLOTS, 3)
 
 
 def test_states_know_how_many_requests_the_whole_fleet_has() -> None:
     clock = Clock()
     big = SPEC.model_copy(update={"id": "big"})
-    monitor = FleetMonitor(["small", "big"], clock)
+    monitor = FleetStats(["small", "big"], clock)
     monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
     assert monitor.state(big, [ReplicaState("r2", running=2)], clock.now).in_flight == 5
     assert monitor.state(SPEC, [ReplicaState("r1", running=1)], clock.now).in_flight == 3
@@ -300,10 +305,10 @@ def test_states_know_how_many_requests_the_whole_fleet_has() -> None:
 
 def test_the_state_prices_one_more_request_at_the_present_load() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     for running in (1, 4) * 40:
         joules = 10 * (0.01 + 0.08 / running)
-        met = {"load_met": [running, running, 1.0]}
+        met = {"load_at_decision": [running, running, 1.0]}
         monitor.observe(replace(OK, energy_j=joules, output_tokens=10, extra=met))
     idle = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
     busy = monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
@@ -315,9 +320,12 @@ def test_the_state_prices_one_more_request_at_the_present_load() -> None:
 
 def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     slow = replace(
-        OK, ttft_s=0.3, predicted=(0.5, 64.0, 0.1, 0.01, 6.4), extra={"load_met": [1, 1, 1.0]}
+        OK,
+        ttft_s=0.3,
+        predicted=(0.5, 64.0, 0.1, 0.01, 6.4),
+        extra={"load_at_decision": [1, 1, 1.0]},
     )
     for _ in range(20):
         monitor.observe(slow)
@@ -328,14 +336,14 @@ def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
 
 def test_state_without_replicas_is_what_the_caller_says() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     assert monitor.state(SPEC, [], clock.now).residency is Residency.COLD
     assert monitor.state(SPEC, [], clock.now, Residency.DEAD).residency is Residency.DEAD
 
 
 def test_measured_wake_time_replaces_the_prior() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     assert monitor.state(SPEC, [], clock.now).wake_s == SPEC.priors.wake_s
     monitor.woke("small", 3.5)
     assert monitor.state(SPEC, [], clock.now).wake_s == 3.5
@@ -343,7 +351,7 @@ def test_measured_wake_time_replaces_the_prior() -> None:
 
 def test_recent_means_follow_a_change_within_a_few_half_lives() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     monitor.observe(OK)
     clock.now += 10 * HALF_LIFE_S
     monitor.observe(replace(OK, ttft_s=0.9))
@@ -352,7 +360,7 @@ def test_recent_means_follow_a_change_within_a_few_half_lives() -> None:
 
 def test_slms_come_and_go_while_running() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     monitor.add("new")
     monitor.observe(replace(OK, slm_id="new"))
     monitor.remove("small")
@@ -363,7 +371,7 @@ def test_slms_come_and_go_while_running() -> None:
 
 def test_adding_an_slm_twice_keeps_what_was_observed() -> None:
     clock = Clock()
-    monitor = FleetMonitor(["small"], clock)
+    monitor = FleetStats(["small"], clock)
     monitor.observe(OK)
     monitor.add("small")
     assert monitor.snapshot("small", clock.now).requests == 1

@@ -42,7 +42,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Gains:
+class ContentGain:
     """The window's summary; gains are per decision, in the objective's quality points."""
 
     decisions: int
@@ -50,7 +50,7 @@ class Gains:
     gain_best_single: float
     gain_share_matched: float
     quality_gain_share_matched: float  # P(success) alone, without load and cost
-    forgone_quality: float  # best P(success) among the candidates less the chosen one's
+    regret: float  # best P(success) among the candidates less the chosen one's
     shares: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -60,7 +60,7 @@ class Gains:
             return ""
         if self.entropy_ratio < MIN_ENTROPY_RATIO:
             favourite = max(self.shares, key=self.shares.__getitem__)
-            if self.forgone_quality < MIN_GAIN:
+            if self.regret < MIN_GAIN:
                 return f"{favourite} is best for every prompt"
             return f"{favourite} gets every prompt although others are predicted better for some"
         if self.gain_best_single < MIN_GAIN and self.quality_gain_share_matched < MIN_GAIN:
@@ -68,7 +68,7 @@ class Gains:
         return ""
 
 
-class SelectorWatch:
+class ContentGainMonitor:
     """The last WINDOW scored decisions of one router; microseconds each, after the answer."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class SelectorWatch:
         if len(self._window) > WINDOW:
             self._count(self._window.popleft(), -1)
 
-    def gains(self) -> Gains | None:
+    def gains(self) -> ContentGain | None:
         """Summarise the window; None before the first decision."""
         count = len(self._window)
         if not count:
@@ -108,13 +108,13 @@ class SelectorWatch:
         blind_score = sum(share * score[i] for i, share in shares.items())
         blind_quality = sum(share * quality[i] for i, share in shares.items())
         entropy = -sum(share * math.log(share) for share in shares.values())
-        return Gains(
+        return ContentGain(
             decisions=count,
             entropy_ratio=round(entropy / math.log(max(len(self._slms), 2)), 4),
             gain_best_single=round((self._score - max(score.values())) / count, 4),
             gain_share_matched=round((self._score - blind_score) / count, 4),
             quality_gain_share_matched=round((self._quality - blind_quality) / count, 4),
-            forgone_quality=round((self._best_quality - self._quality) / count, 4),
+            regret=round((self._best_quality - self._quality) / count, 4),
             shares={i: round(share, 3) for i, share in sorted(shares.items())},
         )
 

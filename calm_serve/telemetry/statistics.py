@@ -73,6 +73,36 @@ class DecayedRate:
         return self._amount * _halvings(now - self._at, self._half_life_s)
 
 
+class DecayedLine:
+    """Least squares y = level + slope * x; values count half after `half_life` newer ones."""
+
+    __slots__ = ("_keep", "_x", "_xx", "_xy", "_y", "weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._keep = 0.5 ** (1.0 / half_life)
+        self.weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float, weight: float = 1.0) -> None:
+        """Count a value with `weight` (above 0)."""
+        keep = self._keep
+        self.weight = self.weight * keep + weight
+        self._x = self._x * keep + weight * x
+        self._y = self._y * keep + weight * y
+        self._xx = self._xx * keep + weight * x * x
+        self._xy = self._xy * keep + weight * x * y
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Weighted means of x and y; ZeroDivisionError before the first value."""
+        return self._x / self.weight, self._y / self.weight
+
+    def slope(self, prior: float, ridge: float) -> float:
+        """The slope, drawn to `prior` as if that had been seen over a sum of squares of `ridge`."""
+        x, y = self.means
+        squares = max(self._xx - self.weight * x * x, 0.0)
+        return (self._xy - self.weight * x * y + ridge * prior) / (squares + ridge)
+
+
 class QuantileWindow:
     """The last `size` values, none older than `max_age_s`; exact quantiles over them."""
 

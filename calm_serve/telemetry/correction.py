@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from calm_serve.monitor.drift import Cusum
+from calm_serve.telemetry.change_detection import Cusum
 
 # Labels behind a factor. More would be steadier, but slower to follow.
 WINDOW = 50

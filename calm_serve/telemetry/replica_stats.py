@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
-from calm_serve.monitor.windows import HALF_LIFE_S, MAX_AGE_S
+from calm_serve.telemetry.slm_stats import HALF_LIFE_S, MAX_AGE_S
+from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
 from calm_serve.types import Outcome
 
 MAX_REPLICAS = 512  # those not heard of for longest are forgotten; replicas come and go
@@ -29,7 +29,7 @@ class _Replica:
         self.tokens = DecayedRate(HALF_LIFE_S, now)
 
 
-class ReplicaWindows:
+class ReplicaStats:
     """Recent outcomes by replica; bounded, single-threaded. `clock` is monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

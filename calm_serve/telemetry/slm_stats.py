@@ -1,6 +1,6 @@
 """What this process has recently seen of each SLM: latency, energy, rates, failures.
 
-`FleetMonitor` is written by one event loop (a router's), once per finished request, and read once
+`FleetStats` is written by one event loop (a router's), once per finished request, and read once
 per decision; it holds no lock and does no I/O. Its size is bounded by the number of SLMs.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
-from calm_serve.monitor.breaker import Breaker, BreakerLimits, BreakerState
-from calm_serve.monitor.decay import DecayedRate, Ewma, QuantileWindow
-from calm_serve.monitor.load_effect import LoadEffect
+from calm_serve.telemetry.circuit_breaker import BreakerLimits, BreakerState, CircuitBreaker
+from calm_serve.telemetry.residuals import LoadEffect
+from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
 from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
 
 Clock = Callable[[], float]
@@ -24,7 +24,7 @@ MAX_AGE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class SLMSnapshot:
+class SLMStatsSnapshot:
     """One SLM's recent past. Means and quantiles are None before the first observation."""
 
     slm_id: str
@@ -49,7 +49,7 @@ class SLMSnapshot:
     age_s: float  # since the last outcome, or since the window was made
 
 
-class SLMWindow:
+class SLMStats:
     """Recent outcomes of one SLM, forgetting with a half-life of `HALF_LIFE_S`."""
 
     def __init__(self, slm_id: str, clock: Clock, limits: BreakerLimits | None = None) -> None:
@@ -63,7 +63,7 @@ class SLMWindow:
         self._energy_j_per_token = Ewma(HALF_LIFE_S)
         self._output_tokens = DecayedRate(HALF_LIFE_S, now)
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
-        self._breaker = Breaker(limits or BreakerLimits())
+        self._breaker = CircuitBreaker(limits or BreakerLimits())
         self.effect = LoadEffect()
         self.wake_s: float | None = None
         self.quality_factor = 1.0
@@ -98,10 +98,10 @@ class SLMWindow:
         self._failures += 1
         self._breaker.record(True, self._clock())
 
-    def snapshot(self, now: float) -> SLMSnapshot:
+    def snapshot(self, now: float) -> SLMStatsSnapshot:
         """Return everything this window knows at `now`; sorts, so not for the hot path."""
         ttft_p50, ttft_p95 = self._ttft.window.quantiles((0.5, 0.95), now)
-        return SLMSnapshot(
+        return SLMStatsSnapshot(
             slm_id=self._slm_id,
             ttft_s=self._ttft.recent.mean,
             ttft_p50_s=ttft_p50,
@@ -132,7 +132,7 @@ class SLMWindow:
         absent: Residency,
         elsewhere: int = 0,
     ) -> SLMState:
-        """Return the live state; see `FleetMonitor.state`."""
+        """Return the live state; see `FleetStats.state`."""
         running, waiting = _load(replicas, spec.limits.max_num_seqs)
         sent = sum(r.queue_length for r in replicas)
         count = max(len(replicas), 1)
@@ -173,12 +173,12 @@ class SLMWindow:
             self._breaker.record(False, now)
 
 
-class FleetMonitor:
-    """One `SLMWindow` per SLM of the fleet."""
+class FleetStats:
+    """One `SLMStats` per SLM of the fleet."""
 
     def __init__(self, slm_ids: Iterable[str], clock: Clock) -> None:
         self._clock = clock
-        self._windows = {slm_id: SLMWindow(slm_id, clock) for slm_id in slm_ids}
+        self._windows = {slm_id: SLMStats(slm_id, clock) for slm_id in slm_ids}
         self._inside: dict[str, int] = {}  # requests, when the SLM was last looked at
         self._in_flight = 0
         self._predictor = ""
@@ -191,7 +191,7 @@ class FleetMonitor:
     def add(self, slm_id: str) -> None:
         """Start watching an SLM; one that is watched already keeps its window."""
         if slm_id not in self._windows:
-            self._windows[slm_id] = SLMWindow(slm_id, self._clock)
+            self._windows[slm_id] = SLMStats(slm_id, self._clock)
 
     def remove(self, slm_id: str) -> None:
         """Forget an SLM; its late outcomes will be ignored."""
@@ -252,7 +252,7 @@ class FleetMonitor:
         self._inside[spec.id] = state.running + state.waiting
         return state
 
-    def snapshot(self, slm_id: str, now: float) -> SLMSnapshot:
+    def snapshot(self, slm_id: str, now: float) -> SLMStatsSnapshot:
         """Return one SLM's recent past; KeyError when it is not watched."""
         return self._windows[slm_id].snapshot(now)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from calm_serve.monitor.decay import Ewma
+from calm_serve.telemetry.statistics import Ewma
 
 
 class BreakerState(StrEnum):
@@ -28,7 +28,7 @@ class BreakerLimits:
     max_cool_down_s: float = 60.0
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens on consecutive failures or on the recent failure ratio; closes on one good probe."""
 
     __slots__ = ("_cool_down_s", "_limits", "_opened_at", "_ratio", "consecutive")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from calm_serve.telemetry.statistics import DecayedLine
 from calm_serve.types import Outcome, SLMState
 
 # An engine's step costs about the same whoever is in it, so a token's joules fall with the number
@@ -29,36 +30,6 @@ SPREAD_PRIOR_ANSWERS = 4.0
 PRIOR_SPREAD, MIN_SPREAD = 0.5, 0.05
 _SPREAD_KEEP = 0.5 ** (1.0 / SPREAD_HALF_LIFE)
 TINY_S = 1e-6
-
-
-class DecayedLine:
-    """Least squares y = level + slope * x; values count half after `half_life` newer ones."""
-
-    __slots__ = ("_keep", "_x", "_xx", "_xy", "_y", "weight")
-
-    def __init__(self, half_life: float) -> None:
-        self._keep = 0.5 ** (1.0 / half_life)
-        self.weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def add(self, x: float, y: float, weight: float = 1.0) -> None:
-        """Count a value with `weight` (above 0)."""
-        keep = self._keep
-        self.weight = self.weight * keep + weight
-        self._x = self._x * keep + weight * x
-        self._y = self._y * keep + weight * y
-        self._xx = self._xx * keep + weight * x * x
-        self._xy = self._xy * keep + weight * x * y
-
-    @property
-    def means(self) -> tuple[float, float]:
-        """Weighted means of x and y; ZeroDivisionError before the first value."""
-        return self._x / self.weight, self._y / self.weight
-
-    def slope(self, prior: float, ridge: float) -> float:
-        """The slope, drawn to `prior` as if that had been seen over a sum of squares of `ridge`."""
-        x, y = self.means
-        squares = max(self._xx - self.weight * x * x, 0.0)
-        return (self._xy - self.weight * x * y + ridge * prior) / (squares + ridge)
 
 
 class TokenEnergy:
@@ -163,18 +134,24 @@ class LogSpread:
         self.value = max(math.sqrt(self._squares / self._weight), MIN_SPREAD)
 
 
-def load_met(state: SLMState) -> dict[str, Any]:
+def load_at_decision(state: SLMState) -> dict[str, Any]:
     """What `Outcome.extra` keeps of the load that a request met; `state` is that of its decision.
 
     [requests per replica of the SLM, requests inside all SLMs, both with this one, and the TTFT
     ratio that its prediction had].
     """
     inside = (state.running + state.waiting) / max(state.replicas, 1)
-    return {"load_met": [round(inside + 1.0, 2), state.in_flight + 1, round(state.ttft_ratio, 4)]}
+    return {
+        "load_at_decision": [
+            round(inside + 1.0, 2),
+            state.in_flight + 1,
+            round(state.ttft_ratio, 4),
+        ]
+    }
 
 
 class LoadEffect:
-    """What the answers of one SLM say of the load they met (`load_met`)."""
+    """What the answers of one SLM say of the load they met (`load_at_decision`)."""
 
     __slots__ = ("e2e_spread", "energy", "tpot", "ttft", "ttft_spread")
 
@@ -185,9 +162,9 @@ class LoadEffect:
 
     def observe(self, outcome: Outcome) -> None:
         """Count an answer, unless it waited for its SLM to wake or nobody wrote down its load."""
-        if outcome.status != "ok" or outcome.cold or "load_met" not in outcome.extra:
+        if outcome.status != "ok" or outcome.cold or "load_at_decision" not in outcome.extra:
             return
-        running, in_flight, applied = outcome.extra["load_met"]
+        running, in_flight, applied = outcome.extra["load_at_decision"]
         if outcome.energy_j is not None and outcome.output_tokens > 0:
             joules = outcome.energy_j / outcome.output_tokens
             self.energy.add(joules, running, outcome.output_tokens)

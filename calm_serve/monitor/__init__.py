@@ -1,1 +1,0 @@
-"""Monitor: windows over what happened, and energy meters."""

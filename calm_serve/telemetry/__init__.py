@@ -1,0 +1,45 @@
+"""Telemetry: what was measured, kept in bounded statistics. Owner: router and SLM replica (the
+knowledge actor reads along). Never blocks, but for the energy meters' system calls.
+"""
+
+from calm_serve.telemetry.alarms import Alarms
+from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, LevelChange, PopulationShift
+from calm_serve.telemetry.content_gain import ContentGainMonitor
+from calm_serve.telemetry.correction import QualityCorrection
+from calm_serve.telemetry.coverage import Calibration, quantiles
+from calm_serve.telemetry.energy import (
+    DEFAULT_WATTS_PER_CORE,
+    POWERCAP,
+    EnergyMeter,
+    TokenShareAttributor,
+    best_meter,
+)
+from calm_serve.telemetry.nvml import NvmlMeter, visible_gpus
+from calm_serve.telemetry.replica_stats import ReplicaStats
+from calm_serve.telemetry.residuals import load_at_decision
+from calm_serve.telemetry.slm_stats import FleetStats
+from calm_serve.telemetry.statistics import DecayedRate, Ewma
+
+__all__ = [
+    "DEFAULT_WATTS_PER_CORE",
+    "POWERCAP",
+    "PSI_ALARM",
+    "PSI_CLEAR",
+    "Alarms",
+    "Calibration",
+    "ContentGainMonitor",
+    "DecayedRate",
+    "EnergyMeter",
+    "Ewma",
+    "FleetStats",
+    "LevelChange",
+    "NvmlMeter",
+    "PopulationShift",
+    "QualityCorrection",
+    "ReplicaStats",
+    "TokenShareAttributor",
+    "best_meter",
+    "load_at_decision",
+    "quantiles",
+    "visible_gpus",
+]
