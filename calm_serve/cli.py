@@ -32,7 +32,7 @@ from calm_serve.errors import (
 )
 
 if TYPE_CHECKING:
-    from calm_serve.analyze.predictor import Predictor
+    from calm_serve.prediction import Predictor
 
 DEFAULT_CONFIG = "serve_config.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -227,8 +227,8 @@ def _minimum(args: ServeArgs, fleet: Fleet) -> tuple[float, float]:
 
 def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
     # Imported here: `calm fleet` should not wait for numpy and LightGBM.
-    from calm_serve.analyze.request import parse_chat, parse_overrides
     from calm_serve.loop import Loop
+    from calm_serve.requests import parse_chat, parse_overrides
 
     args, fleet = _load(config)
     loop = Loop(fleet, args.goals, predictor=_shipped_predictor(fleet))
@@ -237,8 +237,7 @@ def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shipped_predictor(fleet: Fleet) -> Predictor | None:
-    from calm_serve.analyze.lightgbm import LightGBMPredictor, load_artifact
-    from calm_serve.analyze.prior import MetadataPrior
+    from calm_serve.prediction import LightGBMPredictor, MetadataPrior, load_artifact
 
     if not fleet.predictor:
         return None

@@ -17,7 +17,7 @@ from calm_serve.config import Goals, SelectionPolicyName
 from calm_serve.errors import ConfigError, KnowledgeError
 
 if TYPE_CHECKING:
-    from calm_serve.analyze.lightgbm import LightGBMPredictor
+    from calm_serve.prediction import LightGBMPredictor
 
 PROGRESS_ROWS = 1000
 Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
@@ -118,8 +118,7 @@ def _configured(applications: Any, name: str) -> Any:
 
 
 def _predictor(path: str) -> LightGBMPredictor:
-    from calm_serve.analyze.lightgbm import LightGBMPredictor, load_artifact
-    from calm_serve.analyze.prior import MetadataPrior
+    from calm_serve.prediction import LightGBMPredictor, MetadataPrior, load_artifact
 
     try:
         return LightGBMPredictor(load_artifact(Path(path)), MetadataPrior())

@@ -14,15 +14,13 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from calm_serve.analyze.features import ContextBuilder, add_features, text_buckets
-from calm_serve.analyze.predictor import Predictor
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.analyze.request import ChatRequest, Overrides
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
 from calm_serve.plan import filters, objective, policies, rules
 from calm_serve.plan.baseline import Baseline
 from calm_serve.plan.controller import GoalController
+from calm_serve.prediction import MetadataPrior, Predictor
+from calm_serve.requests import ChatRequest, ContextBuilder, Overrides, fill_features, text_buckets
 from calm_serve.types import (
     Candidate,
     Decision,
@@ -167,7 +165,7 @@ class Loop:
 
     def complete(self, decision: Decision, request: ChatRequest) -> None:
         """Add to the record what the decision itself did not need: features for learning."""
-        add_features(decision.context, request)
+        fill_features(decision.context, request)
 
     def _pinned(
         self,
@@ -191,7 +189,7 @@ class Loop:
         if why:
             raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {why}")
         if request is not None:
-            add_features(context, request)
+            fill_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
         candidate = objective.evaluate(context, prediction, state, self.weights)
         return self._record(
@@ -235,7 +233,7 @@ class Loop:
         rule: str,
     ) -> Decision:
         if request is not None:
-            add_features(context, request)
+            fill_features(context, request)
         specs = [self.specs[i] for i in allowed]
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         weights = self.weights

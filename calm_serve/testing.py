@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from calm_serve.analyze.features import LOAD_NAMES, NUMBER_NAMES
 from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.prediction import LOAD_NAMES
+from calm_serve.requests import NUMBER_NAMES
 from calm_serve.types import (
     Candidate,
     Decision,

@@ -67,7 +67,7 @@ class RoutingContext:
 
     Built once per request by `analyze.features.ContextBuilder`, in bounded time, without a
     tokenizer. `numbers` and `buckets` together are everything the predictor sees of the prompt;
-    they are empty until somebody needs them (`analyze.features.add_features`).
+    they are empty until somebody needs them (`analyze.features.fill_features`).
     """
 
     request_id: str

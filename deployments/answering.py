@@ -10,11 +10,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from calm_serve.analyze.predictor import live_load
-from calm_serve.analyze.request import ChatRequest, parse_chat, parse_completion, parse_overrides
 from calm_serve.config import ServeArgs
 from calm_serve.errors import CalmError
 from calm_serve.loop import Loop
+from calm_serve.prediction import live_load
+from calm_serve.requests import (
+    ChatRequest,
+    parse_chat,
+    parse_completion,
+    parse_overrides,
+)
 from calm_serve.types import Decision, Residency
 from deployments import dispatch, endings, holding, http
 from deployments.fleet_view import FleetView

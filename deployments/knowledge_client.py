@@ -20,13 +20,12 @@ from pydantic import ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from calm_serve.analyze.lightgbm import Artifact, LightGBMPredictor
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError, KnowledgeError, RequestError
 from calm_serve.knowledge.newcomers import with_newcomers
 from calm_serve.knowledge.shadow import Shadow
 from calm_serve.loop import Loop
+from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior
 from calm_serve.types import Outcome, QualitySignal
 from deployments.fleet_view import FleetView
 from deployments.handles import Handles

@@ -19,10 +19,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from calm_serve.analyze.request import ChatRequest, parse_chat, parse_completion, parse_overrides
 from calm_serve.config import Fleet, ServeArgs
 from calm_serve.errors import CalmError, RequestError
 from calm_serve.loop import Loop
+from calm_serve.requests import (
+    ChatRequest,
+    parse_chat,
+    parse_completion,
+    parse_overrides,
+)
 from deployments import dispatch, http
 from deployments.answering import Answering
 from deployments.exposition import render_fleet_metrics

@@ -21,12 +21,10 @@ from typing import Any
 import psutil
 from pydantic_core import from_json
 
-from calm_serve.analyze.features import ContextBuilder, add_features
-from calm_serve.analyze.lightgbm import LightGBMPredictor
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.analyze.request import parse_chat, parse_overrides
 from calm_serve.config import Goals
 from calm_serve.loop import Loop
+from calm_serve.prediction import LightGBMPredictor, MetadataPrior
+from calm_serve.requests import ContextBuilder, fill_features, parse_chat, parse_overrides
 from calm_serve.types import Decision, RoutingContext
 from load_tests import decision_plots, report
 from load_tests.decision_lightgbm import OPTIONS, measure_lightgbm, summary, tree_counts
@@ -89,7 +87,7 @@ class Case:
         context = self._builder.build(request, overrides, f"{self.name}-{self._ids}")
         marks.append(perf_counter_ns())
         if not self._by_rule:
-            add_features(context, request)
+            fill_features(context, request)
         marks.append(perf_counter_ns())
         self._loop.decide_context(context)
         marks.append(perf_counter_ns())

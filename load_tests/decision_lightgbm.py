@@ -13,9 +13,18 @@ import numpy as np
 from lightgbm.basic import _LIB, _safe_call
 from numpy.typing import NDArray
 
-from calm_serve.analyze.lightgbm import OUTPUT_TOKENS, OWN_HEADS, SUCCESS, Heads, own_head
-from calm_serve.analyze.one_row import COLUMNS, OneRow, SparseRow, joined
-from calm_serve.analyze.predictor import live_load
+from calm_serve.prediction import (
+    COLUMNS,
+    OUTPUT_TOKENS,
+    OWN_HEADS,
+    SUCCESS,
+    Heads,
+    SingleRow,
+    SparseRow,
+    joined,
+    live_load,
+    own_head,
+)
 from calm_serve.types import RoutingContext
 from load_tests.decision_world import World
 
@@ -92,12 +101,12 @@ class _Ways:
         self._dense_row = np.zeros(COLUMNS, dtype=np.float32)
         calls = {b: _DenseRow(b, self._dense_row) for row in self._boosters for b in row}
         self._dense = [[calls[b] for b in row] for row in self._boosters]
-        self._fast = [[OneRow(b, self._sparse) for b in row] for row in self._boosters]
+        self._fast = [[SingleRow(b, self._sparse) for b in row] for row in self._boosters]
         keys = [own_head(head, ids[index]) for index, _ in self._candidates for head in OWN_HEADS]
         text, self._places = joined([world.artifact.boosters[key] for key in keys])
         self._wordless = SparseRow()
-        self._own = OneRow(lgb.Booster(model_str=text), self._sparse)
-        self._last = OneRow(self._residual, self._wordless)
+        self._own = SingleRow(lgb.Booster(model_str=text), self._sparse)
+        self._last = SingleRow(self._residual, self._wordless)
 
     def predict_per_row(self) -> Values:
         """`Booster.predict` for every head of every candidate."""

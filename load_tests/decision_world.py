@@ -16,12 +16,10 @@ from typing import Any
 
 import yaml
 
-from calm_serve.analyze.features import BUCKETS, ContextBuilder, add_features
-from calm_serve.analyze.lightgbm import Artifact
-from calm_serve.analyze.predictor import live_load
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
 from calm_serve.knowledge.trainer import train
+from calm_serve.prediction import Artifact, live_load
+from calm_serve.requests import BUCKETS, ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.testing import make_outcome, make_state
 from calm_serve.types import QualitySignal, RoutingContext, SLMState
 
@@ -132,7 +130,7 @@ def _learnt(fleet: Fleet, rng: Random) -> Artifact:
         request = {"messages": [{"role": "user", "content": prompt(topic, chars, rng)}]}
         parsed = parse_chat(request)
         context = builder.build(parsed, Overrides(), f"o{i}")
-        add_features(context, parsed)
+        fill_features(context, parsed)
         state = make_state(spec.id, running=rng.randrange(16), waiting=rng.randrange(4))
         load = live_load(context, spec, state)
         success = _success_ratio(topic, context, spec.skills[0], spec.parameters)

@@ -18,11 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.analyze.features import ContextBuilder, add_features
-from calm_serve.analyze.lightgbm import LightGBMPredictor, load_artifact
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet, SLMSpec, load_fleet
+from calm_serve.prediction import LightGBMPredictor, MetadataPrior, load_artifact
+from calm_serve.requests import ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.types import RoutingContext
 from load_tests.served import FLEETS
 from load_tests.workloads import Request, standard
@@ -117,7 +115,7 @@ def reference(path: Path = ANSWERS) -> Answers:
     for one in asked:
         request = parse_chat({"messages": one.messages, "max_tokens": MAX_TOKENS})
         contexts.append(builder.build(request, Overrides(), ""))
-        add_features(contexts[-1], request)
+        fill_features(contexts[-1], request)
     speeds = {s.id: fit(tables, slms.index(s.id), *_measured(s)) for s in fleet.slms}
     return Answers(asked, contexts, slms, tables, fleet, speeds)
 
@@ -171,7 +169,7 @@ A100_WATTS = 300.0
 PCIE_4_BYTES_PER_S = 32e9
 A100_FLOPS = 312e12  # dense bf16, same source
 # Assumed, not published: half of the peak in the prefill, a quarter of the link while waking, the
-# whole board power while a step runs, and the slowdown that calm_serve/analyze/latency.py assumes.
+# whole board power while a step runs, and the slowdown of calm_serve/prediction/latency.py.
 PREFILL_SHARE, LINK_SHARE, SLOWDOWN = 0.5, 0.25, 0.5 / 15
 
 

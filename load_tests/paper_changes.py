@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calm_serve.analyze.lightgbm import load_artifact
+from calm_serve.prediction import load_artifact
 from load_tests import paper_changes_figures as judged
 from load_tests import paper_changes_plots
 from load_tests.paper_changes_parts import (

@@ -9,10 +9,9 @@ from random import Random
 
 import numpy as np
 
-from calm_serve.analyze.lightgbm import Artifact, load_artifact, own_head
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.config import Fleet, Goals
 from calm_serve.knowledge.newcomers import Newcomers, fit, known_slms, with_newcomers
+from calm_serve.prediction import Artifact, MetadataPrior, load_artifact, own_head
 from load_tests.paper_adaptation import AFTER, BEFORE, FEEDBACK_RATIO, SHARE_RATIO
 from load_tests.paper_answers import Answers
 from load_tests.paper_call import Row

@@ -11,7 +11,6 @@ from random import Random
 
 import numpy as np
 
-from calm_serve.analyze.predictor import Predictor
 from calm_serve.config import (
     Goals,
     ResidencyOptions,
@@ -21,6 +20,7 @@ from calm_serve.config import (
     SLMSpec,
 )
 from calm_serve.plan.residency_baselines import belady
+from calm_serve.prediction import Predictor
 from calm_serve.types import Prediction, RoutingContext, SLMState
 from load_tests import arrivals
 from load_tests.paper_answers import Answers, shipped

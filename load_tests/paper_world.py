@@ -14,11 +14,11 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from calm_serve.analyze.predictor import Predictor, live_load
 from calm_serve.config import Fleet, Goals, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError
 from calm_serve.knowledge.watch import Watch
 from calm_serve.loop import Loop
+from calm_serve.prediction import Predictor, live_load
 from calm_serve.telemetry import FleetStats
 from calm_serve.testing import EngineSimulator, FakeClock, Served
 from calm_serve.types import Outcome, QualitySignal, SLMState

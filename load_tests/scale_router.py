@@ -12,11 +12,11 @@ from random import Random
 
 from pydantic_core import from_json
 
-from calm_serve.analyze.predictor import Predictor
-from calm_serve.analyze.request import parse_chat, parse_overrides
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
 from calm_serve.loop import Loop
+from calm_serve.prediction import Predictor
+from calm_serve.requests import parse_chat, parse_overrides
 from calm_serve.telemetry import FleetStats
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
 from deployments.fleet_view import STATE_LIFETIME_S

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 from time import thread_time_ns
 
-from calm_serve.analyze.predictor import Predictor
 from calm_serve.config import Fleet
+from calm_serve.prediction import Predictor
 from calm_serve.testing import EngineSimulator, FakeClock, Served, make_facts, make_outcome
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState
 from load_tests.decision_world import body

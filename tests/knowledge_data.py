@@ -10,9 +10,9 @@ import math
 import random
 from typing import Any
 
-from calm_serve.analyze.features import LOAD_NAMES, NUMBER_NAMES
-from calm_serve.analyze.predictor import live_load
 from calm_serve.config import Fleet, SLMSpec
+from calm_serve.prediction.base import LOAD_NAMES, live_load
+from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.types import (
     Outcome,
     OutputShape,

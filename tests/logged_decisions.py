@@ -7,11 +7,11 @@ from dataclasses import astuple
 from random import Random
 from typing import Any
 
-from calm_serve.analyze.features import NUMBER_NAMES
-from calm_serve.analyze.predictor import Predictor, live_load
 from calm_serve.config import Goals, SLMSpec
 from calm_serve.knowledge.decisions import terms_of
 from calm_serve.loop import Loop
+from calm_serve.prediction.base import Predictor, live_load
+from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.types import Outcome, QualitySignal, SLMState
 from tests.knowledge_data import CODER, make_context, make_fleet, make_outcome, make_state
 

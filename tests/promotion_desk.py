@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calm_serve.analyze.lightgbm import LightGBMPredictor
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.config import Goals, Learning
 from calm_serve.knowledge.promotion import Promotion
 from calm_serve.knowledge.shadow import Shadow
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.trainer import Training, train
+from calm_serve.prediction.base import MetadataPrior
+from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.testing import FakeClock
 from calm_serve.types import Outcome
 from tests.knowledge_data import CODER, TALKER, make_world

@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm_serve.analyze.lightgbm import Artifact, load_artifact
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.models import Model, ModelShelf, ModelState
+from calm_serve.prediction import Artifact, load_artifact
 
 CHAMPION_FILE = "champion.bin"  # of versions that kept one predictor only
 SHIPPED_FILE = "predictor.bin"

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-from calm_serve.analyze.features import NUMBER_NAMES
 from calm_serve.plan import objective
+from calm_serve.requests import NUMBER_NAMES
 from calm_serve.types import (
     Candidate,
     Decision,

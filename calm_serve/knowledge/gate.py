@@ -14,12 +14,11 @@ from enum import StrEnum
 
 import numpy as np
 
-from calm_serve.analyze.lightgbm import Artifact, LightGBMPredictor, fits_layout
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.knowledge.decisions import LoggedDecision, read_decision, redecide, rescore
 from calm_serve.knowledge.evaluation import Estimate, PolicyLog, measured
 from calm_serve.knowledge.holdout import label_arrays, success_probabilities
 from calm_serve.knowledge.scores import Values, ci95, log_losses, resampled
+from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior, fits_layout
 from calm_serve.types import Candidate, Outcome
 
 MIN_HOLDOUT = 10

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from calm_serve.analyze.features import LOAD_NAMES
-from calm_serve.analyze.lightgbm import (
+from calm_serve.knowledge import scores
+from calm_serve.knowledge.labels import quality_label
+from calm_serve.prediction import (
+    LOAD_NAMES,
     MAX_LOG_RESIDUAL,
     OUTPUT_TOKENS,
     SUCCESS,
@@ -17,8 +19,6 @@ from calm_serve.analyze.lightgbm import (
     Values,
     outcome_rows,
 )
-from calm_serve.knowledge import scores
-from calm_serve.knowledge.labels import quality_label
 from calm_serve.types import Outcome
 
 ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calm_serve.analyze.lightgbm import SUCCESS, Artifact, fits_layout, own_head
 from calm_serve.knowledge.gate import MIN_EXPLORED, Verdict, judge
 from calm_serve.knowledge.holdout import label_arrays, success_probabilities
 from calm_serve.knowledge.scores import calibration_error, log_losses
 from calm_serve.knowledge.shadow import ShadowTally
+from calm_serve.prediction import (
+    SUCCESS,
+    Artifact,
+    fits_layout,
+    own_head,
+)
 from calm_serve.types import Outcome
 
 WINDOW = 500  # labelled outcomes

@@ -15,8 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.errors import KnowledgeError
+from calm_serve.prediction import Artifact
 
 FOLDER = "models"
 INDEX = "models.json"

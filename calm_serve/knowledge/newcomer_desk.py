@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.newcomers import Newcomers, fit, known_slms
+from calm_serve.prediction import Artifact
 from calm_serve.types import Outcome, QualitySignal
 
 META = "newcomers"

@@ -21,19 +21,19 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from calm_serve.analyze.features import LOAD_NAMES, ContextBuilder, add_features
-from calm_serve.analyze.lightgbm import (
-    OWN_HEADS,
-    Artifact,
-    LightGBMPredictor,
-    fits_layout,
-    own_head,
-)
-from calm_serve.analyze.predictor import Predictor
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.knowledge.labels import FEEDBACK, quality_label
 from calm_serve.knowledge.trainer import fit_heads
+from calm_serve.prediction import (
+    LOAD_NAMES,
+    OWN_HEADS,
+    Artifact,
+    LightGBMPredictor,
+    Predictor,
+    fits_layout,
+    own_head,
+)
+from calm_serve.requests import ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.types import (
     DecisionPath,
     Outcome,
@@ -139,7 +139,7 @@ def example_outcomes(fleet: Fleet, newcomer: SLMSpec) -> list[Outcome]:
     for number, (slm_id, text) in enumerate(texts):
         request = parse_chat({"messages": [{"role": "user", "content": text}]})
         context = builder.build(request, Overrides(), f"example-{number}")
-        add_features(context, request)
+        fill_features(context, request)
         quality = priors.skill_quality if slm_id == newcomer.id else priors.quality
         found.append(
             Outcome(

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.knowledge.live_evidence import WINDOW, Calibration, live_calibration
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.prediction import Artifact
 
 CHECK_EVERY_LABELS = 25
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.config import Learning
 from calm_serve.errors import RequestError
 from calm_serve.knowledge.champion import (
@@ -32,6 +31,7 @@ from calm_serve.knowledge.models import Change, Index, Model, ModelShelf, ModelS
 from calm_serve.knowledge.probation import Probation
 from calm_serve.knowledge.shadow import ShadowTally
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.prediction import Artifact
 from calm_serve.types import Outcome
 
 # Thin traffic must not hold a better predictor back: after this long the shadow is judged anyway.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from calm_serve.analyze.features import NUMBER_NAMES
-from calm_serve.analyze.lightgbm import fits_layout
+from calm_serve.prediction import fits_layout
+from calm_serve.requests import NUMBER_NAMES
 from calm_serve.telemetry import PopulationShift
 from calm_serve.types import Outcome
 

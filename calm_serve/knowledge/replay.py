@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm_serve.analyze.lightgbm import fits_layout
 from calm_serve.config import Goals
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.codec import decode_outcome
@@ -32,6 +31,7 @@ from calm_serve.knowledge.decisions import (
 from calm_serve.knowledge.evaluation import METRICS, PolicyLog, estimate
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.plan.controller import GoalController
+from calm_serve.prediction import fits_layout
 from calm_serve.types import (
     Candidate,
     Decision,

@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.gate import judge
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.trainer import train
+from calm_serve.prediction import Artifact
 
 # 50,000 rows are about 110 MB in memory and under a minute on one core.
 MAX_TRAINING_ROWS = 50_000

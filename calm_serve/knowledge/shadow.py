@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from calm_serve.analyze.lightgbm import fits_layout
 from calm_serve.knowledge.decisions import PromptPredictor, read_decision, redecide, rescore
+from calm_serve.prediction import fits_layout
 from calm_serve.types import Outcome
 
 # About 0.2 ms each with six candidates, on the router's event loop: half a percent of it.

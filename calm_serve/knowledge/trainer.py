@@ -14,19 +14,6 @@ import lightgbm as lgb
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.analyze.lightgbm import (
-    MAX_LOG_RESIDUAL,
-    OUTPUT_TOKENS,
-    SUCCESS,
-    TTFT_RESIDUAL,
-    Artifact,
-    Rows,
-    Values,
-    fits_layout,
-    outcome_rows,
-    own_head,
-)
-from calm_serve.analyze.one_row import FIRST_BUCKET, FIRST_LOAD, SLM_COLUMN
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.holdout import (
     ANALYTIC_TTFT,
@@ -37,6 +24,21 @@ from calm_serve.knowledge.holdout import (
     timed,
 )
 from calm_serve.knowledge.labels import quality_label
+from calm_serve.prediction import (
+    FIRST_BUCKET,
+    FIRST_LOAD,
+    MAX_LOG_RESIDUAL,
+    OUTPUT_TOKENS,
+    SLM_COLUMN,
+    SUCCESS,
+    TTFT_RESIDUAL,
+    Artifact,
+    Rows,
+    Values,
+    fits_layout,
+    outcome_rows,
+    own_head,
+)
 from calm_serve.types import Outcome
 
 MIN_LABELLED = 20

@@ -6,8 +6,8 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from calm_serve.analyze.features import BUCKETS, NUMBER_NAMES
 from calm_serve.config import SLMSpec
+from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.testing import make_context, make_spec, make_state
 from calm_serve.types import OutputShape, Residency
 

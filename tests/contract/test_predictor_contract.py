@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.analyze.lightgbm import LightGBMPredictor
-from calm_serve.analyze.predictor import Predictor
-from calm_serve.analyze.prior import MetadataPrior, prior_prediction
 from calm_serve.config import SLMSpec
 from calm_serve.knowledge.trainer import train
+from calm_serve.prediction.base import MetadataPrior, Predictor, prior_prediction
+from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.testing import make_spec
 from calm_serve.types import Prediction, Residency, RoutingContext, SLMState
 from tests.contract.strategies import CONTEXTS, STATES

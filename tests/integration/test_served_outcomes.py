@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 from served_fleet import ServedFleet, eventually
 
-from calm_serve.analyze.features import NUMBER_NAMES
+from calm_serve.requests.features import NUMBER_NAMES
 
 SONG = "Extract intent and slots as JSON: play some jazz by Miles Davis"
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from calm_serve.analyze.features import NUMBER_NAMES
-from calm_serve.analyze.lightgbm import LightGBMPredictor
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.config import Goals
 from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.knowledge.decisions import MAX_LOGGED, read_decision, redecide, rescore, terms_of
 from calm_serve.knowledge.trainer import train
 from calm_serve.loop import Loop
 from calm_serve.plan.objective import weights_of
+from calm_serve.prediction.base import MetadataPrior
+from calm_serve.prediction.lightgbm import LightGBMPredictor
+from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.testing import make_decision, make_prediction
 from calm_serve.types import Candidate, DecisionPath, Weights
 from tests.knowledge_data import (

@@ -11,24 +11,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.analyze import features
-from calm_serve.analyze.features import (
+from calm_serve.prediction.base import LOAD_NAMES, load_vector
+from calm_serve.requests import features
+from calm_serve.requests.context import (
     BLOCK_CHARS,
-    BUCKETS,
-    FOCUS_CHARS,
-    LOAD_NAMES,
     MAX_BLOCKS,
-    NUMBER_NAMES,
     SCAN_CHARS,
     ContextBuilder,
-    add_features,
     detect_language,
-    load_vector,
     prefix_chain,
+)
+from calm_serve.requests.features import (
+    BUCKETS,
+    FOCUS_CHARS,
+    NUMBER_NAMES,
+    fill_features,
     word_buckets,
 )
-from calm_serve.analyze.request import Overrides, parse_chat
-from calm_serve.analyze.words import HEAD_WORDS, TAIL_WORDS, Words, read_words
+from calm_serve.requests.openai import Overrides, parse_chat
+from calm_serve.requests.tokens import (
+    HEAD_WORDS,
+    TAIL_WORDS,
+    Words,
+    read_words,
+)
 from calm_serve.testing import make_fleet, make_spec, make_state
 from calm_serve.types import RoutingContext
 
@@ -46,7 +52,7 @@ def build(text: str, overrides: Overrides | None = None, **fields: Any) -> Routi
     body = {"messages": [{"role": "user", "content": text}], **fields}
     parsed = parse_chat(body)
     context = BUILDER.build(parsed, overrides or Overrides(), "request")
-    add_features(context, parsed)
+    fill_features(context, parsed)
     return context
 
 
@@ -239,14 +245,14 @@ def test_the_load_vector_has_a_value_per_name() -> None:
 
 def test_the_context_is_the_same_in_a_process_with_another_hash_seed() -> None:
     program = (
-        "from calm_serve.analyze.features import ContextBuilder, add_features\n"
-        "from calm_serve.analyze.request import Overrides, parse_chat\n"
+        "from calm_serve.requests.features import ContextBuilder, fill_features\n"
+        "from calm_serve.requests.openai import Overrides, parse_chat\n"
         "from calm_serve.testing import make_fleet\n"
         "fleet = make_fleet(markers={'a': 'alpha', 'b': 'beta'})\n"
         "body = {'messages': [{'role': 'user', 'content': 'Compare alpha to beta, please.'}]}\n"
         "request = parse_chat(body)\n"
         "context = ContextBuilder(fleet).build(request, Overrides(session_id='s'), 'id')\n"
-        "add_features(context, request)\n"
+        "fill_features(context, request)\n"
         "print(context)\n"
     )
     answers = {

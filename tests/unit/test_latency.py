@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.analyze.latency import analytic_tpot_s, analytic_ttft_s, energy_j
-from calm_serve.analyze.prior import MetadataPrior, prior_prediction
 from calm_serve.loop import Loop
+from calm_serve.prediction.base import MetadataPrior, prior_prediction
+from calm_serve.prediction.latency import analytic_tpot_s, analytic_ttft_s, energy_j
 from calm_serve.testing import (
     EngineSimulator,
     FakeClock,

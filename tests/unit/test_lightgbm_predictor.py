@@ -13,22 +13,20 @@ import lightgbm as lgb
 import numpy as np
 import pytest
 
-from calm_serve.analyze.features import BUCKETS, NUMBER_NAMES
-from calm_serve.analyze.latency import analytic_ttft_s
-from calm_serve.analyze.lightgbm import (
+from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge.trainer import train
+from calm_serve.prediction.artifact import (
     OUTPUT_TOKENS,
     SUCCESS,
     Artifact,
-    LightGBMPredictor,
     load_artifact,
-    outcome_rows,
     own_head,
 )
-from calm_serve.analyze.one_row import FIRST_LOAD
-from calm_serve.analyze.predictor import live_load
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.trainer import train
+from calm_serve.prediction.base import MetadataPrior, live_load
+from calm_serve.prediction.latency import analytic_ttft_s
+from calm_serve.prediction.lightgbm import LightGBMPredictor, outcome_rows
+from calm_serve.prediction.single_row import FIRST_LOAD
+from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.types import Residency
 from tests.knowledge_data import (
     CODER,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from calm_serve.analyze.features import NUMBER_NAMES
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
 from calm_serve.loop import Loop, assume_hot
+from calm_serve.requests.features import NUMBER_NAMES
+from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.testing import (
     FakeClock,
     make_context,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from calm_serve.analyze.lightgbm import Artifact
 from calm_serve.config import Fleet
 from calm_serve.knowledge.newcomer_desk import NewcomerDesk
 from calm_serve.knowledge.newcomers import Newcomers, fit
+from calm_serve.prediction.artifact import Artifact
 from calm_serve.testing import make_fleet, make_spec
 
 PRIORS = {"quality": 0.05, "skill_quality": 0.9}

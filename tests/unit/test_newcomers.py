@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from calm_serve.analyze.features import ContextBuilder, add_features
-from calm_serve.analyze.prior import MetadataPrior
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
 from calm_serve.knowledge.newcomers import (
     FIRST_LABELS,
@@ -18,6 +15,10 @@ from calm_serve.knowledge.newcomers import (
     known_slms,
     with_newcomers,
 )
+from calm_serve.prediction.base import MetadataPrior
+from calm_serve.requests.context import ContextBuilder
+from calm_serve.requests.features import fill_features
+from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.testing import make_fleet, make_outcome, make_spec, make_state
 from calm_serve.types import Outcome, QualitySignal, RoutingContext
 
@@ -36,7 +37,7 @@ def make_two() -> Fleet:
 def context_of(fleet: Fleet, text: str) -> RoutingContext:
     request = parse_chat({"messages": [{"role": "user", "content": text}]})
     context = ContextBuilder(fleet).build(request, Overrides(), "id")
-    add_features(context, request)
+    fill_features(context, request)
     return context
 
 

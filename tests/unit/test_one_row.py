@@ -11,9 +11,16 @@ import lightgbm as lgb
 import numpy as np
 import pytest
 
-from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
-from calm_serve.analyze.one_row import COLUMNS, SLM_COLUMN, OneRow, SparseRow, joined
 from calm_serve.errors import KnowledgeError
+from calm_serve.prediction.base import LOAD_NAMES
+from calm_serve.prediction.single_row import (
+    COLUMNS,
+    SLM_COLUMN,
+    SingleRow,
+    SparseRow,
+    joined,
+)
+from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 
 MISSING = (math.nan, -1.0, 99.0)  # categories that training never saw
 
@@ -36,7 +43,7 @@ def booster(missing: bool) -> lgb.Booster:
 @pytest.mark.parametrize("missing", [False, True])
 def test_it_is_what_booster_predict_says(missing: bool) -> None:
     rng, row = Random(1), SparseRow()
-    one = OneRow(booster(missing), row)
+    one = SingleRow(booster(missing), row)
     for _ in range(300):
         numbers = [rng.choice((0.0, rng.gauss(0, 3), math.nan, -0.0)) for _ in NUMBER_NAMES]
         load = [rng.choice((0.0, rng.gauss(0, 3), math.nan)) for _ in LOAD_NAMES]
@@ -65,7 +72,7 @@ def test_boosters_share_a_row_and_outlive_their_names() -> None:
     row.set_prompt([0.5] * len(NUMBER_NAMES), [3])
     row.set_candidate(2, [0.0] * len(LOAD_NAMES))
     text = booster(False).model_to_string()
-    calls = [OneRow(lgb.Booster(model_str=text), row) for _ in range(5)]
+    calls = [SingleRow(lgb.Booster(model_str=text), row) for _ in range(5)]
     gc.collect()
     assert len({call.predict()[0] for call in calls}) == 1
     del calls[:4]
@@ -83,7 +90,7 @@ def test_what_lightgbm_refuses_is_an_error() -> None:
     rows = np.random.default_rng(1).random((60, COLUMNS + 1))
     wide = lgb.train({"verbosity": -1}, lgb.Dataset(rows, rows[:, -1]), num_boost_round=1)
     with pytest.raises(KnowledgeError, match="LightGBM"):
-        OneRow(wide, row)
+        SingleRow(wide, row)
 
 
 def test_joined_boosters_say_what_each_says_alone() -> None:
@@ -97,7 +104,7 @@ def test_joined_boosters_say_what_each_says_alone() -> None:
     ]
     row = SparseRow()
     text, places = joined([b.model_to_string() for b in (booster(False), *alone)])
-    together = OneRow(lgb.Booster(model_str=text), row)
+    together = SingleRow(lgb.Booster(model_str=text), row)
     for one in rows[:50]:
         row.set_prompt(one[: len(NUMBER_NAMES)].tolist(), [1, 5])
         row.set_candidate(1, one[-len(LOAD_NAMES) :].tolist())

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from calm_serve.analyze.patterns import _SAME_CHARACTERS, Pattern, Patterns, _rust, plain
+from calm_serve.requests.patterns import (
+    _SAME_CHARACTERS,
+    Pattern,
+    Patterns,
+    _rust,
+    plain,
+)
 
 SAME = (
     r"\b(password|passwd|api[_ -]?key|private key)\b",

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from calm_serve.analyze.features import text_buckets
-from calm_serve.analyze.request import Overrides, parse_chat
 from calm_serve.config import Fleet
 from calm_serve.config.loading import check_policy
 from calm_serve.errors import ConfigError, NoCandidateError
@@ -16,6 +14,8 @@ from calm_serve.plan.baseline import Baseline
 from calm_serve.plan.paper import ENERGY_WEIGHT, LATENCY_WEIGHT, WINDOW
 from calm_serve.plan.policies import build
 from calm_serve.plan.similarity import Similarity
+from calm_serve.requests.features import text_buckets
+from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.testing import (
     make_context,
     make_fleet,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from calm_serve.analyze.features import prefix_chain
+from calm_serve.requests.context import prefix_chain
 from calm_serve.types import ReplicaState
 from load_tests import prefix, prefix_live, prefix_world
 from load_tests.prefix_policies import Policy, Prompt, makers

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from calm_serve.analyze.request import parse_chat, parse_completion, parse_overrides
 from calm_serve.errors import RequestError
 from calm_serve.loop import Loop
+from calm_serve.requests.openai import parse_chat, parse_completion, parse_overrides
 from calm_serve.testing import make_fleet, make_goals
 from calm_serve.types import OutputShape
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from calm_serve.analyze.prior import MetadataPrior
 from calm_serve.config import Fleet
+from calm_serve.prediction.base import MetadataPrior
 from calm_serve.testing import FakeClock, make_facts, make_fleet, make_outcome, make_replica
 from deployments.live import FACTS_LIFETIME_S
 from load_tests import scale_simulation

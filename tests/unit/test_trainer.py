@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calm_serve.analyze.lightgbm import OUTPUT_TOKENS, SUCCESS, own_head
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge import scores
 from calm_serve.knowledge.trainer import MIN_LABELLED, Training, train
+from calm_serve.prediction.artifact import OUTPUT_TOKENS, SUCCESS, own_head
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from calm_serve.analyze.words import (
+from calm_serve.requests.tokens import (
     CHARACTERS,
     HEAD_WORDS,
     MAX_BYTES,

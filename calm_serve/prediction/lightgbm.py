@@ -10,95 +10,40 @@ could not be trained is absent, and the prior answers for it; so it does for an 
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import lightgbm as lgb
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES, load_vector
-from calm_serve.analyze.latency import analytic_tpot_s, awake_ttft_s, energy_j, wake_s
-from calm_serve.analyze.one_row import (
+from calm_serve.config import SLMSpec
+from calm_serve.errors import KnowledgeError
+from calm_serve.prediction.artifact import (
+    OUTPUT_TOKENS,
+    OWN_HEADS,
+    SUCCESS,
+    TTFT_RESIDUAL,
+    Artifact,
+    own_head,
+)
+from calm_serve.prediction.base import Predictor, load_vector
+from calm_serve.prediction.latency import analytic_tpot_s, awake_ttft_s, energy_j, wake_s
+from calm_serve.prediction.single_row import (
     COLUMNS,
     FIRST_BUCKET,
     FIRST_LOAD,
     SLM_COLUMN,
-    OneRow,
+    SingleRow,
     SparseRow,
     joined,
 )
-from calm_serve.analyze.predictor import Predictor
-from calm_serve.config import SLMSpec
-from calm_serve.errors import KnowledgeError
 from calm_serve.types import Outcome, Prediction, Residency, RoutingContext, SLMState
 
-FORMAT = 2
 # exp(3) is a factor of 20: beyond it an observation is an accident, not a property of the load.
 MAX_LOG_RESIDUAL = 3.0
-SUCCESS, OUTPUT_TOKENS = OWN_HEADS = ("success", "output_tokens")  # one booster per SLM
-TTFT_RESIDUAL = "ttft_residual"  # one booster for all
-
 Rows = NDArray[np.float32]
 Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """One trained predictor as it is stored and sent: plain data, JSON inside zlib."""
-
-    version: str
-    slm_ids: tuple[str, ...]  # the category of an SLM is its index here
-    boosters: Mapping[str, str]  # TTFT_RESIDUAL, or own_head(head, slm), to a text model
-    metrics: Mapping[str, Any]
-    trained_on: int  # labelled outcomes
-    created_at: float  # Unix time in seconds
-
-    def to_bytes(self) -> bytes:
-        """Serialise; equal artifacts give equal bytes."""
-        data = {"format": FORMAT, "features": _layout(), **asdict(self)}
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return zlib.compress(text.encode(), 6)
-
-    @classmethod
-    def from_bytes(cls, blob: bytes) -> Artifact:
-        """Read what `to_bytes` wrote. Raises KnowledgeError for anything else."""
-        try:
-            data = json.loads(zlib.decompress(blob))
-            if data["format"] != FORMAT:
-                raise KnowledgeError(f"predictor format {data['format']!r}, expected {FORMAT}")
-            if data["features"] != _layout():
-                raise KnowledgeError("the predictor was trained on another feature layout")
-            return cls(
-                version=str(data["version"]),
-                slm_ids=tuple(map(str, data["slm_ids"])),
-                boosters={str(k): str(v) for k, v in data["boosters"].items()},
-                metrics=dict(data["metrics"]),
-                trained_on=int(data["trained_on"]),
-                created_at=float(data["created_at"]),
-            )
-        except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KnowledgeError(f"not a predictor artifact: {error!r}") from error
-
-
-def load_artifact(path: Path) -> Artifact:
-    """Read an artifact file. Raises KnowledgeError with the file's name."""
-    try:
-        return Artifact.from_bytes(path.read_bytes())
-    except OSError as error:
-        raise KnowledgeError(f"{path.name}: cannot be read: {error.strerror}") from error
-    except KnowledgeError as error:
-        raise KnowledgeError(f"{path.name}: {error.message}") from error
-
-
-def own_head(head: str, slm_id: str) -> str:
-    """Key of an SLM's own booster in `Artifact.boosters`; `head` is one of OWN_HEADS."""
-    return f"{head}:{slm_id}"
 
 
 class Heads:
@@ -148,14 +93,14 @@ class LightGBMPredictor:
         self._prior = prior
         heads = Heads(artifact)
         self._words, self._row = SparseRow(), SparseRow()  # the second without words
-        self._own: OneRow | None = None
+        self._own: SingleRow | None = None
         place: dict[tuple[str, int], slice] = {}
         if heads.own:
             keys = [own_head(head, artifact.slm_ids[index]) for head, index in heads.own]
             text, places = joined([artifact.boosters[key] for key in keys])
-            self._own = OneRow(_booster("of all SLMs", text), self._words)
+            self._own = SingleRow(_booster("of all SLMs", text), self._words)
             place = dict(zip(heads.own, places, strict=True))
-        self._residual = heads.residual and OneRow(heads.residual, self._row)
+        self._residual = heads.residual and SingleRow(heads.residual, self._row)
         self._known = {
             slm: (i, place.get((SUCCESS, i)), place.get((OUTPUT_TOKENS, i)))
             for i, slm in enumerate(artifact.slm_ids)
@@ -230,7 +175,7 @@ class LightGBMPredictor:
         # The corrections were learned on answers of awake SLMs and must not scale the time to wake.
         ttft_s = awake_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
         if self._residual is not None:
-            self._row.set_candidate(index, load_vector(spec, state, ttft_s))
+            self._row.set_candidate(index, load_vector(state, ttft_s))
             (residual,) = self._residual.predict()
             ttft_s *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
         ttft_s *= state.ttft_ratio
@@ -257,15 +202,6 @@ def outcome_rows(outcomes: Sequence[Outcome], slm_ids: Sequence[str]) -> Rows:
     return rows
 
 
-def fits_layout(outcome: Outcome) -> bool:
-    """Whether the outcome was logged under the present feature layout."""
-    return (
-        len(outcome.numbers) == len(NUMBER_NAMES)
-        and len(outcome.load) == len(LOAD_NAMES)
-        and all(0 <= b < BUCKETS for b in outcome.buckets)
-    )
-
-
 def _booster(head: str, text: str) -> lgb.Booster:
     try:
         booster = lgb.Booster(model_str=text)
@@ -276,7 +212,3 @@ def _booster(head: str, text: str) -> lgb.Booster:
             f"predictor head {head!r} has {booster.num_feature()} features, expected {COLUMNS}"
         )
     return booster
-
-
-def _layout() -> dict[str, Any]:
-    return {"numbers": list(NUMBER_NAMES), "buckets": BUCKETS, "load": list(LOAD_NAMES)}

@@ -20,8 +20,9 @@ import numpy as np
 from lightgbm.basic import _LIB
 from numpy.typing import NDArray
 
-from calm_serve.analyze.features import BUCKETS, LOAD_NAMES, NUMBER_NAMES
 from calm_serve.errors import KnowledgeError
+from calm_serve.prediction.base import LOAD_NAMES
+from calm_serve.requests import BUCKETS, NUMBER_NAMES
 
 FIRST_BUCKET = len(NUMBER_NAMES)
 FIRST_LOAD = FIRST_BUCKET + BUCKETS
@@ -68,7 +69,7 @@ class SparseRow:
         return row
 
 
-class OneRow:
+class SingleRow:
     """A booster's prediction for what a SparseRow holds. Not safe for threads, as the row is not.
 
     Both are kept alive here, because LightGBM keeps only their addresses.

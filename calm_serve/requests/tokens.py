@@ -134,6 +134,13 @@ def read_words(text: str) -> Words:
     )
 
 
+def ends(text: str, limit: int) -> str:
+    """The first and last `limit` characters of a text, or all of a shorter one."""
+    if len(text) <= 2 * limit:
+        return text
+    return text[:limit] + "\n" + text[-limit:]
+
+
 def language_words(text: str) -> list[str]:
     """Runs of letters, in lower case; several times faster than reading everything."""
     if text.isascii():

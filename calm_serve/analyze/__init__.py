@@ -1,1 +1,0 @@
-"""Analyze: a request becomes numbers, numbers become predictions."""

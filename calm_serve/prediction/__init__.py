@@ -1,0 +1,60 @@
+"""Prediction: what each SLM would answer, how fast and for how many joules. Owner: router; the
+training child writes what is read here. Never blocks.
+"""
+
+from calm_serve.prediction.artifact import (
+    OUTPUT_TOKENS,
+    OWN_HEADS,
+    SUCCESS,
+    TTFT_RESIDUAL,
+    Artifact,
+    fits_layout,
+    load_artifact,
+    own_head,
+)
+from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
+from calm_serve.prediction.lightgbm import (
+    MAX_LOG_RESIDUAL,
+    Heads,
+    LightGBMPredictor,
+    Rows,
+    Values,
+    outcome_rows,
+)
+from calm_serve.prediction.single_row import (
+    COLUMNS,
+    FIRST_BUCKET,
+    FIRST_LOAD,
+    SLM_COLUMN,
+    SingleRow,
+    SparseRow,
+    joined,
+)
+
+__all__ = [
+    "COLUMNS",
+    "FIRST_BUCKET",
+    "FIRST_LOAD",
+    "LOAD_NAMES",
+    "MAX_LOG_RESIDUAL",
+    "OUTPUT_TOKENS",
+    "OWN_HEADS",
+    "SLM_COLUMN",
+    "SUCCESS",
+    "TTFT_RESIDUAL",
+    "Artifact",
+    "Heads",
+    "LightGBMPredictor",
+    "MetadataPrior",
+    "Predictor",
+    "Rows",
+    "SingleRow",
+    "SparseRow",
+    "Values",
+    "fits_layout",
+    "joined",
+    "live_load",
+    "load_artifact",
+    "outcome_rows",
+    "own_head",
+]

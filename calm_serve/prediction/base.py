@@ -1,0 +1,99 @@
+"""What the decision asks of any predictor, and the prediction before anything was learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from calm_serve.config import SLMSpec
+from calm_serve.prediction.latency import (
+    analytic_tpot_s,
+    analytic_ttft_s,
+    awake_ttft_s,
+    energy_j,
+    wake_s,
+)
+from calm_serve.types import Prediction, RoutingContext, SLMState
+
+LOAD_NAMES: tuple[str, ...] = (
+    "load_ratio",
+    "waiting",
+    "kv_usage_ratio",
+    "cached_prefix_ratio",
+    "hot",
+    "log_analytic_ttft",
+)
+
+
+class Predictor(Protocol):
+    """Expected outcome of one request on each candidate SLM."""
+
+    version: str
+
+    def predict(
+        self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
+    ) -> list[Prediction]:
+        """Return one Prediction per spec, in order; `states` runs parallel to `specs`."""
+        ...
+
+
+def live_load(context: RoutingContext, spec: SLMSpec, state: SLMState) -> tuple[float, ...]:
+    """The live-state features of one candidate, in the order of LOAD_NAMES.
+
+    A predictor reads them and the router logs them as `Outcome.load`; both call this function, so
+    training sees exactly what prediction saw.
+    """
+    analytic = analytic_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
+    return load_vector(state, analytic)
+
+
+def load_vector(state: SLMState, analytic_ttft_s: float) -> tuple[float, ...]:
+    """Live-state features of one candidate, in the order of LOAD_NAMES."""
+    return (
+        state.load_ratio,
+        float(state.waiting),
+        state.kv_usage_ratio,
+        state.cached_prefix_ratio,
+        1.0 if state.replicas else 0.0,
+        math.log(max(analytic_ttft_s, 1e-6)),
+    )
+
+
+class MetadataPrior:
+    """A predictor that knows the fleet file only.
+
+    A marker whose name is one of the SLM's skills raises P(success) from `priors.quality` to
+    `priors.skill_quality`; with no marker at all every SLM keeps `priors.quality`.
+    """
+
+    version = "prior"
+
+    def predict(
+        self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
+    ) -> list[Prediction]:
+        """Return one Prediction per spec, in order."""
+        return [
+            prior_prediction(context, spec, state)
+            for spec, state in zip(specs, states, strict=True)
+        ]
+
+
+def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) -> Prediction:
+    """The prior for one SLM."""
+    priors = spec.priors
+    matches = not set(context.markers).isdisjoint(spec.skills)
+    tokens = priors.output_tokens
+    if context.max_output_tokens is not None:
+        tokens = min(tokens, float(context.max_output_tokens))
+    return Prediction(
+        slm_id=spec.id,
+        success_ratio=priors.skill_quality if matches else priors.quality,
+        output_tokens=tokens,
+        ttft_s=awake_ttft_s(spec, state, context.prompt_tokens) * state.ttft_ratio
+        + wake_s(spec, state),
+        tpot_s=analytic_tpot_s(spec, state),
+        energy_j=energy_j(spec, state, tokens),
+        ttft_spread=state.ttft_spread,
+        e2e_spread=state.e2e_spread,
+    )

@@ -1,0 +1,134 @@
+"""A request becomes a `RoutingContext`: plain fields, no prompt text.
+
+No tokenizer, bounded in time for any prompt length but for one thing: safety patterns see the whole
+text, which is as long as the body may be. Markers see its first and last `SCAN_CHARS` characters,
+the prefix chain the first `MAX_BLOCKS` blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from zlib import crc32
+
+from calm_serve.config import Fleet
+from calm_serve.requests.features import FOCUS_CHARS
+from calm_serve.requests.openai import ChatRequest, Overrides
+from calm_serve.requests.patterns import Pattern, Patterns, plain
+from calm_serve.requests.tokens import ends, language_words
+from calm_serve.types import RoutingContext
+
+SCAN_CHARS = 1024
+LANGUAGE_CHARS = 256
+BLOCK_CHARS = 128
+MAX_BLOCKS = 64
+CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts for real
+
+_CODE = Pattern(
+    r"```|^\s*(?:def |class |import |#include|function |SELECT )|Traceback \(most recent"
+    r"|error: |\w\(\)|=>|::|;\s*$|\{\s*$",
+    ignore_case=False,
+)
+# A few frequent words are enough to tell these languages apart in a sentence; others are "und".
+# Words that English has too ("was", "as", "come", "per", "die") are left out of the other lists.
+_FREQUENT = {
+    "en": "the a an is are of to in and what how for with on my me i you it as was by which",
+    "de": "der das und ist ein eine nicht ich zu mit auf wie für den",
+    "fr": "le la les et est un une des du je pour dans que qui avec sur",
+    "es": "el la los las y es un una de que en por con para como mi",
+    "it": "il lo la gli e di un una che con sono non mi",
+    "pt": "o a os e um uma de que em por com para como não meu",
+}
+_STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
+_ANY_STOPWORD = frozenset[str]().union(*_STOPWORDS.values())
+# Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
+_MESSAGE_START = re.compile("\x02\\w+\x03")
+
+
+class ContextBuilder:
+    """Turns requests into RoutingContexts for one fleet; compile once, use for every request."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._markers = Patterns(dict(sorted(fleet.markers.items())))
+        self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
+
+    def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
+        """The context without features. Only the safety patterns' cost grows with the prompt."""
+        whole = request.text
+        both_agree = plain(whole)
+        # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
+        lines = _lines(whole) if self._safety else ""
+        short = self._safety and len(whole) <= 2 * SCAN_CHARS
+        scan = lines if short else _lines(ends(whole, SCAN_CHARS))
+        safety = next((s for s, p in self._safety if p.occurs(lines, both_agree)), None)
+        chain = prefix_chain(whole)
+        session = overrides.session_id
+        return RoutingContext(
+            request_id=request_id,
+            requested_model=request.model,
+            prompt_chars=len(whole),
+            prompt_tokens=max(1, round(len(whole) / CHARS_PER_TOKEN)),
+            max_output_tokens=request.max_output_tokens,
+            output_shape=request.output_shape,
+            turns=request.turns,
+            stream=request.stream,
+            language=detect_language(request.last_user[:LANGUAGE_CHARS]),
+            has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), both_agree),
+            has_image=request.has_image,
+            safety_class=safety.name if safety else "none",
+            markers=tuple(self._markers.found(scan, both_agree)),
+            session_key=f"{_hash(session):08x}" if session else "",
+            prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
+            prefix_chain=chain,
+            slo_ttft_ms=overrides.slo_ttft_ms,
+            slo_tpot_ms=overrides.slo_tpot_ms,
+            deadline_s=overrides.deadline_s,
+            local_only=overrides.local_only or bool(safety and safety.local_only),
+            quality_floor=overrides.quality_floor,
+        )
+
+
+def prefix_chain(text: str) -> tuple[int, ...]:
+    """Chained CRC-32 of the first blocks of `text`: equal prefixes give equal chain starts.
+
+    The last, partial block is included, so that even a short prompt has a family. CRC is stable
+    across processes (Python's hash is not), which is what lets routers agree without talking.
+
+    >>> long = "You are a helpful assistant. " * 10
+    >>> prefix_chain(long + "one")[0] == prefix_chain(long + "two")[0]
+    True
+    """
+    size = BLOCK_CHARS * MAX_BLOCKS
+    data = text[:size].encode("utf-8", "surrogatepass")[:size]  # a character is 1 to 4 bytes
+    value = 0
+    chain = [
+        value := crc32(data[start : start + BLOCK_CHARS], value)
+        for start in range(0, len(data), BLOCK_CHARS)
+    ]
+    return tuple(chain) or (0,)
+
+
+def detect_language(text: str) -> str:
+    """ISO 639-1 code by counting frequent words; "und" when nothing tells.
+
+    >>> detect_language("Wie ist das Wetter in Berlin?")
+    'de'
+    """
+    words = language_words(text)
+    hits = _ANY_STOPWORD.intersection(words)
+    best, best_hits = "und", 0
+    for code, stopwords in _STOPWORDS.items():
+        count = len(hits & stopwords)
+        if count > best_hits:
+            best, best_hits = code, count
+    # One word proves little: names and commands hold some. A request taken for the wrong language
+    # finds no SLM, so plain ASCII letters are English unless two words say otherwise.
+    return "en" if best_hits < 2 and words and text.isascii() else best
+
+
+def _hash(text: str) -> int:
+    # A lone surrogate is legal in a Python string and must not fail a request.
+    return crc32(text.encode("utf-8", "surrogatepass"))
+
+
+def _lines(text: str) -> str:
+    return _MESSAGE_START.sub("\n", text).lstrip("\n")
