@@ -227,11 +227,11 @@ def _minimum(args: ServeArgs, fleet: Fleet) -> tuple[float, float]:
 
 def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
     # Imported here: `calm fleet` should not wait for numpy and LightGBM.
-    from calm_serve.loop import Loop
     from calm_serve.requests import parse_chat, parse_overrides
+    from calm_serve.routing import ModelSelector
 
     args, fleet = _load(config)
-    loop = Loop(fleet, args.goals, predictor=_shipped_predictor(fleet))
+    loop = ModelSelector(fleet, args.goals, predictor=_shipped_predictor(fleet))
     decision = loop.decide(parse_chat(body), parse_overrides({}), "local")
     return loop.explain(decision)
 

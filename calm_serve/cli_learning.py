@@ -65,7 +65,7 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
     del fetch
     # Imported here: `calm fleet` should not wait for numpy, LightGBM and SQLAlchemy.
     from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
-    from calm_serve.loop import config_version
+    from calm_serve.routing import config_version
 
     goals = read_goals(args.goals)
     if goals.policy.name is not SelectionPolicyName.CALM:

@@ -118,7 +118,7 @@ def fleet_state(answer: Mapping[str, Any]) -> str:
 
 
 def decision(record: Mapping[str, Any]) -> str:
-    """Return a decision record (as `Loop.explain` gives it) for people."""
+    """Return a decision record (as `ModelSelector.explain` gives it) for people."""
     context, versions = record["context"], record["versions"]
     chosen = f"{record['slm_id']}:{record['adapter']}" if record["adapter"] else record["slm_id"]
     because = f"{record['path']}, {record['reason']}"

@@ -202,6 +202,18 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class GoalStatus:
+    """One target and how it stands. Unknown is None: too few requests."""
+
+    name: str  # field of Goals
+    target: float
+    measured: float | None  # quality: predicted; power: this router's, times the routers
+    held: bool | None  # measured within a tenth of the target
+    feasible: bool | None  # the predictions know a choice that holds it beside the stronger goals
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class Versions:
     """What decided: the same record under the same versions gives the same decision."""
 

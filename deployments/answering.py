@@ -12,7 +12,6 @@ from starlette.responses import Response, StreamingResponse
 
 from calm_serve.config import ServeArgs
 from calm_serve.errors import CalmError
-from calm_serve.loop import Loop
 from calm_serve.prediction import live_load
 from calm_serve.requests import (
     ChatRequest,
@@ -20,6 +19,7 @@ from calm_serve.requests import (
     parse_completion,
     parse_overrides,
 )
+from calm_serve.routing import ModelSelector
 from calm_serve.types import Decision, Residency
 from deployments import dispatch, endings, holding, http
 from deployments.fleet_view import FleetView
@@ -37,7 +37,7 @@ class Answering:
     def __init__(
         self,
         args: ServeArgs,
-        loop: Loop,
+        loop: ModelSelector,
         view: FleetView,
         residency: ResidencyClient,
         dispatcher: dispatch.Dispatcher,

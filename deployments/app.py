@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec, check_resources, load_args
-from calm_serve.plan import objective
+from calm_serve.routing import scoring
 from deployments.announcer import Announcer
 from deployments.engine_arguments import check_engine_arguments
 from deployments.knowledge import start_knowledge
@@ -42,7 +42,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     typed = typed.model_copy(update={"learning": learning})
     knowledge = start_knowledge(APP_NAME, fleet, learning)
     knowledge.configure_goals.remote(typed.goals)
-    weights = objective.weights_of(typed.goals)
+    weights = scoring.weights_of(typed.goals)
     knowledge.configure_residency.remote(
         typed.residency, weights.latency_per_s, weights.energy_per_j
     )

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from calm_serve.config import Goals, parse_goals
 from calm_serve.errors import ConfigError, RequestError
-from calm_serve.loop import Loop
+from calm_serve.routing import ModelSelector
 from deployments import http
 
 BODY_LIMIT_BYTES = 65_536
@@ -35,7 +35,7 @@ class GoalKeeper(Protocol):
 class GoalsEndpoint:
     """GET and PUT."""
 
-    def __init__(self, loop: Loop, knowledge: GoalKeeper) -> None:
+    def __init__(self, loop: ModelSelector, knowledge: GoalKeeper) -> None:
         self._loop = loop
         self._knowledge = knowledge
 
@@ -79,7 +79,7 @@ def _signed(change: Mapping[str, Any]) -> dict[str, Any]:
     return {key: change.get(key) for key in ("at", "by", "revision")}
 
 
-def goals_section(loop: Loop) -> dict[str, Any]:
+def goals_section(loop: ModelSelector) -> dict[str, Any]:
     """The `goals` of /v1/fleet: version, weights in use, and every target with its state."""
     return {
         "version": loop.versions.goals,

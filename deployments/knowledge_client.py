@@ -24,8 +24,8 @@ from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError, KnowledgeError, RequestError
 from calm_serve.knowledge.newcomers import with_newcomers
 from calm_serve.knowledge.shadow import Shadow
-from calm_serve.loop import Loop
 from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior
+from calm_serve.routing import ModelSelector
 from calm_serve.types import Outcome, QualitySignal
 from deployments.fleet_view import FleetView
 from deployments.handles import Handles
@@ -107,7 +107,7 @@ class KnowledgeClient:
         found: dict[str, Any] = await self._ask("change_predictor", action, version)
         return found
 
-    async def follow(self, loop: Loop, view: FleetView, handles: Handles) -> None:
+    async def follow(self, loop: ModelSelector, view: FleetView, handles: Handles) -> None:
         """Long-poll the board for ever: predictor, start-up states, SLMs added later."""
         have = self._heard
         while True:
@@ -124,7 +124,7 @@ class KnowledgeClient:
                 await self._apply(key, entry["value"], loop, view, handles)
 
     async def _apply(
-        self, key: str, value: Any, loop: Loop, view: FleetView, handles: Handles
+        self, key: str, value: Any, loop: ModelSelector, view: FleetView, handles: Handles
     ) -> None:
         if key == "predictor":
             self._champion = value
@@ -149,7 +149,7 @@ class KnowledgeClient:
         elif key == "goals":
             self.apply_goals(value, loop)
 
-    def apply_goals(self, change: Mapping[str, Any], loop: Loop) -> None:
+    def apply_goals(self, change: Mapping[str, Any], loop: ModelSelector) -> None:
         """Swap the router's goals; the ones that it has already keep their controller's place."""
         try:
             goals = Goals.model_validate(change["new"])
@@ -162,7 +162,7 @@ class KnowledgeClient:
         self._goals_heard.set()
         self._goals_heard = asyncio.Event()
 
-    async def _apply_predictor(self, loop: Loop) -> None:
+    async def _apply_predictor(self, loop: ModelSelector) -> None:
         value = self._champion
         if value is None:
             loop.predictor, self.predictor_source = MetadataPrior(), "metadata priors"
@@ -211,7 +211,7 @@ async def _predictor_of(
 def apply_registry(
     registry: Mapping[str, Mapping[str, Any]],
     base: Fleet,
-    loop: Loop,
+    loop: ModelSelector,
     view: FleetView,
     handles: Handles,
 ) -> None:

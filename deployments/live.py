@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
-from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.replicas import PrefixIndex
 from calm_serve.types import Decision, EngineFacts, ReplicaState
 from deployments.wire import Hints
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from calm_serve.errors import RequestError, UnknownModelError
-from calm_serve.loop import Loop
+from calm_serve.routing import ModelSelector
 from calm_serve.types import QualitySignal
 from deployments import http
 from deployments.fleet_view import FleetView
@@ -27,7 +27,7 @@ class Operations:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: ModelSelector,
         view: FleetView,
         knowledge: KnowledgeClient,
         metrics: RouterMetrics,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from calm_serve.execute.ranking import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
 from calm_serve.types import ReplicaState
 
 if TYPE_CHECKING:

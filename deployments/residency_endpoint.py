@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from calm_serve.config import parse_residency
 from calm_serve.errors import ConfigError, RequestError
-from calm_serve.loop import Loop
+from calm_serve.routing import ModelSelector
 from deployments import http
 from deployments.knowledge_client import KnowledgeClient
 from deployments.tier_view import TierView
@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 65_536
 class ResidencyEndpoint:
     """GET and PUT. A change lasts until the next deployment, whose configuration then counts."""
 
-    def __init__(self, loop: Loop, tiers: TierView, knowledge: KnowledgeClient) -> None:
+    def __init__(self, loop: ModelSelector, tiers: TierView, knowledge: KnowledgeClient) -> None:
         self._loop, self._tiers, self._knowledge = loop, tiers, knowledge
 
     async def get(self, request: Request) -> Response:

@@ -21,13 +21,14 @@ from starlette.responses import Response
 
 from calm_serve.config import Fleet, ServeArgs
 from calm_serve.errors import CalmError, RequestError
-from calm_serve.loop import Loop
+from calm_serve.goals import GoalController
 from calm_serve.requests import (
     ChatRequest,
     parse_chat,
     parse_completion,
     parse_overrides,
 )
+from calm_serve.routing import ModelSelector
 from deployments import dispatch, http
 from deployments.answering import Answering
 from deployments.exposition import render_fleet_metrics
@@ -62,12 +63,12 @@ class Router:
         self._view = FleetView(fleet)
         self._residency = ResidencyClient(self._view.tiers, args.router, replica)
         self._handles = Handles(handles)
-        self._loop = Loop(
+        self._loop = ModelSelector(
             fleet,
             args.goals,
             read_state=self._view.state,
             decision_log=args.router.decision_log,
-            routers=args.router.replicas,
+            controller=GoalController(args.goals, routers=args.router.replicas),
         )
         dispatcher = dispatch.Dispatcher(
             self._handles.get,

@@ -22,9 +22,9 @@ import psutil
 from pydantic_core import from_json
 
 from calm_serve.config import Goals
-from calm_serve.loop import Loop
 from calm_serve.prediction import LightGBMPredictor, MetadataPrior
 from calm_serve.requests import ContextBuilder, fill_features, parse_chat, parse_overrides
+from calm_serve.routing import ModelSelector
 from calm_serve.types import Decision, RoutingContext
 from load_tests import decision_plots, report
 from load_tests.decision_lightgbm import OPTIONS, measure_lightgbm, summary, tree_counts
@@ -47,7 +47,7 @@ Samples = dict[str, list[int]]  # nanoseconds
 class Case:
     """One path, fleet and prompt length: decides for one body after the other."""
 
-    def __init__(self, path: str, loop: Loop, world: World, chars: int) -> None:
+    def __init__(self, path: str, loop: ModelSelector, world: World, chars: int) -> None:
         self.name = f"{path}.{len(world.fleet.slms)}.{chars}"
         self._loop = loop
         self._builder = ContextBuilder(world.fleet)
@@ -170,8 +170,8 @@ def headline(figures: Figures) -> Figures:
     return found | {"decisions_per_s": figures["scored.8.2000.decisions_per_s"]}
 
 
-def _loop(world: World) -> Loop:
-    return Loop(
+def _loop(world: World) -> ModelSelector:
+    return ModelSelector(
         world.fleet,
         Goals(exploration_ratio=0.0),  # an explored choice costs the same but has another path
         read_state=lambda spec: world.states[spec.id],

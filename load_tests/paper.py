@@ -1,7 +1,7 @@
 """The CALM paper's experiment on the reference fleet: the generalist alone, the paper's, and ours.
 
 Live: the fleet is served and the standard workload sent under policies that take turns in blocks
-at run time (`PUT /v1/goals`): the generalist alone, the paper's score (`plan/paper.py`),
+at run time (`PUT /v1/goals`): the generalist alone, the paper's score (`routing/calm_paper.py`),
 content-blind random with ours' shares, ours, and ours with the generalist's or the paper's quality
 as its target (`min_quality`) and all the rest to save, which compares cost at one quality.
 Everybody batches; a smaller part sends one request at a time, as the paper served. Arrivals: one

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from calm_serve.config import ResidencyOptions, SLMSpec
-from calm_serve.loop import Loop
 from calm_serve.plan import residency_baselines
 from calm_serve.plan.occupancy import Demand, Occupant, publishable
+from calm_serve.routing import ModelSelector
 from calm_serve.testing import FakeClock
 from calm_serve.types import Residency, SLMState
 from load_tests.paper_answers import Answers
@@ -28,7 +28,7 @@ class Host(Protocol):
 
     answers: Answers
     clock: FakeClock
-    loop: Loop
+    loop: ModelSelector
     inside: dict[str, int]
 
     def at(self, at_s: float, event: Callable[[], None]) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from random import Random
 
 from calm_serve.config import Goals, ResidencyPolicyName
-from calm_serve.loop import Loop
 from calm_serve.plan.occupancy import Occupant
 from calm_serve.plan.residency_baselines import belady, belady_bound, build
 from calm_serve.plan.residency_replay import ids_of, replay
+from calm_serve.routing import ModelSelector
 from calm_serve.types import Residency
 from load_tests import arrivals
 from load_tests.paper_answers import Answers, shipped
@@ -86,7 +86,7 @@ def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> Occupant:
 
 
 def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:
-    loop = Loop(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
+    loop = ModelSelector(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
     chosen = {i: loop.decide_context(answers.contexts[i]).slm_id for i in sorted(set(requests))}
     return [chosen[i] for i in requests]
 

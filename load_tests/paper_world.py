@@ -1,8 +1,8 @@
 """Simulated time for the `paper` experiment: the real decision core, simulated engines and network.
 
-Real: `Loop` with rules, filters, predictor, objective, exploration and goals; the router's windows
-and breaker; the watch that corrects P(success) from what is said of answers; the residency planner;
-trainer and gate. Simulated: engines (queues with the speeds of `paper_answers`), waking, the clock,
+Real: `ModelSelector` with rules, filters, predictor, objective, exploration and goals; the router's
+statistics and breaker; the watch that corrects P(success) from what is said of answers; the
+residency planner; trainer and gate. Simulated: engines (queues with the speeds of `paper_answers`), waking, the clock,
 and messages, of which outcomes reach the watch every `FLUSH_S`. One router, one replica per SLM.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 
 from calm_serve.config import Fleet, Goals, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError
+from calm_serve.goals import GoalController
 from calm_serve.knowledge.watch import Watch
-from calm_serve.loop import Loop
 from calm_serve.prediction import Predictor, live_load
+from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
 from calm_serve.testing import EngineSimulator, FakeClock, Served
 from calm_serve.types import Outcome, QualitySignal, SLMState
@@ -67,7 +68,14 @@ class World:
         self._retrain = retrain
         self.retrainings = 0
         self.watch = Watch(self.clock, self.clock, self._published, self._asked_to_retrain)
-        self.loop = Loop(fleet, goals, read_state=self.state, predictor=predictor, decision_log=256)
+        self.loop = ModelSelector(
+            fleet,
+            goals,
+            read_state=self.state,
+            predictor=predictor,
+            decision_log=256,
+            controller=GoalController(goals),
+        )
         self.engines: dict[str, EngineSimulator] = {}
         self.inside: dict[str, int] = {}  # requests in each engine, waiting ones with them
         self._states: dict[str, tuple[float, SLMState]] = {}

@@ -12,8 +12,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Protocol
 
-from calm_serve.execute.prefix import PrefixIndex
-from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import PrefixIndex, ReplicaRequest, rank_for_prompt
 from calm_serve.types import ReplicaState
 
 Replicas = Sequence[ReplicaState]

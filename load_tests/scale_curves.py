@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
 from calm_serve.prediction import LightGBMPredictor, MetadataPrior
+from calm_serve.replicas import ReplicaRequest, rank_for_prompt
 from calm_serve.testing import FakeClock, make_replica
 from calm_serve.types import Outcome
 from deployments.live import LiveView

@@ -13,10 +13,10 @@ from random import Random
 from pydantic_core import from_json
 
 from calm_serve.config import Fleet, Goals, SLMSpec
-from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
-from calm_serve.loop import Loop
 from calm_serve.prediction import Predictor
+from calm_serve.replicas import ReplicaRequest, rank_for_prompt
 from calm_serve.requests import parse_chat, parse_overrides
+from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
 from deployments.fleet_view import STATE_LIFETIME_S
@@ -69,7 +69,7 @@ class RouterProcess:
         self.view = LiveView(clock)
         self.monitor = FleetStats([s.id for s in fleet.slms], clock)
         self.metrics = RouterMetrics(clock, [s.id for s in fleet.slms], _no_outlet)
-        self.loop = Loop(fleet, Goals(), read_state=self.state, predictor=predictor)
+        self.loop = ModelSelector(fleet, Goals(), read_state=self.state, predictor=predictor)
         self.queues = QueueCache(clock)
         self._clock, self._random = clock, random
         self._states: dict[str, tuple[float, SLMState]] = {}

@@ -26,8 +26,7 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from calm_serve.execute.prefix import PrefixIndex
-from calm_serve.execute.ranking import ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import PrefixIndex, ReplicaRequest, rank_for_prompt
 from calm_serve.testing import EngineSimulator, FakeClock, make_spec
 from calm_serve.types import ReplicaState
 from load_tests.scale_router import QueueCache

@@ -15,7 +15,8 @@ from random import Random
 import numpy as np
 
 from calm_serve.config import Goals, SLMSpec
-from calm_serve.loop import Loop
+from calm_serve.goals.controller import GoalController
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     EngineSimulator,
     make_context,
@@ -93,11 +94,12 @@ class World:
         self._next_tick_s = 0.0
         self._engines: dict[tuple[str, float], EngineSimulator] = {}
         self.version = "world-1"
-        self.loop = Loop(
+        self.loop = ModelSelector(
             make_fleet(*(make_spec(i) for i in KINDS)),
             self.goals,
             read_state=self._state,
             predictor=self,
+            controller=GoalController(self.goals),
         )
 
     def predict(

@@ -1,4 +1,4 @@
-"""Decisions of a real Loop with known truth, written down as a router writes them."""
+"""Decisions of a real ModelSelector with known truth, written down as a router writes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from calm_serve.config import Goals, SLMSpec
 from calm_serve.knowledge.decisions import terms_of
-from calm_serve.loop import Loop
 from calm_serve.prediction.base import Predictor, live_load
 from calm_serve.requests.features import NUMBER_NAMES
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.types import Outcome, QualitySignal, SLMState
 from tests.knowledge_data import CODER, make_context, make_fleet, make_outcome, make_state
 
@@ -52,7 +52,7 @@ def _serve(
         return states[spec.id]
 
     fleet = make_fleet()
-    loop = Loop(fleet, goals, read_state=read, predictor=predictor)
+    loop = ModelSelector(fleet, goals, read_state=read, predictor=predictor)
     for i in range(count):
         for spec in fleet.slms:
             states[spec.id] = make_state(spec.id, waiting=random.randrange(12))

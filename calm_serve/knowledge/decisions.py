@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-from calm_serve.plan import objective
 from calm_serve.requests import NUMBER_NAMES
+from calm_serve.routing import scoring
 from calm_serve.types import (
     Candidate,
     Decision,
@@ -123,9 +123,9 @@ def rescore(
 ) -> list[Candidate]:
     """The candidates, best first, under other weights or another predictor's values."""
     limit = _max_output_tokens(logged.outcome)
-    return objective.ranked(
+    return scoring.ranked(
         [
-            objective.evaluate(
+            scoring.evaluate(
                 logged.context,
                 _updated(prediction, (values or {}).get(prediction.slm_id), limit),
                 state,
@@ -148,8 +148,8 @@ def redecide(
     draw is the logged decision's.
     """
     floor = max(quality_floor, logged.context.quality_floor)
-    order = objective.above_floor(ranked, floor)
-    chosen, _, _ = objective.explore(order, logged.outcome.outcome_id, exploration_ratio)
+    order = scoring.above_floor(ranked, floor)
+    chosen, _, _ = scoring.explore(order, logged.outcome.outcome_id, exploration_ratio)
     return chosen.slm_id
 
 

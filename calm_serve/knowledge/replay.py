@@ -19,6 +19,7 @@ from typing import Any
 
 from calm_serve.config import Goals
 from calm_serve.errors import KnowledgeError
+from calm_serve.goals import GoalController
 from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.knowledge.decisions import (
     LoggedDecision,
@@ -30,7 +31,6 @@ from calm_serve.knowledge.decisions import (
 )
 from calm_serve.knowledge.evaluation import METRICS, PolicyLog, estimate
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.plan.controller import GoalController
 from calm_serve.prediction import fits_layout
 from calm_serve.types import (
     Candidate,

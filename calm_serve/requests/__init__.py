@@ -1,4 +1,4 @@
-"""Requests: an HTTP body becomes plain fields and numbers. Owner: router. Never blocks; bounded work."""
+"""Requests: an HTTP body becomes plain fields and numbers. Owner: router. Never blocks."""
 
 from calm_serve.requests.context import BLOCK_CHARS, MAX_BLOCKS, ContextBuilder, prefix_chain
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES, fill_features, text_buckets

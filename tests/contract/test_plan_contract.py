@@ -12,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.config import Goals, Rule, SLMSpec
-from calm_serve.plan import objective
-from calm_serve.plan.filters import FILTERS, PINNED_FILTERS, Filter, excluded_by, is_plain
-from calm_serve.plan.objective import weights_of
-from calm_serve.plan.rules import first_match, matches
+from calm_serve.routing import scoring
+from calm_serve.routing.filters import (
+    FILTERS,
+    PINNED_FILTERS,
+    Filter,
+    excluded_by,
+    is_plain,
+)
+from calm_serve.routing.rules import first_match, matches
+from calm_serve.routing.scoring import weights_of
 from calm_serve.testing import make_context, make_goals, make_state
 from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState
 from tests.contract.strategies import CONTEXTS, RATIO, STATES, specs
@@ -23,7 +29,7 @@ from tests.contract.strategies import CONTEXTS, RATIO, STATES, specs
 Objective = Callable[[RoutingContext, Prediction, SLMState, Goals], Candidate]
 
 # A new objective is added here and inherits everything below.
-OBJECTIVES: list[Objective] = [objective.evaluate]
+OBJECTIVES: list[Objective] = [scoring.evaluate]
 
 # One entry per condition a rule can state, each with values that match some contexts.
 CONDITIONS: list[dict[str, Any]] = [
@@ -198,18 +204,18 @@ CANDIDATES = st.lists(
 def test_ranking_is_a_total_order_that_does_not_depend_on_the_input_order(
     candidates: list[Candidate], dice: Any
 ) -> None:
-    order = objective.ranked(candidates)
+    order = scoring.ranked(candidates)
     shuffled = list(candidates)
     dice.shuffle(shuffled)
-    assert objective.ranked(shuffled) == order
-    assert objective.ranked(order) == order
+    assert scoring.ranked(shuffled) == order
+    assert scoring.ranked(order) == order
     assert sorted(c.slm_id for c in order) == sorted(c.slm_id for c in candidates)
     assert all(a.score >= b.score for a, b in itertools.pairwise(order))
 
 
 @given(CANDIDATES, RATIO)
 def test_the_quality_floor_never_leaves_nobody(candidates: list[Candidate], floor: float) -> None:
-    kept = objective.above_floor(candidates, floor)
+    kept = scoring.above_floor(candidates, floor)
     assert kept
     above = [c for c in candidates if c.quality >= floor]
     assert kept == above or (not above and len(kept) == 1)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from calm_serve.config import Goals
 from calm_serve.config.goals import SelectionPolicyName
-from calm_serve.plan.baseline import Baseline
-from calm_serve.plan.policies import build
 from calm_serve.requests.features import text_buckets
+from calm_serve.routing.baselines import Baseline
+from calm_serve.routing.factory import build
 from calm_serve.testing import (
     make_context,
     make_fleet,

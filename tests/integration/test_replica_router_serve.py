@@ -23,7 +23,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
-from calm_serve.execute.ranking import ReplicaRequest, rank_replicas
+from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas
 from calm_serve.types import EngineFacts, ReplicaState
 from deployments.live import VIEW
 

@@ -24,7 +24,7 @@ from served_fleet import (
 from calm_serve import cli
 from calm_serve.config.loading import load_fleet, parse_goals
 from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
-from calm_serve.loop import config_version
+from calm_serve.routing.selector import config_version
 
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 # Nobody checks the form of their answers: one token of JSON or SQL is none, and these reports would

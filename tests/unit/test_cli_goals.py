@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from calm_serve import cli
-from calm_serve.loop import Loop
+from calm_serve.goals.controller import GoalController
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
 from deployments.goals import goals_section
 
 
 def answer(**more: Any) -> dict[str, Any]:
-    loop = Loop(make_fleet(), make_goals(ttft_p95_s=1.0, min_quality=0.9))
+    goals = make_goals(ttft_p95_s=1.0, min_quality=0.9)
+    loop = ModelSelector(make_fleet(), goals, controller=GoalController(goals))
     loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.25))
     return {
         "goals": loop.goals.model_dump(mode="json"),
@@ -70,5 +72,5 @@ def test_the_answer_of_something_else_is_an_error(capsys: pytest.CaptureFixture[
 
 
 def test_every_weight_of_a_decision_is_in_the_answer() -> None:
-    loop = Loop(make_fleet(), make_goals())
+    loop = ModelSelector(make_fleet(), make_goals())
     assert goals_section(loop)["weights"] == asdict(loop.weights)

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from calm_serve.plan import objective
+from calm_serve.routing import scoring
 from calm_serve.telemetry.correction import (
     HALF_LIFE_S,
     MAX_FACTOR,
@@ -31,9 +31,9 @@ class World:
     def choose(self, exploration_ratio: float = 0.0) -> str:
         """Score both SLMs as the loop does; latency and energy are equal."""
         self._asked += 1
-        weights = objective.weights_of(make_goals())
+        weights = scoring.weights_of(make_goals())
         candidates = [
-            objective.evaluate(
+            scoring.evaluate(
                 make_context(),
                 make_prediction(slm, success_ratio=p),
                 make_state(slm, quality_factor=self._corrections[slm].factor()),
@@ -41,8 +41,8 @@ class World:
             )
             for slm, p in PREDICTED.items()
         ]
-        order = objective.ranked(candidates)
-        return objective.explore(order, f"request {self._asked}", exploration_ratio)[0].slm_id
+        order = scoring.ranked(candidates)
+        return scoring.explore(order, f"request {self._asked}", exploration_ratio)[0].slm_id
 
     def ask(self, exploration_ratio: float = 0.0) -> str:
         """One request and its label; a tenth of a second passes."""

@@ -12,11 +12,11 @@ from calm_serve.config import Goals
 from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.knowledge.decisions import MAX_LOGGED, read_decision, redecide, rescore, terms_of
 from calm_serve.knowledge.trainer import train
-from calm_serve.loop import Loop
-from calm_serve.plan.objective import weights_of
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.requests.features import NUMBER_NAMES
+from calm_serve.routing.scoring import weights_of
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_prediction
 from calm_serve.types import Candidate, DecisionPath, Weights
 from tests.knowledge_data import (
@@ -170,7 +170,7 @@ def test_an_outcome_of_before_is_no_logged_choice() -> None:
 
 
 def test_the_loops_own_record_is_what_is_logged() -> None:
-    decision = Loop(make_fleet(), Goals()).decide_context(make_context(code=True))
+    decision = ModelSelector(make_fleet(), Goals()).decide_context(make_context(code=True))
     rows = terms_of(decision)["candidates"]
     assert rows[0][0] == decision.slm_id
     assert {row[0] for row in rows} == {CODER, TALKER}

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from calm_serve.plan.filters import ESTIMATE_TOLERANCE, FILTERS, PINNED_FILTERS, excluded_by
+from calm_serve.routing.filters import (
+    ESTIMATE_TOLERANCE,
+    FILTERS,
+    PINNED_FILTERS,
+    excluded_by,
+)
 from calm_serve.testing import make_context, make_spec, make_state
 from calm_serve.types import OutputShape
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
-from calm_serve.loop import Loop
-from calm_serve.plan.controller import LIMIT, MIN_SCORED, GoalController, GoalStatus
-from calm_serve.plan.goal_window import ROWS
-from calm_serve.plan.objective import evaluate, weights_of
+from calm_serve.goals.controller import (
+    LIMIT,
+    MIN_SCORED,
+    GoalController,
+    GoalStatus,
+)
+from calm_serve.goals.window import ROWS
+from calm_serve.routing.scoring import evaluate, weights_of
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     make_context,
     make_decision,
@@ -298,7 +303,7 @@ def test_seconds_beyond_the_free_part_cost() -> None:
 
 
 def test_the_goals_version_names_the_goals_and_not_the_moving_weights() -> None:
-    loop = Loop(make_fleet(), make_goals(ttft_p95_s=1.0))
+    loop = ModelSelector(make_fleet(), make_goals(ttft_p95_s=1.0))
     version = loop.versions.goals
     loop.weights = replace(loop.weights, quality=2.0)
     assert loop.versions.goals == version

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from calm_serve.config import Goals, Learning
 from calm_serve.errors import RequestError
+from calm_serve.goals.controller import GoalController
 from calm_serve.knowledge.goal_book import GoalChange
-from calm_serve.loop import Loop
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
 from deployments.goals import GoalsEndpoint, goals_section
 from deployments.knowledge_client import KnowledgeClient
@@ -25,7 +26,7 @@ from deployments.metrics import fleet_samples
 class Keeper:
     """A knowledge client that hands every change straight back to the loop."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: ModelSelector) -> None:
         self.loop = loop
         self.goals_change: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
@@ -67,21 +68,23 @@ def data(response: Response) -> Any:
 
 
 @pytest.fixture
-def loop() -> Loop:
-    return Loop(make_fleet(), make_goals())
+def loop() -> ModelSelector:
+    return ModelSelector(make_fleet(), make_goals(), controller=GoalController(make_goals()))
 
 
 @pytest.fixture
-def keeper(loop: Loop) -> Keeper:
+def keeper(loop: ModelSelector) -> Keeper:
     return Keeper(loop)
 
 
 @pytest.fixture
-def endpoint(loop: Loop, keeper: Keeper) -> GoalsEndpoint:
+def endpoint(loop: ModelSelector, keeper: Keeper) -> GoalsEndpoint:
     return GoalsEndpoint(loop, keeper)
 
 
-async def test_goals_weights_and_targets_are_shown(loop: Loop, endpoint: GoalsEndpoint) -> None:
+async def test_goals_weights_and_targets_are_shown(
+    loop: ModelSelector, endpoint: GoalsEndpoint
+) -> None:
     loop.set_goals(make_goals(ttft_p95_s=1.0, min_quality=0.9))
     loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.5))
     document = data(await endpoint.get(request()))
@@ -110,7 +113,7 @@ async def test_goals_weights_and_targets_are_shown(loop: Loop, endpoint: GoalsEn
 
 
 async def test_a_put_replaces_all_goals_and_is_signed(
-    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint
+    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint
 ) -> None:
     loop.set_goals(make_goals(min_quality=0.5))
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
@@ -124,7 +127,7 @@ async def test_a_put_replaces_all_goals_and_is_signed(
 
 
 async def test_a_change_that_this_router_has_not_heard_of_yet_is_accepted_not_done(
-    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint
+    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint
 ) -> None:
     before, keeper.hears = loop.goals, False
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
@@ -153,7 +156,7 @@ async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) ->
     ],
 )
 async def test_wrong_goals_are_refused_and_change_nothing(
-    loop: Loop, keeper: Keeper, endpoint: GoalsEndpoint, body: Any, message: str
+    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint, body: Any, message: str
 ) -> None:
     before = loop.goals
     with pytest.raises(RequestError, match=message) as caught:
@@ -183,7 +186,7 @@ async def test_a_wrong_history_length_is_refused(endpoint: GoalsEndpoint, asked:
         await endpoint.get(request(query=f"history={asked}"))
 
 
-def test_gauges_show_targets_measurements_and_weights(loop: Loop) -> None:
+def test_gauges_show_targets_measurements_and_weights(loop: ModelSelector) -> None:
     loop.set_goals(make_goals(ttft_p95_s=1.0, power_w=3.0))
     loop.learn(make_decision("small", "large"), make_outcome(ttft_s=2.0))
     found = {
@@ -208,14 +211,14 @@ def change(revision: int, **goals: Any) -> dict[str, Any]:
     return {"at": 1.0, "by": "ann", "old": None, "new": goals, "revision": revision}
 
 
-def test_published_goals_replace_the_configured_ones(loop: Loop) -> None:
+def test_published_goals_replace_the_configured_ones(loop: ModelSelector) -> None:
     mine = client()
     mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
     assert loop.goals == Goals(ttft_p95_s=2.0)
     assert (mine.goals_change["by"], mine.goals_change["revision"]) == ("ann", 1)
 
 
-def test_the_same_goals_again_leave_the_weights_where_they_are(loop: Loop) -> None:
+def test_the_same_goals_again_leave_the_weights_where_they_are(loop: ModelSelector) -> None:
     mine = client()
     mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
     before = loop.goals
@@ -224,7 +227,7 @@ def test_the_same_goals_again_leave_the_weights_where_they_are(loop: Loop) -> No
 
 
 def test_published_goals_that_make_no_sense_are_refused(
-    loop: Loop, caplog: pytest.LogCaptureFixture
+    loop: ModelSelector, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, mine = loop.goals, client()
     with caplog.at_level(logging.ERROR):
@@ -234,7 +237,7 @@ def test_published_goals_that_make_no_sense_are_refused(
     assert "gone_field" in caplog.text
 
 
-async def test_a_change_returns_when_this_router_has_heard_of_it(loop: Loop) -> None:
+async def test_a_change_returns_when_this_router_has_heard_of_it(loop: ModelSelector) -> None:
     mine = client()
 
     async def ask(method: str, *args: Any) -> Any:
@@ -254,7 +257,7 @@ async def test_a_change_returns_when_this_router_has_heard_of_it(loop: Loop) -> 
     assert loop.goals == Goals(ttft_p95_s=2.0)
 
 
-def test_the_board_key_reaches_the_loop(loop: Loop) -> None:
+def test_the_board_key_reaches_the_loop(loop: ModelSelector) -> None:
     mine = client()
     nobody = cast(Any, None)
     asyncio.run(mine._apply("goals", change(1, min_quality=0.5), loop, nobody, nobody))

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from calm_serve.config import Learning
 from calm_serve.errors import KnowledgeError, RequestError
 from calm_serve.knowledge.trainer import train
-from calm_serve.loop import Loop
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_fleet, make_goals
 from deployments.knowledge_client import KnowledgeClient
 from tests.knowledge_data import CODER, TALKER, make_world
@@ -58,7 +58,7 @@ async def test_a_challenger_on_the_board_is_asked_silently_and_decides_nothing(
     training = train(
         make_world(200), (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0
     )
-    loop = Loop(FLEET, make_goals())
+    loop = ModelSelector(FLEET, make_goals())
     value = {
         "blob": training.artifact.to_bytes(),
         "version": training.artifact.version,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.loop import Loop
 from calm_serve.prediction.base import MetadataPrior, prior_prediction
 from calm_serve.prediction.latency import analytic_tpot_s, analytic_ttft_s, energy_j
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     EngineSimulator,
     FakeClock,
@@ -86,7 +86,7 @@ def test_equal_slms_share_a_load_that_one_could_not_carry() -> None:
     engines = {s.id: EngineSimulator(s, slots=4, jitter_ratio=0.3, seed=7) for s in fleet.slms}
     alone = EngineSimulator(fleet.slms[0], slots=4, jitter_ratio=0.3, seed=7)
     clock = FakeClock(0.0)
-    target = Loop(fleet, make_goals(), read_state=lambda s: engines[s.id].state(clock()))
+    target = ModelSelector(fleet, make_goals(), read_state=lambda s: engines[s.id].state(clock()))
     together, single = [], []
     for i in range(120):
         clock.advance(0.1)  # 10 a second; one engine turns over 4 slots in 0.7 s

@@ -13,9 +13,9 @@ import pytest
 
 from calm_serve.config import Fleet
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
-from calm_serve.loop import Loop, assume_hot
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.requests.openai import Overrides, parse_chat
+from calm_serve.routing.selector import ModelSelector, assume_hot
 from calm_serve.testing import (
     FakeClock,
     make_context,
@@ -66,14 +66,21 @@ class Oracle:
         return [make_prediction(s.id, success_ratio=self._success.get(s.id, 0.5)) for s in specs]
 
 
-def loop(fleet: Fleet = FLEET, states: Mapping[str, SLMState] | None = None, **kw: Any) -> Loop:
+def loop(
+    fleet: Fleet = FLEET, states: Mapping[str, SLMState] | None = None, **kw: Any
+) -> ModelSelector:
     known = states or {}
     goals = kw.pop("goals", make_goals())
-    return Loop(fleet, goals, read_state=lambda spec: known.get(spec.id, assume_hot(spec)), **kw)
+    return ModelSelector(
+        fleet, goals, read_state=lambda spec: known.get(spec.id, assume_hot(spec)), **kw
+    )
 
 
 def decide(
-    target: Loop, text: str = "good morning", headers: Overrides | None = None, **fields: Any
+    target: ModelSelector,
+    text: str = "good morning",
+    headers: Overrides | None = None,
+    **fields: Any,
 ) -> Decision:
     body = {"messages": [{"role": "user", "content": text}], **fields}
     return target.decide(parse_chat(body), headers or Overrides(), "decision")

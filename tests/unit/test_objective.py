@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.plan.objective import (
+from calm_serve.routing.scoring import (
     SLO_PENALTY,
     above_floor,
     complexity,

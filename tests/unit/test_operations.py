@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from starlette.responses import Response
 
 from calm_serve.errors import RequestError, UnknownModelError
-from calm_serve.loop import Loop
+from calm_serve.goals.controller import GoalController
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_context, make_fleet, make_goals, make_replica, make_spec
 from calm_serve.types import QualitySignal
 from deployments import fleet_view
@@ -52,7 +53,7 @@ class Desk:
     """Operations with everything they read."""
 
     def __init__(self) -> None:
-        self.loop = Loop(FLEET, make_goals())
+        self.loop = ModelSelector(FLEET, make_goals(), controller=GoalController(make_goals()))
         self.knowledge = Knowledge()
         self.operations = Operations(
             self.loop,

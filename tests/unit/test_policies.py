@@ -9,13 +9,12 @@ import pytest
 from calm_serve.config import Fleet
 from calm_serve.config.loading import check_policy
 from calm_serve.errors import ConfigError, NoCandidateError
-from calm_serve.loop import Loop, assume_hot
-from calm_serve.plan.baseline import Baseline
-from calm_serve.plan.paper import ENERGY_WEIGHT, LATENCY_WEIGHT, WINDOW
-from calm_serve.plan.policies import build
-from calm_serve.plan.similarity import Similarity
 from calm_serve.requests.features import text_buckets
 from calm_serve.requests.openai import Overrides, parse_chat
+from calm_serve.routing.baselines import Baseline
+from calm_serve.routing.calm_paper import ENERGY_WEIGHT, LATENCY_WEIGHT, WINDOW, Similarity
+from calm_serve.routing.factory import build
+from calm_serve.routing.selector import ModelSelector, assume_hot
 from calm_serve.testing import (
     make_context,
     make_fleet,
@@ -146,14 +145,14 @@ def test_the_paper_takes_an_slm_without_a_request_for_the_best() -> None:
     assert choose(paper, "xyzzy")[:2] == ["sql", "wide"]  # sql is the lowest, so at 0 as well
 
 
-def decide(target: Loop, text: str = "good morning", **fields: Any) -> Decision:
+def decide(target: ModelSelector, text: str = "good morning", **fields: Any) -> Decision:
     body = {"messages": [{"role": "user", "content": text}], **fields}
     return target.decide(parse_chat(body), Overrides(), "decision")
 
 
-def loop(name: str, fleet: Fleet = FLEET, **told: Any) -> Loop:
+def loop(name: str, fleet: Fleet = FLEET, **told: Any) -> ModelSelector:
     goals = make_goals(policy={"name": name, **told}, exploration_ratio=0.5)
-    return Loop(fleet, goals, read_state=assume_hot)
+    return ModelSelector(fleet, goals, read_state=assume_hot)
 
 
 def test_the_record_says_that_a_baseline_chose_and_what_was_predicted() -> None:

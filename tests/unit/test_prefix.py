@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.replicas.prefix_index import PrefixIndex
 
 REPLICAS = st.sampled_from(["a", "b", "c"])
 

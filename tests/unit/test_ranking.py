@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_serve.execute.prefix import PrefixIndex
-from calm_serve.execute.ranking import (
+from calm_serve.replicas.prefix_index import PrefixIndex
+from calm_serve.replicas.ranking import (
     LOAD_BOUND_RATIO,
     ReplicaRequest,
     rank_for_prompt,
@@ -317,7 +317,7 @@ def test_exploration_never_picks_a_replica_above_the_load_bound() -> None:
 def test_the_preference_is_the_same_in_a_process_with_another_hash_seed() -> None:
     program = (
         "from random import Random\n"
-        "from calm_serve.execute.ranking import ReplicaRequest, rank_replicas\n"
+        "from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas\n"
         "from calm_serve.types import ReplicaState\n"
         "fleet = [ReplicaState(f'r{i}', max_queue_length=8) for i in range(8)]\n"
         "print(rank_replicas(ReplicaRequest(prefix_family='f'), fleet, {}, local_node_id='',"

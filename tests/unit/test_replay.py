@@ -13,9 +13,9 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.trainer import train
-from calm_serve.loop import config_version
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
+from calm_serve.routing.selector import config_version
 from calm_serve.types import Outcome
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 from tests.logged_decisions import serve

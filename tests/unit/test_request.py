@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 
 from calm_serve.errors import RequestError
-from calm_serve.loop import Loop
 from calm_serve.requests.openai import parse_chat, parse_completion, parse_overrides
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_fleet, make_goals
 from calm_serve.types import OutputShape
 
@@ -74,7 +74,7 @@ def user(content: Any) -> dict[str, Any]:
 @example({"prompt": "hello", "max_completion_tokens": 0})
 @example({"messages": [user("hello")], "model": ":adapter"})
 def test_any_json_value_is_decided_or_refused_with_a_request_error(body: Any) -> None:
-    loop = Loop(make_fleet(), make_goals())
+    loop = ModelSelector(make_fleet(), make_goals())
     for parse in (parse_chat, parse_completion):
         try:
             decision = loop.decide(parse(body), parse_overrides({}), "id")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from calm_serve.config import Rule
-from calm_serve.plan.rules import first_match, keeps_its_word, matches
+from calm_serve.routing.rules import first_match, matches, rule_target_is_usable
 from calm_serve.testing import make_context, make_state
 from calm_serve.types import OutputShape, Residency
 
@@ -55,7 +55,7 @@ def test_no_rule_is_a_valid_answer() -> None:
 
 
 def test_a_rules_slm_keeps_its_word_while_it_is_awake_and_about_as_good_as_usual() -> None:
-    assert keeps_its_word(make_state())
-    assert not keeps_its_word(make_state(quality_factor=0.4))
-    assert not keeps_its_word(make_state(residency=Residency.ASLEEP))
-    assert not keeps_its_word(make_state(residency=Residency.COLD, replicas=0))
+    assert rule_target_is_usable(make_state())
+    assert not rule_target_is_usable(make_state(quality_factor=0.4))
+    assert not rule_target_is_usable(make_state(residency=Residency.ASLEEP))
+    assert not rule_target_is_usable(make_state(residency=Residency.COLD, replicas=0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from calm_serve.loop import Loop
+from calm_serve.routing.selector import ModelSelector
 from calm_serve.telemetry.content_gain import MIN_DECISIONS
 from calm_serve.testing import (
     FakeClock,
@@ -80,14 +80,14 @@ def test_an_explained_decision_has_quantiles_where_they_are_known() -> None:
     assert "quantiles" not in large
 
 
-def loop(factors: dict[str, float]) -> Loop:
+def loop(factors: dict[str, float]) -> ModelSelector:
     fleet = make_fleet(
         make_spec("small", priors={"quality": 0.8}),
         make_spec("large", priors={"quality": 0.6}),
         markers={"sql": "select"},
         rules=[{"name": "sql", "marker": "sql", "slms": ["small"]}],
     )
-    return Loop(
+    return ModelSelector(
         fleet,
         make_goals(),
         read_state=lambda spec: make_state(spec.id, quality_factor=factors.get(spec.id, 1.0)),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from calm_serve.plan.objective import slo_penalty
+from calm_serve.routing import slo_penalty
 from calm_serve.types import Candidate, Decision, DecisionPath, Outcome, Weights
 
 ROWS = 192

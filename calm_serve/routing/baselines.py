@@ -1,20 +1,53 @@
-"""Policies to compare with: who else could choose among the candidates that passed every filter.
-
-All of them see what `calm` sees: the context, the candidates with their predictions, the states.
-None explores, and none knows a quality floor. Draws are a hash of the decision's id, as in
-`objective.explore`, so a record replays to itself; what `round_robin` and `paper` remember is a
-matter of the requests before it.
-"""
+"""What every policy to compare with keeps to, and the draw that random ones share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from zlib import crc32
 
-from calm_serve.config import Fleet, Goals, Rule, SelectionPolicy, SelectionPolicyName
-from calm_serve.plan.baseline import Baseline, Choice, draw, from_anywhere
-from calm_serve.plan.paper import Paper
-from calm_serve.plan.similarity import Reader
-from calm_serve.types import Candidate, RoutingContext, SLMState
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.types import Candidate, Outcome, RoutingContext, SLMState
+
+Choice = tuple[Sequence[str], float]  # ids best first; probability of the first one
+
+
+class Baseline(ABC):
+    """What the loop asks of a policy. Single-threaded, bounded by the number of SLMs."""
+
+    def __init__(self) -> None:
+        self._specs: Mapping[str, SLMSpec] = {}
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Follow SLMs that came or went."""
+        self._specs = {spec.id: spec for spec in fleet.slms}
+
+    @abstractmethod
+    def choose(
+        self,
+        context: RoutingContext,
+        candidates: Sequence[Candidate],
+        states: Mapping[str, SLMState],
+    ) -> Choice:
+        """Rank the candidates: at least one, all scored, none excluded."""
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from a finished request, whoever chose its SLM."""
+        del outcome
+
+    def _by_size(self, slm_id: str) -> tuple[int, str]:
+        return -self._specs[slm_id].parameters, slm_id
+
+
+def draw(decision_id: str) -> float:
+    """A number in [0, 1) that follows from the decision's id alone."""
+    return crc32(decision_id.encode()) / 2**32
+
+
+def from_anywhere(ids: Sequence[str], context: RoutingContext) -> Choice:
+    """Start at a random one of `ids`; the others follow in turn."""
+    start = int(draw(context.request_id) * len(ids))
+    return [*ids[start:], *ids[:start]], 1.0 / len(ids)
 
 
 class Uniform(Baseline):
@@ -167,51 +200,3 @@ class Fastest(Baseline):
         del context, states
         times = {c.slm_id: c.prediction.e2e_s for c in candidates if c.prediction}
         return sorted(times, key=lambda i: (times[i], i)), 1.0
-
-
-def rules_of(goals: Goals, fleet: Fleet) -> tuple[Rule, ...]:
-    """The declarative rules, which only `calm` and `rules` follow."""
-    return (
-        fleet.rules
-        if goals.policy.name in (SelectionPolicyName.CALM, SelectionPolicyName.RULES)
-        else ()
-    )
-
-
-def build(goals: Goals, fleet: Fleet, read: Reader) -> Baseline | None:
-    """The policy that the goals name, None for `calm`; `read` hashes texts as contexts are."""
-    make: dict[SelectionPolicyName, Callable[[SelectionPolicy], Baseline]] = {
-        SelectionPolicyName.PAPER: lambda _: Paper(read),
-        SelectionPolicyName.RANDOM: lambda _: Uniform(),
-        SelectionPolicyName.ROUND_ROBIN: lambda _: RoundRobin(),
-        SelectionPolicyName.LEAST_LOADED: lambda _: LeastLoaded(),
-        SelectionPolicyName.LARGEST: lambda _: Largest(),
-        SelectionPolicyName.SINGLE: lambda policy: Single(policy.slm),
-        SelectionPolicyName.SHARES: lambda policy: Shares(policy.shares),
-        SelectionPolicyName.RULES: lambda _: Broadest(),
-        SelectionPolicyName.FASTEST: lambda _: Fastest(),
-    }
-    if goals.policy.name is SelectionPolicyName.CALM:
-        return None
-    found = make[goals.policy.name](goals.policy)
-    found.set_fleet(fleet)
-    return found
-
-
-class Shelf:
-    """Keeps what policies remember while another one chooses; at most one of each name."""
-
-    def __init__(self, read: Reader) -> None:
-        self._read = read
-        self._kept: dict[SelectionPolicyName, tuple[SelectionPolicy, Baseline]] = {}
-
-    def take(self, goals: Goals, fleet: Fleet) -> Baseline | None:
-        """The policy that the goals name, as it was when it last chose; None for `calm`."""
-        policy, kept = self._kept.get(goals.policy.name, (None, None))
-        if kept is None or policy != goals.policy:
-            kept = build(goals, fleet, self._read)
-            if kept is not None:
-                self._kept[goals.policy.name] = goals.policy, kept
-        else:
-            kept.set_fleet(fleet)
-        return kept

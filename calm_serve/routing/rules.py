@@ -25,7 +25,7 @@ def matches(rule: Rule, context: RoutingContext) -> bool:
     return not rule.max_prompt_chars or context.prompt_chars <= rule.max_prompt_chars
 
 
-def keeps_its_word(state: SLMState) -> bool:
+def rule_target_is_usable(state: SLMState) -> bool:
     """Whether an SLM that a rule names is awake and answers about as well as it used to.
 
     One that must be woken first is weighed against those that need not.

@@ -1,7 +1,7 @@
 """The decision on the hot path: context, rules, filters, predictions, objective, record.
 
-`Loop` composes the stages and owns no policy. It never blocks, does no I/O and makes no remote
-call; everything it reads is in memory, and `predictor` and `goals` are swapped as one attribute.
+`ModelSelector` composes the stages and owns no policy. It never blocks, does no I/O and makes no
+remote call; everything it reads is in memory, and `predictor` and `goals` are swapped as one attribute.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
-from calm_serve.plan import filters, objective, policies, rules
-from calm_serve.plan.baseline import Baseline
-from calm_serve.plan.controller import GoalController
 from calm_serve.prediction import MetadataPrior, Predictor
 from calm_serve.requests import ChatRequest, ContextBuilder, Overrides, fill_features, text_buckets
+from calm_serve.routing import filters, rules, scoring
+from calm_serve.routing.baselines import Baseline
+from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
     Candidate,
     Decision,
     DecisionPath,
     DecisionReason,
+    GoalStatus,
     Outcome,
     Residency,
     RoutingContext,
     SLMState,
     Versions,
+    Weights,
 )
 
 StateReader = Callable[[SLMSpec], SLMState]
@@ -49,7 +51,58 @@ def config_version(*sections: Any) -> str:
     return f"{crc32(text.encode()):08x}"
 
 
-class Loop:
+class WeightController(Protocol):
+    """What moves the weights while the fleet serves: `goals.GoalController`, or nothing."""
+
+    weights: Weights
+
+    def set_goals(self, goals: Goals) -> None:
+        """Swap the goals; the stated weights are back at once."""
+        ...
+
+    def retain(self, slm_ids: Iterable[str]) -> None:
+        """Follow SLMs that left the fleet."""
+        ...
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Take a finished request."""
+        ...
+
+    def step(self) -> Weights:
+        """Move the weights by what was learned since the last step, and return them."""
+        ...
+
+    def status(self) -> list[GoalStatus]:
+        """Every target that is set, and how it stands."""
+        ...
+
+
+class StatedWeights:
+    """The weights that the operator stated, whatever happens."""
+
+    def __init__(self, goals: Goals) -> None:
+        self.set_goals(goals)
+
+    def set_goals(self, goals: Goals) -> None:
+        """Swap the goals."""
+        self.weights: Weights = scoring.weights_of(goals)
+
+    def retain(self, slm_ids: Iterable[str]) -> None:
+        """Nothing is kept by SLM."""
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Nothing is learned."""
+
+    def step(self) -> Weights:
+        """The stated weights."""
+        return self.weights
+
+    def status(self) -> list[GoalStatus]:
+        """Nobody holds a target here."""
+        return []
+
+
+class ModelSelector:
     """Decides for one fleet. Single-threaded: one instance per event loop."""
 
     def __init__(
@@ -61,8 +114,9 @@ class Loop:
         predictor: Predictor | None = None,
         timer: Callable[[], float] = time.perf_counter,
         decision_log: int = 2048,
-        routers: int = 1,
+        controller: WeightController | None = None,
     ) -> None:
+        """`controller` moves the weights towards targets; without one they stay as stated."""
         self.predictor: Predictor = predictor or MetadataPrior()
         self._read_state = read_state
         self._timer = timer
@@ -70,8 +124,8 @@ class Loop:
         self._log_size = decision_log
         self.goals = goals
         self._baseline: Baseline | None = None
-        self._policies = policies.Shelf(text_buckets)
-        self.controller = GoalController(goals, routers=routers)
+        self._policies = BaselineRegistry(text_buckets)
+        self.controller: WeightController = controller or StatedWeights(goals)
         self.set_fleet(fleet)
         self.set_goals(goals)
 
@@ -83,7 +137,7 @@ class Loop:
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._builder = ContextBuilder(fleet)
         self._fleet_version = config_version(fleet)
-        self._rules = policies.rules_of(self.goals, fleet)
+        self._rules = rules_of(self.goals, fleet)
         if self._baseline is not None:
             self._baseline.set_fleet(fleet)
         self.controller.retain(self.specs)
@@ -91,7 +145,7 @@ class Loop:
     def set_goals(self, goals: Goals) -> None:
         """Swap the goals; the next decision uses them. A policy keeps its memory."""
         self._baseline = self._policies.take(goals, self.fleet)
-        self._rules = policies.rules_of(goals, self.fleet)
+        self._rules = rules_of(goals, self.fleet)
         self.goals = goals
         self.controller.set_goals(goals)
         self.weights = self.controller.weights
@@ -138,7 +192,9 @@ class Loop:
         states = {i: self._read_state(s) for i, s in self.specs.items()}
         allowed, excluded = filters.split(context, self.specs, states)
         if rule is not None:
-            short = [i for i in rule.slms if i in allowed and rules.keeps_its_word(states[i])]
+            short = [
+                i for i in rule.slms if i in allowed and rules.rule_target_is_usable(states[i])
+            ]
             if len(short) == 1 or (short and self._baseline is not None):
                 return self._by_rule(context, short[0], rule.name, allowed, excluded)
             if short:
@@ -191,7 +247,7 @@ class Loop:
         if request is not None:
             fill_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
-        candidate = objective.evaluate(context, prediction, state, self.weights)
+        candidate = scoring.evaluate(context, prediction, state, self.weights)
         return self._record(
             context,
             DecisionPath.PINNED,
@@ -237,22 +293,22 @@ class Loop:
         specs = [self.specs[i] for i in allowed]
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         weights = self.weights
-        scored = [objective.evaluate(context, p, states[p.slm_id], weights) for p in predictions]
+        scored = [scoring.evaluate(context, p, states[p.slm_id], weights) for p in predictions]
         if self._baseline is not None:
             ids, propensity = self._baseline.choose(context, scored, states)
             path, reason = DecisionPath.BASELINE, DecisionReason.BASELINE
-            found = (*objective.ranked(scored), *excluded)
+            found = (*scoring.ranked(scored), *excluded)
             return self._record(context, path, reason, found, tuple(ids), propensity=propensity)
         floor = max(self.goals.quality_floor, context.quality_floor)
-        scored = objective.ranked(scored)
-        order = objective.above_floor(scored, floor)
-        chosen, propensity, explored = objective.explore(
+        scored = scoring.ranked(scored)
+        order = scoring.above_floor(scored, floor)
+        chosen, propensity, explored = scoring.explore(
             order, context.request_id, self.goals.exploration_ratio
         )
         prior = self.predictor.version == MetadataPrior.version
         path = DecisionPath.PRIOR if prior else DecisionPath.SCORED
         reason = DecisionReason.BEST_PRIOR if prior else DecisionReason.BEST_SCORE
-        preferred = objective.preferred(context, scored, self.specs, states, weights, floor)
+        preferred = scoring.preferred(context, scored, self.specs, states, weights, floor)
         if explored:
             path, reason, preferred = DecisionPath.EXPLORED, DecisionReason.EXPLORATION, ""
         elif len(order) == 1:
@@ -266,7 +322,7 @@ class Loop:
             ranking,
             rule=rule,
             propensity=propensity,
-            complexity=objective.complexity(scored, self.specs),
+            complexity=scoring.complexity(scored, self.specs),
             preferred=preferred,
         )
 

@@ -31,15 +31,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from calm_serve.config import Goals
-from calm_serve.plan import goal_window as gw
-from calm_serve.plan.goal_window import Array, GoalWindow, Terms
-from calm_serve.plan.objective import weights_of
-from calm_serve.types import Decision, Outcome, Weights
+from calm_serve.goals import window as gw
+from calm_serve.goals.window import Array, GoalWindow, Terms
+from calm_serve.routing import weights_of
+from calm_serve.types import Decision, GoalStatus, Outcome, Weights
 
 LATE_RATIO = 0.05  # of a p95
 TOLERANCE = 0.1  # a goal is held when what was measured is within this of it
@@ -73,18 +73,6 @@ _OF_TARGET = {
     "energy_per_request_j": _ENERGY,
     "power_w": _ENERGY,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class GoalStatus:
-    """One target and how it stands. Unknown is None: too few requests."""
-
-    name: str  # field of Goals
-    target: float
-    measured: float | None  # quality: predicted; power: this router's, times the routers
-    held: bool | None  # measured within TOLERANCE of the target
-    feasible: bool | None  # the predictions know a choice that holds it beside the stronger goals
-    samples: int
 
 
 class GoalController:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
 
-from calm_serve.execute.prefix import PrefixIndex
+from calm_serve.replicas.prefix_index import PrefixIndex
 from calm_serve.types import ReplicaState
 
 LOAD_BOUND_RATIO = 1.5

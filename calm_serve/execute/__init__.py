@@ -1,1 +1,0 @@
-"""Execute: prefix affinity and queue length choose the replica."""

@@ -1,1 +1,0 @@
-"""Plan: rules, filters, scorers and the objective choose the SLM."""

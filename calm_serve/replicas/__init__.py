@@ -1,0 +1,11 @@
+"""Replicas: which replica of the chosen SLM gets a request. Owner: router. Never blocks."""
+
+from calm_serve.replicas.prefix_index import PrefixIndex
+from calm_serve.replicas.ranking import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
+
+__all__ = [
+    "EXPLORATION_RATIO",
+    "PrefixIndex",
+    "ReplicaRequest",
+    "rank_for_prompt",
+]
