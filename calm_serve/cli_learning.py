@@ -64,7 +64,8 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
     """Read the log, decide again, estimate; progress goes to a terminal's stderr."""
     del fetch
     # Imported here: `calm fleet` should not wait for numpy, LightGBM and SQLAlchemy.
-    from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
+    from calm_serve.knowledge import read_outcomes
+    from calm_serve.learning import Replay, Rules
     from calm_serve.routing import config_version
 
     goals = read_goals(args.goals)

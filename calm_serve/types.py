@@ -140,7 +140,7 @@ class SLMState:
     breaker_open: bool = False
     wake_s: float = 0.0  # measured time from start to ready
     age_s: float = 0.0
-    quality_factor: float = 1.0  # recent successes over predicted ones
+    calibration_factor: float = 1.0  # recent successes over predicted ones
     in_flight: int = 0  # requests inside all SLMs, as this process sees them
     ttft_ratio: float = 1.0  # measured over analytic TTFT at the present load
     ttft_spread: float = 0.5  # of log(measured / predicted)
@@ -258,6 +258,11 @@ class EngineFacts:
     running: int = 0
     waiting: int = 0
     kv_usage_ratio: float = 0.0
+
+
+# Who says something of an answer: a person or a test that saw it, or a check of its form.
+FEEDBACK = "feedback"
+VALIDATOR_PREFIX = "validator:"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
-from calm_serve.knowledge.decisions import terms_of
+from calm_serve.learning import log_fields
 from calm_serve.telemetry import load_at_decision
 from calm_serve.types import (
     Decision,
@@ -268,7 +268,7 @@ def outcome_of(call: Call, *, at: float, task: str, prompt: str | None) -> Outco
         versions=astuple(decision.versions),
         signals=signals,
         prompt=prompt,
-        extra=terms_of(decision) | load_at_decision(call.state) | _residency_terms(call),
+        extra=log_fields(decision) | load_at_decision(call.state) | _residency_terms(call),
     )
 
 

@@ -69,7 +69,7 @@ class FleetView:
     def set_watch(self, found: Mapping[str, Any]) -> None:
         """Take what the knowledge actor found in the outcomes; see `WatchView`."""
         self.watch.set(found)
-        self._monitor.set_quality_factors(self.watch.quality_factors)
+        self._monitor.set_calibration_factors(self.watch.calibration_factors)
         self._states.clear()
 
     def state(self, spec: SLMSpec) -> SLMState:

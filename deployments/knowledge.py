@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from calm_serve.config import Fleet, Learning
-from calm_serve.knowledge.service import KnowledgeService
+from calm_serve.knowledge import KnowledgeService
 
 NAMESPACE = "calm_serve"
 # Every waiting long-poll holds a slot, and every router replica waits all the time.

@@ -22,9 +22,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError, KnowledgeError, RequestError
-from calm_serve.knowledge.newcomers import with_newcomers
-from calm_serve.knowledge.shadow import Shadow
+from calm_serve.learning import Shadow
 from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior
+from calm_serve.prediction.cold_start import with_cold_start
 from calm_serve.routing import ModelSelector
 from calm_serve.types import Outcome, QualitySignal
 from deployments.fleet_view import FleetView
@@ -69,7 +69,7 @@ class KnowledgeClient:
         return None if found is None else asdict(found)
 
     async def want(self, router_id: str, said: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Tell what is wanted of which SLM; see ResidencyDesk.want. Raises KnowledgeError."""
+        """Report demand; see ResidencyCoordinator.want. Raises KnowledgeError."""
         told: Mapping[str, Any] = await self._ask("want", router_id, said)
         return told
 
@@ -198,7 +198,7 @@ async def _predictor_of(
 
     def build() -> LightGBMPredictor:
         new = None if newcomers is None else Artifact.from_bytes(newcomers["blob"])
-        return with_newcomers(Artifact.from_bytes(value["blob"]), new, MetadataPrior())
+        return with_cold_start(Artifact.from_bytes(value["blob"]), new, MetadataPrior())
 
     try:
         # Built off the loop: parsing trees takes milliseconds.

@@ -83,7 +83,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_residency_budget_bytes", _G, "Declared bytes that may be hot per node.", ()),
     Metric("calm_residency_hot_bytes", _G, "Declared bytes in memory, fullest node.", ()),
     Metric("calm_held_requests", _G, "Requests that wait for their SLM to wake.", ()),
-    Metric("calm_slm_quality_factor", _G, "Recent successes over predicted ones.", SLM),
+    Metric("calm_slm_calibration_factor", _G, "Recent successes over predicted ones.", SLM),
     Metric("calm_prediction_coverage_ratio", _G, "Outcomes within their p95.", ("slm", "kind")),
     Metric("calm_energy_idle_joules", _G, "Energy of no request, cumulative.", ("slm", "source")),
     Metric("calm_energy_attribution_error_ratio", _G, "Requests plus idle against a check.", SLM),

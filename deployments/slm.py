@@ -15,8 +15,8 @@ from ray import serve
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import AsleepError, CalmError, ComponentError, UnknownModelError
-from calm_serve.knowledge.validators import validate
 from calm_serve.types import EngineFacts, QualitySignal
+from calm_serve.validation import validate
 from deployments.energy import ReplicaEnergy
 from deployments.knowledge_client import StateReporter
 from deployments.resident_adapter import ResidentAdapter

@@ -21,7 +21,7 @@ class TierView:
 
     def __init__(self) -> None:
         self.options = ResidencyOptions()
-        self.summary: dict[str, Any] = {}  # as ResidencyDesk.summary
+        self.summary: dict[str, Any] = {}  # as ResidencyCoordinator.summary
         self.waits: dict[str, float] = {}  # SLM -> seconds until it could answer
         self.version = 0  # of the orders on the board
         self._ordered: dict[str, Residency] = {}

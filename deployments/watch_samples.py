@@ -32,8 +32,8 @@ def watch_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 def _slm_samples(slm_id: str, slm: Mapping[str, Any]) -> Iterator[Sample]:
-    if (factor := slm.get("quality_factor")) is not None:
-        yield "calm_slm_quality_factor", (slm_id,), float(factor)
+    if (factor := slm.get("calibration_factor")) is not None:
+        yield "calm_slm_calibration_factor", (slm_id,), float(factor)
     for kind, found in (slm.get("calibration") or {}).items():
         if (coverage := found.get("coverage_ratio")) is not None:
             yield "calm_prediction_coverage_ratio", (slm_id, kind), float(coverage)

@@ -30,13 +30,13 @@ class WatchView:
         self._alarms = Alarms(clock)
 
     @property
-    def quality_factors(self) -> Mapping[str, float]:
+    def calibration_factors(self) -> Mapping[str, float]:
         """SLM -> factor on P(success); 1 where it is missing."""
-        factors: Mapping[str, float] = self._found.get("quality_factors", {})
+        factors: Mapping[str, float] = self._found.get("calibration_factors", {})
         return factors
 
     def set(self, found: Mapping[str, Any]) -> None:
-        """Take the board's "watch"; see `calm_serve.knowledge.watch`."""
+        """Take the board's "watch"; see `calm_serve.learning.monitor`."""
         self._found = found
 
     def set_energy(self, energy: Mapping[str, Mapping[str, Any]]) -> None:
@@ -69,7 +69,7 @@ class WatchView:
         if "at" in energy:
             energy["age_s"] = round(max(self._clock() - energy.pop("at"), 0.0), 1)
         return {
-            "quality_factor": self.quality_factors.get(slm_id, 1.0),
+            "calibration_factor": self.calibration_factors.get(slm_id, 1.0),
             "calibration": self._found.get("calibration", {}).get(slm_id, {}),
             "energy": energy,
         }

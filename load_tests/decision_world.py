@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from calm_serve.config import Fleet
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning import train
 from calm_serve.prediction import Artifact, live_load
 from calm_serve.requests import BUCKETS, ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.testing import make_outcome, make_state

@@ -22,8 +22,8 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.knowledge.trainer import train
+from calm_serve.knowledge import OutcomeStore
+from calm_serve.learning import train
 from deployments.reference_fleet.evalrows import FILES, load
 from deployments.reference_fleet.grading import credit
 from load_tests.asking import Question, ask

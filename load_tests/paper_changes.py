@@ -108,7 +108,7 @@ async def _change(
             changes.parts[name] = await traffic.send(name, places, rate, feedback_ratio=ratio)
             changes.seen[name] = {
                 "alarms": operator.alarms(slm_id),
-                "quality_factor": operator.slm(slm_id)["quality_factor"],
+                "calibration_factor": operator.slm(slm_id)["calibration_factor"],
             }
             print(name, changes.seen[name], flush=True)
             found = judged.drain(settled, changes.parts[name], slm_id)

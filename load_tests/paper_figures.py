@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_serve.plan.residency_baselines import belady
 from load_tests import report
+from load_tests.belady import belady
 
 GENERALIST, PAPER, SHARES, OURS = "generalist", "paper", "shares", "calm"
 # Ours for an operator who wants another policy's quality, and that for as little as can be.

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.knowledge import OutcomeStore
 from load_tests import arrivals
 from load_tests.paper_figures import (
     AS_GENERALIST,

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from calm_serve.config import ResidencyOptions, SLMSpec
-from calm_serve.plan import residency_baselines
-from calm_serve.plan.occupancy import Demand, Occupant, publishable
+from calm_serve.residency import Demand, ModelFootprint, build, publishable
 from calm_serve.routing import ModelSelector
 from calm_serve.testing import FakeClock
 from calm_serve.types import Residency, SLMState
@@ -54,7 +53,7 @@ class Memory:
         self._host, self._options = host, options
         self._budget = int(options.memory_budget_bytes or 0)
         goals = host.loop.goals
-        self.planner = residency_baselines.build(
+        self.planner = build(
             options,
             latency_per_s=goals.latency_weight_per_s,
             energy_per_j=goals.energy_weight_per_j,
@@ -156,12 +155,12 @@ class Memory:
                 self._host.give_up(call)
                 return
 
-    def _occupants(self) -> list[Occupant]:
+    def _occupants(self) -> list[ModelFootprint]:
         found = []
         for slm_id, spec in self._host.loop.specs.items():
             speed = self._host.answers.speeds[slm_id]
             found.append(
-                Occupant(
+                ModelFootprint(
                     slm_id,
                     {NODE: spec.declared_bytes},
                     tier=self._tiers.get(slm_id, Residency.ASLEEP),

@@ -10,8 +10,9 @@ from random import Random
 import numpy as np
 
 from calm_serve.config import Fleet, Goals
-from calm_serve.knowledge.newcomers import Newcomers, fit, known_slms, with_newcomers
+from calm_serve.learning import ColdStartSLMs, fit
 from calm_serve.prediction import Artifact, MetadataPrior, load_artifact, own_head
+from calm_serve.prediction.cold_start import known_slms, with_cold_start
 from load_tests.paper_adaptation import AFTER, BEFORE, FEEDBACK_RATIO, SHARE_RATIO
 from load_tests.paper_answers import Answers
 from load_tests.paper_call import Row
@@ -71,7 +72,7 @@ def _arriving(
         answers,
         Goals(),
         seed=seed,
-        predictor=with_newcomers(artifact, None, MetadataPrior()),
+        predictor=with_cold_start(artifact, None, MetadataPrior()),
         fleet=fleet_without(fleet, slm_id),
         feedback_ratio=feedback_ratio,
     )
@@ -82,14 +83,14 @@ def _arriving(
         arrived.append((now, rng.randrange(len(answers))))
     world.serve(arrived[:BEFORE])
     world.set_fleet(fleet)
-    newcomers = Newcomers()
+    newcomers = ColdStartSLMs()
     if learns:
         newcomers.follow(fleet, known_slms(artifact))
     for cut in range(BEFORE, BEFORE + AFTER, 5):
         # As the knowledge actor: outcomes come in small batches, and a fit is published at once.
         if (job := newcomers.job()) is not None:
             fitted = fit(job, world.clock.now_s)
-            world.loop.predictor = with_newcomers(artifact, fitted, MetadataPrior())
+            world.loop.predictor = with_cold_start(artifact, fitted, MetadataPrior())
         world.outcomes = []
         world.serve(arrived[cut : cut + 5])
         newcomers.observe(world.outcomes)

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from random import Random
 
 from calm_serve.config import Goals, ResidencyPolicyName
-from calm_serve.plan.occupancy import Occupant
-from calm_serve.plan.residency_baselines import belady, belady_bound, build
-from calm_serve.plan.residency_replay import ids_of, replay
+from calm_serve.residency import ModelFootprint, build
 from calm_serve.routing import ModelSelector
 from calm_serve.types import Residency
 from load_tests import arrivals
+from load_tests.belady import belady, belady_bound
 from load_tests.paper_answers import Answers, shipped
 from load_tests.paper_memory import NODE, half
 from load_tests.paper_scenarios import Figures, options_of, workload
+from load_tests.residency_replay import ids_of, replay
 
 ARRIVALS = 3000
 RATE_RPS = 0.5  # slow enough for the guards against thrash, about that of the paper's 25 per minute
@@ -79,10 +79,10 @@ def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
     return {"bytes.calm.hit_rate": hits.hit_ratio, "bytes.belady_bound": bound}
 
 
-def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> Occupant:
+def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootprint:
     speed = answers.speeds[slm_id]
     tier = Residency.HOT if hot else Residency.ASLEEP
-    return Occupant(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)
+    return ModelFootprint(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)
 
 
 def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:

@@ -19,10 +19,10 @@ from calm_serve.config import (
     SelectionPolicyName,
     SLMSpec,
 )
-from calm_serve.plan.residency_baselines import belady
 from calm_serve.prediction import Predictor
 from calm_serve.types import Prediction, RoutingContext, SLMState
 from load_tests import arrivals
+from load_tests.belady import belady
 from load_tests.paper_answers import Answers, shipped
 from load_tests.paper_call import Row
 from load_tests.paper_memory import half

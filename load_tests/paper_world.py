@@ -2,8 +2,9 @@
 
 Real: `ModelSelector` with rules, filters, predictor, objective, exploration and goals; the router's
 statistics and breaker; the watch that corrects P(success) from what is said of answers; the
-residency planner; trainer and gate. Simulated: engines (queues with the speeds of `paper_answers`), waking, the clock,
-and messages, of which outcomes reach the watch every `FLUSH_S`. One router, one replica per SLM.
+residency planner; trainer and gate. Simulated: engines (queues with the speeds of
+`paper_answers`), waking, the clock, and messages, of which outcomes reach the watch every
+`FLUSH_S`. One router, one replica per SLM.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from calm_serve.config import Fleet, Goals, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError
 from calm_serve.goals import GoalController
-from calm_serve.knowledge.watch import Watch
+from calm_serve.learning import OutcomeMonitor
 from calm_serve.prediction import Predictor, live_load
 from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
@@ -67,7 +68,7 @@ class World:
         self.monitor = FleetStats([s.id for s in fleet.slms], self.clock)
         self._retrain = retrain
         self.retrainings = 0
-        self.watch = Watch(self.clock, self.clock, self._published, self._asked_to_retrain)
+        self.watch = OutcomeMonitor(self.clock, self.clock, self._published, self._asked_to_retrain)
         self.loop = ModelSelector(
             fleet,
             goals,
@@ -287,7 +288,7 @@ class World:
             self.outcomes.append(outcome)
 
     def _published(self, document: Mapping[str, Any]) -> None:
-        self.monitor.set_quality_factors(document["quality_factors"])
+        self.monitor.set_calibration_factors(document["calibration_factors"])
         self._states.clear()
 
     def _asked_to_retrain(self) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from calm_serve.config import Learning
-from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain
 from calm_serve.knowledge.service import KnowledgeService
+from calm_serve.knowledge.training_process import retrain_from_store
+from calm_serve.learning.retraining import RetrainJob, RetrainResult
 from tests.knowledge_data import make_fleet
 
 
@@ -57,7 +58,7 @@ class World:
         waiting = self.before_training()
         if waiting is not None:
             await waiting
-        return retrain(job, self.clock)
+        return retrain_from_store(job, self.clock)
 
     async def close(self) -> None:
         """Close every service that was started."""

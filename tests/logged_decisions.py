@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from calm_serve.config import Goals, SLMSpec
-from calm_serve.knowledge.decisions import terms_of
+from calm_serve.learning.decision_log import log_fields
 from calm_serve.prediction.base import Predictor, live_load
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.selector import ModelSelector
@@ -79,5 +79,5 @@ def _serve(
             predicted=astuple(chosen.prediction)[1:6],
             versions=astuple(decision.versions),
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),
-            extra=terms_of(decision),
+            extra=log_fields(decision),
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from calm_serve.config import Goals, Learning
-from calm_serve.knowledge.promotion import Promotion
-from calm_serve.knowledge.shadow import Shadow
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.knowledge.trainer import Training, train
+from calm_serve.learning.promotion import Promotion
+from calm_serve.learning.shadow import Shadow
+from calm_serve.learning.training import Training, train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.testing import FakeClock

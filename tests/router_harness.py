@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from calm_serve.config import ServeArgs
-from calm_serve.knowledge.shadow import Shadow
+from calm_serve.learning.shadow import Shadow
 from calm_serve.testing import make_fleet
 from calm_serve.types import Outcome
 from deployments import router

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import json
 import logging
 import time
@@ -16,23 +17,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions
-from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge import settings
-from calm_serve.knowledge.board import Board
+from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.knowledge.codec import decode_outcome, decode_signals
 from calm_serve.knowledge.energy_ledger import EnergyLedger
-from calm_serve.knowledge.goal_book import GoalBook, GoalChange
-from calm_serve.knowledge.newcomer_desk import NewcomerDesk
-from calm_serve.knowledge.promotion import Promotion
-from calm_serve.knowledge.residency_desk import META as RESIDENCY
-from calm_serve.knowledge.residency_desk import ResidencyDesk
-from calm_serve.knowledge.retrain import RetrainJob, RetrainResult, retrain_in_child
-from calm_serve.knowledge.roster import Roster, StartupStates
-from calm_serve.knowledge.steps import Ticker, take_steps
+from calm_serve.knowledge.goal_history import GoalChange, GoalHistory
+from calm_serve.knowledge.publisher import Publisher
+from calm_serve.knowledge.slm_registry import SLMRegistry, StartupStates
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.knowledge.training_desk import TrainingDesk
-from calm_serve.knowledge.watch import Watch
+from calm_serve.knowledge.training_process import retrain_in_child
+from calm_serve.learning import (
+    ColdStartTrainer,
+    OutcomeMonitor,
+    Promotion,
+    RetrainingScheduler,
+    RetrainJob,
+    RetrainResult,
+)
+from calm_serve.residency import RESIDENCY_KEY as RESIDENCY
+from calm_serve.residency import ResidencyCoordinator
 from calm_serve.types import Outcome, QualitySignal
 
 TICK_S = 5.0
@@ -69,21 +74,21 @@ class KnowledgeService:
         self._store_url = learning.store_url or default_url
         self._store = OutcomeStore(self._store_url)
         if resume:
-            fleet, learning = settings.kept(self._store) or (fleet, learning)
+            fleet, learning = kept(self._store) or (fleet, learning)
         self._fleet, self._learning = fleet, learning
         # One thread, so writes come one after another in the order they were asked for.
         self._io = ThreadPoolExecutor(1, thread_name_prefix="knowledge-store")
-        self._roster, self._states = Roster(monotonic), StartupStates()
+        self._roster, self._states = SLMRegistry(monotonic), StartupStates()
         self._ticker, self._ticks = Ticker(self.tick, TICK_S), 0
         self._refused_rows = 0
         # Milliseconds since 1970: a restarted service never repeats a version.
-        self._board = Board(int(clock() * 1000))
+        self._board = Publisher(int(clock() * 1000))
         if registry := self._store.meta("registry"):
             self._roster.restore(registry)
         self._board.publish("registry", self._roster.snapshot())
         self._board.publish("states", {})
         to_goals = functools.partial(self._board.publish, "goals")
-        self._goals = GoalBook(self._store, to_goals, self._in_thread, clock)
+        self._goals = GoalHistory(self._store, to_goals, self._in_thread, clock)
         self._promotion = Promotion(
             learning,
             fleet.predictor,
@@ -93,7 +98,7 @@ class KnowledgeService:
             in_thread=self._in_thread,
             clock=clock,
         )
-        self._training = TrainingDesk(
+        self._training = RetrainingScheduler(
             self._store,
             self._store_url,
             self._promotion,
@@ -103,20 +108,22 @@ class KnowledgeService:
             learning,
         )
         orders = functools.partial(self._board.publish, RESIDENCY)
-        self._residency = ResidencyDesk(self._store, orders, monotonic)
+        self._residency = ResidencyCoordinator(self._store, orders, monotonic)
         self._energy = EnergyLedger(clock)
         to_routers = functools.partial(self._board.publish, "watch")
-        self._watch = Watch(clock, monotonic, to_routers, self._training.on_drift)
+        self._watch = OutcomeMonitor(clock, monotonic, to_routers, self._training.on_drift)
         self._follow_slms()
-        self._newcomers = NewcomerDesk(functools.partial(self._board.publish, "newcomers"), clock)
+        self._newcomers = ColdStartTrainer(
+            functools.partial(self._board.publish, "newcomers"), clock
+        )
 
     async def configure(self, fleet: Fleet, learning: Learning) -> None:
         """Take over the settings of a redeployment; where the log lives cannot change.
 
         Raises ConfigError when it would.
         """
-        settings.check(self._learning, learning)
-        await self._in_thread(lambda: settings.keep(self._store, fleet, learning))
+        check(self._learning, learning)
+        await self._in_thread(lambda: keep(self._store, fleet, learning))
         self._fleet, self._learning = fleet, learning
         self._promotion.learning = self._training.learning = learning
         self._follow_slms()
@@ -188,7 +195,7 @@ class KnowledgeService:
         return await self._board.wait(have, min(max(timeout_s, 0.0), MAX_WAIT_S), keys)
 
     async def configure_goals(self, goals: Goals) -> None:
-        """Take a deployment's goals, unless they are those of the last one; see GoalBook."""
+        """Take a deployment's goals, unless they are those of the last one; see GoalHistory."""
         await self._goals.configure(goals)
 
     async def set_goals(self, goals: Goals, by: str) -> GoalChange:
@@ -217,7 +224,7 @@ class KnowledgeService:
         await self._in_thread(lambda: self._store.set_meta(RESIDENCY, text))
 
     async def want(self, router_id: str, said: Mapping[str, Any]) -> dict[str, Any]:
-        """A router's demand for SLMs; see `ResidencyDesk.want`."""
+        """A router's demand for SLMs; see `ResidencyCoordinator.want`."""
         return self._residency.want(router_id, said)
 
     async def report_energy(self, slm_id: str, replica_id: str, report: Mapping[str, Any]) -> None:
@@ -246,7 +253,7 @@ class KnowledgeService:
         return await self.predictors()
 
     async def retrain(self, force: bool = False) -> dict[str, Any]:
-        """Train and judge now, and publish a better predictor; return the verdict.
+        """Train and promotion_test now, and publish a better predictor; return the verdict.
 
         Without `force`, fewer than min_outcomes labelled outcomes give the reason
         "too_few_outcomes". Joins a training that is running. Raises KnowledgeError.
@@ -325,3 +332,78 @@ class KnowledgeService:
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._io, call)
+
+
+async def take_steps(*steps: Callable[[], Any]) -> None:
+    """Take every step, awaiting what can be awaited; one that fails is logged.
+
+    What is durable already must not be asked for again because something was not learned from it,
+    and no part may end the work of the others.
+    """
+    for step in steps:
+        try:
+            waiting = step()
+            if inspect.isawaitable(waiting):
+                await waiting
+        except KnowledgeError as error:
+            _log.warning("knowledge: %s", error.message)
+        except Exception:  # noqa: BLE001  # whatever it is, the other steps go on
+            _log.exception("a step of the knowledge service failed")
+
+
+class Ticker:
+    """Awaits `tick`, which does not raise, every `period_s` seconds once it is started."""
+
+    def __init__(self, tick: Callable[[], Awaitable[None]], period_s: float) -> None:
+        self._tick, self._period_s = tick, period_s
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin in the running event loop, at the first call: a constructor has none."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Return when the present tick is over and no other will come."""
+        self._stopping.set()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await asyncio.wait_for(self._stopping.wait(), self._period_s)
+            except TimeoutError:
+                await self._tick()
+
+
+SETTINGS_KEY = "settings"
+
+
+def check(present: Learning, new: Learning) -> None:
+    """Raise ConfigError when the log would have to move."""
+    for name in ("store_url", "state_dir"):
+        if getattr(new, name) != getattr(present, name):
+            raise ConfigError(
+                f"learning.{name} cannot change while the knowledge actor runs; shut it down"
+            )
+
+
+def keep(store: OutcomeStore, fleet: Fleet, learning: Learning) -> None:
+    """Write both down; durable when this returns. Raises KnowledgeError."""
+    data = {"fleet": fleet.model_dump(mode="json"), "learning": learning.model_dump(mode="json")}
+    store.set_meta(SETTINGS_KEY, json.dumps(data))
+
+
+def kept(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
+    """What was last written down, None when there is nothing that is still valid."""
+    text = store.meta(SETTINGS_KEY)
+    if text is None:
+        return None
+    try:
+        data = json.loads(text)
+        return Fleet.model_validate(data["fleet"]), Learning.model_validate(data["learning"])
+    except ValidationError as error:
+        _log.warning("stored settings passed over: %s", error)
+        return None

@@ -7,7 +7,7 @@ from calm_serve.types import Residency, RoutingContext, SLMState
 
 # A rule promises that its SLM can do the job. Once less than this share of the usual successes
 # is left, the request is scored like any other.
-MIN_QUALITY_FACTOR = 0.5
+MIN_CALIBRATION_FACTOR = 0.5
 
 
 def matches(rule: Rule, context: RoutingContext) -> bool:
@@ -30,7 +30,7 @@ def rule_target_is_usable(state: SLMState) -> bool:
 
     One that must be woken first is weighed against those that need not.
     """
-    return state.quality_factor >= MIN_QUALITY_FACTOR and state.residency is Residency.HOT
+    return state.calibration_factor >= MIN_CALIBRATION_FACTOR and state.residency is Residency.HOT
 
 
 def first_match(rules: tuple[Rule, ...], context: RoutingContext) -> Rule | None:

@@ -43,7 +43,7 @@ def evaluate(
         latency += weights.late_e2e_per_s * max(0.0, over_s)
     energy = weights.energy_per_j * prediction.energy_j
     switching = 0.0 if state.residency is Residency.HOT else weights.switching
-    quality = min(prediction.success_ratio * state.quality_factor, 1.0)
+    quality = min(prediction.success_ratio * state.calibration_factor, 1.0)
     return Candidate(
         slm_id=prediction.slm_id,
         prediction=prediction,

@@ -1,7 +1,8 @@
 """The decision on the hot path: context, rules, filters, predictions, objective, record.
 
 `ModelSelector` composes the stages and owns no policy. It never blocks, does no I/O and makes no
-remote call; everything it reads is in memory, and `predictor` and `goals` are swapped as one attribute.
+remote call; everything it reads is in memory, and `predictor` and `goals` are swapped as one
+attribute.
 """
 
 from __future__ import annotations

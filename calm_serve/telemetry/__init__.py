@@ -5,7 +5,6 @@ knowledge actor reads along). Never blocks, but for the energy meters' system ca
 from calm_serve.telemetry.alarms import Alarms
 from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, LevelChange, PopulationShift
 from calm_serve.telemetry.content_gain import ContentGainMonitor
-from calm_serve.telemetry.correction import QualityCorrection
 from calm_serve.telemetry.coverage import Calibration, quantiles
 from calm_serve.telemetry.energy import (
     DEFAULT_WATTS_PER_CORE,
@@ -35,7 +34,6 @@ __all__ = [
     "LevelChange",
     "NvmlMeter",
     "PopulationShift",
-    "QualityCorrection",
     "ReplicaStats",
     "TokenShareAttributor",
     "best_meter",

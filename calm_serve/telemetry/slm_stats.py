@@ -66,7 +66,7 @@ class SLMStats:
         self._breaker = CircuitBreaker(limits or BreakerLimits())
         self.effect = LoadEffect()
         self.wake_s: float | None = None
-        self.quality_factor = 1.0
+        self.calibration_factor = 1.0
 
     def observe(self, outcome: Outcome) -> None:
         """Count one finished request (any status)."""
@@ -157,7 +157,7 @@ class SLMStats:
             breaker_open=self._breaker.blocks(now, sent),
             wake_s=spec.priors.wake_s if self.wake_s is None else self.wake_s,
             age_s=max(now - self._seen_at, 0.0),
-            quality_factor=self.quality_factor,
+            calibration_factor=self.calibration_factor,
             in_flight=elsewhere + inside,
             ttft_ratio=effect.ttft.at(log_in_flight),
             ttft_spread=effect.ttft_spread.value,
@@ -220,10 +220,10 @@ class FleetStats:
         if window := self._windows.get(slm_id):
             window.wake_s = wake_s
 
-    def set_quality_factors(self, factors: Mapping[str, float]) -> None:
+    def set_calibration_factors(self, factors: Mapping[str, float]) -> None:
         """Correct P(success) of each SLM by its factor; one that is not named gets 1."""
         for slm_id, window in self._windows.items():
-            window.quality_factor = factors.get(slm_id, 1.0)
+            window.calibration_factor = factors.get(slm_id, 1.0)
 
     def state(
         self,

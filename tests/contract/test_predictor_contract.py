@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.config import SLMSpec
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.training import train
 from calm_serve.prediction.base import MetadataPrior, Predictor, prior_prediction
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.testing import make_spec

@@ -11,9 +11,10 @@ import pytest
 import sqlalchemy as sa
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.retrain import RetrainJob, retrain
 from calm_serve.knowledge.schema import METADATA
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.knowledge.training_process import retrain_from_store
+from calm_serve.learning.retraining import RetrainJob
 from calm_serve.types import QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 from tests.postgres_server import postgres_server
@@ -112,7 +113,8 @@ def test_training_on_postgresql_equals_training_on_sqlite(
         each.append(make_world(200))
     lite.close()
     postgres, sqlite = (
-        retrain(RetrainJob(u, (CODER, TALKER), None, 0.25), lambda: 1.0) for u in (url, lite_url)
+        retrain_from_store(RetrainJob(u, (CODER, TALKER), None, 0.25), lambda: 1.0)
+        for u in (url, lite_url)
     )
     assert postgres.blob is not None
     assert postgres == sqlite

@@ -23,7 +23,8 @@ from served_fleet import (
 
 from calm_serve import cli
 from calm_serve.config.loading import load_fleet, parse_goals
-from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
+from calm_serve.knowledge.outcome_reader import read_outcomes
+from calm_serve.learning.replay import Replay, Rules
 from calm_serve.routing.selector import config_version
 
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")

@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
-from calm_serve.routing import scoring
-from calm_serve.telemetry.correction import (
+from calm_serve.learning.quality import (
     HALF_LIFE_S,
     MAX_FACTOR,
     MIN_FACTOR,
-    QualityCorrection,
+    Recalibration,
 )
+from calm_serve.routing import scoring
 from calm_serve.testing import FakeClock, make_context, make_goals, make_prediction, make_state
 
 PREDICTED = {"broken": 0.9, "other": 0.6}
@@ -25,7 +25,7 @@ class World:
         self.clock = FakeClock()
         self.truth = dict(PREDICTED)
         self._draw = Random(seed)
-        self._corrections = {slm: QualityCorrection(self.clock) for slm in PREDICTED}
+        self._corrections = {slm: Recalibration(self.clock) for slm in PREDICTED}
         self._asked = 0
 
     def choose(self, exploration_ratio: float = 0.0) -> str:
@@ -36,7 +36,7 @@ class World:
             scoring.evaluate(
                 make_context(),
                 make_prediction(slm, success_ratio=p),
-                make_state(slm, quality_factor=self._corrections[slm].factor()),
+                make_state(slm, calibration_factor=self._corrections[slm].factor()),
                 weights,
             )
             for slm, p in PREDICTED.items()
@@ -91,7 +91,7 @@ def test_exploration_brings_a_recovered_slm_back_sooner_than_time() -> None:
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.95])
 def test_a_calibrated_predictor_is_left_alone(p: float) -> None:
     clock, draw = FakeClock(), Random(1)
-    correction = QualityCorrection(clock)
+    correction = Recalibration(clock)
     factors = []
     for _ in range(5_000):
         correction.observe(p, float(draw.random() < p))
@@ -106,7 +106,7 @@ def test_a_healthy_slm_does_not_lose_its_traffic_in_ten_thousand_labels(
     p: float, true: float
 ) -> None:
     clock, draw = FakeClock(), Random(4)
-    correction = QualityCorrection(clock)
+    correction = Recalibration(clock)
     below = 0
     for _ in range(10_000):
         correction.observe(p, float(draw.random() < true))
@@ -118,7 +118,7 @@ def test_a_healthy_slm_does_not_lose_its_traffic_in_ten_thousand_labels(
 @pytest.mark.parametrize("seed", range(10))
 def test_an_slm_that_is_usually_better_than_predicted_is_found_out_as_soon(seed: int) -> None:
     clock, draw = FakeClock(), Random(seed)
-    correction = QualityCorrection(clock)
+    correction = Recalibration(clock)
     for _ in range(200):
         correction.observe(0.55, float(draw.random() < 0.8))
         clock.advance(1.0)
@@ -128,14 +128,14 @@ def test_an_slm_that_is_usually_better_than_predicted_is_found_out_as_soon(seed:
 
 
 def test_an_slm_that_is_better_than_predicted_is_raised() -> None:
-    correction = QualityCorrection(FakeClock())
+    correction = Recalibration(FakeClock())
     for _ in range(30):
         correction.observe(0.4, 1.0)
     assert correction.factor() == MAX_FACTOR
 
 
 def test_a_collapse_is_reported_once_with_its_size() -> None:
-    draw, correction = Random(2), QualityCorrection(FakeClock())
+    draw, correction = Random(2), Recalibration(FakeClock())
     changes = [correction.observe(0.9, float(draw.random() < 0.9)) for _ in range(200)]
     assert changes == [None] * 200
     changes = [correction.observe(0.9, 0.0) for _ in range(50)]
@@ -144,7 +144,7 @@ def test_a_collapse_is_reported_once_with_its_size() -> None:
 
 
 def test_the_factor_stays_within_its_bounds_and_is_one_without_evidence() -> None:
-    correction = QualityCorrection(FakeClock())
+    correction = Recalibration(FakeClock())
     assert correction.factor() == 1.0
     for _ in range(500):
         correction.observe(0.99, 0.0)

@@ -10,8 +10,14 @@ import pytest
 
 from calm_serve.config import Goals
 from calm_serve.knowledge.codec import decode_outcome
-from calm_serve.knowledge.decisions import MAX_LOGGED, read_decision, redecide, rescore, terms_of
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.decision_log import (
+    MAX_LOGGED,
+    log_fields,
+    read_decision,
+    redecide,
+    rescore,
+)
+from calm_serve.learning.training import train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.requests.features import NUMBER_NAMES
@@ -117,7 +123,7 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
         ),
         weights=WEIGHTS,
     )
-    terms = terms_of(decision)
+    terms = log_fields(decision)
     (outcome,) = serve(1, Goals())
     logged = read_decision(replace(outcome, extra=terms))
     assert logged is not None
@@ -128,7 +134,7 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
 
 @pytest.mark.parametrize("path", [DecisionPath.PINNED, DecisionPath.RULE])
 def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: DecisionPath) -> None:
-    assert terms_of(make_decision("a", "b", path=path, weights=WEIGHTS)) == {}
+    assert log_fields(make_decision("a", "b", path=path, weights=WEIGHTS)) == {}
 
 
 @pytest.mark.parametrize(
@@ -136,20 +142,20 @@ def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: Decisio
 )
 def test_all_weights_that_a_controller_may_set_are_logged(weights: Weights) -> None:
     (outcome,) = serve(1, Goals())
-    extra = terms_of(make_decision("a", "b", weights=weights))
+    extra = log_fields(make_decision("a", "b", weights=weights))
     logged = read_decision(replace(outcome, extra=json.loads(json.dumps(extra))))
     assert logged is not None and logged.weights == weights
 
 
 def test_a_prediction_that_is_not_finite_costs_its_row_and_not_the_batch() -> None:
     endless = Candidate("a", prediction=make_prediction("a", ttft_s=float("inf")))
-    assert terms_of(make_decision("a", candidates=(endless,), weights=WEIGHTS)) == {}
+    assert log_fields(make_decision("a", candidates=(endless,), weights=WEIGHTS)) == {}
 
 
 def test_the_log_is_bounded_and_says_so() -> None:
     names = [f"slm-{i}" for i in range(MAX_LOGGED + 8)]
     decision = make_decision(names[-1], *names[:-1], weights=WEIGHTS)
-    terms = terms_of(decision)
+    terms = log_fields(decision)
     assert len(terms["candidates"]) == MAX_LOGGED
     assert terms["candidates"][0][0] == names[-1]
     (outcome,) = serve(1, Goals())
@@ -171,6 +177,6 @@ def test_an_outcome_of_before_is_no_logged_choice() -> None:
 
 def test_the_loops_own_record_is_what_is_logged() -> None:
     decision = ModelSelector(make_fleet(), Goals()).decide_context(make_context(code=True))
-    rows = terms_of(decision)["candidates"]
+    rows = log_fields(decision)["candidates"]
     assert rows[0][0] == decision.slm_id
     assert {row[0] for row in rows} == {CODER, TALKER}

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calm_serve.knowledge.decisions import read_decision, redecide, rescore
-from calm_serve.knowledge.evaluation import (
+from calm_serve.learning.decision_log import read_decision, redecide, rescore
+from calm_serve.learning.off_policy import (
     Log,
     PolicyLog,
     estimate,

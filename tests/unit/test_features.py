@@ -35,7 +35,7 @@ from calm_serve.requests.tokens import (
     Words,
     read_words,
 )
-from calm_serve.testing import make_fleet, make_spec, make_state
+from calm_serve.testing import make_fleet, make_state
 from calm_serve.types import RoutingContext
 
 FLEET = make_fleet(
@@ -235,17 +235,17 @@ def test_the_token_estimate_grows_with_the_prompt() -> None:
 
 def test_the_load_vector_has_a_value_per_name() -> None:
     state = make_state(running=8, waiting=8, capacity=16, kv_usage_ratio=0.3)
-    vector = load_vector(make_spec(), state, 0.1)
+    vector = load_vector(state, 0.1)
     named = dict(zip(LOAD_NAMES, vector, strict=True))
     assert named["load_ratio"] == 1.0
     assert named["hot"] == 1.0
     assert named["log_analytic_ttft"] == pytest.approx(math.log(0.1))
-    assert math.isfinite(load_vector(make_spec(), make_state(replicas=0), 0.0)[-1])
+    assert math.isfinite(load_vector(make_state(replicas=0), 0.0)[-1])
 
 
 def test_the_context_is_the_same_in_a_process_with_another_hash_seed() -> None:
     program = (
-        "from calm_serve.requests.features import ContextBuilder, fill_features\n"
+        "from calm_serve.requests import ContextBuilder, fill_features\n"
         "from calm_serve.requests.openai import Overrides, parse_chat\n"
         "from calm_serve.testing import make_fleet\n"
         "fleet = make_fleet(markers={'a': 'alpha', 'b': 'beta'})\n"

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from calm_serve.plan.forecast import MAX_SLMS, RATE_HALF_LIFE_S, Forecast
+from calm_serve.residency.forecast import MAX_SLMS, RATE_HALF_LIFE_S, Forecast
 
 IDS = ("a", "b", "c")
 

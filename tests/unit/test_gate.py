@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from calm_serve.config import Goals
-from calm_serve.knowledge import gate
-from calm_serve.knowledge.evaluation import Estimate
-from calm_serve.knowledge.gate import (
+from calm_serve.learning import evaluation
+from calm_serve.learning.evaluation import (
     MIN_EXPLORED,
     MIN_HOLDOUT,
     ValueGain,
     Verdict,
     VerdictReason,
     compare,
-    judge,
+    promotion_test,
     value_gain,
 )
-from calm_serve.knowledge.trainer import Training, train
+from calm_serve.learning.off_policy import Estimate
+from calm_serve.learning.training import Training, train
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_world
 from tests.logged_decisions import serve
@@ -37,7 +37,7 @@ def trained(truth: bool = True, count: int = 400) -> Training:
 
 
 def verdict(training: Training, champion: Training | None = None, seed: int = 0) -> Verdict:
-    return judge(
+    return promotion_test(
         training.holdout,
         champion.artifact if champion else None,
         training.artifact,
@@ -73,7 +73,9 @@ def test_a_challenger_equal_to_the_champion_is_not_published() -> None:
 def test_a_bad_champion_is_replaced_and_a_good_one_stays() -> None:
     good, bad = trained(), trained(truth=False)
     assert verdict(good, bad).publish
-    swapped = judge(good.holdout, good.artifact, bad.artifact, base_rate=good.base_rate, seed=0)
+    swapped = promotion_test(
+        good.holdout, good.artifact, bad.artifact, base_rate=good.base_rate, seed=0
+    )
     assert not swapped.publish
 
 
@@ -120,7 +122,9 @@ def logged(count: int, *, explored: bool, seed: int = 0) -> list[Outcome]:
 
 def test_a_challenger_that_also_chooses_better_is_published_with_both_numbers() -> None:
     challenger = trained()
-    found = judge(logged(300, explored=True), None, challenger.artifact, base_rate=0.5, seed=0)
+    found = promotion_test(
+        logged(300, explored=True), None, challenger.artifact, base_rate=0.5, seed=0
+    )
     assert found.publish
     assert found.explored >= MIN_EXPLORED
     assert found.value_rows == 300
@@ -152,7 +156,9 @@ def test_a_challenger_that_predicts_better_and_may_choose_worse_is_held_back() -
 
 
 def test_without_explored_rows_the_log_loss_decides_alone() -> None:
-    found = judge(logged(300, explored=False), None, trained().artifact, base_rate=0.5, seed=0)
+    found = promotion_test(
+        logged(300, explored=False), None, trained().artifact, base_rate=0.5, seed=0
+    )
     assert found.explored == 0
     assert found.reason is not VerdictReason.VALUE_MAY_FALL
 
@@ -174,7 +180,9 @@ def test_the_lower_bound_of_the_value_decides_once_enough_was_explored(
 ) -> None:
     training = trained()
     gain = ValueGain(Estimate(0.0, (low, 0.1)), 100, explored)
-    monkeypatch.setattr(gate, "value_gain", lambda *_, **__: gain)
-    found = judge(training.holdout, None, training.artifact, base_rate=training.base_rate, seed=0)
+    monkeypatch.setattr(evaluation, "value_gain", lambda *_, **__: gain)
+    found = promotion_test(
+        training.holdout, None, training.artifact, base_rate=training.base_rate, seed=0
+    )
     assert (found.publish, found.reason) == (publish, reason)
     assert found.value_difference_ci95 == (low, 0.1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from calm_serve.config import Goals
-from calm_serve.knowledge.goal_book import CONFIGURATION, MAX_LABEL_CHARS, GoalChange
+from calm_serve.knowledge.goal_history import CONFIGURATION, MAX_LABEL_CHARS, GoalChange
 from calm_serve.knowledge.service import KnowledgeService
 from calm_serve.knowledge.store import MAX_GOAL_CHANGES, OutcomeStore
 from tests.knowledge_world import World

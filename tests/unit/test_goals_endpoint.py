@@ -14,7 +14,7 @@ from starlette.responses import Response
 from calm_serve.config import Goals, Learning
 from calm_serve.errors import RequestError
 from calm_serve.goals.controller import GoalController
-from calm_serve.knowledge.goal_book import GoalChange
+from calm_serve.knowledge.goal_history import GoalChange
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
 from deployments.goals import GoalsEndpoint, goals_section

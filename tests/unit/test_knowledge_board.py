@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import ConfigError
-from calm_serve.knowledge.board import Board
-from calm_serve.knowledge.roster import EXPIRY_S, MAX_REPLICAS_PER_SLM, MAX_SLMS, StartupStates
+from calm_serve.knowledge.publisher import Publisher
+from calm_serve.knowledge.slm_registry import (
+    EXPIRY_S,
+    MAX_REPLICAS_PER_SLM,
+    MAX_SLMS,
+    StartupStates,
+)
 from tests.knowledge_data import CODER, make_spec
 from tests.knowledge_world import World
 
@@ -45,13 +50,13 @@ async def test_a_waiting_reader_is_woken_by_news(world: World) -> None:
 
 
 async def test_a_long_poll_without_news_ends_empty() -> None:
-    board = Board(7)
+    board = Publisher(7)
     board.publish("a", 1)
     assert await board.wait({"a": 7}, 0.001) == {}
 
 
 async def test_a_reader_of_some_keys_is_left_alone_by_the_others() -> None:
-    board = Board(7)
+    board = Publisher(7)
     reading = asyncio.create_task(board.wait({}, 60.0, ["b"]))
     for key in ("a", "a", "b"):
         assert not reading.done()

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from calm_serve.config import Learning
 from calm_serve.errors import KnowledgeError, RequestError
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.training import train
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_fleet, make_goals
 from deployments.knowledge_client import KnowledgeClient

@@ -14,9 +14,9 @@ import pytest
 
 from calm_serve.errors import RequestError
 from calm_serve.knowledge import service as service_module
-from calm_serve.knowledge.shadow import ShadowTally
-from calm_serve.knowledge.steps import Ticker, take_steps
-from calm_serve.knowledge.trainer import train
+from calm_serve.knowledge.service import Ticker, take_steps
+from calm_serve.learning.shadow import ShadowTally
+from calm_serve.learning.training import train
 from calm_serve.types import QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_spec, make_world
 from tests.knowledge_world import World, settled

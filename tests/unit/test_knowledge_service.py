@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import ConfigError, KnowledgeError
-from calm_serve.knowledge.champion import CHAMPION_FILE
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.model_registry import CHAMPION_FILE
+from calm_serve.learning.training import train
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_world
 from tests.knowledge_world import World, settled
 

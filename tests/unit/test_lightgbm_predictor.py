@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.training import train
 from calm_serve.prediction.artifact import (
     OUTPUT_TOKENS,
     SUCCESS,

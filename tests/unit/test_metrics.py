@@ -76,7 +76,7 @@ SNAPSHOT = {
             "memory_bytes": 1 << 30,
             "ready_s": {"import": 6.0, "engine": 9.0, "warmup": 1.0, "total": 16.0},
             "wake_s": 0.2,
-            "quality_factor": 0.4,
+            "calibration_factor": 0.4,
             "calibration": {"e2e_s": {"p50": 1.0, "p95": 2.0, "coverage_ratio": 0.94}},
             "energy": {
                 "source": "estimate",

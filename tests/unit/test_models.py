@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.models import FOLDER, INDEX, KEPT, Change, Index, Model, ModelShelf
-from calm_serve.knowledge.models import ModelState as State
+from calm_serve.learning.model_registry import (
+    FOLDER,
+    INDEX,
+    KEPT,
+    Change,
+    Index,
+    Model,
+    ModelRegistry,
+)
+from calm_serve.learning.model_registry import PredictorState as State
 
 
 def model(number: int, state: State = State.RETIRED) -> Model:
@@ -27,14 +35,14 @@ def filled(count: int) -> tuple[Index, dict[str, bytes]]:
 def test_index_and_artifacts_survive_a_restart(tmp_path: Path) -> None:
     index, blobs = filled(3)
     index = replace(index, pinned="lgbm-1", last_change=Change(5.0, "pinned", "lgbm-1", "", "why"))
-    ModelShelf(tmp_path).write(index, blobs)
-    again = ModelShelf(tmp_path)
+    ModelRegistry(tmp_path).write(index, blobs)
+    again = ModelRegistry(tmp_path)
     assert again.index == index
     assert again.read("lgbm-1") == b"lgbm-1"
 
 
 def test_only_the_last_ones_and_those_in_use_are_kept(tmp_path: Path) -> None:
-    shelf, index = ModelShelf(tmp_path), Index()
+    shelf, index = ModelRegistry(tmp_path), Index()
     for i, state in enumerate((State.PREVIOUS, State.CHAMPION)):
         index = index.with_model(model(i, state))
         shelf.write(index, {f"lgbm-{i}": b"x"})
@@ -61,24 +69,24 @@ def test_a_broken_index_is_begun_anew(
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / INDEX).write_text(content)
     with caplog.at_level(logging.WARNING):
-        assert ModelShelf(tmp_path).index == Index()
+        assert ModelRegistry(tmp_path).index == Index()
     assert INDEX in caplog.text
 
 
 def test_an_index_that_could_not_be_written_changes_nothing(tmp_path: Path) -> None:
     index, blobs = filled(1)
-    shelf = ModelShelf(tmp_path)
+    shelf = ModelRegistry(tmp_path)
     shelf.write(index, blobs)
     more = index.with_model(model(7))
     (tmp_path / FOLDER / "lgbm-7.tmp").mkdir()  # the artifact cannot be written
     with pytest.raises(KnowledgeError, match="lgbm-7"):
         shelf.write(more, {"lgbm-7": b"x"})
-    assert ModelShelf(tmp_path).index == shelf.index == index
+    assert ModelRegistry(tmp_path).index == shelf.index == index
 
 
 def test_a_missing_artifact_is_an_error_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(KnowledgeError, match=r"nowhere\.bin"):
-        ModelShelf(tmp_path).read("nowhere")
+        ModelRegistry(tmp_path).read("nowhere")
 
 
 def test_a_state_is_handed_on_with_its_reason() -> None:

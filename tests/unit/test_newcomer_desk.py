@@ -6,8 +6,7 @@ import asyncio
 from typing import Any
 
 from calm_serve.config import Fleet
-from calm_serve.knowledge.newcomer_desk import NewcomerDesk
-from calm_serve.knowledge.newcomers import Newcomers, fit
+from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
 from calm_serve.prediction.artifact import Artifact
 from calm_serve.testing import make_fleet, make_spec
 
@@ -19,7 +18,7 @@ JOINED = make_spec("new", examples=tuple(f"bake cake number {i}" for i in range(
 
 
 def champion_of(fleet: Fleet) -> Artifact:
-    newcomers = Newcomers()
+    newcomers = ColdStartSLMs()
     newcomers.follow(fleet, known=())
     job = newcomers.job()
     assert job is not None
@@ -38,7 +37,7 @@ def test_an_slm_that_joins_is_learned_once_and_forgotten_when_a_champion_knows_i
     knows_old = Artifact("champion", ("old",), boosters, {}, 32, 0.0)
 
     async def go() -> None:
-        desk = NewcomerDesk(told.append, lambda: 0.0)
+        desk = ColdStartTrainer(told.append, lambda: 0.0)
         await desk.teach(FLEET, (), knows_old)
         assert told == []
         await desk.teach(FLEET, (JOINED,), knows_old)
@@ -54,5 +53,5 @@ def test_an_slm_that_joins_is_learned_once_and_forgotten_when_a_champion_knows_i
 
 def test_without_a_champion_nobody_is_new() -> None:
     told: list[dict[str, Any] | None] = []
-    asyncio.run(NewcomerDesk(told.append, lambda: 0.0).teach(FLEET, (JOINED,), None))
+    asyncio.run(ColdStartTrainer(told.append, lambda: 0.0).teach(FLEET, (JOINED,), None))
     assert told == []

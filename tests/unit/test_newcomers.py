@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from calm_serve.config import Fleet
-from calm_serve.knowledge.newcomers import (
+from calm_serve.learning.cold_start import (
     FIRST_LABELS,
     MAX_ANSWERS,
-    Hopeful,
-    Newcomers,
+    ColdStartSLMs,
     example_outcomes,
     fit,
-    known_slms,
-    with_newcomers,
 )
 from calm_serve.prediction.base import MetadataPrior
+from calm_serve.prediction.cold_start import UcbPredictor, known_slms, with_cold_start
 from calm_serve.requests.context import ContextBuilder
 from calm_serve.requests.features import fill_features
 from calm_serve.requests.openai import Overrides, parse_chat
@@ -53,29 +51,29 @@ def answer_of(fleet: Fleet, text: str, number: int, score: float | None) -> Outc
     )
 
 
-def success(fleet: Fleet, newcomers: Newcomers, text: str) -> float:
+def success(fleet: Fleet, newcomers: ColdStartSLMs, text: str) -> float:
     job = newcomers.job()
     assert job is not None
     artifact = fit(job, 0.0)
     assert artifact is not None
-    predictor = Hopeful(artifact, MetadataPrior())
+    predictor = UcbPredictor(artifact, MetadataPrior())
     specs = [s for s in fleet.slms if s.id == "sql"]
     (found,) = predictor.predict(context_of(fleet, text), specs, [make_state("sql")])
     return found.success_ratio
 
 
 def test_examples_alone_tell_its_prompts_from_others() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     own = success(fleet, newcomers, SQL[-1])
-    newcomers = Newcomers()
+    newcomers = ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     assert own > 0.7
     assert success(fleet, newcomers, SHELL[-1]) < 0.4
 
 
 def test_its_answers_overrule_what_the_examples_promised() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     before = success(fleet, newcomers, SQL[-1])
     newcomers.observe(answer_of(fleet, text, n, 0.0) for n, text in enumerate(SQL * 3))
@@ -83,7 +81,7 @@ def test_its_answers_overrule_what_the_examples_promised() -> None:
 
 
 def test_a_fit_is_due_at_once_then_whenever_the_labels_have_doubled() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     due = []
     for number in range(4 * FIRST_LABELS + 1):
@@ -94,7 +92,7 @@ def test_a_fit_is_due_at_once_then_whenever_the_labels_have_doubled() -> None:
 
 
 def test_feedback_that_comes_later_counts_once() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     newcomers.job()
     for number in range(FIRST_LABELS):
@@ -106,14 +104,14 @@ def test_feedback_that_comes_later_counts_once() -> None:
 
 
 def test_a_champion_that_knows_the_slm_ends_its_being_new() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"sql", "shell"})
     newcomers.observe([answer_of(fleet, SQL[0], 1, 1.0)])
     assert newcomers.job() is None
 
 
 def test_what_is_kept_of_a_newcomer_is_bounded() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     row = answer_of(fleet, SQL[0], 0, 1.0)
     for number in range(MAX_ANSWERS + 50):
@@ -124,7 +122,7 @@ def test_what_is_kept_of_a_newcomer_is_bounded() -> None:
 
 
 def test_the_champions_own_predictions_stay_as_they_are() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known=set())
     job = newcomers.job()
     assert job is not None
@@ -135,8 +133,8 @@ def test_the_champions_own_predictions_stay_as_they_are() -> None:
     newcomers.follow(grown, known_slms(champion))
     job = newcomers.job()
     assert job is not None
-    both = with_newcomers(champion, fit(job, 0.0), MetadataPrior())
-    alone = with_newcomers(champion, None, MetadataPrior())
+    both = with_cold_start(champion, fit(job, 0.0), MetadataPrior())
+    alone = with_cold_start(champion, None, MetadataPrior())
     states = [make_state(s.id) for s in fleet.slms]
     context = context_of(grown, SQL[0])
     assert both.predict(context, fleet.slms, states) == alone.predict(context, fleet.slms, states)
@@ -147,7 +145,7 @@ def test_equal_jobs_give_equal_artifacts() -> None:
     fleet = make_two()
     found = []
     for _ in range(2):
-        newcomers = Newcomers()
+        newcomers = ColdStartSLMs()
         newcomers.follow(fleet, known=set())
         job = newcomers.job()
         assert job is not None
@@ -160,7 +158,7 @@ def test_prompts_that_a_rule_gives_it_stand_in_for_examples_that_its_entry_does_
         make_spec("sql", priors=PRIORS),
         make_spec("shell", examples=tuple(SHELL[:16]), priors=PRIORS),
     )
-    newcomers = Newcomers()
+    newcomers = ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     newcomers.job()
     named = [replace(answer_of(fleet, t, n, None), path="rule") for n, t in enumerate(SQL[:16])]
@@ -176,7 +174,7 @@ def test_prompts_that_a_rule_gives_it_stand_in_for_examples_that_its_entry_does_
 
 
 def test_a_rules_word_adds_nothing_where_there_are_examples() -> None:
-    fleet, newcomers = make_two(), Newcomers()
+    fleet, newcomers = make_two(), ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     newcomers.job()
     newcomers.observe(

@@ -110,7 +110,7 @@ def test_wrong_answers_lower_the_marks_and_the_belief_in_the_slm() -> None:
     world.serve([(float(n), n % REQUESTS) for n in range(60)])
     world.finish()
     assert {r.credit for r in world.rows} == {0.0}
-    assert world.state(world.loop.specs["one"]).quality_factor < 0.5
+    assert world.state(world.loop.specs["one"]).calibration_factor < 0.5
 
 
 def test_at_half_memory_a_sleeping_slm_wakes_in_its_time_and_costs_its_energy() -> None:

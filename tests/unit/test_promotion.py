@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import RequestError
-from calm_serve.knowledge.live_evidence import MIN_LABELLED, live_calibration
-from calm_serve.knowledge.promotion import SHADOW_MAX_S
-from calm_serve.knowledge.shadow import COMPARISONS_PER_S, Shadow
+from calm_serve.learning.evaluation import MIN_LABELLED, live_calibration
+from calm_serve.learning.promotion import SHADOW_MAX_S
+from calm_serve.learning.shadow import COMPARISONS_PER_S, Shadow
 from calm_serve.testing import FakeClock
 from tests.logged_decisions import serve
 from tests.promotion_desk import (

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pytest
 
 from calm_serve.config import Goals
-from calm_serve.knowledge.live_evidence import live_calibration
-from calm_serve.knowledge.promotion import Promotion
+from calm_serve.learning.evaluation import live_calibration
+from calm_serve.learning.promotion import Promotion
 from calm_serve.types import Outcome
 from tests.logged_decisions import serve
 from tests.promotion_desk import (

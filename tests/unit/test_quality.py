@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from calm_serve.knowledge.quality import SLMQuality, feedback_score
+from calm_serve.learning.quality import SLMQualityStream, feedback_score
 from calm_serve.testing import FakeClock
 from calm_serve.types import QualitySignal
 
@@ -15,7 +15,7 @@ FAILED = (QualitySignal("validator:sql", 0.0),)
 
 def test_complaints_about_one_answer_in_fifty_change_nothing_until_there_are_more() -> None:
     clock, draw = FakeClock(), Random(1)
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
     factors = []
     for _ in range(5_000):
         quality.answered(())
@@ -27,7 +27,7 @@ def test_complaints_about_one_answer_in_fifty_change_nothing_until_there_are_mor
 
 
 def test_feedback_on_most_answers_is_compared_with_the_prediction_at_once() -> None:
-    quality = SLMQuality(FakeClock())
+    quality = SLMQualityStream(FakeClock())
     for _ in range(15):
         quality.answered(())
         quality.scored(0.9, 0.0)
@@ -35,7 +35,7 @@ def test_feedback_on_most_answers_is_compared_with_the_prediction_at_once() -> N
 
 
 def test_feedback_that_begins_late_is_believed_within_tens_of_answers() -> None:
-    quality = SLMQuality(FakeClock())
+    quality = SLMQualityStream(FakeClock())
     for _ in range(400):
         quality.answered(())
     for _ in range(25):
@@ -46,7 +46,7 @@ def test_feedback_that_begins_late_is_believed_within_tens_of_answers() -> None:
 
 def test_an_slm_that_reports_only_its_failures_is_not_taken_for_broken() -> None:
     clock, draw = FakeClock(), Random(2)
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
     factors = []
     for _ in range(3_000):
         quality.answered(FAILED if draw.random() < 0.1 else ())
@@ -59,7 +59,7 @@ def test_an_slm_that_reports_only_its_failures_is_not_taken_for_broken() -> None
 @pytest.mark.parametrize("seed", range(5))
 def test_failures_far_above_the_usual_lower_the_factor_within_50_answers(seed: int) -> None:
     clock, draw = FakeClock(), Random(seed)
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
     for number in range(550):
         failing = 0.9 if number >= 500 else 0.1
         quality.answered(FAILED if draw.random() < failing else ())
@@ -69,7 +69,7 @@ def test_failures_far_above_the_usual_lower_the_factor_within_50_answers(seed: i
 
 def test_an_slm_that_never_failed_its_own_check_is_distrusted_once_it_does() -> None:
     clock = FakeClock()
-    quality = SLMQuality(clock, form_is_checked=True)
+    quality = SLMQualityStream(clock, form_is_checked=True)
     for number in range(310):
         quality.answered(FAILED if number >= 300 else ())
         clock.advance(0.2)
@@ -79,7 +79,7 @@ def test_an_slm_that_never_failed_its_own_check_is_distrusted_once_it_does() -> 
 @pytest.mark.parametrize("seed", range(10))
 def test_feedback_on_some_answers_finds_a_broken_slm_within_50_of_them(seed: int) -> None:
     clock, draw = FakeClock(), Random(seed)
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
 
     def answer(usual: float) -> None:
         quality.answered(())
@@ -98,7 +98,7 @@ def test_feedback_on_some_answers_finds_a_broken_slm_within_50_of_them(seed: int
 
 def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_published() -> None:
     clock = FakeClock()
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
     for number in range(120):
         if number == 80:
             quality.forget_predictor()
@@ -110,7 +110,7 @@ def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_publi
 
 def test_what_lasts_becomes_usual_in_the_end() -> None:
     clock, draw = FakeClock(), Random(3)
-    quality = SLMQuality(clock)
+    quality = SLMQualityStream(clock)
     for number in range(30_000):
         quality.scored(None, float(draw.random() < (0.9 if number < 500 else 0.5)))
         clock.advance(0.2)
@@ -118,7 +118,7 @@ def test_what_lasts_becomes_usual_in_the_end() -> None:
 
 
 def test_another_predictor_starts_without_a_correction() -> None:
-    quality = SLMQuality(FakeClock())
+    quality = SLMQualityStream(FakeClock())
     for _ in range(20):
         quality.answered(())
         quality.scored(0.9, 0.0)

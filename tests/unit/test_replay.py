@@ -10,9 +10,10 @@ import pytest
 
 from calm_serve.config import Goals
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.replay import Replay, Rules, read_outcomes
+from calm_serve.knowledge.outcome_reader import read_outcomes
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.knowledge.trainer import train
+from calm_serve.learning.replay import Replay, Rules
+from calm_serve.learning.training import train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.routing.selector import config_version

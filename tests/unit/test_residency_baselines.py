@@ -11,19 +11,25 @@ from hypothesis import strategies as st
 
 from calm_serve.config import ResidencyOptions
 from calm_serve.config.residency import ResidencyPolicyName
-from calm_serve.plan.occupancy import Occupant
-from calm_serve.plan.residency_baselines import belady, belady_bound, build
-from calm_serve.plan.residency_replay import Replayed, ids_of, replay, sizes_of
+from calm_serve.residency.factory import build
+from calm_serve.residency.records import ModelFootprint
 from calm_serve.types import Residency
+from load_tests.belady import belady, belady_bound
+from load_tests.residency_replay import (
+    Replayed,
+    ids_of,
+    replay,
+    sizes_of,
+)
 
 IDS = "abcdef"
 SLOTS = 3
 
 
-def occupants(sizes: dict[str, int] | None = None) -> list[Occupant]:
+def occupants(sizes: dict[str, int] | None = None) -> list[ModelFootprint]:
     sizes = sizes or dict.fromkeys(IDS, 1)
     return [
-        Occupant(i, {"node": n}, Residency.ASLEEP, wake_s=0.3, wake_j=0.3, answer_s=0.3)
+        ModelFootprint(i, {"node": n}, Residency.ASLEEP, wake_s=0.3, wake_j=0.3, answer_s=0.3)
         for i, n in sizes.items()
     ]
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from calm_serve.config import ResidencyOptions
-from calm_serve.knowledge.replica_book import GONE_AFTER_S, OWED_PATIENCE_S
-from calm_serve.knowledge.residency_desk import (
-    META,
+from calm_serve.residency.coordinator import (
+    GONE_AFTER_S,
+    OWED_PATIENCE_S,
+    RESIDENCY_KEY,
     RESTART_PATIENCE_S,
     ROUTER_EXPIRY_S,
-    ResidencyDesk,
+    ResidencyCoordinator,
 )
 from calm_serve.testing import FakeClock, make_spec
 
@@ -31,12 +32,14 @@ class Fleet:
     def __init__(self, budget: int | None = 2 * SIZE, store: Store | None = None) -> None:
         self.clock, self.store = FakeClock(), store or Store()
         self.orders: list[dict[str, str]] = []
-        self.desk = ResidencyDesk(self.store, lambda v: self.orders.append(v["tiers"]), self.clock)
+        self.desk = ResidencyCoordinator(
+            self.store, lambda v: self.orders.append(v["tiers"]), self.clock
+        )
         self.desk.set_slms([spec(i) for i in IDS])
         self.options = ResidencyOptions(memory_budget_bytes=budget, min_resident_s=0.5)
 
     def deploy(self) -> Fleet:
-        self.store.texts[META] = self.desk.configure(self.options, 0.2, 0.02)
+        self.store.texts[RESIDENCY_KEY] = self.desk.configure(self.options, 0.2, 0.02)
         return self
 
     def up(self) -> Fleet:
@@ -170,7 +173,7 @@ def test_a_deployment_without_a_budget_wakes_everybody() -> None:
     fleet.options = ResidencyOptions()
     fleet.deploy()
     assert fleet.orders[-1] == {}
-    assert json.loads(fleet.store.texts[META])["options"]["memory_budget_bytes"] is None
+    assert json.loads(fleet.store.texts[RESIDENCY_KEY])["options"]["memory_budget_bytes"] is None
 
 
 def test_a_router_that_fell_silent_waits_for_nothing() -> None:

@@ -11,15 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm_serve.config import ResidencyOptions
-from calm_serve.plan.occupancy import OCCUPYING, Demand, Occupant, Plan, publishable
-from calm_serve.plan.residency import SPREAD_S, ResidencyPlanner
+from calm_serve.residency.planner import SPREAD_S, ResidencyPlanner
+from calm_serve.residency.records import (
+    OCCUPYING,
+    Demand,
+    ModelFootprint,
+    Plan,
+    publishable,
+)
 from calm_serve.types import Residency
 
 HOT, ASLEEP, COLD = Residency.HOT, Residency.ASLEEP, Residency.COLD
 
 
-def slm(slm_id: str, tier: Residency = ASLEEP, size: int = 1, **fields: Any) -> Occupant:
-    return Occupant(slm_id, {"node": size}, tier, **{"wake_s": 0.3, "wake_j": 0.3, **fields})
+def slm(slm_id: str, tier: Residency = ASLEEP, size: int = 1, **fields: Any) -> ModelFootprint:
+    return ModelFootprint(slm_id, {"node": size}, tier, **{"wake_s": 0.3, "wake_j": 0.3, **fields})
 
 
 def options(budget: int = 2, **fields: Any) -> ResidencyOptions:
@@ -29,7 +35,7 @@ def options(budget: int = 2, **fields: Any) -> ResidencyOptions:
 class Host:
     """Obeys a planner at once, or only where it is told to."""
 
-    def __init__(self, planner: ResidencyPlanner, *slms: Occupant) -> None:
+    def __init__(self, planner: ResidencyPlanner, *slms: ModelFootprint) -> None:
         self.planner = planner
         self.slms = {o.slm_id: o for o in slms}
 
@@ -204,8 +210,8 @@ def test_no_more_victims_leave_than_are_needed() -> None:
 
 def test_budgets_count_on_each_node_by_itself() -> None:
     planner = ResidencyPlanner(options(1))
-    here, there = slm("here"), Occupant("there", {"other": 1}, ASLEEP)
-    both = Occupant("both", {"node": 1, "other": 1}, ASLEEP)
+    here, there = slm("here"), ModelFootprint("there", {"other": 1}, ASLEEP)
+    both = ModelFootprint("both", {"node": 1, "other": 1}, ASLEEP)
     host = Host(planner, here, there, both)
     host.step(0.0)
     assert host.hot == {"here", "there"}

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response
 
-from calm_serve.knowledge.decisions import read_decision, redecide, rescore
+from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
 from deployments import dispatch, endings, fleet_view, router
 from deployments.live import LiveView

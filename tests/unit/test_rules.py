@@ -56,6 +56,6 @@ def test_no_rule_is_a_valid_answer() -> None:
 
 def test_a_rules_slm_keeps_its_word_while_it_is_awake_and_about_as_good_as_usual() -> None:
     assert rule_target_is_usable(make_state())
-    assert not rule_target_is_usable(make_state(quality_factor=0.4))
+    assert not rule_target_is_usable(make_state(calibration_factor=0.4))
     assert not rule_target_is_usable(make_state(residency=Residency.ASLEEP))
     assert not rule_target_is_usable(make_state(residency=Residency.COLD, replicas=0))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from calm_serve.knowledge.board import Board
+from calm_serve.knowledge.publisher import Publisher
 from deployments import tier_orders
 
 
@@ -17,7 +17,7 @@ class World:
     """A board behind an actor that may be away, and what the tier of SLM "sql" heard."""
 
     def __init__(self) -> None:
-        self.board = Board(1)
+        self.board = Publisher(1)
         self.away = asyncio.Event()
         self.asked = 0
         self.heard: list[str] = []
@@ -87,7 +87,7 @@ async def test_a_restarted_actor_is_told_the_state_again(world: World) -> None:
     await world.publish("registry", {})
     world.away.set()
     await world.publish("residency", {"tiers": {"sql": "asleep"}})
-    world.board = Board(1000)
+    world.board = Publisher(1000)
     await world.publish("registry", {})
     assert world.heard == ["say it again", "asleep"]
     world.away.clear()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge import scores
-from calm_serve.knowledge.trainer import MIN_LABELLED, Training, train
+from calm_serve.learning import metrics
+from calm_serve.learning.training import MIN_LABELLED, Training, train
 from calm_serve.prediction.artifact import OUTPUT_TOKENS, SUCCESS, own_head
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
@@ -134,18 +134,18 @@ ONES = np.ones(4)
 
 def test_auc_counts_ordered_pairs_and_halves_ties() -> None:
     labels = np.array([0.0, 0.0, 1.0, 1.0])
-    assert scores.auc(labels, np.array([0.1, 0.2, 0.3, 0.4]), ONES) == 1.0
-    assert scores.auc(labels, np.array([0.4, 0.3, 0.2, 0.1]), ONES) == 0.0
-    assert scores.auc(labels, np.full(4, 0.5), ONES) == 0.5
-    assert scores.auc(labels, np.array([0.1, 0.3, 0.3, 0.4]), ONES) == 0.875
+    assert metrics.auc(labels, np.array([0.1, 0.2, 0.3, 0.4]), ONES) == 1.0
+    assert metrics.auc(labels, np.array([0.4, 0.3, 0.2, 0.1]), ONES) == 0.0
+    assert metrics.auc(labels, np.full(4, 0.5), ONES) == 0.5
+    assert metrics.auc(labels, np.array([0.1, 0.3, 0.3, 0.4]), ONES) == 0.875
 
 
 def test_calibration_error_is_the_gap_between_promise_and_truth() -> None:
     labels = np.array([1.0, 1.0, 0.0, 0.0])
-    assert scores.calibration_error(labels, np.full(4, 0.5), ONES) == 0.0
-    assert scores.calibration_error(labels, np.full(4, 0.9), ONES) == pytest.approx(0.4)
+    assert metrics.calibration_error(labels, np.full(4, 0.5), ONES) == 0.0
+    assert metrics.calibration_error(labels, np.full(4, 0.9), ONES) == pytest.approx(0.4)
 
 
 def test_a_confident_mistake_has_a_bounded_loss() -> None:
-    loss = scores.log_loss(np.array([1.0]), np.array([0.0]), np.array([1.0]))
+    loss = metrics.log_loss(np.array([1.0]), np.array([0.0]), np.array([1.0]))
     assert loss == pytest.approx(-math.log(1e-3))

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 
 from calm_serve.errors import RequestError
-from calm_serve.knowledge.labels import PASSED_LABEL, SHELL_WEIGHT, VALIDATOR_WEIGHT, quality_label
-from calm_serve.knowledge.validators import MAX_TEXT_BYTES, validate
+from calm_serve.learning.labels import (
+    PASSED_LABEL,
+    SHELL_WEIGHT,
+    VALIDATOR_WEIGHT,
+    quality_label,
+)
 from calm_serve.types import QualitySignal
+from calm_serve.validation.validators import MAX_TEXT_BYTES, validate
 
 PERSON: dict[str, Any] = {
     "type": "object",

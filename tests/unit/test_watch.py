@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from calm_serve.knowledge.watch import PUBLISH_S, RETRAIN_OUTCOMES, RETRAIN_PAUSE_S, Watch
+from calm_serve.learning.monitor import (
+    PUBLISH_S,
+    RETRAIN_OUTCOMES,
+    RETRAIN_PAUSE_S,
+    OutcomeMonitor,
+)
 from calm_serve.telemetry.alarms import LIFETIME_S, MAX_ALARMS, Alarms
 from calm_serve.testing import FakeClock, make_outcome, make_spec
 from calm_serve.types import Outcome, QualitySignal
@@ -21,7 +26,7 @@ class World:
         self.clock = FakeClock()
         self.published: list[dict[str, Any]] = []
         self.trainings = 0
-        self.watch = Watch(self.clock, self.clock, self.published.append, self._train)
+        self.watch = OutcomeMonitor(self.clock, self.clock, self.published.append, self._train)
         self._count = 0
 
     def outcome(self, **fields: Any) -> Outcome:
@@ -78,11 +83,11 @@ def test_a_collapse_lowers_the_factor_and_raises_one_alarm_logged_once(
     draw = Random(1)
     for _ in range(100):
         world.send(signals=feedback(float(draw.random() < 0.9)))
-    assert world.last["quality_factors"].get("small", 1.0) > 0.9
+    assert world.last["calibration_factors"].get("small", 1.0) > 0.9
     with caplog.at_level(logging.WARNING):
         for _ in range(30):
             world.send(signals=feedback(0.0))
-    assert world.last["quality_factors"]["small"] < 0.3
+    assert world.last["calibration_factors"]["small"] < 0.3
     assert world.alarms() == {("quality", "small")}
     assert len(caplog.records) == 1
 
@@ -93,7 +98,7 @@ def test_feedback_counts_whether_it_comes_before_or_after_its_outcome(world: Wor
         world.watch.feedback(first.outcome_id, feedback(0.0))
         world.watch.observe([first, second])
         world.watch.feedback(second.outcome_id, feedback(0.0))
-    factors = world.last["quality_factors"]
+    factors = world.last["calibration_factors"]
     assert factors["small"] == factors["large"] < 0.4
 
 
@@ -109,23 +114,23 @@ def test_an_outcome_that_is_delivered_twice_counts_once(world: World) -> None:
 def test_a_factor_fades_by_time_alone(world: World) -> None:
     for _ in range(30):
         world.send(signals=feedback(0.0))
-    assert world.last["quality_factors"]["small"] < 0.3
+    assert world.last["calibration_factors"]["small"] < 0.3
     for _ in range(300):
         world.clock.advance(5.0)
         world.watch.tick()
-    assert world.last["quality_factors"].get("small", 1.0) > 0.9
+    assert world.last["calibration_factors"].get("small", 1.0) > 0.9
 
 
 def test_a_new_predictor_is_not_corrected_for_what_the_old_one_got_wrong(world: World) -> None:
     for _ in range(30):
         world.send(signals=feedback(0.0))
-    assert world.last["quality_factors"]["small"] < 0.3
+    assert world.last["calibration_factors"]["small"] < 0.3
     learned = (0.1, 10.0, 0.05, 0.01, 1.0)
     world.send(versions=("newer", "goals", "fleet"), predicted=learned)
-    assert (world.last["quality_factors"], world.alarms()) == ({}, set())
+    assert (world.last["calibration_factors"], world.alarms()) == ({}, set())
     for _ in range(5):
         world.send(signals=feedback(0.0))  # late answers to decisions of the old one
-    assert world.last["quality_factors"].get("small", 1.0) > 0.3
+    assert world.last["calibration_factors"].get("small", 1.0) > 0.3
 
 
 def test_a_predictor_that_says_other_lengths_is_no_drift(world: World) -> None:
@@ -149,17 +154,17 @@ def test_silence_of_an_slms_own_validator_is_its_usual_from_the_first_answer_on(
         world.send()
     for _ in range(10):
         world.send(signals=(QualitySignal("validator:sql", 0.0),))
-    assert world.last["quality_factors"]["small"] < 0.5
+    assert world.last["calibration_factors"]["small"] < 0.5
     assert ("quality", "small") in world.alarms()
 
 
 def test_an_slm_named_by_rules_is_held_to_what_it_usually_achieves(world: World) -> None:
     for _ in range(50):
         world.send(predicted=(), path="rule", signals=feedback(1.0))
-    assert "small" not in world.last["quality_factors"]
+    assert "small" not in world.last["calibration_factors"]
     for _ in range(20):
         world.send(predicted=(), path="rule", signals=feedback(0.0))
-    assert world.last["quality_factors"]["small"] < 0.5
+    assert world.last["calibration_factors"]["small"] < 0.5
 
 
 def test_answers_twice_as_long_as_before_are_drift_that_retrains_once(world: World) -> None:

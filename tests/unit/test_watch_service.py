@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from calm_serve.knowledge.service import KnowledgeService
-from calm_serve.knowledge.watch import RETRAIN_OUTCOMES
+from calm_serve.learning.monitor import RETRAIN_OUTCOMES
 from tests.knowledge_data import CODER, make_outcome, make_world
 from tests.knowledge_world import World, settled
 
@@ -35,7 +35,7 @@ async def test_feedback_that_contradicts_the_predictions_reaches_the_routers(wor
         said = [{"source": "feedback", "value": 0.0, "at": 5.0}]
         await service.feedback(row.outcome_id, said)
     found = await news(service, "watch")
-    assert found["quality_factors"][CODER] < 0.4
+    assert found["calibration_factors"][CODER] < 0.4
     assert [a["kind"] for a in found["alarms"]] == ["quality"]
 
 

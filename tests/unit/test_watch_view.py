@@ -24,7 +24,7 @@ from deployments.fleet_view import FleetView
 from deployments.watch_view import WatchView
 
 FOUND: dict[str, Any] = {
-    "quality_factors": {"small": 0.4},
+    "calibration_factors": {"small": 0.4},
     "calibration": {"small": {"e2e_s": {"p50": 0.9, "p95": 2.0, "coverage_ratio": 0.95}}},
     "calibration_error": 0.03,
     "alarms": [{"kind": "quality", "slm": "small", "size": -0.8, "since": 1.0}],
@@ -41,10 +41,10 @@ def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_ene
     assert document["alarms"] == FOUND["alarms"]
     assert document["choices"]["calibration_error"] == 0.03
     small, large = document["slms"]
-    assert small["quality_factor"] == 0.4
+    assert small["calibration_factor"] == 0.4
     assert small["calibration"]["e2e_s"]["coverage_ratio"] == 0.95
     assert small["energy"] == {"requests_j": 5.0, "idle_j": 1.0, "age_s": 10.0}
-    assert (large["quality_factor"], large["energy"]) == (1.0, {})
+    assert (large["calibration_factor"], large["energy"]) == (1.0, {})
 
 
 def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() -> None:
@@ -90,7 +90,7 @@ def loop(factors: dict[str, float]) -> ModelSelector:
     return ModelSelector(
         fleet,
         make_goals(),
-        read_state=lambda spec: make_state(spec.id, quality_factor=factors.get(spec.id, 1.0)),
+        read_state=lambda spec: make_state(spec.id, calibration_factor=factors.get(spec.id, 1.0)),
     )
 
 

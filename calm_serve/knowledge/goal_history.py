@@ -1,0 +1,125 @@
+"""The operator's goals: who changed them when, and which of them count after a restart.
+
+A change at run time outlives restarts and redeployments, until the configuration says something
+else than before: then the configuration wins, because somebody has just edited it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from calm_serve.config import Goals
+
+CONFIGURATION = "configuration"  # the caller of a change that a deployment made
+MAX_LABEL_CHARS = 64
+MAX_HISTORY = 1000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GoalChange:
+    """One entry of the audit trail. Goals as JSON-ready data, fields with defaults left out."""
+
+    at: float  # Unix time in seconds
+    by: str  # label of the caller
+    old: dict[str, Any] | None  # None: nothing was known before
+    new: dict[str, Any]
+    revision: int = 0  # grows with every change
+
+
+class GoalLog(Protocol):
+    """What the book asks of a store; both writes are durable when they return."""
+
+    def add_goal_change(self, change: GoalChange, configured: str | None) -> GoalChange:
+        """Append a change, with the configured goals behind it; return it with its revision."""
+        ...
+
+    def goal_changes(self, limit: int) -> list[GoalChange]:
+        """The newest changes first."""
+        ...
+
+    def configured_goals(self) -> str | None:
+        """What `add_goal_change` was last given as `configured`."""
+        ...
+
+
+class GoalHistory:
+    """Goals of one application, durable and published.
+
+    Args:
+        log: the store; its methods block.
+        publish: takes a change for the routers, on the caller's event loop.
+        in_thread: runs a blocking call, one after another.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        log: GoalLog,
+        publish: Callable[[dict[str, Any]], None],
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+        clock: Callable[[], float],
+    ) -> None:
+        """Load and publish the goals that were last set, if any (blocks; once)."""
+        self._log, self._publish = log, publish
+        self._in_thread, self._clock = in_thread, clock
+        self._newest: GoalChange | None = next(iter(log.goal_changes(1)), None)
+        self._tell()
+
+    async def configure(self, goals: Goals) -> None:
+        """Take the goals of a deployment; they count if they differ from the last deployment's."""
+        new = _plain(goals)
+        configured = json.dumps(new, sort_keys=True)
+
+        def write() -> None:
+            if self._log.configured_goals() != configured or not self._readable():
+                self._write(new, CONFIGURATION, configured)
+
+        await self._in_thread(write)
+        self._tell()
+
+    async def set(self, goals: Goals, by: str) -> GoalChange:
+        """Replace the goals; durable when this returns, and every router hears of it."""
+        label = "".join(c if c.isprintable() else "?" for c in by)[:MAX_LABEL_CHARS]
+        change: GoalChange = await self._in_thread(lambda: self._write(_plain(goals), label, None))
+        self._tell()
+        return change
+
+    async def history(self, limit: int) -> list[dict[str, Any]]:
+        """The newest changes first, at most `limit` and MAX_HISTORY."""
+        limit = min(limit, MAX_HISTORY)
+        found: list[GoalChange] = await self._in_thread(lambda: self._log.goal_changes(limit))
+        return [asdict(change) for change in found]
+
+    def _write(self, new: dict[str, Any], by: str, configured: str | None) -> GoalChange:
+        old = self._newest.new if self._newest else None
+        change = GoalChange(self._clock(), by, old, new)
+        self._newest = self._log.add_goal_change(change, configured)
+        return self._newest
+
+    def _readable(self) -> bool:
+        """Whether the newest goals are valid for this version of the program."""
+        if self._newest is None:
+            return False
+        try:
+            Goals.model_validate(self._newest.new)
+        except ValidationError as error:
+            _log.error("stored goals are not valid any more: %s", error)
+            return False
+        return True
+
+    def _tell(self) -> None:
+        # The newest, whoever asks: two changes at once must not be published in the other order.
+        if self._readable() and self._newest is not None:
+            self._publish(asdict(self._newest))
+
+
+def _plain(goals: Goals) -> dict[str, Any]:
+    # Without defaults: a version with a new field must not look like an edited configuration.
+    return goals.model_dump(mode="json", exclude_defaults=True)

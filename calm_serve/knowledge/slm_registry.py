@@ -1,0 +1,114 @@
+"""SLM applications that joined later, and what replicas say about their start-up. Bounded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from calm_serve.config import SLMSpec
+from calm_serve.errors import ConfigError
+
+# An application heartbeats every few seconds; after this long without one it is gone.
+EXPIRY_S = 30.0
+MAX_REGISTERED = 256
+MAX_REPLICAS_PER_SLM = 32
+MAX_SLMS = 512
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Entry:
+    spec: dict[str, Any]
+    app_name: str
+    seen_s: float
+
+
+class SLMRegistry:
+    """Registered SLM applications with heartbeat and expiry. `clock` is monotonic, in seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._entries: dict[str, _Entry] = {}
+
+    def register(self, spec_json: str, app_name: str, taken: Collection[str]) -> bool:
+        """Add an SLM or renew its heartbeat; return whether anything but the heartbeat changed.
+
+        `taken` are ids of the fleet file. Raises ConfigError for a bad spec or a taken id.
+        """
+        try:
+            spec = SLMSpec.model_validate_json(spec_json)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"registered SLM: {where}: {first['msg']}") from error
+        old = self._entries.get(spec.id)
+        if spec.id in taken or (old is not None and old.app_name != app_name):
+            raise ConfigError(f"SLM id {spec.id!r} is taken")
+        if old is None and len(self._entries) >= MAX_REGISTERED:
+            raise ConfigError(f"{MAX_REGISTERED} SLM applications are registered already")
+        plain = spec.model_dump(mode="json")
+        self._entries[spec.id] = _Entry(plain, app_name, self._clock())
+        return old is None or old.spec != plain
+
+    def unregister(self, slm_id: str) -> bool:
+        """Remove an SLM; return whether it was there."""
+        return self._entries.pop(slm_id, None) is not None
+
+    def expire(self) -> bool:
+        """Drop SLMs whose heartbeat stopped; return whether there were any."""
+        oldest = self._clock() - EXPIRY_S
+        late = [i for i, e in self._entries.items() if e.seen_s < oldest]
+        for slm_id in late:
+            del self._entries[slm_id]
+        return bool(late)
+
+    def ids(self) -> tuple[str, ...]:
+        """Registered SLM ids."""
+        return tuple(self._entries)
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """SLM id -> {"spec": spec as plain data, "app_name": str}."""
+        return {i: {"spec": e.spec, "app_name": e.app_name} for i, e in self._entries.items()}
+
+    def specs(self) -> tuple[SLMSpec, ...]:
+        """The registered SLMs."""
+        return tuple(SLMSpec.model_validate(e.spec) for e in self._entries.values())
+
+    def restore(self, text: str) -> None:
+        """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew.
+
+        What another version of the program wrote and this one cannot read is left out.
+        """
+        for slm_id, entry in json.loads(text).items():
+            try:
+                SLMSpec.model_validate(entry["spec"])
+            except ValidationError as error:
+                _log.warning("registered SLM %r left out: %s", slm_id, error)
+                continue
+            self._entries[slm_id] = _Entry(entry["spec"], entry["app_name"], self._clock())
+
+
+class StartupStates:
+    """The last start-up report of each replica, by SLM; the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._by_slm: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def report(self, slm_id: str, replica_id: str, report: dict[str, Any]) -> None:
+        """Keep the report as the newest of its replica."""
+        replicas = self._by_slm.pop(slm_id, {})
+        replicas.pop(replica_id, None)
+        replicas[replica_id] = report
+        self._by_slm[slm_id] = replicas
+        for kept, limit in ((replicas, MAX_REPLICAS_PER_SLM), (self._by_slm, MAX_SLMS)):
+            if len(kept) > limit:
+                del kept[next(iter(kept))]  # dicts keep insertion order: the oldest is first
+
+    def snapshot(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """SLM id -> replica id -> report."""
+        return {slm: dict(replicas) for slm, replicas in self._by_slm.items()}

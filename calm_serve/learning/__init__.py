@@ -1,0 +1,31 @@
+"""Learning: labels, training, evaluation, promotion and what watches over them. Owner: knowledge
+actor and its training child; the router uses `shadow` and `decision_log`. Blocks where it says so.
+"""
+
+from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
+from calm_serve.learning.decision_log import log_fields
+from calm_serve.learning.labels import quality_label
+from calm_serve.learning.monitor import OutcomeMonitor
+from calm_serve.learning.promotion import Promotion
+from calm_serve.learning.replay import Replay, Rules
+from calm_serve.learning.retraining import RetrainingScheduler, RetrainJob, RetrainResult, retrain
+from calm_serve.learning.shadow import Shadow
+from calm_serve.learning.training import train
+
+__all__ = [
+    "ColdStartSLMs",
+    "ColdStartTrainer",
+    "OutcomeMonitor",
+    "Promotion",
+    "Replay",
+    "RetrainJob",
+    "RetrainResult",
+    "RetrainingScheduler",
+    "Rules",
+    "Shadow",
+    "fit",
+    "log_fields",
+    "quality_label",
+    "retrain",
+    "train",
+]

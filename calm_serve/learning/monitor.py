@@ -1,0 +1,334 @@
+"""What the knowledge actor sees in the outcomes besides training data: drift, and how wrong we are.
+
+Fed with every batch, it keeps a bounded summary and publishes it for the routers under "watch":
+
+    {"calibration_factors": SLM -> factor on P(success),
+     "calibration": SLM -> kind -> {"p50", "p95", "coverage_ratio"},
+     "calibration_error": mean error of P(success) or None,
+     "alarms": rows of `Alarms`}
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm_serve.config import SLMSpec
+from calm_serve.learning import metrics
+from calm_serve.learning.quality import SLMQualityStream, feedback_score
+from calm_serve.prediction import fits_layout
+from calm_serve.requests import NUMBER_NAMES
+from calm_serve.telemetry import (
+    PSI_ALARM,
+    PSI_CLEAR,
+    Alarms,
+    Calibration,
+    LevelChange,
+    PopulationShift,
+)
+from calm_serve.types import Outcome, QualitySignal
+
+MAX_SLMS = 256
+MAX_REPLICAS = 32  # of one SLM
+MAX_PREDICTORS = 64
+MAX_REMEMBERED = 8_192  # outcomes that feedback may still come for
+CHECK_S = 1.0  # the whole fleet's statistics are looked at this often
+PUBLISH_S = 5.0  # at most this often, unless a factor or an alarm changed
+FACTOR_STEP = 0.02
+QUALITY_ALARM, QUALITY_CLEAR = 0.6, 0.8  # factors
+
+# Drift that another predictor would do better on, and when it is worth training one: with fewer
+# outcomes after the change it would mostly learn what was before.
+RETRAIN_KINDS = frozenset(("quality", "tokens", "prompt_mix"))
+RETRAIN_OUTCOMES = 100
+RETRAIN_PAUSE_S = 600.0
+
+# A change of the mean log ratio by a third is found in some 20 answers, noise in about 100,000.
+RATIO_SLACK, RATIO_LIMIT = 0.15, 6.0
+MAX_LOG_RATIO = 2.0
+MIN_CALIBRATION, CALIBRATION_WINDOW, CALIBRATION_ALARM = 100, 500, 0.15
+
+_log = logging.getLogger(__name__)
+
+
+class _SLM:
+    """What is kept of one SLM."""
+
+    def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
+        self.quality = SLMQualityStream(clock, form_is_checked)
+        self.calibration = Calibration()
+        self.tokens = _length_test()
+        self.speed: OrderedDict[str, LevelChange] = OrderedDict()  # by replica
+
+    def forget_predictor(self) -> None:
+        """Start anew what compares with predictions, except quantiles, which adapt."""
+        self.quality.forget_predictor()
+        self.tokens = _length_test()
+
+
+class OutcomeMonitor:
+    """Detectors over all outcomes; used by one event loop.
+
+    Args:
+        clock: Unix time in seconds, for people.
+        monotonic: seconds that never go back.
+        publish: takes the document whenever it changed.
+        retrain: starts a training that does not wait for more data.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+        publish: Callable[[dict[str, Any]], None],
+        retrain: Callable[[], None],
+    ) -> None:
+        self._monotonic = monotonic
+        self._publish, self._retrain = publish, retrain
+        self.alarms = Alarms(clock)
+        self._slms: OrderedDict[str, _SLM] = OrderedDict()
+        self._checked: frozenset[str] = frozenset()  # by their own validators
+        self._mix = PromptMix()
+        self._remembered: OrderedDict[str, tuple[str, tuple[float, ...]]] = OrderedDict()
+        self._early: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
+        self._predictors: OrderedDict[str, None] = OrderedDict()
+        self._judged: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
+        self._published: dict[str, Any] = {}
+        self._factors: dict[str, float] = {}
+        self._published_at = self._checked_at = self._retrained_at = -math.inf
+        self._outcomes = 0
+        self._retrain_at: int | None = None
+
+    def set_slms(self, specs: Iterable[SLMSpec]) -> None:
+        """Learn whose answers a validator reads, so that its silence counts from the first on."""
+        self._checked = frozenset(s.id for s in specs if s.validator)
+        for slm_id in self._checked & self._slms.keys():
+            self._slms[slm_id].quality.form_is_checked = True
+
+    def observe(self, outcomes: Iterable[Outcome]) -> None:
+        """Count a batch; an outcome that was seen before is ignored."""
+        for outcome in outcomes:
+            if outcome.outcome_id in self._remembered:
+                continue
+            _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, outcome.predicted))
+            self._outcomes += 1
+            self._observe(outcome)
+            early = self._early.pop(outcome.outcome_id, ())
+            self._judge(outcome.slm_id, outcome.predicted, (*outcome.signals, *early))
+        self.tick()
+
+    def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
+        """Count what was said of an answer, now or when its outcome comes."""
+        known = self._remembered.get(outcome_id)
+        if known is None:
+            _remember(self._early, outcome_id, tuple(signals))
+            return
+        self._judge(*known, signals)
+        self.tick()
+
+    def tick(self) -> None:
+        """Publish what changed, by time too, and retrain when that is due."""
+        now = self._monotonic()
+        if now >= self._checked_at + CHECK_S:
+            self._checked_at = now
+            self._check_mix()
+            self._check_calibration()
+            self._maybe_retrain()
+            self._check_quality()
+        urgent = {
+            # Those that differ from 1, in steps, so that noise is not news.
+            "calibration_factors": {i: f for i, f in self._factors.items() if f != 1.0},
+            "alarms": self.alarms.rows(),
+        }
+        changed = any(self._published.get(key) != value for key, value in urgent.items())
+        if not changed and now < self._published_at + PUBLISH_S:
+            return
+        document = {
+            **urgent,
+            "calibration": {i: s.calibration.summary() for i, s in self._slms.items()},
+            "calibration_error": self.calibration_error(),
+        }
+        self._published_at = now
+        if document != self._published:
+            self._published = document
+            self._publish(document)
+
+    def calibration_error(self) -> float | None:
+        """Mean gap between P(success) and what was said, of the last answers; None with few."""
+        if len(self._judged) < MIN_CALIBRATION:
+            return None
+        predicted, labels = np.array(self._judged).T
+        return round(metrics.calibration_error(labels, predicted, np.ones(len(labels))), 3)
+
+    def _observe(self, outcome: Outcome) -> None:
+        champion = outcome.versions[0].partition("+")[
+            0
+        ]  # newcomers change nobody else's P(success)
+        if champion not in self._predictors:
+            self._new_predictor(champion)
+        slm = self._slm(outcome.slm_id)
+        slm.calibration.observe(outcome)
+        self._mix.observe(outcome)
+        if outcome.status != "ok":
+            return
+        changed = slm.quality.answered(outcome.signals)
+        if slm.quality.form_is_checked:
+            self._follow(outcome.slm_id, changed)
+        if len(outcome.predicted) != 5:
+            return
+        _, tokens, _, tpot_s, _ = outcome.predicted
+        change = _log_change(slm.tokens, outcome.output_tokens, tokens)
+        if change is not None:
+            slm.quality.suspect()
+        self._report(change, "tokens", outcome.slm_id, "answers are {} times as long as predicted")
+        if outcome.tpot_s and not outcome.cold:
+            speed = slm.speed.get(outcome.served_replica) or LevelChange(RATIO_SLACK, RATIO_LIMIT)
+            _remember(slm.speed, outcome.served_replica, speed, MAX_REPLICAS)
+            change = _log_change(speed, outcome.tpot_s, tpot_s)
+            text = "a token takes {} times as long as predicted"
+            self._report(change, "speed", outcome.slm_id, text, outcome.served_replica)
+
+    def _new_predictor(self, version: str) -> None:
+        """Forget what was found against the predictions of another predictor.
+
+        It may have learned what changed: corrected again, an SLM would pay twice.
+        """
+        _remember(self._predictors, version, None, MAX_PREDICTORS)
+        self._judged.clear()
+        for slm_id, slm in self._slms.items():
+            slm.forget_predictor()
+            self.alarms.end("tokens", slm_id)
+        self._check_quality()
+
+    def _judge(
+        self, slm_id: str, predicted: Sequence[float], signals: Iterable[QualitySignal]
+    ) -> None:
+        score = feedback_score(signals)
+        if score is None:
+            return
+        if predicted:
+            believed = min(predicted[0] * self._factors.get(slm_id, 1.0), 1.0)  # as decided on
+            self._judged.append((believed, score))
+        changed = self._slm(slm_id).quality.scored(predicted[0] if predicted else None, score)
+        self._follow(slm_id, changed)
+
+    def _follow(self, slm_id: str, changed: bool) -> None:
+        factor = self._factors[slm_id] = _step(self._slm(slm_id))
+        if changed or factor < QUALITY_ALARM:
+            text = f"answers succeed {factor:.2f} times as often as expected"
+            self._start("quality", slm_id, factor, text)
+
+    def _check_quality(self) -> None:
+        self._factors = {slm_id: _step(slm) for slm_id, slm in self._slms.items()}
+        for slm_id, factor in self._factors.items():
+            if QUALITY_CLEAR < factor < 1.0 / QUALITY_CLEAR:
+                self.alarms.end("quality", slm_id)
+
+    def _check_mix(self) -> None:
+        index = self._mix.index()
+        if index > PSI_ALARM:
+            self._start("prompt_mix", "", index, "prompts differ from the usual ones")
+        elif index < PSI_CLEAR:
+            self.alarms.end("prompt_mix")
+
+    def _check_calibration(self) -> None:
+        error = self.calibration_error()
+        if error is not None and error > CALIBRATION_ALARM:
+            self._start("calibration", "", error, "P(success) is off by this much on average")
+        else:
+            self.alarms.end("calibration")
+
+    def _report(
+        self, change: float | None, kind: str, slm_id: str, text: str, replica: str = ""
+    ) -> None:
+        if change is not None:
+            times = math.exp(change)
+            self._start(kind, slm_id, times, text.format(f"{times:.2f}"), replica)
+
+    def _start(self, kind: str, slm_id: str, size: float, detail: str, replica: str = "") -> None:
+        if self.alarms.start(kind, slm_id, size, detail, replica) is None:
+            return
+        _log.warning("%s changed %s%s: %s", kind, slm_id or "in the fleet", replica, detail)
+        if kind in RETRAIN_KINDS and self._retrain_at is None:
+            self._retrain_at = self._outcomes + RETRAIN_OUTCOMES
+
+    def _maybe_retrain(self) -> None:
+        if self._retrain_at is None or self._outcomes < self._retrain_at:
+            return
+        now = self._monotonic()
+        if now >= self._retrained_at + RETRAIN_PAUSE_S:
+            self._retrain_at, self._retrained_at = None, now
+            self._retrain()
+
+    def _slm(self, slm_id: str) -> _SLM:
+        slm = self._slms.get(slm_id)
+        if slm is None:
+            slm = _SLM(self._monotonic, slm_id in self._checked)
+            _remember(self._slms, slm_id, slm, MAX_SLMS)
+        return slm
+
+
+def _step(slm: _SLM) -> float:
+    return round(round(slm.quality.factor / FACTOR_STEP) * FACTOR_STEP, 4)
+
+
+def _length_test() -> LevelChange:
+    return LevelChange(RATIO_SLACK, 2.0 * RATIO_LIMIT)  # lengths vary more than speeds
+
+
+def _log_change(test: LevelChange, observed: float, predicted: float) -> float | None:
+    if observed <= 0.0 or predicted <= 0.0:
+        return None
+    ratio = math.log(observed / predicted)
+    return test.add(min(max(ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+
+
+def _remember(
+    kept: OrderedDict[str, Any], key: str, value: Any, limit: int = MAX_REMEMBERED
+) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > limit:
+        kept.popitem(last=False)
+
+
+WORD_BINS = 32
+LENGTH_BINS = 14  # by powers of 2 of the tokens
+_TRAITS = tuple(
+    NUMBER_NAMES.index(name)
+    for name in (
+        "shape_json",
+        "shape_tools",
+        "has_code",
+        "has_system",
+        "markers",
+        "non_ascii_ratio",
+    )
+)
+
+
+class PromptMix:
+    """Two population stability indices over logged outcomes; 50 numbers each, any traffic."""
+
+    def __init__(self) -> None:
+        self._words = PopulationShift(WORD_BINS)
+        self._shapes = PopulationShift(LENGTH_BINS + len(_TRAITS))
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count one outcome's prompt; one without features is ignored."""
+        if not outcome.buckets or not fits_layout(outcome):
+            return
+        self._words.add({b % WORD_BINS for b in outcome.buckets})
+        length = int(math.log2(max(outcome.prompt_tokens, 1)))
+        shapes = [min(length, LENGTH_BINS - 1)]
+        shapes += (LENGTH_BINS + i for i, at in enumerate(_TRAITS) if outcome.numbers[at] > 0.05)
+        self._shapes.add(shapes)
+
+    def index(self) -> float:
+        """The larger of the two indices; see `PopulationShift.index`."""
+        return max(self._words.index(), self._shapes.index())

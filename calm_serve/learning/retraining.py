@@ -1,0 +1,192 @@
+"""Retraining: when one is due, one at a time, and what became of the last.
+
+`retrain` itself is pure; the knowledge actor runs it in a child process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from calm_serve.config import Learning
+from calm_serve.learning.evaluation import promotion_test
+from calm_serve.learning.promotion import Promotion
+from calm_serve.learning.training import train
+from calm_serve.prediction import Artifact
+from calm_serve.types import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class RetrainJob:
+    """What to train on and against whom."""
+
+    store_url: str
+    slm_ids: tuple[str, ...]
+    champion: bytes | None
+    holdout_ratio: float
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RetrainResult:
+    """The gate's verdict, the challenger's metrics, and its bytes when it won."""
+
+    verdict: dict[str, Any]
+    metrics: dict[str, Any]
+    version: str
+    blob: bytes | None
+
+
+def retrain(
+    job: RetrainJob, outcomes: Sequence[Outcome], clock: Callable[[], float]
+) -> RetrainResult:
+    """Train on `outcomes` and promotion_test. Blocks for seconds; raises KnowledgeError."""
+    training = train(
+        outcomes, job.slm_ids, seed=job.seed, holdout_ratio=job.holdout_ratio, clock=clock
+    )
+    champion = None if job.champion is None else Artifact.from_bytes(job.champion)
+    verdict = promotion_test(
+        training.holdout,
+        champion,
+        training.artifact,
+        base_rate=training.base_rate,
+        seed=job.seed,
+    )
+    return RetrainResult(
+        verdict=asdict(verdict),
+        metrics=dict(training.metrics),
+        version=training.artifact.version,
+        blob=training.artifact.to_bytes() if verdict.publish else None,
+    )
+
+
+TRAINED_AT = "trained_at"  # the store's key for the labels there were at the last training
+_log = logging.getLogger(__name__)
+
+
+class TrainingLog(Protocol):
+    """What the scheduler asks of the store of outcomes; all methods block."""
+
+    def labelled_count(self) -> int:
+        """Outcomes with a quality label in the store."""
+        ...
+
+    def labelled_total(self) -> int:
+        """Outcomes that ever got a label; it never falls."""
+        ...
+
+    def meta(self, key: str) -> str | None:
+        """A stored value, None when it was never set."""
+        ...
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Store a value under a key."""
+        ...
+
+
+class RetrainingScheduler:
+    """Used from one event loop; the training itself happens in `trainer`.
+
+    `learning` may be replaced at any time; `slm_ids` names the SLMs to train for.
+    """
+
+    def __init__(
+        self,
+        store: TrainingLog,
+        store_url: str,
+        promotion: Promotion,
+        trainer: Callable[[RetrainJob], Awaitable[RetrainResult]],
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+        slm_ids: Callable[[], tuple[str, ...]],
+        learning: Learning,
+    ) -> None:
+        self.learning = learning
+        self.last_verdict: dict[str, Any] = {}
+        self._store, self._store_url, self._promotion = store, store_url, promotion
+        self._trainer, self._in_thread, self._slm_ids = trainer, in_thread, slm_ids
+        self._training: asyncio.Task[dict[str, Any]] | None = None
+        self._drifted: asyncio.Task[dict[str, Any]] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a training is going on."""
+        return self._training is not None and not self._training.done()
+
+    async def retrain(self, force: bool = False) -> dict[str, Any]:
+        """As `KnowledgeService.retrain`."""
+        if not self.running:
+            labelled = await self._in_thread(self._store.labelled_count)
+            if not force and labelled < self.learning.min_outcomes:
+                return {"publish": False, "reason": "too_few_outcomes", "labelled": labelled}
+        # Shielded: a caller who gives up does not end the training.
+        return await asyncio.shield(self._started())
+
+    async def maybe(self) -> None:
+        """Start a training when enough labels have come since the last one."""
+        if self.running:
+            return
+        total = await self._in_thread(self._store.labelled_total)
+        trained_at = int(await self._in_thread(lambda: self._store.meta(TRAINED_AT)) or 0)
+        due = self.learning.retrain_every if trained_at else self.learning.min_outcomes
+        if total - trained_at >= due:
+            self._started()
+
+    def on_drift(self) -> None:
+        """Train before the next quota is full, once there is enough to train on at all."""
+        self._drifted = asyncio.create_task(self.retrain())
+        self._drifted.add_done_callback(_log_failure)
+
+    async def settled(self) -> None:
+        """Return when no training is going on any more, however it ended."""
+        tasks = [t for t in (self._drifted, self._training) if t is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End what is going on."""
+        for task in (self._drifted, self._training):
+            if task is not None:
+                task.cancel()
+        await self.settled()
+
+    def _started(self) -> asyncio.Task[dict[str, Any]]:
+        """The training that runs, begun now if there is none."""
+        if self._training is None or self._training.done():
+            self._training = asyncio.create_task(self._train())
+            self._training.add_done_callback(_log_failure)
+        return self._training
+
+    async def _train(self) -> dict[str, Any]:
+        """Train once; a failure counts as an attempt, or the next batch would try again."""
+        total = await self._in_thread(self._store.labelled_total)
+        await self._in_thread(lambda: self._store.set_meta(TRAINED_AT, str(total)))
+        champion = self._promotion.champion
+        job = RetrainJob(
+            store_url=self._store_url,
+            slm_ids=self._slm_ids(),
+            champion=champion.blob if champion else None,
+            holdout_ratio=self.learning.holdout_ratio,
+        )
+        try:
+            result = await self._trainer(job)
+        except Exception as error:  # whatever ended it: the last verdict is not an older one's
+            self.last_verdict = {"publish": False, "reason": "failed", "detail": str(error)}
+            raise
+        against = champion.artifact.version if champion else ""
+        found: dict[str, Any] = {
+            **result.verdict,
+            "version": result.version,
+            "against": against or "base_rate",
+            "metrics": result.metrics,
+        }
+        if result.blob is not None:
+            found["then"] = await self._promotion.offer(result.blob, against)
+        self.last_verdict = found
+        return found
+
+
+def _log_failure(task: asyncio.Task[dict[str, Any]]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.warning("retraining failed: %s", error)

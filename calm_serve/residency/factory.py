@@ -1,0 +1,20 @@
+"""The residency planner that the settings name."""
+
+from __future__ import annotations
+
+from calm_serve.config import ResidencyOptions, ResidencyPolicyName
+from calm_serve.residency.baselines import LeastFrequentlyUsed, LeastRecentlyUsed, Static
+from calm_serve.residency.planner import Planner, ResidencyPlanner
+
+
+def build(options: ResidencyOptions, *, latency_per_s: float, energy_per_j: float) -> Planner:
+    """The planner that `options` name; the weights are those of the goals."""
+    match options.policy:
+        case ResidencyPolicyName.LRU:
+            return LeastRecentlyUsed(options)
+        case ResidencyPolicyName.LFU:
+            return LeastFrequentlyUsed(options)
+        case ResidencyPolicyName.STATIC:
+            return Static(options)
+        case _:
+            return ResidencyPlanner(options, latency_per_s=latency_per_s, energy_per_j=energy_per_j)

@@ -1,0 +1,137 @@
+"""A pure cache simulator: replay who was wanted when, for any residency policy.
+
+A hit is an arrival whose preferred SLM was hot. Waking and sleeping take no time here; what they
+cost in the live service is measured there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from calm_serve.residency import (
+    OCCUPYING,
+    Demand,
+    ModelFootprint,
+    Planner,
+    publishable,
+)
+from calm_serve.types import Residency
+
+Trace = Sequence[tuple[float, str]]  # seconds, preferred SLM; seconds do not decrease
+STEP_S = 0.25  # between arrivals, the planner is asked this often ...
+MAX_IDLE_STEPS = 8  # ... at most so many times, while requests wait or something may be prefetched
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a policy made of a trace."""
+
+    arrivals: int
+    hits: int
+    swaps: int  # wake-ups
+    waited_s: float  # of all requests together, for their SLM to become hot
+    refused: int  # requests whose SLM did not become hot within the hold
+    peak_bytes: int
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits per arrival."""
+        return self.hits / max(self.arrivals, 1)
+
+
+class _Cache:
+    def __init__(
+        self,
+        planner: Planner,
+        occupants: Sequence[ModelFootprint],
+        budget_bytes: int,
+        hold_s: float,
+    ) -> None:
+        self._planner, self._budget, self._hold_s = planner, budget_bytes, hold_s
+        self._occupants = {o.slm_id: o for o in occupants}
+        self._tiers = {o.slm_id: o.tier for o in occupants}
+        self._published: dict[str, Residency] = {}
+        self.waiting: dict[str, list[float]] = {}
+        self.waited_s = 0.0
+        self.refused = self.peak_bytes = 0
+
+    def is_hot(self, slm_id: str) -> bool:
+        return self._tiers[slm_id] is Residency.HOT
+
+    def step(self, now: float, arrivals: Sequence[str] = ()) -> None:
+        demand = Demand(arrivals, {i: len(w) for i, w in self.waiting.items() if w})
+        before = dict(self._tiers)
+        plan = self._planner.step(now, demand, self._now())
+        for _ in range(2):  # what sleeps first makes room for what wakes
+            orders = publishable(plan, self._now(), self._published, self._budget)
+            self._published, self._tiers = orders, dict(orders)
+            hot = [self._occupants[i] for i, t in orders.items() if t in OCCUPYING]
+            self.peak_bytes = max(self.peak_bytes, sum(o.bytes for o in hot))
+        for slm_id, since in self.waiting.items():
+            if self.is_hot(slm_id):
+                self.waited_s += sum(now - s for s in since)
+                since.clear()
+            late = [s for s in since if now - s >= self._hold_s]
+            self.refused += len(late)
+            self.waited_s += sum(now - s for s in late)
+            self.waiting[slm_id] = [s for s in since if s not in late]
+        if before != self._tiers:
+            # Reported, so that the planner knows since when.
+            self._planner.step(now, Demand((), self._held()), self._now())
+
+    def _held(self) -> dict[str, int]:
+        return {i: len(w) for i, w in self.waiting.items() if w}
+
+    def _now(self) -> list[ModelFootprint]:
+        return [
+            ModelFootprint(
+                o.slm_id,
+                o.bytes_by_node,
+                self._tiers[o.slm_id],
+                o.wake_s,
+                o.wake_j,
+                o.answer_s,
+                o.pinned,
+                o.may_go_cold,
+            )
+            for o in self._occupants.values()
+        ]
+
+
+def replay(
+    trace: Trace,
+    planner: Planner,
+    occupants: Sequence[ModelFootprint],
+    budget_bytes: int,
+    hold_s: float = 30.0,
+) -> Replayed:
+    """Run `planner` over the trace from the occupants' tiers; see Replayed."""
+    cache = _Cache(planner, occupants, budget_bytes, hold_s)
+    hits, clock = 0, trace[0][0] if trace else 0.0
+    cache.step(clock)
+    for at, slm_id in trace:
+        for _ in range(MAX_IDLE_STEPS):
+            if clock + STEP_S >= at:
+                break
+            clock += STEP_S
+            cache.step(clock)
+        clock = at
+        if cache.is_hot(slm_id):
+            hits += 1
+        else:
+            cache.waiting.setdefault(slm_id, []).append(at)
+        cache.step(at, (slm_id,))
+    return Replayed(
+        len(trace), hits, planner.swaps, cache.waited_s, cache.refused, cache.peak_bytes
+    )
+
+
+def ids_of(trace: Trace) -> list[str]:
+    """The preferred SLMs in order, as `belady` wants them."""
+    return [slm_id for _, slm_id in trace]
+
+
+def sizes_of(occupants: Sequence[ModelFootprint]) -> Mapping[str, int]:
+    """Declared bytes per SLM."""
+    return {o.slm_id: o.bytes for o in occupants}
