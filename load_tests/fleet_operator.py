@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from calm_serve import cli
+from calm_serve.cli import main
 from load_tests.served import Service
 
 TIMEOUT_S = 60.0
@@ -65,7 +65,7 @@ class Operator:
         """What `calm ARGUMENTS --url …` prints. Raises RuntimeError for an exit status."""
         printed = StringIO()
         with redirect_stdout(printed):
-            status = cli.main([*arguments, "--url", self._service.url])
+            status = main.main([*arguments, "--url", self._service.url])
         if status:
             raise RuntimeError(f"calm {' '.join(arguments)}: exit status {status}")
         return printed.getvalue()

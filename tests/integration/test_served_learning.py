@@ -21,7 +21,7 @@ from served_fleet import (
     eventually,
 )
 
-from calm_serve import cli
+from calm_serve.cli import main
 from calm_serve.config.loading import load_fleet, parse_goals
 from calm_serve.knowledge.outcome_reader import read_outcomes
 from calm_serve.learning.replay import Replay, Rules
@@ -124,7 +124,7 @@ def challengers(urls: list[str]) -> set[str]:
 
 def take_back(fleet: ServedFleet, routers: list[str], bad: str, good: str) -> None:
     """An operator rolls back; all routers obey within seconds, and say why."""
-    assert cli.main(["models", "rollback", "--url", fleet.url]) == 0
+    assert main.main(["predictors", "rollback", "--url", fleet.url]) == 0
 
     def back() -> bool:
         return {version.partition("+")[0] for version in versions(routers)} == {good}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from calm_serve import cli, cli_text
+from calm_serve.cli import main, render
 from calm_serve.errors import ComponentError, RequestError
 
 FLEET: dict[str, Any] = {
@@ -76,13 +76,13 @@ def world(
     answer: Mapping[str, Any] | None = None,
     cpus: float = 8.0,
     seen: list[tuple[str, Any]] | None = None,
-) -> cli.World:
+) -> main.World:
     def fetch(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         if seen is not None:
             seen.append((url, body))
         return dict(answer or {})
 
-    return cli.World(fetch=fetch, machine=lambda: cli.Machine(cpus, 0.0, float(32 << 30)))
+    return main.World(fetch=fetch, machine=lambda: main.Machine(cpus, 0.0, float(32 << 30)))
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
@@ -97,7 +97,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> str:
 def test_check_shows_every_slm_and_what_the_fleet_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["check", write_config(tmp_path)], world()) == 0
+    assert main.main(["check", write_config(tmp_path)], world()) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:3] == ["SLM", "WEIGHTS", "WHERE"]
     assert [line.split()[0] for line in out[1:3]] == ["sql", "general"]
@@ -110,21 +110,21 @@ def test_check_names_a_wrong_key_and_the_nearest_valid_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path, args={"gaols": {}})
-    assert cli.main(["check", config], world()) == 2
+    assert main.main(["check", config], world()) == 2
     assert "'gaols'; the nearest valid key is 'goals'" in errors(capsys)
 
 
 def test_check_refuses_a_fleet_that_this_machine_cannot_hold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["check", write_config(tmp_path)], world(cpus=1.0)) == 2
+    assert main.main(["check", write_config(tmp_path)], world(cpus=1.0)) == 2
     assert "minimum replicas and routers ask for 1.7 CPUs" in errors(capsys)
 
 
 def test_check_refuses_missing_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path)
     (tmp_path / "weights" / "model.safetensors").unlink()
-    assert cli.main(["check", config], world()) == 2
+    assert main.main(["check", config], world()) == 2
     assert "has no weights" in errors(capsys)
 
 
@@ -132,9 +132,9 @@ def test_check_refuses_a_predictor_that_does_not_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "predictor").mkdir()
-    (tmp_path / "predictor" / cli.PREDICTOR_FILE).write_bytes(b"not a predictor")
+    (tmp_path / "predictor" / main.PREDICTOR_FILE).write_bytes(b"not a predictor")
     config = write_config(tmp_path, FLEET | {"predictor": "predictor"})
-    assert cli.main(["check", config], world()) == 2
+    assert main.main(["check", config], world()) == 2
     assert "predictor.bin: not a predictor artifact" in errors(capsys)
 
 
@@ -153,7 +153,7 @@ def test_check_says_what_is_wrong_with_the_file(
     path = tmp_path / "serve_config.yaml"
     if text is not None:
         path.write_text(text)
-    assert cli.main(["check", str(path)], world()) == 2
+    assert main.main(["check", str(path)], world()) == 2
     assert message in errors(capsys)
 
 
@@ -161,7 +161,7 @@ def test_route_explains_the_decision_of_a_rule(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path)
-    assert cli.main(["route", "SELECT the oldest user", "--config", config]) == 0
+    assert main.main(["route", "SELECT the oldest user", "--config", config]) == 0
     out = capsys.readouterr().out
     assert out.startswith("-> sql  (rule, rule_match, rule sql-first)")
     assert "markers sql-word" in out
@@ -173,7 +173,7 @@ def test_route_shows_the_terms_of_every_candidate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path, args={"goals": {"exploration_ratio": 0.0}})
-    assert cli.main(["route", "Tell me a story.", "--config", config]) == 0
+    assert main.main(["route", "Tell me a story.", "--config", config]) == 0
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert table[0].split()[:5] == ["SLM", "SCORE", "QUALITY", "LATENCY", "ENERGY"]
     assert table[1].startswith("> ")
@@ -187,7 +187,7 @@ def test_route_shows_why_a_candidate_was_excluded(
     small = FLEET["slms"][0] | {"context_tokens": 64, "languages": []}
     big = FLEET["slms"][1] | {"context_tokens": 100_000}
     config = write_config(tmp_path, {"slms": [small, big]})
-    assert cli.main(["route", "long story " * 400, "--config", config]) == 0
+    assert main.main(["route", "long story " * 400, "--config", config]) == 0
     out = capsys.readouterr().out
     assert out.startswith("-> general")
     assert "excluded: context" in out
@@ -197,7 +197,7 @@ def test_route_as_json_is_the_whole_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path)
-    assert cli.main(["route", "select", "--json", "--config", config]) == 0
+    assert main.main(["route", "select", "--json", "--config", config]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["slm_id"], record["rule"]) == ("sql", "sql-first")
     assert record["context"]["requested_model"] == "auto"
@@ -207,11 +207,11 @@ def test_route_asks_a_running_service_and_prints_the_same_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path)
-    cli.main(["route", "select", "--json", "--config", config])
+    main.main(["route", "select", "--json", "--config", config])
     record = json.loads(capsys.readouterr().out)
     seen: list[tuple[str, Any]] = []
     assert (
-        cli.main(["route", "select", "--url", "http://host:8000/"], world(record, seen=seen)) == 0
+        main.main(["route", "select", "--url", "http://host:8000/"], world(record, seen=seen)) == 0
     )
     assert capsys.readouterr().out.startswith("-> sql  (rule")
     url, body = seen[0]
@@ -222,7 +222,7 @@ def test_route_asks_a_running_service_and_prints_the_same_way(
 def test_answer_of_another_service_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["route", "x", "--url", "http://host"], world({"hello": 1})) == 1
+    assert main.main(["route", "x", "--url", "http://host"], world({"hello": 1})) == 1
     assert "does not look like calm_serve's" in errors(capsys)
 
 
@@ -230,7 +230,7 @@ def test_fleet_is_a_table_with_unknowns_shown_as_dashes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen: list[tuple[str, Any]] = []
-    assert cli.main(["fleet"], world(ANSWER, seen=seen)) == 0
+    assert main.main(["fleet"], world(ANSWER, seen=seen)) == 0
     assert seen == [("http://127.0.0.1:8000/v1/fleet", None)]
     head, _, names, row = capsys.readouterr().out.splitlines()
     assert head == "fleet not ready, predictor lgbm-3"
@@ -253,8 +253,8 @@ def test_fleet_watch_refreshes_until_interrupted(capsys: pytest.CaptureFixture[s
 
     seen: list[tuple[str, Any]] = []
     watched = world(ANSWER, seen=seen)
-    watched = cli.World(watched.fetch, watched.machine, sleep)
-    assert cli.main(["fleet", "--watch"], watched) == 130
+    watched = main.World(watched.fetch, watched.machine, sleep)
+    assert main.main(["fleet", "--watch"], watched) == 130
     assert len(seen) == 3
     assert capsys.readouterr().out.count("fleet not ready") == 3
 
@@ -266,7 +266,7 @@ def test_unreachable_service_is_one_line_and_status_1(
         raise urllib.error.URLError(ConnectionRefusedError(111, "Connection refused"))
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    assert cli.main(["fleet"]) == 1
+    assert main.main(["fleet"]) == 1
     assert "cannot reach http://127.0.0.1:8000/v1/fleet" in errors(capsys)
 
 
@@ -286,7 +286,7 @@ def test_error_of_the_service_is_shown_as_it_says_it(
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
     with pytest.raises(RequestError, match=message):
-        cli.fetch_json("http://h/v1/fleet", None)
+        main.fetch_json("http://h/v1/fleet", None)
 
 
 def test_slow_service_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_slow_service_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(urllib.request, "urlopen", hang)
     with pytest.raises(ComponentError, match="timed out"):
-        cli.fetch_json("http://h/v1/fleet", None)
+        main.fetch_json("http://h/v1/fleet", None)
 
 
 def test_what_speaks_no_http_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,12 +304,12 @@ def test_what_speaks_no_http_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(urllib.request, "urlopen", greet)
     with pytest.raises(ComponentError, match="PONG"):
-        cli.fetch_json("http://h/v1/fleet", None)
+        main.fetch_json("http://h/v1/fleet", None)
 
 
 @pytest.mark.parametrize("url", ["fleet", "http://ho st", "localhost:8000"])
 def test_a_url_that_is_none_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fleet", "--url", url]) == 1
+    assert main.main(["fleet", "--url", url]) == 1
     assert url in errors(capsys)
 
 
@@ -319,11 +319,11 @@ def test_answer_that_is_no_json_object_is_refused(
 ) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(body))
     with pytest.raises(RequestError, match="JSON"):
-        cli.fetch_json("http://h/v1/fleet", None)
+        main.fetch_json("http://h/v1/fleet", None)
 
 
 def test_this_machine_offers_something() -> None:
-    machine = cli.this_machine()
+    machine = main.this_machine()
     assert machine.cpus > 0
     assert machine.memory_bytes > 1 << 20
 
@@ -333,11 +333,11 @@ def test_this_machine_offers_something() -> None:
     [(None, "-"), (0, "0 B"), (1023.9 * 2**20, "1024 MiB"), (5 << 30, "5 GiB")],
 )
 def test_sizes_are_readable(count: float | None, text: str) -> None:
-    assert cli_text.size(count) == text
+    assert render.size(count) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "-"), (2e-4, "200 us"), (0.0456, "45.6 ms"), (90.0, "90 s")]
 )
 def test_times_are_readable(value: float | None, text: str) -> None:
-    assert cli_text.seconds(value) == text
+    assert render.seconds(value) == text

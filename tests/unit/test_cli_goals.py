@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from calm_serve import cli
+from calm_serve.cli import main
 from calm_serve.goals.controller import GoalController
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
@@ -36,7 +36,7 @@ def shown(
         asked.append(url)
         return found
 
-    status = cli.main(["goals", "--url", "http://x/", *arguments], cli.World(fetch=fetch))
+    status = main.main(["goals", "--url", "http://x/", *arguments], main.World(fetch=fetch))
     return status, capsys.readouterr().out, asked
 
 

@@ -1,4 +1,4 @@
-"""`calm models` and `calm replay`: what they ask, print and refuse."""
+"""`calm predictors` and `calm replay`: what they ask, print and refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from calm_serve import cli
+from calm_serve.cli import main
 from calm_serve.config import Goals
 from tests.logged_decisions import serve
 
@@ -72,13 +72,13 @@ def run(*argv: str, answer: Mapping[str, Any] = DOCUMENT) -> tuple[int, list[tup
         seen.append((url, body))
         return dict(answer)
 
-    return cli.main(argv, cli.World(fetch=fetch)), seen
+    return main.main(argv, main.World(fetch=fetch)), seen
 
 
 def test_models_shows_every_predictor_and_what_happened(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status, seen = run("models", "--url", "http://h:1/")
+    status, seen = run("predictors", "--url", "http://h:1/")
     assert (status, seen) == (0, [("http://h:1/v1/predictors", None)])
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -96,11 +96,13 @@ def test_models_shows_a_training_that_taught_too_little_or_failed(
 ) -> None:
     few = {"reason": "too_few_held_out", "version": "lgbm-4", "against": "lgbm-2"}
     few |= {"difference_ci95": None}
-    run("models", answer=DOCUMENT | {"last_training": few})
+    run("predictors", answer=DOCUMENT | {"last_training": few})
     assert "last training: lgbm-4 against lgbm-2: too few held out\n" in capsys.readouterr().out
-    run("models", answer=DOCUMENT | {"last_training": {"reason": "failed", "detail": "no rows"}})
+    run(
+        "predictors", answer=DOCUMENT | {"last_training": {"reason": "failed", "detail": "no rows"}}
+    )
     assert "last training: failed: no rows\n" in capsys.readouterr().out
-    run("models", answer=DOCUMENT | {"last_training": {}})
+    run("predictors", answer=DOCUMENT | {"last_training": {}})
     assert "last training" not in capsys.readouterr().out
 
 
@@ -116,21 +118,21 @@ def test_models_shows_a_training_that_taught_too_little_or_failed(
 def test_models_tells_the_service(
     capsys: pytest.CaptureFixture[str], argv: list[str], body: Any
 ) -> None:
-    status, seen = run("models", *argv, "--json")
+    status, seen = run("predictors", *argv, "--json")
     assert status == 0
-    assert seen == [(f"{cli.DEFAULT_URL}/v1/predictors", body)]
+    assert seen == [(f"{main.DEFAULT_URL}/v1/predictors", body)]
     assert json.loads(capsys.readouterr().out) == DOCUMENT
 
 
 @pytest.mark.parametrize("argv", [["pin"], ["rollback", "lgbm-1"]])
 def test_a_version_is_for_pinning(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    status, seen = run("models", *argv)
+    status, seen = run("predictors", *argv)
     assert (status, seen) == (2, [])
     assert "VERSION" in capsys.readouterr().err
 
 
 def test_an_answer_of_something_else_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("models", answer={"data": [{}]})[0] == 1
+    assert run("predictors", answer={"data": [{}]})[0] == 1
     assert "does not look like" in capsys.readouterr().err
 
 

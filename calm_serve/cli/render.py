@@ -177,3 +177,8 @@ def _candidate(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
 def _replicas(scaling: Scaling) -> str:
     low, high = scaling.min_replicas, scaling.max_replicas
     return str(low) if low == high else f"{low}-{high}"
+
+
+def interval(value: float, ci95: list[float] | tuple[float, float]) -> str:
+    """A value with its 95 % interval."""
+    return f"{value:.4g} [{ci95[0]:.4g}, {ci95[1]:.4g}]"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from calm_serve import cli_text
+from calm_serve.cli import render
 
 _TARGETS = "GOAL TARGET MEASURED HELD FEASIBLE REQUESTS"
 _WEIGHTS = "WEIGHT NOW STATED"
@@ -34,7 +34,7 @@ def add_command(
 def _goals(args: argparse.Namespace, fetch: Callable[[str, None], dict[str, Any]]) -> str:
     query = f"?history={args.history}" if args.history else ""
     answer = fetch(f"{args.url.rstrip('/')}/v1/goals{query}", None)
-    return cli_text.rendered(goals_text, answer)
+    return render.rendered(goals_text, answer)
 
 
 def goals_text(answer: Mapping[str, Any]) -> str:
@@ -46,8 +46,8 @@ def goals_text(answer: Mapping[str, Any]) -> str:
     targets = [
         (
             target["name"],
-            cli_text.number(target["target"]),
-            cli_text.number(target["measured"]),
+            render.number(target["target"]),
+            render.number(target["measured"]),
             _said(target["held"]),
             _said(target["feasible"]),
             str(target["samples"]),
@@ -55,14 +55,14 @@ def goals_text(answer: Mapping[str, Any]) -> str:
         for target in answer["targets"]
     ]
     weights = [
-        (name, cli_text.number(value), cli_text.number(stated.get(_STATED.get(name, ""))))
+        (name, render.number(value), render.number(stated.get(_STATED.get(name, ""))))
         for name, value in answer["weights"].items()
     ]
-    parts = [policy, cli_text.table(_TARGETS, targets) if targets else "no target is set"]
-    parts.append(cli_text.table(_WEIGHTS, weights))
+    parts = [policy, render.table(_TARGETS, targets) if targets else "no target is set"]
+    parts.append(render.table(_WEIGHTS, weights))
     if "history" in answer:
         changes = [(_when(c["at"]), c["by"], _fields(c["new"])) for c in answer["history"]]
-        parts.append(cli_text.table(_CHANGES, changes, left=2))
+        parts.append(render.table(_CHANGES, changes, left=2))
     return "\n\n".join(parts)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from calm_serve import cli_goals, cli_learning, cli_text
+from calm_serve.cli import goals, predictors, render, replay
 from calm_serve.config import Fleet, ServeArgs, check_resources, load_args
 from calm_serve.errors import (
     CalmError,
@@ -149,8 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--url", default=DEFAULT_URL, help="the service (%(default)s)")
     fleet.add_argument("--watch", action="store_true", help="refresh until interrupted")
     fleet.set_defaults(run=_fleet)
-    cli_learning.add_commands(commands, DEFAULT_URL, _print)
-    cli_goals.add_command(commands, DEFAULT_URL, _print)
+    predictors.add_command(commands, DEFAULT_URL, _print)
+    replay.add_command(commands, _print)
+    goals.add_command(commands, DEFAULT_URL, _print)
     return parser
 
 
@@ -165,13 +166,13 @@ def _check(args: argparse.Namespace, world: World) -> None:
         machine.memory_bytes,
         typed.router.num_cpus * typed.router.replicas,
     )
-    print(cli_text.fleet_file(fleet))
+    print(render.fleet_file(fleet))
     need_cpus, need_bytes = _minimum(typed, fleet)
     print(
         f"\nok: {len(fleet.slms)} SLMs, {len(fleet.rules)} rules, {len(fleet.safety)} safety "
         f"patterns, predictor {predictor.version if predictor else 'none'}; minimum replicas and "
         f"routers take {need_cpus:g} of {machine.cpus:g} CPUs and "
-        f"{cli_text.size(need_bytes)} of {cli_text.size(machine.memory_bytes)}"
+        f"{render.size(need_bytes)} of {render.size(machine.memory_bytes)}"
     )
 
 
@@ -184,13 +185,13 @@ def _route(args: argparse.Namespace, world: World) -> None:
     if args.json:
         print(json.dumps(decision, indent=2))
     else:
-        print(cli_text.rendered(cli_text.decision, decision))
+        print(render.rendered(render.decision, decision))
 
 
 def _fleet(args: argparse.Namespace, world: World) -> None:
     url = f"{args.url.rstrip('/')}/v1/fleet"
     while True:
-        text = cli_text.rendered(cli_text.fleet_state, world.fetch(url, None))
+        text = render.rendered(render.fleet_state, world.fetch(url, None))
         print(f"{_CLEAR}{text}" if args.watch else text, flush=True)
         if not args.watch:
             return

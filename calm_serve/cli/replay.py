@@ -1,4 +1,4 @@
-"""`calm models` and `calm replay`: what was learned, and what other goals would have done."""
+"""`calm replay`: what other goals, or another predictor, would have done with the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from calm_serve import cli_text
+from calm_serve.cli import render
 from calm_serve.config import Goals, SelectionPolicyName
 from calm_serve.errors import ConfigError, KnowledgeError
 
@@ -23,17 +23,8 @@ PROGRESS_ROWS = 1000
 Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 
 
-def add_commands(commands: Any, default_url: str, run: Callable[..., None]) -> None:
-    """Describe both commands to argparse; `run` is called with this module's function."""
-    models: ArgumentParser = commands.add_parser(
-        "models", help="list stored predictors; pin one, unpin, or roll back"
-    )
-    models.add_argument("action", nargs="?", choices=["list", "pin", "unpin", "rollback"])
-    models.add_argument("version", nargs="?", default="", metavar="VERSION", help="to pin")
-    models.add_argument("--url", default=default_url, help="the service (%(default)s)")
-    models.add_argument("--json", action="store_true", help="print the whole document")
-    models.set_defaults(run=run, text=models_text)
-
+def add_command(commands: Any, run: Callable[..., None]) -> None:
+    """Describe the command to argparse; `run` is called with this module's function."""
     replay: ArgumentParser = commands.add_parser(
         "replay", help="decide logged requests again under other goals, and estimate the effect"
     )
@@ -44,20 +35,6 @@ def add_commands(commands: Any, default_url: str, run: Callable[..., None]) -> N
     replay.add_argument("--predictor", metavar="FILE", help="predictor artifact (as logged)")
     replay.add_argument("--json", action="store_true", help="print the whole report")
     replay.set_defaults(run=run, text=replay_text)
-
-
-def models_text(args: Namespace, fetch: Fetch) -> str:
-    """Ask the service, or tell it; return the list as it is afterwards."""
-    url = f"{args.url.rstrip('/')}/v1/predictors"
-    if (args.action == "pin") != bool(args.version):
-        raise ConfigError("VERSION is required to pin, and only then")
-    body = None
-    if args.action not in (None, "list"):
-        body = {"action": args.action}
-        if args.version:
-            body["version"] = args.version
-    answer = fetch(url, body)
-    return json.dumps(answer, indent=2) if args.json else cli_text.rendered(_models, answer)
 
 
 def replay_text(args: Namespace, fetch: Fetch) -> str:
@@ -133,59 +110,6 @@ def _progress(text: str) -> None:
         sys.stderr.flush()
 
 
-def _models(answer: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            model["version"] + (" (pinned)" if model["version"] == answer["pinned"] else ""),
-            model["state"].replace("_", " "),
-            model["source"],
-            str(model["trained_on"]),
-            *(
-                cli_text.number(model["metrics"].get(name), ".3f")
-                for name in ("log_loss", "base_rate_log_loss", "auc", "calibration_error")
-            ),
-            model["note"],
-        )
-        for model in answer["data"]
-    ]
-    lines = [
-        cli_text.table(
-            "VERSION STATE SOURCE LABELS LOG_LOSS BASE_RATE AUC CALIBRATION NOTE", rows, left=3
-        )
-    ]
-    if shadow := answer["shadow"]:
-        text = f"shadow: {shadow['version']} compared on {shadow['requests']} requests"
-        if shadow["requests"]:
-            text += f", agreement {shadow['agreement_ratio']:.2f}, expected gain "
-            text += _interval(shadow["predicted_gain"], shadow["predicted_gain_ci95"])
-        lines.append(text)
-    if probation := answer["probation"]:
-        lines.append(
-            f"probation: log loss {probation['log_loss']:.3f} live, "
-            f"{probation['previous_log_loss']:.3f} of the previous predictor, on "
-            f"{probation['labelled']} labelled outcomes; gain "
-            + _interval(probation["gain"], probation["gain_ci95"])
-        )
-    if training := answer["last_training"]:
-        lines.append(f"last training: {_training(training)}")
-    if change := answer["last_change"]:
-        action = change["action"].replace("_", " ")
-        before = change["before"] or "none"
-        lines.append(f"last change: {action} {before} -> {change['version']}: {change['reason']}")
-    return "\n".join(lines)
-
-
-def _training(training: Mapping[str, Any]) -> str:
-    reason = str(training["reason"]).replace("_", " ")
-    if "version" not in training:
-        return f"{reason}: {training['detail']}"
-    text = f"{training['version']} against {training['against']}: {reason}"
-    if interval := training["difference_ci95"]:
-        gain = training["champion_loss"] - training["challenger_loss"]
-        text += f", log loss gain {_interval(gain, interval)} on {training['held_out']} labels"
-    return text + (f"; {training['then']}" if "then" in training else "")
-
-
 def _replay(report: Mapping[str, Any]) -> str:
     decisions, comparable = report["decisions"], report["comparable"]
     lines = [f"{report['outcomes']:,} outcomes, {decisions:,} scored decisions made again"]
@@ -208,19 +132,19 @@ def _replay(report: Mapping[str, Any]) -> str:
         (
             metric,
             str(found["rows"]),
-            cli_text.number(found["logged"], ".4g"),
+            render.number(found["logged"], ".4g"),
             *(
-                _interval(found[name]["value"], found[name]["ci95"])
+                render.interval(found[name]["value"], found[name]["ci95"])
                 for name in ("doubly_robust", "direct", "ips", "self_normalised")
             ),
-            cli_text.number(found["effective_rows"], ".0f"),
-            _interval(found["difference"]["value"], found["difference"]["ci95"]),
+            render.number(found["effective_rows"], ".0f"),
+            render.interval(found["difference"]["value"], found["difference"]["ci95"]),
         )
         for metric, found in report["estimates"].items()
         if found is not None
     ]
     header = "METRIC ROWS LOGGED DOUBLY_ROBUST DIRECT IPS SELF_NORMALISED EFFECTIVE DIFFERENCE"
-    lines += ["", cli_text.table(header, rows)]
+    lines += ["", render.table(header, rows)]
     if any(report["estimates"].values()):
         clip = max(found["clip"] for found in report["estimates"].values() if found)
         lines.append(
@@ -228,7 +152,3 @@ def _replay(report: Mapping[str, Any]) -> str:
             f"{clip:.3g}. Estimated: what the other SLM's queue would have done is not known."
         )
     return "\n".join(lines)
-
-
-def _interval(value: float, ci95: list[float] | tuple[float, float]) -> str:
-    return f"{value:.4g} [{ci95[0]:.4g}, {ci95[1]:.4g}]"
