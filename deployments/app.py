@@ -19,10 +19,10 @@ from ray.serve.handle import DeploymentHandle
 
 from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec, check_resources, load_args
 from calm_serve.routing import scoring
-from deployments.announcer import Announcer
-from deployments.engine_arguments import check_engine_arguments
-from deployments.knowledge import start_knowledge
-from deployments.router import Router
+from deployments.knowledge.actor import start_knowledge
+from deployments.knowledge.registration import Registration
+from deployments.launch.engine_arguments import check_engine_arguments
+from deployments.router.deployment import Router
 from deployments.wire import deployment_name
 
 APP_NAME = "calm"
@@ -62,7 +62,7 @@ def build_slm(args: dict[str, Any]) -> serve.Application:
     _check_cluster(fleet)
     (spec,) = fleet.slms
     return (
-        serve.deployment(Announcer)
+        serve.deployment(Registration)
         .options(name="announcer", ray_actor_options={"num_cpus": 0})
         .bind(spec, app_name, bind_slm(spec, app_name))
     )
@@ -91,8 +91,8 @@ def bind_router(
 def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
     """The deployment of one SLM; it reports its start to the application `app_name`."""
     # Imported here: only the SLM's own process may pay for what its engine needs.
-    from deployments.remote import RemoteSLM
-    from deployments.slm import slm_class
+    from deployments.slm.deployment import slm_class
+    from deployments.slm.remote import RemoteSLM
 
     remote = spec.locality == "remote"
     target = RemoteSLM if remote else slm_class(spec.max_resident_adapters)
@@ -106,7 +106,7 @@ def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
             max_ongoing_requests=limits.max_ongoing_requests,
             max_queued_requests=limits.max_queued_requests,
             request_router_config=RequestRouterConfig(
-                request_router_class="deployments.replica_router:ReplicaRouter",
+                request_router_class="deployments.router.request_router:ReplicaRouter",
                 request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
             ),
             health_check_period_s=HEALTH_PERIOD_S,
@@ -137,7 +137,7 @@ def _scaling(spec: SLMSpec) -> dict[str, Any]:
 def _actor_options(spec: SLMSpec) -> dict[str, Any]:
     if spec.locality == "remote":
         return {"num_cpus": 0.05, "memory": 256 << 20}
-    from deployments.environment import process_environment
+    from deployments.slm.environment import process_environment
 
     resources = spec.resources
     return {

@@ -27,9 +27,9 @@ import yaml
 
 from calm_serve.config import Fleet, check_resources, load_args
 from calm_serve.errors import ConfigError
-from deployments.cluster_ports import PortClaim
-from deployments.engine_arguments import check_engine_arguments
-from deployments.haproxy import write_launcher
+from deployments.launch.engine_arguments import check_engine_arguments
+from deployments.launch.haproxy import write_launcher
+from deployments.launch.ports import PortClaim
 
 # Serve's fast transport: HAProxy in front, gRPC between replicas, one event loop per replica.
 FAST_TRANSPORT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

@@ -1,7 +1,7 @@
 """What travels between a router and an SLM deployment: one small vocabulary, plain data.
 
 An SLM method is an async generator. It yields `bytes` that go to the client as they are, and ends
-with one `Final`; a request that fails before its first byte yields one `Refusal` instead.
+with one `ReplyEnd`; a request that fails before its first byte yields one `ErrorReply` instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Hints(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
+class ReplyEnd:
     """Last item of an answer. `payload` is a whole document, or the end of a stream."""
 
     payload: bytes
@@ -39,7 +39,7 @@ class Final:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class ErrorReply:
     """The request failed before its first byte."""
 
     http_status: int

@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from calm_serve.config import SLMSpec
-from deployments.environment import process_environment
+from deployments.slm.environment import process_environment
 from load_tests.served import ROOT, fleet_file, free_port
 
 READY_S = 600.0
@@ -46,7 +46,7 @@ def specs_of(fleet: Mapping[str, Any]) -> list[SLMSpec]:
 
 
 def arguments(spec: SLMSpec) -> list[str]:
-    """Command line of vLLM's server for the engine that `deployments/engine.py` would start.
+    """Command line of vLLM's server for the engine that a replica would start.
 
     `tests/integration/test_direct_engine.py` compares the two.
     """

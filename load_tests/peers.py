@@ -22,7 +22,7 @@ import yaml
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import CalmError
-from deployments.cluster_ports import PortClaim
+from deployments.launch.ports import PortClaim
 from deployments.serve import serve_environment
 from load_tests import peers_ray
 from load_tests.direct import Server, started

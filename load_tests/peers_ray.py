@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_serve.config import SLMSpec
-from deployments.environment import process_environment
+from deployments.slm.environment import process_environment
 
 NODE_CPUS = 16  # no gate: the machine is shared with the other sides
 PREFIX_ROUTER = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_serve.requests import BLOCK_CHARS, MAX_BLOCKS, prefix_chain
-from deployments.live import MAX_BLOCKS as INDEX_BLOCKS
+from deployments.router.live_state import MAX_BLOCKS as INDEX_BLOCKS
 from load_tests import prefix_live, prefix_plots, report
 from load_tests.prefix_policies import makers
 from load_tests.prefix_simulation import (

@@ -41,7 +41,7 @@ class Policy(Protocol):
 
 
 class Ours:
-    """`rank_for_prompt` and `PrefixIndex` as `deployments.replica_router` uses them."""
+    """`rank_for_prompt` and `PrefixIndex` as `deployments.router.request_router` uses them."""
 
     def __init__(self, index: PrefixIndex, seed: int) -> None:
         self._index = index

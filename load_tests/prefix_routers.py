@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from deployments.replica_router import ReplicaRouter
+from deployments.router.request_router import ReplicaRouter
 
 
 class PowerOfTwo(ReplicaRouter):

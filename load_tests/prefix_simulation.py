@@ -17,7 +17,7 @@ from random import Random
 
 from calm_serve.testing import FakeClock
 from calm_serve.types import ReplicaState
-from deployments.live import LiveView
+from deployments.router.live_state import LiveView
 from load_tests.prefix_policies import MakePolicies, Policy, Prompt
 from load_tests.prefix_world import Workload
 

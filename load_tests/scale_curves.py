@@ -17,8 +17,8 @@ from calm_serve.prediction import LightGBMPredictor, MetadataPrior
 from calm_serve.replicas import ReplicaRequest, rank_for_prompt
 from calm_serve.testing import FakeClock, make_replica
 from calm_serve.types import Outcome
-from deployments.live import LiveView
-from deployments.outcomes import OutcomeSender
+from deployments.knowledge.outcome_outbox import OutcomeOutbox
+from deployments.router.live_state import LiveView
 from load_tests.decision_world import World
 from load_tests.scale_router import RouterProcess
 from load_tests.scale_simulation import SLOTS, Cluster, Simulation, Traffic, spread
@@ -84,7 +84,7 @@ async def measure_seen(world: World, requests: int, seed: int, folder: Path) -> 
         world.fleet, predictor, cluster, routers=1, rate_rps=SEEN_RPS, seed=seed
     )
     router = simulation.routers[0]
-    sender = OutcomeSender(_acknowledge, folder / "outcomes.jsonl")
+    sender = OutcomeOutbox(_acknowledge, folder / "outcomes.jsonl")
     sender.start()
     parts = {
         "decision_log": router.loop,

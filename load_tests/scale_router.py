@@ -19,10 +19,10 @@ from calm_serve.requests import parse_chat, parse_overrides
 from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
 from calm_serve.types import Decision, EngineFacts, Outcome, ReplicaState, SLMState
-from deployments.fleet_view import STATE_LIFETIME_S
-from deployments.live import FACTS_LIFETIME_S, LiveView
-from deployments.metric_table import Metric
-from deployments.metrics import RouterMetrics
+from deployments.observability.catalogue import Metric
+from deployments.observability.exporters import RouterMetrics
+from deployments.router.fleet_view import STATE_LIFETIME_S
+from deployments.router.live_state import FACTS_LIFETIME_S, LiveView
 from deployments.wire import deployment_name
 
 Clock = Callable[[], float]
@@ -56,7 +56,7 @@ class QueueCache:
 
 
 class RouterProcess:
-    """Decides, chooses replicas, and learns from answers, as `deployments.router` wires it."""
+    """Decides, chooses replicas and learns from answers, wired as the router deployment is."""
 
     def __init__(
         self,

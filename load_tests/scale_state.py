@@ -12,7 +12,7 @@ from types import FunctionType, MethodType, ModuleType
 
 from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome
-from deployments.outcomes import BATCH_ROWS, OutcomeSender
+from deployments.knowledge.outcome_outbox import BATCH_ROWS, OutcomeOutbox
 
 # Code, and the event loop's own objects, which lead to everything in the process.
 _STOP = (
@@ -72,7 +72,7 @@ async def slow_actor_rows(folder: Path) -> int:
             await release.wait()
             release.clear()
 
-    sender = OutcomeSender(acknowledge, folder / "slow.jsonl")
+    sender = OutcomeOutbox(acknowledge, folder / "slow.jsonl")
     sender.start()
     most = 0
     for batch in range(SLOW_BATCHES):

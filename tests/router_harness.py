@@ -15,7 +15,7 @@ from calm_serve.config import ServeArgs
 from calm_serve.learning.shadow import Shadow
 from calm_serve.testing import make_fleet
 from calm_serve.types import Outcome
-from deployments import router
+from deployments.router import deployment
 
 
 class Answer:
@@ -100,7 +100,7 @@ class Metrics:
         """Nothing to show."""
 
 
-class PlainRouter(router.Router):
+class PlainRouter(deployment.Router):
     """Serve awaits `__del__`; the interpreter, which has it here, cannot."""
 
     def __del__(self) -> None:  # type: ignore[override]
@@ -128,7 +128,7 @@ class Service:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await router.Router.__del__(self.router)
+        await deployment.Router.__del__(self.router)
 
     async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Response:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -47,5 +47,5 @@ class ResidencyOptions(Config):
         gt=0,
         le=86_400,
         description="on_demand SLMs with min_replicas 0 lose their replicas after this long "
-        "without being wanted, by deployments.residency:ResidencyPolicyName; null is never.",
+        "without being wanted, by deployments.slm.autoscaling:ColdTierPolicy; null: never.",
     )

@@ -14,8 +14,8 @@ import pytest
 from served_fleet import free_port
 
 from calm_serve.errors import ConfigError
-from deployments.cluster_ports import PortClaim
-from deployments.haproxy import write_launcher
+from deployments.launch.haproxy import write_launcher
+from deployments.launch.ports import PortClaim
 
 FIRST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"
 LAST = "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"

@@ -11,7 +11,7 @@ import json
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from deployments.engine import engine_args
+from deployments.slm.engine.engine import engine_args
 from load_tests.direct import arguments, bare_fleet, specs_of
 
 found = {}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLEEP = """
 import asyncio, json, os, sys
 import psutil
-from deployments.environment import process_environment
+from deployments.slm.environment import process_environment
 from load_tests.direct import specs_of
 from load_tests.served import fleet_file
 
@@ -21,8 +21,8 @@ spec = next(s for s in specs_of(fleet_file("reference")) if s.id == slm)
 os.environ |= process_environment(spec)
 
 from vllm.model_executor.layers import utils
-from deployments.engine import Engine, RequestFacts
-from deployments.tier import Tier
+from deployments.slm.engine.engine import Engine, RequestFacts
+from deployments.slm.sleep import Tier
 
 if kernel == "onednn":  # what CPUs without matrix units run
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 
 from calm_serve.config import Learning
 from calm_serve.errors import ConfigError
-from deployments.knowledge import get_knowledge, remove_knowledge
+from deployments.knowledge.actor import get_knowledge, remove_knowledge
 from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
 
 ROOT = Path(__file__).resolve().parents[2]

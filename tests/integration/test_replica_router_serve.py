@@ -25,14 +25,14 @@ from starlette.requests import Request
 
 from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas
 from calm_serve.types import EngineFacts, ReplicaState
-from deployments.live import VIEW
+from deployments.router.live_state import VIEW
 
 SAME_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 ROUTED = RequestRouterConfig(
-    request_router_class="deployments.replica_router:ReplicaRouter",
+    request_router_class="deployments.router.request_router:ReplicaRouter",
     request_router_kwargs={"exploration_ratio": 0.0},
 )
 

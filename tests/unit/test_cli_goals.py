@@ -12,7 +12,7 @@ from calm_serve.cli import main
 from calm_serve.goals.controller import GoalController
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
-from deployments.goals import goals_section
+from deployments.router.admin.goals import goals_section
 
 
 def answer(**more: Any) -> dict[str, Any]:

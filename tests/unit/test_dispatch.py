@@ -19,18 +19,23 @@ from calm_serve.testing import (
     make_state,
 )
 from calm_serve.types import Decision, DecisionPath, DecisionReason
-from deployments import dispatch
-from deployments.dispatch import Call, Dispatcher, cancel, outcome_of
-from deployments.live import LiveView
-from deployments.wire import Final, Refusal, deployment_name
+from deployments.router import dispatch
+from deployments.router.dispatch import (
+    Call,
+    Dispatcher,
+    cancel,
+)
+from deployments.router.live_state import LiveView
+from deployments.router.outcome import outcome_of
+from deployments.wire import ErrorReply, ReplyEnd, deployment_name
 
 GONE = DeploymentUnavailableError(DeploymentID("slm-small", "app"))
 FULL = BackPressureError(num_queued_requests=3, max_queued_requests=3)
 DIED = RayActorError()
 RAISED = RayTaskError("chat", "traceback", ValueError("broken"))
-UNWELL = Refusal(503, b"engine dead")
+UNWELL = ErrorReply(503, b"engine dead")
 FAILURES = [DIED, RAISED, GONE, UNWELL, "silence"]
-END = Final(b"end", make_facts("r1"))
+END = ReplyEnd(b"end", make_facts("r1"))
 
 
 class Script:
@@ -183,8 +188,8 @@ async def test_a_dead_fleet_is_unavailable(view: LiveView) -> None:
 
 @pytest.mark.parametrize("status", [400, 404, 422, 429])
 async def test_a_refusal_that_is_the_clients_fault_is_final(view: LiveView, status: int) -> None:
-    fleet, call = Fleet(view, 2, a=[Refusal(status, b"no")], b=[]), started()
-    assert await fleet.open(call) == Refusal(status, b"no")
+    fleet, call = Fleet(view, 2, a=[ErrorReply(status, b"no")], b=[]), started()
+    assert await fleet.open(call) == ErrorReply(status, b"no")
     assert (call.slm_id, fleet.failed) == ("a", [])
 
 
@@ -247,7 +252,7 @@ async def test_a_refusal_after_the_first_byte_is_an_error_not_bytes(view: LiveVi
 async def test_engine_facts_reach_the_live_view_once_the_answer_has_ended(view: LiveView) -> None:
     name = deployment_name("a")
     view.update_replicas(name, [make_replica("r1")])
-    loaded = Final(b"", make_facts("r1", running=3, waiting=2))
+    loaded = ReplyEnd(b"", make_facts("r1", running=3, waiting=2))
     answer = await Fleet(view, 0, a=[[b"x", loaded]]).open(started())
     await anext(answer)
     assert view.replicas(name)[0].running == 0

@@ -52,7 +52,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 
 def test_every_endpoint_in_the_readme_is_served() -> None:
-    source = (ROOT / "deployments" / "router.py").read_text(encoding="utf-8")
+    source = (ROOT / "deployments" / "router" / "deployment.py").read_text(encoding="utf-8")
     for path in set(re.findall(r"`(?:GET|POST|PUT) (/[a-z/0-9]+)", README)):
         assert path.rstrip("/") in source, path
 

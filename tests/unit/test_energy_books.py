@@ -13,7 +13,12 @@ from calm_serve.errors import ComponentError
 from calm_serve.knowledge.energy_ledger import MAX_REPLICAS, EnergyLedger
 from calm_serve.telemetry.nvml import NvmlMeter, visible_gpus
 from calm_serve.testing import FakeClock, make_spec
-from deployments.energy import REPORT_S, ProcessesCpu, ReplicaEnergy, gpu_meter
+from deployments.slm.energy import (
+    REPORT_S,
+    ProcessesCpu,
+    ReplicaEnergy,
+    gpu_meter,
+)
 
 
 class FakeNvml:

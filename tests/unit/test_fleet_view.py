@@ -9,9 +9,9 @@ import pytest
 from calm_serve.telemetry.circuit_breaker import BreakerLimits
 from calm_serve.testing import FakeClock, make_fleet, make_outcome, make_replica, make_spec
 from calm_serve.types import Residency
-from deployments import fleet_view
-from deployments.fleet_view import STATE_LIFETIME_S, FleetView
-from deployments.live import LiveView
+from deployments.router import fleet_view
+from deployments.router.fleet_view import STATE_LIFETIME_S, FleetView
+from deployments.router.live_state import LiveView
 from deployments.wire import deployment_name
 
 HOT = make_spec("hot")

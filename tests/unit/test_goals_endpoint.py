@@ -17,10 +17,10 @@ from calm_serve.goals.controller import GoalController
 from calm_serve.knowledge.goal_history import GoalChange
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
-from deployments.goals import GoalsEndpoint, goals_section
-from deployments.knowledge_client import KnowledgeClient
-from deployments.metric_table import BY_NAME
-from deployments.metrics import fleet_samples
+from deployments.knowledge.client import KnowledgeClient
+from deployments.observability.catalogue import BY_NAME
+from deployments.observability.exporters import fleet_samples
+from deployments.router.admin.goals import GoalsEndpoint, goals_section
 
 
 class Keeper:

@@ -19,7 +19,7 @@ from calm_serve.errors import (
     SLMUnavailableError,
     UnknownModelError,
 )
-from deployments.http import (
+from deployments.router.http import (
     TooLargeError,
     error_response,
     json_response,

@@ -13,7 +13,7 @@ from calm_serve.errors import KnowledgeError, RequestError
 from calm_serve.learning.training import train
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_fleet, make_goals
-from deployments.knowledge_client import KnowledgeClient
+from deployments.knowledge.client import KnowledgeClient
 from tests.knowledge_data import CODER, TALKER, make_world
 
 FLEET = make_fleet()

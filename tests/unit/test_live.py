@@ -18,8 +18,8 @@ from calm_serve.types import (
     RoutingContext,
     Versions,
 )
-from deployments import live
-from deployments.live import FACTS_LIFETIME_S, LiveView, hints_of
+from deployments.router import live_state
+from deployments.router.live_state import FACTS_LIFETIME_S, LiveView, hints_of
 
 
 class Clock:
@@ -145,7 +145,7 @@ def test_a_routed_replica_is_taken_once(view: LiveView) -> None:
 def test_routed_decisions_that_nobody_takes_are_forgotten(
     view: LiveView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "MAX_ROUTED", 3)
+    monkeypatch.setattr(live_state, "MAX_ROUTED", 3)
     for i in range(5):
         view.routed(f"d{i}", "a")
     assert [view.take_routed(f"d{i}") for i in range(5)] == ["", "", "a", "a", "a"]
@@ -154,7 +154,7 @@ def test_routed_decisions_that_nobody_takes_are_forgotten(
 def test_deployments_beyond_the_bound_are_forgotten(
     view: LiveView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "MAX_DEPLOYMENTS", 2)
+    monkeypatch.setattr(live_state, "MAX_DEPLOYMENTS", 2)
     for name in ("one", "two", "three"):
         view.update_replicas(name, [polled("a")])
     assert [len(view.replicas(n)) for n in ("one", "two", "three")] == [0, 1, 1]
@@ -187,7 +187,7 @@ def test_readers_and_writers_on_different_threads_do_not_disturb_each_other(
 
 
 def test_the_view_is_pickled_by_name_so_no_process_gets_a_copy(view: LiveView) -> None:
-    assert pickle.loads(pickle.dumps(live.VIEW)) is live.VIEW
+    assert pickle.loads(pickle.dumps(live_state.VIEW)) is live_state.VIEW
     with pytest.raises(pickle.PicklingError):
         pickle.dumps(view)
 

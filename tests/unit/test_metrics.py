@@ -9,10 +9,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calm_serve.types import Outcome
-from deployments.exposition import render_fleet_metrics
-from deployments.host import HostMonitor, HostUsage, ProcessTreeCpu
-from deployments.metric_table import BY_NAME, METRICS, Kind, Metric
-from deployments.metrics import Record, RouterMetrics, cache_class
+from deployments.observability.catalogue import (
+    BY_NAME,
+    METRICS,
+    Kind,
+    Metric,
+)
+from deployments.observability.exporters import (
+    Record,
+    RouterMetrics,
+    cache_class,
+    render_fleet_metrics,
+)
+from deployments.observability.host import HostMonitor, HostUsage, ProcessTreeCpu
 
 OUTCOME = Outcome(
     outcome_id="d1",

@@ -15,10 +15,10 @@ from calm_serve.goals.controller import GoalController
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_context, make_fleet, make_goals, make_replica, make_spec
 from calm_serve.types import QualitySignal
-from deployments import fleet_view
-from deployments.fleet_view import FleetView
-from deployments.live import LiveView
-from deployments.operations import Operations
+from deployments.router import fleet_view
+from deployments.router.admin.operations import Operations
+from deployments.router.fleet_view import FleetView
+from deployments.router.live_state import LiveView
 from deployments.wire import deployment_name
 
 FLEET = make_fleet(

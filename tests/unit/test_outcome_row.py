@@ -15,8 +15,9 @@ from calm_serve.testing import (
     make_state,
 )
 from calm_serve.types import Candidate, Decision, DecisionPath, QualitySignal
-from deployments.dispatch import Call, outcome_of
-from deployments.wire import Final
+from deployments.router.dispatch import Call
+from deployments.router.outcome import outcome_of
+from deployments.wire import ReplyEnd
 
 
 def started(decision: Decision | None = None) -> Call:
@@ -26,7 +27,7 @@ def started(decision: Decision | None = None) -> Call:
 def finished(call: Call, **facts: Any) -> Call:
     call.slm_id = call.slm_id or call.decision.slm_id
     call.status, call.http_status = "ok", 200
-    call.final = Final(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
+    call.final = ReplyEnd(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
     return call
 
 

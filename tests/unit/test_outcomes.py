@@ -12,8 +12,8 @@ import pytest
 
 from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome, QualitySignal
-from deployments import outcomes
-from deployments.outcomes import BATCH_ROWS, OutcomeSender, read_spool
+from deployments.knowledge import outcome_outbox
+from deployments.knowledge.outcome_outbox import BATCH_ROWS, OutcomeOutbox, read_spool
 from load_tests.scale_state import slow_actor_rows
 
 
@@ -41,20 +41,20 @@ def actor() -> Actor:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "FLUSH_S", 0.0)
-    monkeypatch.setattr(outcomes, "RETRY_S", 0.0)
+    monkeypatch.setattr(outcome_outbox, "FLUSH_S", 0.0)
+    monkeypatch.setattr(outcome_outbox, "RETRY_S", 0.0)
 
 
 @pytest.fixture
-def sender(actor: Actor, tmp_path: Path) -> OutcomeSender:
-    return OutcomeSender(actor.log, tmp_path / "spool" / "me.jsonl")
+def sender(actor: Actor, tmp_path: Path) -> OutcomeOutbox:
+    return OutcomeOutbox(actor.log, tmp_path / "spool" / "me.jsonl")
 
 
 def rows(count: int) -> list[Outcome]:
     return [make_outcome(f"o{i}") for i in range(count)]
 
 
-def fill(sender: OutcomeSender, count: int) -> None:
+def fill(sender: OutcomeOutbox, count: int) -> None:
     for row in rows(count):
         sender.add(row)
 
@@ -65,7 +65,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_rows_arrive_in_bounded_batches(sender: OutcomeSender, actor: Actor) -> None:
+async def test_rows_arrive_in_bounded_batches(sender: OutcomeOutbox, actor: Actor) -> None:
     fill(sender, 2 * BATCH_ROWS + 5)
     sender.start()
     await until(lambda: not sender.pending_rows)
@@ -75,9 +75,9 @@ async def test_rows_arrive_in_bounded_batches(sender: OutcomeSender, actor: Acto
 
 
 async def test_a_full_batch_does_not_wait_for_the_timer(
-    sender: OutcomeSender, actor: Actor, monkeypatch: pytest.MonkeyPatch
+    sender: OutcomeOutbox, actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcomes, "FLUSH_S", 3600.0)
+    monkeypatch.setattr(outcome_outbox, "FLUSH_S", 3600.0)
     sender.start()
     fill(sender, BATCH_ROWS)
     await until(lambda: len(actor.rows) == BATCH_ROWS)
@@ -85,7 +85,7 @@ async def test_a_full_batch_does_not_wait_for_the_timer(
 
 
 async def test_rows_are_kept_until_they_are_acknowledged(
-    sender: OutcomeSender, actor: Actor
+    sender: OutcomeOutbox, actor: Actor
 ) -> None:
     actor.away = True
     fill(sender, 3)
@@ -106,7 +106,7 @@ async def test_rows_added_while_a_batch_is_under_way_are_not_lost(
             sender.add(make_outcome("late"))
         await actor.log(batch)
 
-    sender = OutcomeSender(log, tmp_path / "me.jsonl")
+    sender = OutcomeOutbox(log, tmp_path / "me.jsonl")
     fill(sender, 2)
     sender.start()
     await until(lambda: "late" in actor.rows)
@@ -115,9 +115,9 @@ async def test_rows_added_while_a_batch_is_under_way_are_not_lost(
 
 
 async def test_beyond_memory_the_oldest_rows_are_spooled_and_replayed(
-    sender: OutcomeSender, actor: Actor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(outcomes, "MEMORY_ROWS", 4)
+    monkeypatch.setattr(outcome_outbox, "MEMORY_ROWS", 4)
     actor.away = True
     fill(sender, 10)
     sender.start()
@@ -133,7 +133,7 @@ async def test_beyond_memory_the_oldest_rows_are_spooled_and_replayed(
 
 
 async def test_a_spool_is_kept_when_its_replay_is_not_acknowledged(
-    sender: OutcomeSender, actor: Actor, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, tmp_path: Path
 ) -> None:
     spool = tmp_path / "spool" / "me.jsonl"
     sender._spill(rows(3))
@@ -147,7 +147,7 @@ async def test_a_spool_is_kept_when_its_replay_is_not_acknowledged(
     await sender.stop()
 
 
-async def test_stopping_delivers_everything_that_waits(sender: OutcomeSender, actor: Actor) -> None:
+async def test_stopping_delivers_everything_that_waits(sender: OutcomeOutbox, actor: Actor) -> None:
     fill(sender, 2 * BATCH_ROWS + 7)
     await sender.stop()
     assert len(actor.rows) == 2 * BATCH_ROWS + 7
@@ -155,7 +155,7 @@ async def test_stopping_delivers_everything_that_waits(sender: OutcomeSender, ac
 
 
 async def test_stopping_without_the_actor_spools_everything_that_waits(
-    sender: OutcomeSender, actor: Actor, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, tmp_path: Path
 ) -> None:
     actor.away = True
     fill(sender, BATCH_ROWS + 7)
@@ -171,7 +171,7 @@ async def test_rows_that_were_stored_but_not_acknowledged_are_stored_once(
         if len(actor.batches) == 1:
             raise TimeoutError("the acknowledgement got lost")
 
-    sender = OutcomeSender(log, tmp_path / "me.jsonl")
+    sender = OutcomeOutbox(log, tmp_path / "me.jsonl")
     fill(sender, 2)
     sender.start()
     await until(lambda: not sender.pending_rows)
@@ -181,10 +181,10 @@ async def test_rows_that_were_stored_but_not_acknowledged_are_stored_once(
 
 
 async def test_the_next_process_delivers_what_a_dead_one_has_spooled(
-    sender: OutcomeSender, actor: Actor, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, tmp_path: Path
 ) -> None:
     dead = tmp_path / "spool" / "dead.jsonl"
-    OutcomeSender(actor.log, dead)._spill([make_outcome("d")])
+    OutcomeOutbox(actor.log, dead)._spill([make_outcome("d")])
     os.utime(dead, (0, 0))
     sender.start()
     await until(lambda: "d" in actor.rows)
@@ -194,10 +194,10 @@ async def test_the_next_process_delivers_what_a_dead_one_has_spooled(
 
 
 async def test_a_spool_that_its_process_may_still_write_to_is_left_alone(
-    sender: OutcomeSender, actor: Actor, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, tmp_path: Path
 ) -> None:
     alive = tmp_path / "spool" / "alive.jsonl"
-    OutcomeSender(actor.log, alive)._spill(rows(1))
+    OutcomeOutbox(actor.log, alive)._spill(rows(1))
     await sender._replay()
     assert alive.exists()
     assert actor.attempts == 0
@@ -207,8 +207,8 @@ async def test_a_spool_that_cannot_be_written_is_counted_and_delivery_goes_on(
     actor: Actor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    sender = OutcomeSender(actor.log, tmp_path / "file" / "me.jsonl")
-    monkeypatch.setattr(outcomes, "MEMORY_ROWS", 4)
+    sender = OutcomeOutbox(actor.log, tmp_path / "file" / "me.jsonl")
+    monkeypatch.setattr(outcome_outbox, "MEMORY_ROWS", 4)
     actor.away = True
     fill(sender, 10)
     sender.start()
@@ -220,9 +220,9 @@ async def test_a_spool_that_cannot_be_written_is_counted_and_delivery_goes_on(
 
 
 async def test_the_spool_is_bounded(
-    sender: OutcomeSender, actor: Actor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sender: OutcomeOutbox, actor: Actor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(outcomes, "SPOOL_BYTES", 100)
+    monkeypatch.setattr(outcome_outbox, "SPOOL_BYTES", 100)
     actor.away = True
     for _ in range(3):
         fill(sender, 2)
@@ -231,7 +231,7 @@ async def test_the_spool_is_bounded(
     assert sender.lost_rows == 4
 
 
-def test_a_spooled_row_comes_back_as_it_was(sender: OutcomeSender, tmp_path: Path) -> None:
+def test_a_spooled_row_comes_back_as_it_was(sender: OutcomeOutbox, tmp_path: Path) -> None:
     signals = (QualitySignal("feedback", 1.0, 5.0), QualitySignal("validator:json", 0.0))
     row = replace(
         make_outcome(extra={"a": 1}, prompt='quoted "\n\u2028 text'), signals=signals, ttft_s=None
@@ -244,7 +244,7 @@ def test_a_spooled_row_comes_back_as_it_was(sender: OutcomeSender, tmp_path: Pat
     "line", ['{"outcome_id": "cut', "5", "{}", "null", '{"numbers": 5}', "\x00\x00"]
 )
 def test_an_unreadable_line_costs_no_other_row(
-    sender: OutcomeSender, tmp_path: Path, line: str
+    sender: OutcomeOutbox, tmp_path: Path, line: str
 ) -> None:
     spool = tmp_path / "spool" / "me.jsonl"
     sender._spill([make_outcome("before")])
@@ -256,4 +256,4 @@ def test_an_unreadable_line_costs_no_other_row(
 
 async def test_memory_is_bounded_while_an_actor_acknowledges_too_slowly(tmp_path: Path) -> None:
     most = await slow_actor_rows(tmp_path)
-    assert most <= outcomes.MEMORY_ROWS + 2 * BATCH_ROWS
+    assert most <= outcome_outbox.MEMORY_ROWS + 2 * BATCH_ROWS

@@ -9,7 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from calm_serve.errors import RequestError
-from deployments.predictors import PredictorsEndpoint
+from deployments.router.admin.predictors import PredictorsEndpoint
 
 
 class Knowledge:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.testing import make_spec
-from deployments import remote
-from deployments.remote import RemoteSLM, usage_of
-from deployments.wire import Final, Refusal
+from deployments.slm import remote
+from deployments.slm.remote import RemoteSLM, usage_of
+from deployments.wire import ErrorReply, ReplyEnd
 
 SPEC = make_spec(
     "cloud",
@@ -75,7 +75,7 @@ async def answers(slm: Any, body: dict[str, Any] | None = None, method: str = "c
 async def test_an_answer_passes_through_and_its_usage_is_counted(start: Any) -> None:
     slm = await start(lambda _: httpx.Response(200, json=ANSWER))
     items = await answers(slm)
-    assert isinstance(items[-1], Final)
+    assert isinstance(items[-1], ReplyEnd)
     assert json.loads(b"".join([*items[:-1], items[-1].payload])) == ANSWER
     facts = items[-1].facts
     assert (facts.replica_id, facts.prompt_tokens, facts.output_tokens) == ("r1", 12, 8)
@@ -87,7 +87,7 @@ async def test_a_stream_keeps_its_bytes_in_order_and_ends_with_one_final(start: 
     slm = await start(lambda _: httpx.Response(200, stream=Chunks(*chunks)))
     items = await answers(slm, {"stream": True})
     assert b"".join([*items[:-1], items[-1].payload]) == b"".join(chunks)
-    assert [type(i) for i in items] == [bytes, bytes, Final]
+    assert [type(i) for i in items] == [bytes, bytes, ReplyEnd]
     assert items[-1].facts.output_tokens == 8
 
 
@@ -116,7 +116,7 @@ async def test_the_upstream_gets_its_own_model_name_key_and_path(
 async def test_an_upstream_error_is_a_refusal_with_its_body(start: Any, status: int) -> None:
     slm = await start(lambda _: httpx.Response(status, json={"error": {"message": "no"}}))
     (refusal,) = await answers(slm)
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, ErrorReply)
     assert (refusal.http_status, json.loads(refusal.body)["error"]["message"]) == (status, "no")
 
 

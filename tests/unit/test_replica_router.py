@@ -17,9 +17,9 @@ from ray.serve._private.common import (
 from ray.serve.request_router import PendingRequest
 
 from calm_serve.types import EngineFacts
-from deployments import live
-from deployments.live import LiveView
-from deployments.replica_router import ReplicaRouter
+from deployments.router import live_state
+from deployments.router.live_state import LiveView
+from deployments.router.request_router import ReplicaRouter
 
 SLM = DeploymentID(name="slm", app_name="app")
 
@@ -45,7 +45,7 @@ class FakeReplica:
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
     view = LiveView(lambda: 0.0)
-    monkeypatch.setattr(live, "VIEW", view)
+    monkeypatch.setattr(live_state, "VIEW", view)
     return view
 
 

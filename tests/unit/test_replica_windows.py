@@ -7,8 +7,8 @@ import pytest
 from calm_serve.telemetry.replica_stats import MAX_REPLICAS, ReplicaStats
 from calm_serve.testing import FakeClock, make_fleet, make_outcome, make_replica
 from calm_serve.types import QualitySignal
-from deployments import fleet_view
-from deployments.live import LiveView
+from deployments.router import fleet_view
+from deployments.router.live_state import LiveView
 from deployments.wire import deployment_name
 
 

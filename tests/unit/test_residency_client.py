@@ -18,18 +18,19 @@ from calm_serve.testing import (
     make_state,
 )
 from calm_serve.types import Residency
-from deployments import dispatch, holding, residency_client
-from deployments.dispatch import Call
-from deployments.live import LiveView
-from deployments.residency_client import ResidencyClient
-from deployments.tier_view import TierView
-from deployments.wire import Final, Refusal
+from deployments.router import dispatch, wakeup_queue
+from deployments.router.dispatch import Call
+from deployments.router.live_state import LiveView
+from deployments.router.outcome import outcome_of
+from deployments.router.residency_view import ResidencyView
+from deployments.router.wakeup_queue import WakeupQueue
+from deployments.wire import ErrorReply, ReplyEnd
 
 VERSION = 7
 OPTIONS = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
 
 
-def order(tiers: TierView, orders: dict[str, str]) -> None:
+def order(tiers: ResidencyView, orders: dict[str, str]) -> None:
     tiers.set_orders({"tiers": orders, "options": OPTIONS.model_dump(mode="json")}, VERSION)
 
 
@@ -39,16 +40,16 @@ def call(slm_id: str = "small", deadline_s: float | None = None) -> Call:
 
 
 @pytest.fixture
-def tiers() -> TierView:
-    tiers = TierView()
+def tiers() -> ResidencyView:
+    tiers = ResidencyView()
     order(tiers, {"small": "asleep", "large": "hot"})
     return tiers
 
 
 @pytest.fixture
-def client(tiers: TierView, monkeypatch: pytest.MonkeyPatch) -> ResidencyClient:
-    monkeypatch.setattr(residency_client, "VIEW", LiveView(lambda: 0.0))
-    return ResidencyClient(tiers, RouterOptions(), "router")
+def client(tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch) -> WakeupQueue:
+    monkeypatch.setattr(wakeup_queue, "VIEW", LiveView(lambda: 0.0))
+    return WakeupQueue(tiers, RouterOptions(), "router")
 
 
 async def turns(count: int = 5) -> None:
@@ -56,14 +57,14 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_request_for_a_hot_slm_goes_at_once(client: ResidencyClient) -> None:
+async def test_a_request_for_a_hot_slm_goes_at_once(client: WakeupQueue) -> None:
     one = call("large")
     await client.admit(one, "large")
     assert (one.held, one.inside) == (False, "large")
 
 
 async def test_a_request_for_a_sleeping_slm_waits_until_it_may_be_woken(
-    client: ResidencyClient, tiers: TierView
+    client: WakeupQueue, tiers: ResidencyView
 ) -> None:
     one = call()
     waiting = asyncio.create_task(client.admit(one, "small"))
@@ -79,7 +80,7 @@ async def test_a_request_for_a_sleeping_slm_waits_until_it_may_be_woken(
     assert client._say(make_fleet())["running"] == {}
 
 
-async def test_a_client_that_leaves_releases_its_hold(client: ResidencyClient) -> None:
+async def test_a_client_that_leaves_releases_its_hold(client: WakeupQueue) -> None:
     waiting = asyncio.create_task(client.admit(call(), "small"))
     await turns()
     waiting.cancel()
@@ -91,20 +92,20 @@ async def test_a_client_that_leaves_releases_its_hold(client: ResidencyClient) -
     ("expected_s", "deadline_s"), [(30.0, None), (5.0, 2.0), (float("inf"), None)]
 )
 async def test_a_wait_beyond_the_limit_is_refused_at_once_with_an_honest_estimate(
-    client: ResidencyClient, tiers: TierView, expected_s: float, deadline_s: float | None
+    client: WakeupQueue, tiers: ResidencyView, expected_s: float, deadline_s: float | None
 ) -> None:
     tiers.waits = {"small": expected_s}
     with pytest.raises(AsleepError) as refused:
         await client.admit(call(deadline_s=deadline_s), "small")
     assert refused.value.http_status == 503
-    longest = residency_client.LONGEST_RETRY_S
+    longest = wakeup_queue.LONGEST_RETRY_S
     assert refused.value.retry_after_s == min(expected_s, longest)
     # Who was told to come again is expected, unless that would be never.
     expected = {"small": 1} if expected_s < longest else {}
     assert client._say(make_fleet())["held"] == expected
 
 
-async def test_a_hold_ends_at_its_limit(client: ResidencyClient) -> None:
+async def test_a_hold_ends_at_its_limit(client: WakeupQueue) -> None:
     one = call(deadline_s=0.01)
     with pytest.raises(AsleepError):
         await client.admit(one, "small")
@@ -112,7 +113,7 @@ async def test_a_hold_ends_at_its_limit(client: ResidencyClient) -> None:
 
 
 async def test_demand_is_told_once_and_not_lost_when_nobody_listens(
-    client: ResidencyClient, tiers: TierView
+    client: WakeupQueue, tiers: ResidencyView
 ) -> None:
     said: list[dict[str, Any]] = []
     answers: list[Any] = [KnowledgeError("away"), {"waits": {"small": 3.0}, "swaps": 1}]
@@ -137,7 +138,7 @@ async def test_demand_is_told_once_and_not_lost_when_nobody_listens(
 
 
 async def test_a_first_hold_is_told_without_waiting_for_the_next_word(
-    client: ResidencyClient,
+    client: WakeupQueue,
 ) -> None:
     pause = asyncio.create_task(client._pause(60.0))
     await turns()
@@ -148,8 +149,8 @@ async def test_a_first_hold_is_told_without_waiting_for_the_next_word(
 
 
 async def test_a_router_without_a_budget_holds_nothing_and_says_nothing() -> None:
-    plain = TierView()
-    client = ResidencyClient(plain, RouterOptions(), "router")
+    plain = ResidencyView()
+    client = WakeupQueue(plain, RouterOptions(), "router")
     told = asyncio.create_task(client.run(None, make_fleet))  # type: ignore[arg-type]
     await turns()
     assert not told.done()
@@ -159,7 +160,7 @@ async def test_a_router_without_a_budget_holds_nothing_and_says_nothing() -> Non
     assert one.inside == ""
 
 
-def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(tiers: TierView) -> None:
+def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(tiers: ResidencyView) -> None:
     small, replicas = make_state("small", wake_s=15.0), [make_replica("r1")]
     assert tiers.state(make_state("large"), replicas) == make_state("large")
     assert tiers.state(small, replicas).residency is Residency.ASLEEP
@@ -175,7 +176,7 @@ def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(tiers: TierVi
     assert tiers.state(small, replicas) is small
 
 
-def test_an_slm_without_replicas_is_not_asleep(tiers: TierView) -> None:
+def test_an_slm_without_replicas_is_not_asleep(tiers: ResidencyView) -> None:
     cold = make_state("small", residency=Residency.COLD, replicas=0)
     assert tiers.state(cold, []) is cold
 
@@ -184,7 +185,7 @@ class Scripted:
     """A handle whose calls answer with one item each; the last one is for all further calls."""
 
     def __init__(self, *items: Any) -> None:
-        self.items = list(items) or [Final(b"done", make_facts("r1"))]
+        self.items = list(items) or [ReplyEnd(b"done", make_facts("r1"))]
         self.calls = 0
         self.orders: list[int | None] = []
 
@@ -202,7 +203,7 @@ class Scripted:
         return play()
 
 
-async def open_call(client: ResidencyClient, handles: dict[str, Scripted], one: Call) -> Any:
+async def open_call(client: WakeupQueue, handles: dict[str, Scripted], one: Call) -> Any:
     dispatcher = dispatch.Dispatcher(
         handles.__getitem__,  # type: ignore[arg-type]
         retries=2,
@@ -213,7 +214,7 @@ async def open_call(client: ResidencyClient, handles: dict[str, Scripted], one: 
 
 
 async def test_a_sleeping_slm_is_sent_nothing_before_its_time(
-    client: ResidencyClient, tiers: TierView, monkeypatch: pytest.MonkeyPatch
+    client: WakeupQueue, tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
     handles = {"small": Scripted(), "large": Scripted()}
@@ -226,7 +227,7 @@ async def test_a_sleeping_slm_is_sent_nothing_before_its_time(
 
 
 async def test_what_would_wake_too_late_is_answered_by_the_next_best(
-    client: ResidencyClient, tiers: TierView, monkeypatch: pytest.MonkeyPatch
+    client: WakeupQueue, tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
     tiers.waits = {"small": 100.0}
@@ -239,12 +240,12 @@ async def test_what_would_wake_too_late_is_answered_by_the_next_best(
 
 
 async def test_what_crosses_an_order_to_sleep_is_held_and_sent_again(
-    client: ResidencyClient, monkeypatch: pytest.MonkeyPatch
+    client: WakeupQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
     monkeypatch.setattr(dispatch, "ORDERS_S", 0.0)
-    asleep = Refusal(503, b"{}", asleep=True)
-    large = Scripted(asleep, asleep, Final(b"done", make_facts("r1")))
+    asleep = ErrorReply(503, b"{}", asleep=True)
+    large = Scripted(asleep, asleep, ReplyEnd(b"done", make_facts("r1")))
     one = call("large")
     answer = await open_call(client, {"large": large}, one)
     assert [part async for part in answer] == [b"done"]
@@ -255,18 +256,18 @@ async def test_what_crosses_an_order_to_sleep_is_held_and_sent_again(
 
 def test_an_outcome_tells_what_was_preferred_and_whether_it_was_hot() -> None:
     one = call()
-    assert "preferred" not in dispatch.outcome_of(one, at=1.0, task="", prompt=None).extra
+    assert "preferred" not in outcome_of(one, at=1.0, task="", prompt=None).extra
     one.preferred_hot, one.held = False, True
-    outcome = dispatch.outcome_of(one, at=1.0, task="", prompt=None)
+    outcome = outcome_of(one, at=1.0, task="", prompt=None)
     assert outcome.cold
     assert (outcome.extra["preferred"], outcome.extra["preferred_hot"]) == ("small", False)
 
 
 async def test_comments_are_sent_until_the_answer_is_there() -> None:
     opening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    heard = holding.comments(opening, period_s=0.001)
-    assert await anext(heard) == holding.COMMENT
-    assert await anext(heard) == holding.COMMENT
+    heard = wakeup_queue.comments(opening, period_s=0.001)
+    assert await anext(heard) == wakeup_queue.COMMENT
+    assert await anext(heard) == wakeup_queue.COMMENT
     opening.set_result("answer")
     assert [c async for c in heard] == []
 
@@ -277,7 +278,7 @@ async def test_an_opening_that_nobody_reads_is_given_up() -> None:
     async def stream() -> Any:
         yield b""
 
-    abandoned = holding.abandoned_with(stream(), opening)
+    abandoned = wakeup_queue.abandoned_with(stream(), opening)
     await turns()
     del abandoned
     await turns()
@@ -295,7 +296,7 @@ async def test_an_opening_ends_with_its_caller() -> None:
         finally:
             ended.set()
 
-    caller = asyncio.create_task(holding.within(opening(), 60.0))
+    caller = asyncio.create_task(wakeup_queue.within(opening(), 60.0))
     await started.wait()
     caller.cancel()
     await ended.wait()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.serve._private.common import DeploymentID
 
-from deployments.residency import ResidencyPolicy
+from deployments.slm.autoscaling import ColdTierPolicy
 
 
 def context(requests: float = 0.0, replicas: int = 1) -> Any:
@@ -19,7 +19,7 @@ def context(requests: float = 0.0, replicas: int = 1) -> Any:
 
 
 def counts(tiers: dict[str, str], **requests: float) -> dict[str, int]:
-    policy = ResidencyPolicy(follow=False)
+    policy = ColdTierPolicy(follow=False)
     policy.set_orders(tiers)
     contexts = {DeploymentID(f"slm-{i}", "calm"): context(n) for i, n in requests.items()}
     found, states = policy(contexts)
@@ -33,7 +33,7 @@ def test_a_cold_slm_has_no_replica_whatever_its_load() -> None:
 
 @pytest.mark.parametrize("tier", ["cold", "asleep"])
 def test_an_slm_that_is_not_to_be_hot_is_not_started(tier: str) -> None:
-    policy = ResidencyPolicy(follow=False)
+    policy = ColdTierPolicy(follow=False)
     policy.set_orders({"a": tier})
     assert policy({DeploymentID("slm-a", "calm"): context(1.0, replicas=0)}) == ({}, {})
 
@@ -55,6 +55,6 @@ def test_without_orders_load_alone_decides() -> None:
 
 
 def test_whatever_goes_wrong_changes_nothing() -> None:
-    policy = ResidencyPolicy(follow=False)
+    policy = ColdTierPolicy(follow=False)
     policy.set_orders({"a": "hot"})
     assert policy({DeploymentID("slm-a", "calm"): None}) == ({}, {})

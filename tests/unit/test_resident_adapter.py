@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.resident_adapter import ResidentAdapter
+from deployments.slm.adapters import ResidentAdapter
 
 
 class Engine:

@@ -15,13 +15,18 @@ from starlette.responses import Response
 
 from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
-from deployments import dispatch, endings, fleet_view, router
-from deployments.live import LiveView
-from deployments.wire import Final, Refusal, deployment_name
+from deployments.router import (
+    deployment,
+    dispatch,
+    fleet_view,
+    outcome,
+)
+from deployments.router.live_state import LiveView
+from deployments.wire import ErrorReply, ReplyEnd, deployment_name
 from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"messages": [{"role": "user", "content": "good morning"}]}
-END = Final(b"data: [DONE]\n\n", make_facts("r1"))
+END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
 FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 
 
@@ -33,11 +38,11 @@ def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
     for slm_id in ("small", "large"):
         view.update_replicas(deployment_name(slm_id), [make_replica("r1")])
     replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router-1"))
-    monkeypatch.setattr(router.serve, "get_replica_context", lambda: replica)
-    monkeypatch.setattr(router, "KnowledgeClient", Knowledge)
-    monkeypatch.setattr(router, "RouterMetrics", Metrics)
+    monkeypatch.setattr(deployment.serve, "get_replica_context", lambda: replica)
+    monkeypatch.setattr(deployment, "KnowledgeClient", Knowledge)
+    monkeypatch.setattr(deployment, "RouterMetrics", Metrics)
     # The refresh task then only gives way to the test.
-    monkeypatch.setattr(router, "REFRESH_S", 0.0)
+    monkeypatch.setattr(deployment, "REFRESH_S", 0.0)
     return view
 
 
@@ -50,8 +55,8 @@ async def body_of(response: Any) -> bytes:
 @pytest.mark.parametrize(
     ("items", "options", "status", "ending"),
     [
-        ((b'{"a":', Final(b"1}", make_facts("r1"))), {}, 200, "ok"),
-        ((Refusal(422, b"{}"),), {}, 422, "rejected"),
+        ((b'{"a":', ReplyEnd(b"1}", make_facts("r1"))), {}, 200, "ok"),
+        ((ErrorReply(422, b"{}"),), {}, 422, "rejected"),
         ((RayActorError(),), {}, 503, "error"),
         ((FULL,), {}, 429, "rejected"),
         ((b"x", RayActorError()), {}, 503, "error"),
@@ -204,7 +209,7 @@ async def test_a_dry_run_decides_and_asks_nobody(view: LiveView, tmp_path: Path)
 def test_a_call_is_written_down_once_whoever_comes_first() -> None:
     rows: list[dispatch.Call] = []
     call = dispatch.Call(make_decision("small"), make_state("small"), ())
-    finish = endings.Finish(call, lambda: rows.append(call))
+    finish = outcome.Finish(call, lambda: rows.append(call))
     finish()
     finish()
     assert rows == [call]
@@ -217,14 +222,14 @@ def test_a_call_that_cannot_be_written_down_is_answered(caplog: pytest.LogCaptur
     call = dispatch.Call(make_decision("small"), make_state("small"), ())
     answer = Response("here", 200)
     with caplog.at_level("ERROR"):
-        assert endings.Finish(call, broken)(answer) is answer
+        assert outcome.Finish(call, broken)(answer) is answer
     assert call.decision.decision_id in caplog.text
 
 
 async def test_a_scored_choice_can_be_made_again_from_its_outcome(
     view: LiveView, tmp_path: Path
 ) -> None:
-    async with Service(tmp_path, Final(b"{}", make_facts("r1"))) as service:
+    async with Service(tmp_path, ReplyEnd(b"{}", make_facts("r1"))) as service:
         await service.post(CHAT)
         await service.post({**CHAT, "model": "large"})
         scored, pinned = await service.outcomes()

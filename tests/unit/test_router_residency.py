@@ -13,13 +13,18 @@ import pytest
 from ray.exceptions import RayActorError
 
 from calm_serve.testing import make_facts, make_replica
-from deployments import dispatch, fleet_view, holding, residency_client, router
-from deployments.live import LiveView
-from deployments.wire import Final, Refusal, deployment_name
+from deployments.router import (
+    deployment,
+    dispatch,
+    fleet_view,
+    wakeup_queue,
+)
+from deployments.router.live_state import LiveView
+from deployments.wire import ErrorReply, ReplyEnd, deployment_name
 from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
-END = Final(b"data: [DONE]\n\n", make_facts("r1"))
+END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
 BUDGET = {"memory_budget_bytes": 1, "hold_s": 20.0}
 ASLEEP = {"small": "asleep", "large": "hot"}
 
@@ -27,17 +32,17 @@ ASLEEP = {"small": "asleep", "large": "hot"}
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
     view = LiveView(lambda: 0.0)
-    for module in (dispatch, fleet_view, residency_client):
+    for module in (dispatch, fleet_view, wakeup_queue):
         monkeypatch.setattr(module, "VIEW", view)
     for slm_id in ("small", "large"):
         view.update_replicas(deployment_name(slm_id), [make_replica("r1")])
     replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="router-1"))
-    monkeypatch.setattr(router.serve, "get_replica_context", lambda: replica)
-    monkeypatch.setattr(router, "KnowledgeClient", Knowledge)
-    monkeypatch.setattr(router, "RouterMetrics", Metrics)
-    monkeypatch.setattr(router, "REFRESH_S", 0.0)
-    monkeypatch.setattr(holding, "QUIET_S", 0.001)
-    monkeypatch.setattr(holding, "PERIOD_S", 0.001)
+    monkeypatch.setattr(deployment.serve, "get_replica_context", lambda: replica)
+    monkeypatch.setattr(deployment, "KnowledgeClient", Knowledge)
+    monkeypatch.setattr(deployment, "RouterMetrics", Metrics)
+    monkeypatch.setattr(deployment, "REFRESH_S", 0.0)
+    monkeypatch.setattr(wakeup_queue, "QUIET_S", 0.001)
+    monkeypatch.setattr(wakeup_queue, "PERIOD_S", 0.001)
     return view
 
 
@@ -66,9 +71,9 @@ async def test_a_stream_hears_comments_until_its_slm_is_awake(
         order(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
-        assert [await anext(stream) for _ in range(3)] == [holding.COMMENT] * 3
+        assert [await anext(stream) for _ in range(3)] == [wakeup_queue.COMMENT] * 3
         order(service, {"small": "hot"})
-        rest = [part async for part in stream if part != holding.COMMENT]
+        rest = [part async for part in stream if part != wakeup_queue.COMMENT]
         (outcome,) = await service.outcomes()
     assert rest == [b"data: 1\n\n", END.payload]
     assert response.headers["x-calm-model"] == "small"
@@ -77,7 +82,7 @@ async def test_a_stream_hears_comments_until_its_slm_is_awake(
 
 
 async def test_an_answer_in_one_piece_just_waits(view: LiveView, tmp_path: Path) -> None:
-    async with asleep(tmp_path, Final(b"{}", make_facts("r1"))) as service:
+    async with asleep(tmp_path, ReplyEnd(b"{}", make_facts("r1"))) as service:
         order(service, ASLEEP)
         waiting = asyncio.create_task(service.post(CHAT))
         await turns()
@@ -90,7 +95,7 @@ async def test_an_answer_in_one_piece_just_waits(view: LiveView, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "items", [(RayActorError(),), (Refusal(422, b'{"error": {}}'),)], ids=["dead", "refused"]
+    "items", [(RayActorError(),), (ErrorReply(422, b'{"error": {}}'),)], ids=["dead", "refused"]
 )
 async def test_what_fails_after_comments_is_an_error_event(
     view: LiveView, tmp_path: Path, items: Any
@@ -99,7 +104,7 @@ async def test_what_fails_after_comments_is_an_error_event(
         order(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
-        assert await anext(stream) == holding.COMMENT
+        assert await anext(stream) == wakeup_queue.COMMENT
         order(service, {"small": "hot"})
         last = [part async for part in stream][-1]
         (outcome,) = await service.outcomes()
@@ -115,7 +120,7 @@ async def test_a_client_that_leaves_while_it_waits_is_not_waited_for(
         order(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream: Any = stream_of(response)
-        assert await anext(stream) == holding.COMMENT
+        assert await anext(stream) == wakeup_queue.COMMENT
         await stream.aclose()
         await turns()
         assert not service.router._residency._held

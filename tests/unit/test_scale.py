@@ -13,7 +13,7 @@ import pytest
 from calm_serve.config import Fleet
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.testing import FakeClock, make_facts, make_fleet, make_outcome, make_replica
-from deployments.live import FACTS_LIFETIME_S
+from deployments.router.live_state import FACTS_LIFETIME_S
 from load_tests import scale_simulation
 from load_tests.scale import conclusions
 from load_tests.scale_curves import OFFERED, REPLICAS, ReplicaCase, cost, exponent

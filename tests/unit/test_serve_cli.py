@@ -18,7 +18,7 @@ import yaml
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_spec
 from deployments import serve
-from deployments.environment import process_environment
+from deployments.slm.environment import process_environment
 
 URL = "http://127.0.0.1:8000"
 PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404"}

@@ -9,7 +9,7 @@ import pytest
 
 from calm_serve.errors import AsleepError, ComponentError
 from calm_serve.testing import FakeClock
-from deployments.tier import LINGER_S, RETRY_S, Tier
+from deployments.slm.sleep import LINGER_S, RETRY_S, Tier
 
 
 class Engine:

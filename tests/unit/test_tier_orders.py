@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from calm_serve.knowledge.publisher import Publisher
-from deployments import tier_orders
+from deployments.slm import sleep
 
 
 class World:
@@ -48,9 +48,9 @@ class World:
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     world: Any = World()
-    monkeypatch.setattr(tier_orders.ray, "get_actor", world.get_actor)
-    monkeypatch.setattr(tier_orders, "RETRY_S", 0.0)
-    following = asyncio.create_task(tier_orders.follow_orders("calm", "sql", world))
+    monkeypatch.setattr(sleep.ray, "get_actor", world.get_actor)
+    monkeypatch.setattr(sleep, "POLL_RETRY_S", 0.0)
+    following = asyncio.create_task(sleep.follow_orders("calm", "sql", world))
     await asyncio.sleep(0)
     yield world
     following.cancel()

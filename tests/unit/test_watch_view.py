@@ -20,8 +20,7 @@ from calm_serve.testing import (
     make_state,
 )
 from calm_serve.types import Candidate, DecisionPath
-from deployments.fleet_view import FleetView
-from deployments.watch_view import WatchView
+from deployments.router.fleet_view import FleetView, MonitorView
 
 FOUND: dict[str, Any] = {
     "calibration_factors": {"small": 0.4},
@@ -34,7 +33,7 @@ FOUND: dict[str, Any] = {
 def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_energy() -> None:
     clock = FakeClock(100.0)
     view = FleetView(make_fleet())
-    view.watch = WatchView(clock)
+    view.watch = MonitorView(clock)
     view.set_watch(FOUND)
     view.watch.set_energy({"small": {"requests_j": 5.0, "idle_j": 1.0, "at": 90.0}})
     document = view.snapshot({})
@@ -48,7 +47,7 @@ def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_ene
 
 
 def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() -> None:
-    watch = WatchView(FakeClock())
+    watch = MonitorView(FakeClock())
     sides = [("small", "large"), ("large", "small")]
 
     def choose(best: str, other: str) -> None:
@@ -71,7 +70,7 @@ def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() 
 
 
 def test_an_explained_decision_has_quantiles_where_they_are_known() -> None:
-    watch = WatchView(FakeClock())
+    watch = MonitorView(FakeClock())
     watch.set(FOUND)
     explained = watch.explain(asdict(make_decision("small", "large")))
     small, large = explained["candidates"]

@@ -1,0 +1,65 @@
+"""The knowledge actor: `KnowledgeService` as a detached, named Ray actor that outlives deploys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from calm_serve.config import Fleet, Learning
+from calm_serve.knowledge import KnowledgeService
+from deployments.knowledge.address import NAMESPACE, actor_name
+
+# Every waiting long-poll holds a slot, and every router replica waits all the time.
+MAX_CONCURRENCY = 1024
+
+
+class KnowledgeActor(KnowledgeService):
+    """Ray restarts an actor with the arguments of its first start; the settings since are kept."""
+
+    def __init__(self, fleet: Fleet, learning: Learning) -> None:
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        super().__init__(fleet, learning, resume=restarted)
+
+
+def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
+    """Return the handle of the application's knowledge actor, creating the actor if need be.
+
+    All methods of KnowledgeService are remote methods. The actor keeps its state on the node where
+    it runs unless `learning` points to shared storage.
+    """
+    return (
+        ray.remote(KnowledgeActor)
+        .options(
+            name=actor_name(app_name),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            # A repeated call is harmless: outcomes have ids and everything else replaces.
+            max_task_retries=3,
+            max_concurrency=MAX_CONCURRENCY,
+        )
+        .remote(fleet, learning)
+    )
+
+
+async def get_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
+    """As `start_knowledge`, and hand a running actor the present settings.
+
+    Raises ConfigError (as ray.exceptions' RayTaskError) when it keeps its log elsewhere.
+    """
+    actor = start_knowledge(app_name, fleet, learning)
+    await actor.configure.remote(fleet, learning)
+    return actor
+
+
+def remove_knowledge(app_name: str) -> bool:
+    """End the application's knowledge actor; the log stays. Returns whether there was one."""
+    try:
+        actor = ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
+    except ValueError:  # Ray's way to say that there is none
+        return False
+    ray.kill(actor, no_restart=True)
+    return True

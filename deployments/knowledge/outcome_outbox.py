@@ -1,0 +1,175 @@
+"""Outcomes on their way to the knowledge actor: batched, acknowledged, spooled, never blocking.
+
+The router appends to a list in memory; a background task sends batches and keeps them until the
+actor has said that they are durable. While the actor does not answer, batches move to a spool file
+once memory is full, and are sent again when it is back, by this process or, after its end, by the
+next one that uses the folder. Delivery is at least once; the store drops what it has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from calm_serve.types import Outcome, QualitySignal
+
+log = logging.getLogger("ray.serve")
+
+BATCH_ROWS = 256
+FLUSH_S = 0.5
+RETRY_S = 2.0
+MEMORY_ROWS = 8_192
+SPOOL_BYTES = 64 << 20
+# A spool that nobody has written to for this long, while the actor answers, has lost its process.
+ORPHAN_S = 60.0
+
+Send = Callable[[Sequence[Outcome]], Awaitable[None]]
+
+
+class OutcomeOutbox:
+    """Delivers outcomes through `send`, which returns once they are durable and raises otherwise.
+
+    Used by one event loop. `spool` is a file of this process alone, in a folder that processes of
+    the same kind share. `lost_rows` counts what fitted neither memory nor spool.
+    """
+
+    def __init__(self, send: Send, spool: Path) -> None:
+        self._send = send
+        self._spool = spool
+        self._waiting: deque[Outcome] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._next_search = 0.0  # on the event loop's clock
+        self.lost_rows = 0
+
+    def start(self) -> None:
+        """Begin delivering in the running event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    def add(self, outcome: Outcome) -> None:
+        """Queue one outcome. Never blocks; the oldest go to the spool when memory is full."""
+        self._waiting.append(outcome)
+        if len(self._waiting) >= BATCH_ROWS:
+            self._wake.set()
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows not yet acknowledged, those in the spool not counted."""
+        return len(self._waiting)
+
+    async def stop(self) -> None:
+        """Deliver what is left, or spool it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        while self._waiting:
+            if not await self._deliver():
+                rows = list(self._waiting)
+                self._waiting.clear()
+                await self._keep(rows)
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), FLUSH_S)
+            self._wake.clear()
+            while self._waiting:
+                delivered = await self._deliver()
+                # Also after a success: an actor may answer, but more slowly than outcomes come.
+                await self._make_room()
+                if not delivered:
+                    await asyncio.sleep(RETRY_S)
+                    break
+            else:
+                try:
+                    await self._replay()
+                except OSError as error:  # another process took the spool over, or the disk is full
+                    log.warning("spool not replayed now: %s", error)
+
+    @property
+    def tasks(self) -> tuple[asyncio.Task[None], ...]:
+        """The delivering task, for health checks."""
+        return () if self._task is None else (self._task,)
+
+    async def _deliver(self) -> bool:
+        batch = [self._waiting[i] for i in range(min(BATCH_ROWS, len(self._waiting)))]
+        try:
+            await self._send(batch)
+        except Exception as error:  # noqa: BLE001  # whatever it is: keep and retry
+            log.warning("outcomes not acknowledged, kept: %s", error)
+            return False
+        for _ in batch:
+            self._waiting.popleft()
+        return True
+
+    async def _make_room(self) -> None:
+        excess = len(self._waiting) - MEMORY_ROWS
+        if excess > 0:
+            rows = [self._waiting.popleft() for _ in range(excess)]
+            await self._keep(rows)
+
+    async def _keep(self, rows: list[Outcome]) -> None:
+        try:
+            await asyncio.to_thread(self._spill, rows)
+        except OSError as error:
+            self.lost_rows += len(rows)
+            log.error("%d outcomes lost, the spool cannot take them: %s", len(rows), error)
+
+    def _spill(self, rows: list[Outcome]) -> None:
+        self._spool.parent.mkdir(parents=True, exist_ok=True)
+        if self._spool.exists() and self._spool.stat().st_size >= SPOOL_BYTES:
+            raise OSError(f"{self._spool.name} has reached {SPOOL_BYTES} bytes")
+        with self._spool.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+    async def _replay(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_search:
+            self._next_search = now + ORPHAN_S
+            await asyncio.to_thread(self._adopt_orphan)
+        if not self._spool.exists():
+            return
+        rows = await asyncio.to_thread(read_spool, self._spool)
+        for start in range(0, len(rows), BATCH_ROWS):
+            try:
+                await self._send(rows[start : start + BATCH_ROWS])
+            except Exception as error:  # noqa: BLE001  # the file stays; delivery is idempotent
+                log.warning("spooled outcomes not acknowledged, kept: %s", error)
+                return
+        await asyncio.to_thread(self._spool.unlink, missing_ok=True)
+
+    def _adopt_orphan(self) -> None:
+        for orphan in self._spool.parent.glob(f"*{self._spool.suffix}"):
+            try:
+                if self._spool.exists():
+                    return
+                if time.time() - orphan.stat().st_mtime > ORPHAN_S:
+                    orphan.rename(self._spool)
+            except FileNotFoundError:
+                continue  # another process was faster
+
+
+def read_spool(path: Path) -> list[Outcome]:
+    """Outcomes of a spool file; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(_outcome(json.loads(line)))
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+            log.warning("unreadable spool line left out: %.80s", line)
+    return rows
+
+
+def _outcome(data: dict[str, Any]) -> Outcome:
+    signals = tuple(QualitySignal(**s) for s in data.pop("signals", ()))
+    for name in ("numbers", "buckets", "load", "predicted", "versions"):
+        data[name] = tuple(data[name])
+    return Outcome(**data, signals=signals)

@@ -1,0 +1,1 @@
+"""Before Ray is up: checks, ports, the proxy. Owner: launcher (`deployments.serve`). May block."""

@@ -1,0 +1,1 @@
+"""Metrics and what shows them. Owner: router and SLM replica. Never blocks."""

@@ -1,0 +1,1 @@
+"""Administration endpoints of the router. Owner: router process. Never blocks its event loop."""

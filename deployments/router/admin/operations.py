@@ -1,0 +1,125 @@
+"""The router's endpoints for people and machines that operate it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.errors import RequestError, UnknownModelError
+from calm_serve.routing import ModelSelector
+from calm_serve.types import QualitySignal
+from deployments.knowledge.client import KnowledgeClient
+from deployments.knowledge.outcome_outbox import OutcomeOutbox
+from deployments.observability.exporters import RouterMetrics
+from deployments.router import http
+from deployments.router.admin.goals import goals_section
+from deployments.router.admin.predictors import models_section
+from deployments.router.fleet_view import FleetView
+
+_CREATED = 1_700_000_000  # OpenAI's schema wants a time; models here have none that means anything
+
+
+class Operations:
+    """Reads what the router knows; changes nothing but feedback."""
+
+    def __init__(
+        self,
+        loop: ModelSelector,
+        view: FleetView,
+        knowledge: KnowledgeClient,
+        metrics: RouterMetrics,
+        outcomes: OutcomeOutbox,
+    ) -> None:
+        self._loop = loop
+        self._view = view
+        self._knowledge = knowledge
+        self._metrics = metrics
+        self._outcomes = outcomes
+
+    async def health(self, request: Request) -> Response:
+        """200 once every hot SLM has been up, then always; before that 503 with the states."""
+        del request
+        ready = self._view.refresh_ready()
+        body = {"status": "ok" if ready else "starting", "slms": self._view.states()}
+        return http.json_response(body, 200 if ready else 503)
+
+    async def fleet(self, request: Request) -> Response:
+        """Every SLM's state, load, memory and times."""
+        del request
+        return http.json_response(self.snapshot())
+
+    def snapshot(self) -> dict[str, Any]:
+        """The `/v1/fleet` document."""
+        predictor = {
+            "version": self._loop.predictor.version,
+            "source": self._knowledge.predictor_source,
+            "outcomes_pending": self._outcomes.pending_rows,
+            "outcomes_lost": self._outcomes.lost_rows,
+            "knowledge_reachable": self._knowledge.reachable,
+            **models_section(self._knowledge),
+        }
+        return self._view.snapshot(predictor) | {"goals": goals_section(self._loop)}
+
+    async def models(self, request: Request) -> Response:
+        """OpenAI's model list: `auto`, every SLM, every adapter as `slm:adapter`."""
+        del request
+        return http.json_response({"object": "list", "data": list(self._models().values())})
+
+    def model(self, name: str) -> Response:
+        """One entry of the model list; 404 when there is none."""
+        found = self._models().get(name)
+        if found is None:
+            raise UnknownModelError(f"model {name!r} not found", param="model")
+        return http.json_response(found)
+
+    async def decision(self, decision_id: str) -> Response:
+        """The record of a decision: from this router's memory, else the stored outcome."""
+        decision = self._loop.recall(decision_id)
+        if decision is not None:
+            return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
+        stored = await self._knowledge.outcome(decision_id)
+        if stored is None:
+            error = RequestError(f"decision {decision_id!r} not found", param="decision_id")
+            error.http_status = 404
+            raise error
+        return http.json_response(stored)
+
+    async def feedback(self, body: Any) -> Response:
+        """`{"decision_id", "score"}`, score in [0, 1] or a boolean; durable when answered."""
+        if not isinstance(body, dict):
+            raise RequestError("the body must be a JSON object")
+        unknown = set(body) - {"decision_id", "score"}
+        if unknown:
+            raise RequestError(f"unknown key {sorted(unknown)[0]!r}; known: decision_id, score")
+        decision_id, score = body.get("decision_id"), body.get("score")
+        if not isinstance(decision_id, str) or not decision_id or len(decision_id) > 64:
+            raise RequestError("'decision_id' must be the x-calm-decision-id", param="decision_id")
+        if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
+            raise RequestError("'score' must be a number from 0 to 1", param="score")
+        signal = QualitySignal("feedback", float(score), time.time())
+        await self._knowledge.feedback(decision_id, (signal,))
+        return http.json_response({"decision_id": decision_id, "accepted": True})
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        entries = {"auto": _entry("auto", "calm_serve", "Let the router choose.")}
+        for slm in self._loop.fleet.slms:
+            entries[slm.id] = _entry(slm.id, slm.locality, slm.description) | {
+                "max_model_len": slm.context_tokens
+            }
+            for adapter in slm.adapters:
+                name = f"{slm.id}:{adapter.name}"
+                entries[name] = _entry(name, slm.locality, adapter.description) | {"parent": slm.id}
+        return entries
+
+
+def _entry(name: str, owner: str, description: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": _CREATED,
+        "owned_by": owner,
+        "description": description,
+    }

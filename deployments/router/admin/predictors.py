@@ -1,0 +1,46 @@
+"""`/v1/predictors`: which predictors are stored, which one decides, and changing that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.errors import RequestError
+from deployments.knowledge.client import KnowledgeClient
+from deployments.router import http
+
+MAX_BODY_BYTES = 65_536
+_KEYS = ("action", "version")
+
+
+class PredictorsEndpoint:
+    """Asks the knowledge actor; every router hears of a change on its board."""
+
+    def __init__(self, knowledge: KnowledgeClient) -> None:
+        self._knowledge = knowledge
+
+    async def get(self, request: Request) -> Response:
+        """Stored predictors with metrics and state, the shadow, the probation, the last change."""
+        del request
+        return http.json_response(await self._knowledge.predictors())
+
+    async def post(self, request: Request) -> Response:
+        """`{"action": "pin" | "unpin" | "rollback", "version"}`; the list as it is afterwards."""
+        body = await http.read_json(request, MAX_BODY_BYTES)
+        if not isinstance(body, dict):
+            raise RequestError("the body must be a JSON object")
+        if unknown := set(body) - set(_KEYS):
+            raise RequestError(f"unknown key {min(unknown)!r}; known: {', '.join(_KEYS)}")
+        action, version = body.get("action"), body.get("version", "")
+        if not isinstance(action, str) or not isinstance(version, str):
+            raise RequestError("'action' and 'version' must be strings", param="action")
+        if (action == "pin") != bool(version):
+            raise RequestError("'version' is required to pin, and only then", param="version")
+        return http.json_response(await self._knowledge.change_predictor(action, version))
+
+
+def models_section(knowledge: KnowledgeClient) -> dict[str, Any]:
+    """What /v1/fleet shows under `predictor` besides the one that decides."""
+    return dict(knowledge.models)

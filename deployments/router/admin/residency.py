@@ -1,0 +1,51 @@
+"""`/v1/residency`: the memory budget and who shares it, and changing that without a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.config import parse_residency
+from calm_serve.errors import ConfigError, RequestError
+from calm_serve.routing import ModelSelector
+from deployments.knowledge.client import KnowledgeClient
+from deployments.router import http
+from deployments.router.residency_view import ResidencyView
+
+MAX_BODY_BYTES = 65_536
+
+
+class ResidencyEndpoint:
+    """GET and PUT. A change lasts until the next deployment, whose configuration then counts."""
+
+    def __init__(
+        self, loop: ModelSelector, tiers: ResidencyView, knowledge: KnowledgeClient
+    ) -> None:
+        self._loop, self._tiers, self._knowledge = loop, tiers, knowledge
+
+    async def get(self, request: Request) -> Response:
+        """The settings, what they made of memory and requests so far, and each SLM's tier."""
+        del request
+        return http.json_response(self._document())
+
+    async def put(self, request: Request) -> Response:
+        """Replace the settings for the whole fleet; fields left out get their defaults."""
+        body = await http.read_json(request, MAX_BODY_BYTES)
+        if not isinstance(body, dict):
+            raise RequestError("the body must be a JSON object with the fields of `residency`")
+        try:
+            options = parse_residency(body, self._loop.fleet)
+        except ConfigError as error:
+            raise RequestError(error.message, param=error.param) from error
+        weights = self._loop.weights
+        await self._knowledge.set_residency(options, weights.latency_per_s, weights.energy_per_j)
+        return http.json_response({"residency": options.model_dump(mode="json")})
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "residency": self._tiers.options.model_dump(mode="json"),
+            **self._tiers.summary,
+            "tiers": self._tiers.ordered(),
+        }

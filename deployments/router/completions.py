@@ -1,0 +1,189 @@
+"""The endpoints that answer: decide, call the SLM, stream, and write down how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from calm_serve.config import ServeArgs
+from calm_serve.errors import CalmError
+from calm_serve.prediction import live_load
+from calm_serve.requests import (
+    ChatRequest,
+    parse_chat,
+    parse_completion,
+    parse_overrides,
+)
+from calm_serve.routing import ModelSelector
+from calm_serve.types import Decision, Residency
+from deployments.router import (
+    dispatch,
+    http,
+    outcome,
+    wakeup_queue,
+)
+from deployments.router.fleet_view import FleetView
+from deployments.router.wakeup_queue import WakeupQueue
+from deployments.wire import ErrorReply, Hints
+
+JSON, EVENTS = "application/json", "text/event-stream"
+# Takes a finished call, its request, the client's label and, where prompts are kept, the prompt.
+Record = Callable[[dispatch.Call, ChatRequest, str, str | None], None]
+
+
+class CompletionsEndpoint:
+    """OpenAI's two ways to ask. Every call is recorded once, however it ends."""
+
+    def __init__(
+        self,
+        args: ServeArgs,
+        loop: ModelSelector,
+        view: FleetView,
+        residency: WakeupQueue,
+        dispatcher: dispatch.Dispatcher,
+        record: Record,
+    ) -> None:
+        self._args = args
+        self._limit_bytes = int(args.router.max_body_bytes)
+        self._loop, self._view, self._residency = loop, view, residency
+        self._dispatcher, self._record = dispatcher, record
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, parse_chat, "chat")
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._answer(request, parse_completion, "complete")
+
+    async def _answer(
+        self, request: Request, parse: Callable[[Any], ChatRequest], method: str
+    ) -> Response:
+        decision_id = uuid.uuid4().hex
+        headers = {
+            "x-calm-decision-id": decision_id,
+            "x-calm-model": "",
+            "x-calm-reason": "refused",
+        }
+        try:
+            body = await http.read_json(request, self._limit_bytes)
+            parsed = parse(body)
+            overrides = parse_overrides(http.routing_headers(request))
+            decision = self._loop.decide(parsed, overrides, decision_id)
+        except CalmError as error:
+            return http.error_response(error, headers)
+        call = self._call(decision)
+        hints: Hints = {
+            "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
+            "schema": dict(parsed.schema) if parsed.schema is not None else None,
+            "labels": overrides.labels,
+        }
+        prompt = parsed.text if self._args.learning.keep_prompts else None
+        task = overrides.task
+        finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
+        headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
+        answer: AsyncIterator[bytes] | ErrorReply | None = None
+        try:
+            async with asyncio.timeout(self._args.router.request_timeout_s):
+                opening = self._dispatcher.open(call, method, body, hints)
+                if parsed.stream and call.state.residency is not Residency.HOT:
+                    waking = await wakeup_queue.within(opening, wakeup_queue.QUIET_S)
+                    if not waking.done():
+                        stream = wakeup_queue.abandoned_with(
+                            self._held(call, waking, finish), waking
+                        )
+                        return StreamingResponse(stream, 200, headers, EVENTS)
+                    answer = waking.result()
+                else:
+                    answer = await opening
+                self._follow_failover(call)
+                headers |= {"x-calm-model": call.slm_id, "x-calm-reason": call.reason}
+                if isinstance(answer, ErrorReply):
+                    call.http_status, call.status = answer.http_status, "rejected"
+                    return finish(Response(answer.body, answer.http_status, headers, JSON))
+                if not parsed.stream:
+                    payload = b"".join([part async for part in answer])
+                    return finish(Response(payload, 200, headers, JSON))
+        except asyncio.CancelledError:
+            outcome.cancelled(call)
+            dispatch.cancel(answer)
+            finish()
+            raise
+        except CalmError as error:
+            return finish(http.error_response(outcome.refused(call, error), headers))
+        except dispatch.REPLICA_FAILURES as error:
+            dispatch.cancel(answer)
+            return finish(http.error_response(outcome.gone(call, error), headers))
+        return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
+
+    def _call(self, decision: Decision) -> dispatch.Call:
+        spec = self._loop.specs[decision.slm_id]
+        state = self._view.state(spec)
+        call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
+        if self._view.tiers.active:
+            preferred = self._view.state(self._loop.specs[decision.preferred])
+            self._residency.wanted(call, hit=preferred.residency is Residency.HOT)
+        return call
+
+    def _follow_failover(self, call: dispatch.Call) -> None:
+        """After a failover the row describes the SLM that answers, not the one that failed."""
+        spec = self._loop.specs.get(call.slm_id)
+        if spec is not None and call.slm_id != call.decision.slm_id:
+            call.state = self._view.state(spec)
+            call.load = live_load(call.decision.context, spec, call.state)
+
+    async def _held(
+        self,
+        call: dispatch.Call,
+        opening: asyncio.Future[AsyncIterator[bytes] | ErrorReply],
+        finish: outcome.Finish,
+    ) -> AsyncIterator[bytes]:
+        """A stream whose status line is out before its SLM is awake; errors come as events."""
+        try:
+            left_s = self._args.router.request_timeout_s - call.elapsed_s
+            async with asyncio.timeout(left_s):
+                async for comment in wakeup_queue.comments(opening, wakeup_queue.PERIOD_S):
+                    yield comment
+            answer = opening.result()
+            self._follow_failover(call)
+            if isinstance(answer, ErrorReply):
+                call.http_status, call.status = answer.http_status, "rejected"
+                yield b"data: " + answer.body + b"\n\n"
+            else:
+                async for part in self._stream(call, answer, finish):
+                    yield part
+        except CalmError as error:
+            yield http.sse_error(outcome.refused(call, error))
+        except dispatch.REPLICA_FAILURES as error:
+            yield http.sse_error(outcome.gone(call, error))
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome.cancelled(call)
+            raise
+        finally:
+            if call.final is None:
+                wakeup_queue.give_up(opening)
+            finish()
+
+    async def _stream(
+        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: outcome.Finish
+    ) -> AsyncIterator[bytes]:
+        try:
+            async with asyncio.timeout(self._args.router.request_timeout_s):
+                async for part in answer:
+                    if part:
+                        yield part
+        except dispatch.REPLICA_FAILURES as error:
+            # The status line is out; an error event instead of [DONE] tells the client.
+            yield http.sse_error(outcome.gone(call, error))
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome.cancelled(call)
+            raise
+        finally:
+            if call.final is None:
+                dispatch.cancel(answer)
+            finish()

@@ -1,0 +1,195 @@
+"""The router deployment: the HTTP ingress itself, so a request makes one Ray hop each way.
+
+`__call__` takes the raw request; a table maps paths to methods. The decision is the core's, the
+answer's bytes pass through untouched, and everything slow (outcomes, metrics, knowledge) happens in
+background tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+
+from calm_serve.config import Fleet, ServeArgs
+from calm_serve.errors import CalmError, RequestError
+from calm_serve.goals import GoalController
+from calm_serve.requests import (
+    ChatRequest,
+    parse_chat,
+    parse_completion,
+    parse_overrides,
+)
+from calm_serve.routing import ModelSelector
+from deployments.knowledge.client import KnowledgeClient
+from deployments.knowledge.outcome_outbox import OutcomeOutbox
+from deployments.observability.exporters import RouterMetrics, render_fleet_metrics
+from deployments.observability.host import HostMonitor
+from deployments.router import dispatch, http
+from deployments.router.admin.goals import GoalsEndpoint
+from deployments.router.admin.operations import Operations
+from deployments.router.admin.predictors import PredictorsEndpoint
+from deployments.router.admin.residency import ResidencyEndpoint
+from deployments.router.completions import CompletionsEndpoint
+from deployments.router.fleet_view import FleetView
+from deployments.router.handles import Handles
+from deployments.router.outcome import outcome_of
+from deployments.router.wakeup_queue import WakeupQueue
+
+log = logging.getLogger("ray.serve")
+
+REFRESH_S = 1.0
+STEER_S = 0.25  # between two looks of the goals' controller at what was learned
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Router:
+    """One router replica. `handles` are the SLMs of this application, by SLM id."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits constructors
+        self, args: ServeArgs, fleet: Fleet, app_name: str, handles: dict[str, DeploymentHandle]
+    ) -> None:
+        self._args = args
+        self._limit_bytes = int(args.router.max_body_bytes)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._view = FleetView(fleet)
+        self._residency = WakeupQueue(self._view.tiers, args.router, replica)
+        self._handles = Handles(handles)
+        self._loop = ModelSelector(
+            fleet,
+            args.goals,
+            read_state=self._view.state,
+            decision_log=args.router.decision_log,
+            controller=GoalController(args.goals, routers=args.router.replicas),
+        )
+        dispatcher = dispatch.Dispatcher(
+            self._handles.get,
+            retries=args.router.retries,
+            attempt_failed=self._view.attempt_failed,
+            admit=self._residency.admit,
+        )
+        self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
+        self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
+        self._outcomes = OutcomeOutbox(
+            self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
+        )
+        self._operations = Operations(
+            self._loop, self._view, self._knowledge, self._metrics, self._outcomes
+        )
+        answering = CompletionsEndpoint(
+            args, self._loop, self._view, self._residency, dispatcher, self.record
+        )
+        goals = GoalsEndpoint(self._loop, self._knowledge)
+        predictors = PredictorsEndpoint(self._knowledge)
+        residency = ResidencyEndpoint(self._loop, self._view.tiers, self._knowledge)
+        self._routes: dict[tuple[str, str], Endpoint] = {
+            ("POST", "/v1/chat/completions"): answering.chat,
+            ("POST", "/v1/completions"): answering.complete,
+            ("POST", "/v1/route"): self._route,
+            ("POST", "/v1/feedback"): self._feedback,
+            ("GET", "/v1/models"): self._operations.models,
+            ("GET", "/v1/fleet"): self._operations.fleet,
+            ("GET", "/v1/goals"): goals.get,
+            ("PUT", "/v1/goals"): goals.put,
+            ("GET", "/v1/residency"): residency.get,
+            ("PUT", "/v1/residency"): residency.put,
+            ("GET", "/v1/predictors"): predictors.get,
+            ("POST", "/v1/predictors"): predictors.post,
+            ("GET", "/health"): self._operations.health,
+            ("GET", "/metrics"): self._metrics_text,
+        }
+        self._outcomes.start()
+        self._tasks = [
+            asyncio.create_task(self._knowledge.follow(self._loop, self._view, self._handles)),
+            asyncio.create_task(self._refresh()),
+            asyncio.create_task(self._steer()),
+            asyncio.create_task(
+                self._residency.run(self._knowledge.want, lambda: self._loop.fleet)
+            ),
+        ]
+
+    async def __call__(self, request: Request) -> Response:
+        """Serve one HTTP request."""
+        path = request.url.path.rstrip("/") or "/"
+        endpoint = self._routes.get((request.method, path))
+        try:
+            if endpoint is not None:
+                return await endpoint(request)
+            if request.method == "GET" and path.startswith("/v1/decisions/"):
+                return await self._operations.decision(path.rpartition("/")[2])
+            if request.method == "GET" and path.startswith("/v1/models/"):
+                return self._operations.model(path.removeprefix("/v1/models/"))
+            known = {p for _, p in self._routes}
+            status = 405 if path in known else 404
+            error = RequestError(f"{request.method} {path} is not an endpoint")
+            error.http_status = status
+            return http.error_response(error)
+        except CalmError as error:
+            return http.error_response(error)
+        except Exception:  # the last resort: a client of OpenAI's API gets OpenAI's error
+            log.exception("request to %s failed", path)
+            return http.error_response(CalmError("internal error"))
+
+    async def _route(self, request: Request) -> Response:
+        body = await http.read_json(request, self._limit_bytes)
+        parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
+        overrides = parse_overrides(http.routing_headers(request))
+        parsed = parse(body)
+        decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
+        self._loop.complete(decision, parsed)
+        return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
+
+    async def _feedback(self, request: Request) -> Response:
+        body = await http.read_json(request, 65_536)
+        return await self._operations.feedback(body)
+
+    async def _metrics_text(self, request: Request) -> Response:
+        del request
+        text = render_fleet_metrics(self._metrics.aggregates, self._operations.snapshot())
+        return Response(text, 200, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def record(
+        self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
+    ) -> None:
+        """Write the outcome of a finished call to windows, metrics and knowledge."""
+        self._residency.left(call)
+        self._loop.complete(call.decision, parsed)
+        outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
+        self._knowledge.shadow.compare(outcome, self._loop.goals.quality_floor)
+        self._view.observe(outcome)
+        self._view.watch.chose(call.decision)
+        self._loop.learn(call.decision, outcome)
+        self._metrics.observe(outcome)
+        self._outcomes.add(outcome)
+
+    async def _refresh(self) -> None:
+        host = HostMonitor(time.monotonic)
+        while True:
+            await self._handles.connect(self._loop.fleet)
+            self._metrics.refresh(self._operations.snapshot(), host.read())
+            await asyncio.sleep(REFRESH_S)
+
+    async def _steer(self) -> None:
+        while True:
+            self._loop.tick()
+            await asyncio.sleep(STEER_S)
+
+    async def check_health(self) -> None:
+        """Raise when a background task has died; Serve then replaces this replica."""
+        for task in (*self._tasks, *self._outcomes.tasks):
+            if task.done():
+                raise RuntimeError(f"background task ended: {task}")
+
+    async def __del__(self) -> None:
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if outcomes := getattr(self, "_outcomes", None):
+            await outcomes.stop()

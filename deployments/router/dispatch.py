@@ -1,0 +1,226 @@
+"""Call the chosen SLM; fail over before the first byte; write down what happened.
+
+After the first byte nothing is retried: the client has it. A call that ends for any reason, a
+client that leaves included, leaves exactly one outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
+from calm_serve.types import (
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    SLMState,
+)
+from deployments.router.live_state import VIEW, hints_of
+from deployments.wire import ErrorReply, Hints, ReplyEnd, deployment_name
+
+log = logging.getLogger("ray.serve")
+
+# A dead replica, an exception inside one, an application that is gone: over gRPC, Serve re-raises
+# whatever type was raised in the replica, so no list of types would be complete.
+REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
+RETRY_AFTER_S = 1.0
+ORDERS_S = 0.02  # a router hears of the residency planner's orders about this long after a replica
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its way through an SLM; mutable, owned by one task."""
+
+    decision: Decision
+    state: SLMState  # of the chosen SLM, when it was chosen
+    load: tuple[float, ...]  # the same as the predictor saw it
+    started: float = field(default_factory=time.perf_counter)
+    slm_id: str = ""
+    retries: int = 0
+    first_byte_s: float | None = None
+    status: str = "error"
+    http_status: int = 500
+    final: ReplyEnd | None = None
+    predicted_replica: str = ""
+    inside: str = ""  # SLM that counts it as running
+    held: bool = False  # it waited for an SLM to wake
+    preferred_hot: bool | None = None  # None where residency is not watched
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def fell_back(self) -> bool:
+        """True when another SLM than the chosen one has the request now."""
+        return self.slm_id not in ("", self.decision.slm_id)
+
+    @property
+    def reason(self) -> str:
+        """Value of `x-calm-reason`."""
+        if self.fell_back:
+            return f"{DecisionPath.FALLBACK}:{DecisionReason.FAILOVER}"
+        rule = f":{self.decision.rule}" if self.decision.rule else ""
+        return f"{self.decision.path}:{self.decision.reason}{rule}"
+
+
+class Dispatcher:
+    """Opens calls on the SLMs' handles. `retries` bounds failovers per request."""
+
+    def __init__(
+        self,
+        handle: Callable[[str], DeploymentHandle],
+        *,
+        retries: int,
+        attempt_failed: Callable[[str], None],
+        admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
+    ) -> None:
+        """`admit` returns when an SLM may be sent a call, or raises AsleepError.
+
+        It returns the version of the residency orders that say so, None where there are none.
+        """
+        self._handle = handle
+        self._admit = admit
+        self._retries = retries
+        self._attempt_failed = attempt_failed
+
+    async def open(
+        self, call: Call, method: str, body: dict[str, Any], extra: Hints
+    ) -> AsyncIterator[bytes] | ErrorReply:
+        """Return the answer's bytes as an iterator, its first chunk already there, or a refusal.
+
+        Raises CapacityError when every SLM that may answer is full or asleep for too long,
+        SLMUnavailableError when none answers.
+        """
+        hints: Hints = {**hints_of(call.decision), **extra}
+        plan = self._plan(call.decision)
+        full: list[str] = []
+        late: AsleepError | None = None
+        for position, slm_id in enumerate(plan):
+            if slm_id in full:
+                continue  # its queue is not shorter a moment later
+            call.slm_id, call.retries = slm_id, position
+            try:
+                self._handle(slm_id)
+            except KeyError:
+                continue  # the SLM has left the fleet since the decision
+            try:
+                items, first = await self._first(call, method, body, hints)
+            except AsleepError as error:
+                late = late or error
+                full.append(slm_id)
+                continue
+            except BackPressureError:
+                full.append(slm_id)
+                continue
+            except REPLICA_FAILURES as error:
+                log.warning("SLM %s failed before its first byte: %r", slm_id, error)
+                self._attempt_failed(slm_id)
+                continue
+            finally:
+                call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
+                hints = {**hints, "avoid": call.predicted_replica}
+            if isinstance(first, ErrorReply):
+                if first.http_status >= 500:
+                    self._attempt_failed(slm_id)
+                    if position + 1 < len(plan):
+                        continue
+                return first
+            return _Answer(call, items, first)
+        if late is not None:
+            raise late
+        if full:
+            raise CapacityError(
+                f"every SLM that may answer is at its queue limit: {', '.join(full)}",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        raise SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
+
+    async def _first(
+        self, call: Call, method: str, body: dict[str, Any], hints: Hints
+    ) -> tuple[AsyncIterator[Any], Any]:
+        """Send the call when its SLM is awake; return the answer's items and the first of them."""
+        while True:
+            if self._admit is not None and (orders := await self._admit(call, call.slm_id)):
+                hints = {**hints, "orders": orders}
+            items = self._items(call.slm_id, method, body, hints)
+            try:
+                first = await anext(items)
+            except asyncio.CancelledError:
+                # Serve does not cancel a call because somebody stopped waiting for its next item.
+                cancel_items(items)
+                raise
+            if not isinstance(first, ErrorReply) or not first.asleep:
+                return items, first
+            # The replica heard of an order that is on its way to this router too.
+            call.held = True
+            await asyncio.sleep(ORDERS_S)
+
+    def _plan(self, decision: Decision) -> list[str]:
+        """SLMs to try in order: the chosen one twice (another replica), then the next best."""
+        if decision.path is DecisionPath.PINNED:
+            return [decision.slm_id] * (1 + min(self._retries, 1))
+        order = [decision.slm_id, decision.slm_id, *decision.ranking[1:]]
+        return order[: 1 + self._retries]
+
+    def _items(
+        self, slm_id: str, method: str, body: dict[str, Any], hints: Hints
+    ) -> AsyncIterator[Any]:
+        handle = self._handle(slm_id).options(
+            stream=True, method_name=method, multiplexed_model_id=hints["adapter"]
+        )
+        return aiter(handle.remote(body, hints=hints))
+
+
+class _Answer:
+    """The bytes of an answer, in order; `call` knows at every moment how far it got."""
+
+    def __init__(self, call: Call, items: AsyncIterator[Any], first: Any) -> None:
+        self._call = call
+        self._items = items
+        self._next: Any = first
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        item, self._next = self._next, None
+        if item is None:
+            if self._call.final is not None:
+                raise StopAsyncIteration
+            item = await anext(self._items)
+        if self._call.first_byte_s is None:
+            self._call.first_byte_s = time.perf_counter() - self._call.started
+        if isinstance(item, ReplyEnd):
+            self._finish(item)
+            return item.payload
+        if isinstance(item, ErrorReply):
+            raise SLMUnavailableError(f"SLM {self._call.slm_id!r} failed while answering")
+        payload: bytes = item
+        return payload
+
+    def _finish(self, item: ReplyEnd) -> None:
+        call = self._call
+        call.final, call.status, call.http_status = item, "ok", 200
+        VIEW.observe(deployment_name(call.slm_id), item.facts)
+
+
+def cancel(answer: object) -> None:
+    """Tell the SLM to stop an answer that nobody will read; anything else is left alone."""
+    cancel_items(getattr(answer, "_items", None))
+
+
+def cancel_items(items: object) -> None:
+    """Cancel a handle's call; anything else is left alone."""
+    stop = getattr(items, "cancel", None)
+    if stop is not None:
+        stop()

@@ -1,0 +1,268 @@
+"""What one router process knows of the whole fleet, and how `/v1/fleet` shows it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.telemetry import Alarms, ContentGainMonitor, FleetStats, ReplicaStats, quantiles
+from calm_serve.types import Decision, Outcome, ReplicaState, Residency, SLMState
+from deployments.router.live_state import VIEW
+from deployments.router.residency_view import ResidencyView
+from deployments.wire import deployment_name
+
+STATE_LIFETIME_S = 0.02  # a state is computed at most this often per SLM
+
+
+class FleetView:
+    """Live state per SLM, from the handles' replica lists, answers and the knowledge board.
+
+    Single-threaded. `ready` latches: it says whether every hot SLM has been up once. `clock`
+    returns monotonic seconds.
+    """
+
+    def __init__(self, fleet: Fleet, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fleet = fleet
+        self.ready = False
+        self._clock = clock
+        self._monitor = FleetStats([s.id for s in fleet.slms], clock)
+        self._states: dict[str, tuple[float, SLMState]] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._seen_up: set[str] = set()
+        self._replicas = ReplicaStats(clock)
+        self.watch = MonitorView()
+        self.tiers = ResidencyView()
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Follow SLMs that came or went."""
+        before, after = {s.id for s in self.fleet.slms}, {s.id for s in fleet.slms}
+        for slm_id in after - before:
+            self._monitor.add(slm_id)
+        for slm_id in before - after:
+            self._monitor.remove(slm_id)
+            self._states.pop(slm_id, None)
+            self._seen_up.discard(slm_id)
+        self.fleet = fleet
+
+    def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
+        """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
+        for slm_id, replica_id in self.tiers.set_reports(reports):
+            VIEW.index(deployment_name(slm_id)).emptied(replica_id)
+        self._states.clear()
+        self._reports = {
+            slm_id: max(by_replica.values(), key=lambda r: float(r["at"]))
+            for slm_id, by_replica in reports.items()
+            if by_replica
+        }
+        for slm_id, report in self._reports.items():
+            if report["state"] == "ready" and (start_s := report["ready_s"].get("total")):
+                self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
+
+    def set_tiers(self, orders: Mapping[str, Any], version: int) -> None:
+        """Take the residency planner's orders."""
+        self.tiers.set_orders(orders, version)
+        self._states.clear()
+
+    def set_watch(self, found: Mapping[str, Any]) -> None:
+        """Take what the knowledge actor found in the outcomes; see `MonitorView`."""
+        self.watch.set(found)
+        self._monitor.set_calibration_factors(self.watch.calibration_factors)
+        self._states.clear()
+
+    def state(self, spec: SLMSpec) -> SLMState:
+        """The SLM's state now; microseconds, no call."""
+        now = self._clock()
+        kept = self._states.get(spec.id)
+        if kept is not None and now - kept[0] < STATE_LIFETIME_S:
+            return kept[1]
+        replicas = self._live(spec)
+        state = self._monitor.state(spec, replicas, now, self._absent(spec))
+        state = self.tiers.state(state, replicas)
+        self._states[spec.id] = (now, state)
+        return state
+
+    def observe(self, outcome: Outcome) -> None:
+        """Feed the windows and the circuit breaker."""
+        if any(s.id == outcome.slm_id for s in self.fleet.slms):
+            self._monitor.observe(outcome)
+            self._replicas.observe(outcome)
+
+    def attempt_failed(self, slm_id: str) -> None:
+        """A replica of the SLM failed before its first byte."""
+        self._monitor.attempt_failed(slm_id)
+        self._states.pop(slm_id, None)
+
+    def refresh_ready(self) -> bool:
+        """Re-evaluate and return readiness: every hot SLM has had a replica."""
+        for spec in self.fleet.slms:
+            if VIEW.replicas(deployment_name(spec.id)):
+                self._seen_up.add(spec.id)
+        hot = {s.id for s in self.fleet.slms if s.residency != "on_demand"}
+        # Latched: one SLM that dies later degrades /v1/fleet, not the endpoint.
+        self.ready = self.ready or hot <= self._seen_up
+        return self.ready
+
+    def states(self) -> dict[str, str]:
+        """One word per SLM, for `/health` and the console."""
+        return {s.id: self._word(s) for s in self.fleet.slms}
+
+    def snapshot(self, predictor: Mapping[str, Any]) -> dict[str, Any]:
+        """The `/v1/fleet` document."""
+        return {
+            "ready": self.refresh_ready(),
+            "predictor": dict(predictor),
+            **self.watch.fleet(),
+            **({"residency": self.tiers.summary} if self.tiers.active else {}),
+            "slms": [self._row(s) for s in self.fleet.slms],
+        }
+
+    def _row(self, spec: SLMSpec) -> dict[str, Any]:
+        state = self.state(spec)
+        seen = self._monitor.snapshot(spec.id, self._clock())
+        report = self._reports.get(spec.id, {})
+        replicas = self._live(spec)
+        return {
+            "id": spec.id,
+            "state": self._word(spec),
+            "locality": spec.locality,
+            "skills": list(spec.skills),
+            "replicas": state.replicas,
+            "target_replicas": spec.scaling.min_replicas,
+            "running": state.running,
+            "waiting": state.waiting,
+            "capacity": state.capacity,
+            "kv_usage_ratio": state.kv_usage_ratio,
+            "cached_prefix_ratio": state.cached_prefix_ratio,
+            "memory_bytes": sum(r.memory_bytes for r in replicas),
+            "ready_s": report.get("ready_s", {}),
+            "ttft_s": state.ttft_s,
+            "tpot_s": seen.tpot_s,
+            "ttft_p95_s": seen.ttft_p95_s,
+            "tpot_p95_s": seen.tpot_p95_s,
+            "e2e_p95_s": seen.e2e_p95_s,
+            "queue_s": seen.queue_s,
+            "output_tokens_per_s": seen.output_tokens_per_s,
+            "energy_j_per_token": seen.energy_j_per_token,
+            "energy_j_per_token_next": state.energy_j_per_token,
+            "ttft_ratio": round(state.ttft_ratio, 3),
+            "age_s": seen.age_s,
+            "requests": seen.requests,
+            "failures": seen.failures,
+            "adapters": [a.name for a in spec.adapters],
+            "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
+            "detail": report.get("detail", ""),
+            **self.watch.row(spec.id),
+            **self.tiers.row(spec, state),
+            "per_replica": [self._replica(r) for r in replicas],
+        }
+
+    def _live(self, spec: SLMSpec) -> tuple[ReplicaState, ...]:
+        return self.tiers.as_reported(VIEW.replicas(deployment_name(spec.id)))
+
+    def _replica(self, replica: ReplicaState) -> dict[str, Any]:
+        return {
+            "replica_id": replica.replica_id,
+            "node_id": replica.node_id,
+            "running": replica.running,
+            "waiting": replica.waiting,
+            "kv_usage_ratio": replica.kv_usage_ratio,
+            "cached_prefix_ratio": replica.cached_prefix_ratio,
+            "memory_bytes": replica.memory_bytes,
+            **self._replicas.row(replica.replica_id),
+        }
+
+    def _word(self, spec: SLMSpec) -> str:
+        if VIEW.replicas(deployment_name(spec.id)):
+            state = self.state(spec)
+            return "degraded" if state.breaker_open else str(state.residency)
+        if spec.id in self._seen_up and spec.residency != "on_demand":
+            return str(Residency.DEAD)
+        reported = self._reports.get(spec.id, {}).get("state", "")
+        if reported not in ("", "ready", "asleep", "waking"):  # the latter are of one that is gone
+            return str(reported)
+        return str(Residency.COLD if spec.residency == "on_demand" else "pending")
+
+    def _absent(self, spec: SLMSpec) -> Residency:
+        if spec.id in self._seen_up and spec.residency != "on_demand":
+            return Residency.DEAD
+        return Residency.COLD if spec.residency == "on_demand" else Residency.STARTING
+
+
+log = logging.getLogger("ray.serve")
+
+CONSTANT = "constant_selector"
+
+
+class MonitorView:
+    """The knowledge actor's findings of all routers, and this router's own of its choices.
+
+    `clock` returns Unix time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._found: Mapping[str, Any] = {}
+        self._energy: Mapping[str, Mapping[str, Any]] = {}
+        self._selector = ContentGainMonitor()
+        self._alarms = Alarms(clock)
+
+    @property
+    def calibration_factors(self) -> Mapping[str, float]:
+        """SLM -> factor on P(success); 1 where it is missing."""
+        factors: Mapping[str, float] = self._found.get("calibration_factors", {})
+        return factors
+
+    def set(self, found: Mapping[str, Any]) -> None:
+        """Take the board's "watch"; see `calm_serve.learning.monitor`."""
+        self._found = found
+
+    def set_energy(self, energy: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the board's "energy"; see `EnergyLedger.rows`."""
+        self._energy = energy
+
+    def chose(self, decision: Decision) -> None:
+        """Count a decision of this router."""
+        self._selector.observe(decision)
+
+    def fleet(self) -> dict[str, Any]:
+        """The fleet's part of `/v1/fleet`: alarms that are on, and what reading prompts gains."""
+        gains = self._selector.gains()
+        if gains is not None and (verdict := gains.verdict):
+            if self._alarms.start(CONSTANT, "", gains.entropy_ratio, verdict):
+                log.warning("content adds nothing to the choice: %s", verdict)
+        else:
+            self._alarms.end(CONSTANT)
+        return {
+            "alarms": [*self._found.get("alarms", ()), *self._alarms.rows()],
+            "choices": {
+                **(asdict(gains) if gains else {}),
+                "calibration_error": self._found.get("calibration_error"),
+            },
+        }
+
+    def row(self, slm_id: str) -> dict[str, Any]:
+        """The SLM's part of `/v1/fleet`."""
+        energy = dict(self._energy.get(slm_id, {}))
+        if "at" in energy:
+            energy["age_s"] = round(max(self._clock() - energy.pop("at"), 0.0), 1)
+        return {
+            "calibration_factor": self.calibration_factors.get(slm_id, 1.0),
+            "calibration": self._found.get("calibration", {}).get(slm_id, {}),
+            "energy": energy,
+        }
+
+    def explain(self, explained: dict[str, Any]) -> dict[str, Any]:
+        """Add p50 and p95 to each predicted candidate of an explained decision, in place.
+
+        They are those of now, not of the decision's time, and are not part of its record.
+        """
+        calibration = self._found.get("calibration", {})
+        for candidate in explained.get("candidates", ()):
+            factors = calibration.get(candidate["slm_id"])
+            if candidate["prediction"] is not None and factors:
+                candidate["quantiles"] = quantiles(candidate["prediction"], factors)
+        return explained

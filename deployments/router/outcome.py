@@ -1,0 +1,133 @@
+"""How a call ends: recorded once, whoever comes first, and shown to the client as an error."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any
+
+from starlette.responses import Response
+
+from calm_serve.errors import CalmError, CapacityError, SLMUnavailableError
+from calm_serve.learning import log_fields
+from calm_serve.telemetry import load_at_decision
+from calm_serve.types import (
+    DecisionPath,
+    DecisionReason,
+    EngineFacts,
+    Outcome,
+    QualitySignal,
+    Residency,
+)
+from deployments.router import dispatch
+
+log = logging.getLogger("ray.serve")
+
+# A TPOT over a few tokens is mostly the overhead of the answer around them.
+MIN_TPOT_TOKENS = 8
+
+
+class Finish:
+    """Records a call once: at the answer's end, at an error, or when the client has gone."""
+
+    def __init__(self, call: dispatch.Call, record: Callable[[], None]) -> None:
+        self._call, self._record = call, record
+        self._done = False
+
+    def __call__(self, response: Response | None = None) -> Response:
+        """Record the call, unless that was done, and pass the response through."""
+        if not self._done:
+            self._done = True
+            try:
+                self._record()
+            except Exception:  # whatever it is: the client gets the answer that is there
+                log.exception("call %s not written down", self._call.decision.decision_id)
+        return response or Response()
+
+    def __del__(self) -> None:
+        # A client may leave before its stream was begun; then nobody else comes.
+        if not self._done:
+            cancelled(self._call)
+            self()
+
+
+def cancelled(call: dispatch.Call) -> None:
+    """The client has gone."""
+    call.status, call.http_status = "cancelled", 499
+
+
+def refused(call: dispatch.Call, error: CalmError) -> CalmError:
+    """Nobody took the call. Being full or asleep says nothing against the SLM."""
+    call.http_status = error.http_status
+    call.status = "rejected" if isinstance(error, CapacityError) else "error"
+    return error
+
+
+def gone(call: dispatch.Call, error: BaseException) -> CalmError:
+    """What the client hears of an SLM that failed while answering, or took too long."""
+    call.status = "error"
+    if isinstance(error, TimeoutError):
+        failure = SLMUnavailableError(f"SLM {call.slm_id!r} did not finish in time")
+        failure.http_status = 504
+    else:
+        failure = SLMUnavailableError(f"SLM {call.slm_id!r} failed while answering")
+    call.http_status = failure.http_status
+    return failure
+
+
+def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None) -> Outcome:
+    """The durable row of a finished call. `at` is Unix time in seconds."""
+    decision, context = call.decision, call.decision.context
+    facts = call.final.facts if call.final else EngineFacts(replica_id="")
+    e2e_s = time.perf_counter() - call.started
+    # An answer that is sent in one piece has its first token when the engine says so.
+    ttft_s = call.first_byte_s if context.stream else facts.ttft_s or None
+    tpot_s = None
+    if ttft_s is not None and facts.output_tokens >= MIN_TPOT_TOKENS:
+        tpot_s = max(e2e_s - ttft_s, 0.0) / (facts.output_tokens - 1)
+    chosen = next((c for c in decision.candidates if c.slm_id == call.slm_id), None)
+    prediction = chosen.prediction if chosen else None
+    signals: tuple[QualitySignal, ...] = call.final.signals if call.final else ()
+    return Outcome(
+        outcome_id=decision.decision_id,
+        at=at,
+        slm_id=call.slm_id or decision.slm_id,
+        adapter=decision.adapter,
+        path=str(DecisionPath.FALLBACK if call.fell_back else decision.path),
+        reason=str(DecisionReason.FAILOVER if call.fell_back else decision.reason),
+        rule=decision.rule,
+        propensity=decision.propensity,
+        status=call.status,
+        http_status=call.http_status,
+        retries=call.retries,
+        predicted_replica=call.predicted_replica,
+        served_replica=facts.replica_id,
+        cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
+        ttft_s=ttft_s,
+        e2e_s=e2e_s,
+        tpot_s=tpot_s,
+        queue_s=facts.queue_s if call.final else None,
+        decision_s=decision.decided_in_s,
+        prompt_tokens=facts.prompt_tokens,
+        cached_tokens=facts.cached_tokens,
+        output_tokens=facts.output_tokens,
+        energy_j=facts.energy_j if call.final else None,
+        energy_source=facts.energy_source,
+        task=task,
+        numbers=context.numbers,
+        buckets=context.buckets,
+        load=call.load,
+        predicted=astuple(prediction)[1:6] if prediction else (),
+        versions=astuple(decision.versions),
+        signals=signals,
+        prompt=prompt,
+        extra=log_fields(decision) | load_at_decision(call.state) | _residency_terms(call),
+    )
+
+
+def _residency_terms(call: dispatch.Call) -> dict[str, Any]:
+    if call.preferred_hot is None:
+        return {}
+    return {"preferred": call.decision.preferred, "preferred_hot": call.preferred_hot}

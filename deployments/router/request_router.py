@@ -1,0 +1,169 @@
+"""Replica selection inside an SLM's handle: Ray Serve's `RequestRouter`, kept thin.
+
+Serve runs it in the process that holds the handle and pickles this module by value. So nothing
+here is state: per-router state is on the instance, per-process state in
+`deployments.router.live_state`,
+imported inside methods. The class overrides methods that Ray marks as private; the reasons are
+next to them, and `tests/integration/test_replica_router_serve.py` fails if Ray changes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from calm_serve.replicas import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
+from calm_serve.types import ReplicaState
+
+if TYPE_CHECKING:
+    from ray.serve._private.common import RequestMetadata
+    from ray.serve._private.replica_result import ReplicaResult
+
+logger = logging.getLogger("ray.serve")
+
+
+class ReplicaRouter(RequestRouter):
+    """Ranks an SLM's replicas for each request by the hints that come with the call.
+
+    Calls look like `handle.chat.remote(body, hints=hints)`, `hints` being `live.Hints`; a call
+    without hints is load-balanced. Owned by the handle; one per handle and process.
+    """
+
+    # Serve asks a replica that was idle for ten seconds for its queue length. With Serve's 0.1 s a
+    # replica on a busy machine misses the deadline, and its sessions and prefixes go elsewhere.
+    queue_len_response_deadline_s = 1.0
+
+    # Ray declares **kwargs: Any; named, a misspelt `request_router_kwargs` key is an error.
+    def initialize_state(  # type: ignore[override]
+        self, exploration_ratio: float = EXPLORATION_RATIO
+    ) -> None:
+        """Set up this router; arguments come from `request_router_kwargs`."""
+        from deployments.router.live_state import VIEW
+
+        self._view = VIEW
+        self._name: str = self._deployment_id.name
+        self._exploration_ratio = exploration_ratio
+        self._random = Random()
+        self._node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._ids: dict[str, ReplicaID] = {}
+        self._pending_by_metadata: dict[int, PendingRequest] = {}
+        self._view.attach(self._name, self._queue_length)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Return every candidate once, in groups, best first."""
+        if pending_request is None:
+            return [candidate_replicas]
+        context = pending_request.routing_context
+        first_attempt = not context.should_backoff
+        # Without this Serve retries a full deployment in a loop that never sleeps.
+        context.should_backoff = True
+        try:
+            return self._rank(candidate_replicas, pending_request, first_attempt)
+        except Exception:  # whatever it is, Serve would log it and never route the request
+            logger.exception("Ranking the replicas of %s failed; balancing load.", self._name)
+            return [candidate_replicas]
+
+    def _rank(
+        self,
+        candidates: list[RunningReplica],
+        pending_request: PendingRequest,
+        first_attempt: bool,
+    ) -> list[list[RunningReplica]]:
+        hints = pending_request.kwargs.get("hints") or {}
+        metadata = pending_request.metadata
+        request = ReplicaRequest(
+            decision_id=hints.get("decision_id") or metadata.request_id,
+            prefix_family=hints.get("prefix_family", ""),
+            session_key=hints.get("session_key") or metadata.session_id,
+            adapter=hints.get("adapter") or metadata.multiplexed_model_id,
+            avoid=hints.get("avoid", ""),
+        )
+        known = {s.replica_id: s for s in self._view.replicas(self._name)}
+        by_id = {r.replica_id.unique_id: r for r in candidates}
+        groups = rank_for_prompt(
+            request,
+            hints.get("prefix_chain", ()),
+            [known.get(replica_id) or _state(r) for replica_id, r in by_id.items()],
+            self._view.index(self._name),
+            local_node_id=self._node_id,
+            random=self._random,
+            exploration_ratio=self._exploration_ratio,
+        )
+        if first_attempt and hints:
+            self._view.routed(request.decision_id, groups[0][0])
+        return [[by_id[replica_id] for replica_id in group] for group in groups]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
+    ) -> None:
+        """Remember the prefix of a request that a replica has accepted."""
+        hints = pending_request.kwargs.get("hints") or {}
+        try:
+            self._view.index(self._name).add(hints.get("prefix_chain", ()), replica_id.unique_id)
+        except Exception:  # malformed hints must not fail a request that a replica is serving
+            logger.exception("Indexing a prefix for %s failed.", self._name)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Follow membership, adapters and polled statistics."""
+        super().update_replicas(replicas)
+        self._ids = {r.replica_id.unique_id: r.replica_id for r in replicas}
+        self._view.update_replicas(self._name, [_state(r) for r in replicas])
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Forget a replica whose actor is dead."""
+        super().on_replica_actor_died(replica_id)
+        self._ids.pop(replica_id.unique_id, None)
+        self._view.died(self._name, replica_id.unique_id)
+
+    def _queue_length(self, replica_id: str) -> int | None:
+        serve_id = self._ids.get(replica_id)
+        return None if serve_id is None else self.replica_queue_len_cache.get(serve_id)
+
+    # Serve finds the request a replica was chosen for by `internal_request_id`, which all calls
+    # of one HTTP request share: two at once, and one is never fulfilled. The metadata object is
+    # one per call. Serve's second index, by multiplexed model id, is only emptied by
+    # `MultiplexMixin` and would grow for ever here; both stay empty.
+
+    def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
+        self._pending_by_metadata[id(pending_request.metadata)] = pending_request
+
+    def _remove_pending_request_from_indices(self, pending_request: PendingRequest) -> None:
+        self._pending_by_metadata.pop(id(pending_request.metadata), None)
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        pending = self._pending_by_metadata.get(id(request_metadata))
+        if pending is None or pending.metadata is not request_metadata or pending.future.done():
+            return None
+        return pending
+
+
+def _state(replica: RunningReplica) -> ReplicaState:
+    stats = replica.routing_stats
+    return ReplicaState(
+        replica_id=replica.replica_id.unique_id,
+        node_id=replica.node_id or "",
+        max_queue_length=replica.max_ongoing_requests,
+        running=int(_number(stats, "running")),
+        waiting=int(_number(stats, "waiting")),
+        kv_usage_ratio=_number(stats, "kv_usage_ratio"),
+        cached_prefix_ratio=_number(stats, "cached_prefix_ratio"),
+        memory_bytes=int(_number(stats, "memory_bytes")),
+        adapters=tuple(sorted(replica.multiplexed_model_ids)),
+    )
+
+
+def _number(stats: dict[str, Any], name: str) -> float:
+    # The dictionary is the SLM's own; a slip there must not stop replica updates here.
+    value = stats.get(name, 0.0)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0

@@ -1,0 +1,129 @@
+"""The energy account of one replica: the best meter there is, its books, and a check from outside.
+
+GPU and CPU joules are different kinds and are never added: a replica with GPUs reports its GPUs'
+counter, one without reports RAPL where that can be read, else an estimate from CPU time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from calm_serve.config import Resources
+from calm_serve.errors import ComponentError
+from calm_serve.telemetry import (
+    DEFAULT_WATTS_PER_CORE,
+    POWERCAP,
+    EnergyMeter,
+    NvmlMeter,
+    TokenShareAttributor,
+    best_meter,
+    visible_gpus,
+)
+from deployments.observability.host import ProcessTreeCpu, host_cpu_s
+
+log = logging.getLogger("ray.serve")
+
+REPORT_S = 10.0
+
+
+class ProcessesCpu:
+    """Cumulative CPU seconds of the processes that `processes` names at the time.
+
+    One that is new counts from its own start, one that is gone keeps what it had.
+    """
+
+    def __init__(self, processes: Callable[[], Sequence[psutil.Process]]) -> None:
+        self._processes = processes
+        self._last_s: dict[int, float] = {}
+        self._total_s = 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds, which never fall."""
+        last_s, self._last_s = self._last_s, {}
+        for process in self._processes():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            seconds = float(times.user + times.system)
+            self._total_s += max(seconds - last_s.get(process.pid, 0.0), 0.0)
+            self._last_s[process.pid] = seconds
+        return self._total_s
+
+
+class ReplicaEnergy:
+    """Books of one replica. `account` charges requests; `tick` once a second.
+
+    Args:
+        resources: what the replica may use.
+        processes: its processes now, itself included.
+        clock: monotonic seconds.
+        environ: where CUDA_VISIBLE_DEVICES is.
+        powercap: where the processors' counters are.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        processes: Callable[[], Sequence[psutil.Process]],
+        clock: Callable[[], float] = time.monotonic,
+        environ: Mapping[str, str] = os.environ,
+        powercap: Path = POWERCAP,
+    ) -> None:
+        self._clock = clock
+        meter = gpu_meter(resources.num_gpus, environ) or best_meter(
+            ProcessesCpu(processes), host_cpu_s, powercap=powercap
+        )
+        self.account = TokenShareAttributor(meter)
+        # Found anew by asking the kernel for our descendants, so it sees what `processes` misses.
+        self._tree_cpu_s = ProcessTreeCpu(clock)
+        self._first_cpu_s = self._tree_cpu_s()
+        self._report_at = clock() + REPORT_S
+
+    def tick(self) -> dict[str, Any] | None:
+        """Charge what was spent; every REPORT_S return the report for the knowledge actor."""
+        self.account.tick()
+        now = self._clock()
+        if now < self._report_at:
+            return None
+        self._report_at = now + REPORT_S
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        """Joules since the start: charged, idle, total, and the total as the check sees it.
+
+        For an estimate the check is the CPU time of the whole process tree at the same power;
+        counters have no second opinion, so there it is the counter.
+        """
+        account = self.account
+        check_j = account.total_j
+        if account.source == "estimate":
+            check_j = (self._tree_cpu_s() - self._first_cpu_s) * DEFAULT_WATTS_PER_CORE
+        return {
+            "requests_j": account.requests_j + account.running_j,
+            "idle_j": account.idle_j,
+            "total_j": account.total_j,
+            "check_j": check_j,
+            "source": account.source,
+        }
+
+
+def gpu_meter(num_gpus: float, environ: Mapping[str, str]) -> EnergyMeter | None:
+    """The counter of the GPUs that this process may use; None, with the reason logged, if none."""
+    if num_gpus <= 0.0:
+        return None
+    gpus = visible_gpus(environ.get("CUDA_VISIBLE_DEVICES"), num_gpus)
+    try:
+        import pynvml  # only where GPUs are: extra `gpu`
+
+        return NvmlMeter(pynvml, gpus, min(num_gpus / max(len(gpus), 1), 1.0))
+    except (ImportError, ComponentError) as error:
+        log.warning("GPU energy is not measured: %s", error)
+        return None

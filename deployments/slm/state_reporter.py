@@ -1,0 +1,37 @@
+"""How an SLM replica reports its state to the knowledge actor: best effort, never waiting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from deployments.knowledge.address import NAMESPACE, actor_name
+
+
+class StateReporter:
+    """An SLM replica's way to say how its start goes; best effort, fire and forget."""
+
+    def __init__(self, app_name: str, slm_id: str, replica_id: str) -> None:
+        self._name = actor_name(app_name)
+        self._slm_id = slm_id
+        self._replica_id = replica_id
+
+    def report(
+        self, state: str, ready_s: Mapping[str, float] | None = None, detail: str = ""
+    ) -> None:
+        """Report a state; `ready_s` are the times of the phases so far, in seconds."""
+        try:
+            actor = ray.get_actor(self._name, namespace=NAMESPACE)
+        except ValueError:
+            return  # no knowledge actor: states are then visible in Serve's own status only
+        times = dict(ready_s or {})
+        actor.report_state.remote(self._slm_id, self._replica_id, state, times, detail)
+
+    def energy(self, report: Mapping[str, Any]) -> None:
+        """Report the replica's energy books; see `EnergyLedger`."""
+        with contextlib.suppress(ValueError):  # no knowledge actor
+            actor = ray.get_actor(self._name, namespace=NAMESPACE)
+            actor.report_energy.remote(self._slm_id, self._replica_id, dict(report))
