@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from load_tests.ending import exit_on_sigterm
+from load_tests.common.termination import exit_on_sigterm
 
 BENCHMARKS = {
     "decision": "what a routing decision costs, by path, size of the fleet and prompt length",
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("benchmark", choices=BENCHMARKS)
     chosen = parser.parse_args(sys.argv[1:2])
     exit_on_sigterm()
-    module = importlib.import_module(f"load_tests.{chosen.benchmark}")
+    module = importlib.import_module(f"load_tests.{chosen.benchmark}.benchmark")
     return int(module.main(sys.argv[2:]))
 
 

@@ -25,8 +25,8 @@ from openai import OpenAI
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import Outcome
 from deployments.reference_fleet.evalrows import load
-from load_tests.served import free_port
-from load_tests.workloads import request
+from load_tests.common.served import free_port
+from load_tests.common.workloads import request
 
 ROOT = Path(__file__).resolve().parents[2]
 FLEET_FILE = ROOT / "deployments" / "fleets" / "reference.yaml"

@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 
 from load_tests import __main__ as benchmarks
-from load_tests import fit_predictor
+from load_tests.fleet import fit_predictor
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two workers that say who they are and then never end by themselves.
 SCRIPT = """
 import os, signal
-from load_tests import ending
+from load_tests.common import termination
 
 def stay(number):
     os.write(1, f"{os.getpid()}\\n".encode())
     signal.pause()
 
 if __name__ == "__main__":
-    ending.exit_on_sigterm()
-    for _ in ending.in_processes(stay, [1, 2, 3], workers=2):
+    termination.()
+    for _ in termination.in_processes(stay, [1, 2, 3], workers=2):
         pass
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from load_tests.fleet_summary import OWN_SLICES, SCORES, summary
+from load_tests.fleet.summary import OWN_SLICES, SCORES, summary
 
 
 def measured() -> dict[str, Any]:

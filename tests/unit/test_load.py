@@ -6,10 +6,20 @@ from random import Random
 
 import pytest
 
-from load_tests import arrivals
-from load_tests.load import Ending, address, percentile, post
-from load_tests.short_prompts import ShortPrompts, texts
-from load_tests.sse import Raw, dechunk, parse, text_events
+from load_tests.common import arrivals
+from load_tests.common.load import (
+    Ending,
+    address,
+    percentile,
+    post,
+)
+from load_tests.common.short_prompts import ShortPrompts, texts
+from load_tests.common.sse import (
+    Raw,
+    dechunk,
+    parse,
+    text_events,
+)
 
 HEAD = b"HTTP/1.1 200 OK\r\nX-Calm-Model: sql\r\nx-calm-reason: pinned:requested\r\n"
 STREAM = HEAD + b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

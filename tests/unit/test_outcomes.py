@@ -14,7 +14,7 @@ from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome, QualitySignal
 from deployments.knowledge import outcome_outbox
 from deployments.knowledge.outcome_outbox import BATCH_ROWS, OutcomeOutbox, read_spool
-from load_tests.scale_state import slow_actor_rows
+from load_tests.scale.state import slow_actor_rows
 
 
 class Actor:

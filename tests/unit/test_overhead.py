@@ -5,11 +5,14 @@ import json
 import pytest
 import yaml
 
-from load_tests import overhead, peers, peers_ray, throughput, throughput_runs
-from load_tests.direct import arguments, bare_fleet, specs_of
-from load_tests.load import Run, post
-from load_tests.overhead import Measured, Point
-from load_tests.sse import Answer
+from load_tests.common.direct import arguments, bare_fleet, specs_of
+from load_tests.common.load import Run, post
+from load_tests.common.sse import Answer
+from load_tests.overhead import benchmark as overhead
+from load_tests.overhead.benchmark import Measured, Point
+from load_tests.peers import gateways, ray_serve
+from load_tests.throughput import benchmark as throughput
+from load_tests.throughput import runs
 
 
 def answer(ttft_s: float = 0.01, gap_s: float = 0.002, slm: str = "sql") -> Answer:
@@ -58,15 +61,15 @@ def test_a_repeat_without_answers_is_left_out() -> None:
 
 
 def test_goodput_counts_what_met_the_slo_of_its_own_slm() -> None:
-    slos = {"sql": throughput_runs.Slo(0.02, 0.003), "general": throughput_runs.Slo(0.5, 0.003)}
+    slos = {"sql": runs.Slo(0.02, 0.003), "general": runs.Slo(0.5, 0.003)}
     requests = [post("http://x:1", "/", b"", slm) for slm in ("sql", "sql", "general", "sql")]
     answers = [answer(0.01), answer(0.03), answer(0.03), Answer("status 429")]
-    assert throughput_runs.goodput(Run(answers, 9.0, 0.1), requests, slos, 4.0) == 0.5
+    assert runs.goodput(Run(answers, 9.0, 0.1), requests, slos, 4.0) == 0.5
     assert not slos["sql"].met(answer(0.01, gap_s=0.004))
 
 
 def test_the_slo_is_a_multiple_of_one_request_alone() -> None:
-    slo = throughput_runs.slo_of([answer(0.01), answer(0.01), answer(0.09)])
+    slo = runs.slo_of([answer(0.01), answer(0.01), answer(0.09)])
     assert slo.ttft_s == pytest.approx(0.1)
     assert slo.tpot_s == pytest.approx(0.01)
 
@@ -89,7 +92,7 @@ def test_ratios_are_ours_over_the_others_within_a_repeat() -> None:
     assert found["goodput_ratio_direct_vllm_azure"] == 1.0
     # A repeat in which the other side failed cannot be compared.
     assert found["tokens_ratio_smg"] == 1.3
-    measured = throughput_runs.Measured(values=values)
+    measured = runs.Measured(values=values)
     figures = throughput.figures_of(measured, sides)
     assert figures["smg.tokens_tokens_per_s"] == 50.0
     throughput.show(measured, figures, sides)
@@ -109,7 +112,7 @@ def test_the_bare_fleet_has_the_wanted_slms_and_nothing_that_names_others() -> N
 
 def test_the_complexity_router_of_the_peer_decides_and_changes_nothing() -> None:
     specs = specs_of(bare_fleet(["sql", "general"]))
-    text = peers.litellm_config(specs, {"sql": "http://a", "general": "http://b"}, "sk-1")
+    text = gateways.litellm_config(specs, {"sql": "http://a", "general": "http://b"}, "sk-1")
     models = {m["model_name"]: m["litellm_params"] for m in yaml.safe_load(text)["model_list"]}
     assert list(models) == ["sql", "auto-sql", "general", "auto-general"]
     router = models["auto-sql"]["complexity_router_config"]
@@ -119,8 +122,8 @@ def test_the_complexity_router_of_the_peer_decides_and_changes_nothing() -> None
 
 def test_the_peers_on_ray_get_the_same_engine() -> None:
     specs = specs_of(bare_fleet(["sql"]))
-    (plain,) = json.loads(peers_ray.document(specs, 1, prefix_aware=False))["llm_configs"]
-    (aware,) = json.loads(peers_ray.document(specs, 1, prefix_aware=True))["llm_configs"]
+    (plain,) = json.loads(ray_serve.document(specs, 1, prefix_aware=False))["llm_configs"]
+    (aware,) = json.loads(ray_serve.document(specs, 1, prefix_aware=True))["llm_configs"]
     assert plain["engine_kwargs"]["max_num_seqs"] == specs[0].limits.max_num_seqs
     assert "request_router_config" in aware["deployment_config"]
     assert "request_router_config" not in plain["deployment_config"]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from load_tests import paper_changes_figures as judged
-from load_tests.paper_figures import OURS, Record
-from load_tests.paper_traffic import drawn
-from load_tests.workloads import standard
+from load_tests.common.workloads import standard
+from load_tests.paper.changes import figures as judged
+from load_tests.paper.figures import OURS, Record
+from load_tests.paper.traffic import drawn
 
 
 def sent(slms: Sequence[str]) -> list[Record]:

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from load_tests import arrivals
-from load_tests.paper_figures import (
+from load_tests.common import arrivals
+from load_tests.paper.figures import (
     GENERALIST,
     OURS,
     PAPER,
@@ -19,8 +19,8 @@ from load_tests.paper_figures import (
     per_policy,
     residency,
 )
-from load_tests.paper_live import sequence
-from load_tests.paper_runs import blocks_of, quality_of, shares_of
+from load_tests.paper.live import sequence
+from load_tests.paper.runs import blocks_of, quality_of, shares_of
 
 
 def record(policy: str, place: int, **fields: object) -> Record:

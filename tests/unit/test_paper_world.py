@@ -10,13 +10,13 @@ import pytest
 from calm_serve.config import Goals
 from calm_serve.config.residency import ResidencyOptions
 from calm_serve.testing import make_context, make_fleet, make_spec
-from load_tests.paper_adaptation import first_window
-from load_tests.paper_answers import Answers, Speed, fit
-from load_tests.paper_call import Fault, Row
-from load_tests.paper_scenarios import capacity_rps, workload
-from load_tests.paper_simulated import interval, summarised
-from load_tests.paper_world import World
-from load_tests.workloads import Request
+from load_tests.common.workloads import Request
+from load_tests.paper.simulated.adaptation import first_window
+from load_tests.paper.simulated.answers import Answers, Speed, fit
+from load_tests.paper.simulated.benchmark import interval, summarised
+from load_tests.paper.simulated.call import Fault, Row
+from load_tests.paper.simulated.scenarios import capacity_rps, workload
+from load_tests.paper.simulated.world import World
 
 SPEED = Speed(
     first_s=0.02,

@@ -9,12 +9,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from calm_serve.requests.context import prefix_chain
 from calm_serve.types import ReplicaState
-from load_tests import prefix, prefix_live, prefix_world
-from load_tests.prefix_policies import Policy, Prompt, makers
-from load_tests.prefix_simulation import BlockCache, Simulation, ceiling, imbalance
-from load_tests.prefix_world import Ask, Workload
+from load_tests.prefix import benchmark, live, world
+from load_tests.prefix.policies import Policy, Prompt, makers
+from load_tests.prefix.simulation import (
+    BlockCache,
+    Simulation,
+    ceiling,
+    imbalance,
+)
+from load_tests.prefix.world import Ask, Workload
 
-SMALL = prefix_world.chats(20, 60.0)
+SMALL = world.chats(20, 60.0)
 
 
 def workload(*prompts: tuple[int, ...], every_s: float = 10.0) -> Workload:
@@ -23,21 +28,21 @@ def workload(*prompts: tuple[int, ...], every_s: float = 10.0) -> Workload:
 
 
 def chains(of: Workload) -> list[tuple[int, ...]]:
-    return [prefix_chain(text) for text in prefix_world.texts(of, 8192)]
+    return [prefix_chain(text) for text in world.texts(of, 8192)]
 
 
 def test_the_shipped_trace_is_the_published_beginning() -> None:
-    trace = prefix_world.mooncake()
+    trace = world.mooncake()
     assert len(trace.asks) == 3000
     assert trace.asks[0].input_tokens == 6758
     assert trace.asks[0].blocks == tuple(range(14))
     assert all(a.at_s <= b.at_s for a, b in zip(trace.asks, trace.asks[1:], strict=False))
     assert ceiling(trace, 1 << 60) == pytest.approx(0.32, abs=0.01)
-    assert (prefix_world.TRACE.parent / "LICENSE").is_file()
+    assert (world.TRACE.parent / "LICENSE").is_file()
 
 
 def test_every_turn_of_a_chat_holds_the_whole_history() -> None:
-    assert prefix_world.chats(20, 60.0) == SMALL
+    assert world.chats(20, 60.0) == SMALL
     last: dict[str, Ask] = {}
     for ask in SMALL.asks:
         before = last.get(ask.session)
@@ -46,34 +51,34 @@ def test_every_turn_of_a_chat_holds_the_whole_history() -> None:
             assert ask.ends[: len(before.ends)] == before.ends
         assert ask.ends[-1] == len(ask.blocks)
         last[ask.session] = ask
-    assert not any(a.session for a in prefix_world.without_sessions(SMALL).asks)
+    assert not any(a.session for a in world.without_sessions(SMALL).asks)
 
 
 def test_thinning_keeps_conversations_whole() -> None:
-    trace = prefix_world.mooncake()
-    kept = prefix_world.thinned(trace, 0.25)
+    trace = world.mooncake()
+    kept = world.thinned(trace, 0.25)
     names = {a.blocks[:2] for a in kept.asks}
     assert kept.asks == tuple(a for a in trace.asks if a.blocks[:2] in names)
     assert 0.2 < len(kept.asks) / len(trace.asks) < 0.3
 
 
 def test_copies_share_the_first_block_only() -> None:
-    doubled = prefix_world.copies(workload((1, 2), (1, 3)), 2, 5.0)
+    doubled = world.copies(workload((1, 2), (1, 3)), 2, 5.0)
     assert sorted(a.blocks[0] for a in doubled.asks) == [1, 1, 1, 1]
     assert len({b for a in doubled.asks for b in a.blocks[1:]}) == 4
 
 
 def test_a_smaller_and_a_faster_workload() -> None:
-    small = prefix_world.scaled(workload((1, 2, 3), (1, 2), (4,)), 8, 2)
+    small = world.scaled(workload((1, 2, 3), (1, 2), (4,)), 8, 2)
     assert [a.input_tokens for a in small.asks] == [16, 16, 8]
-    fast = prefix_world.at_pace(small, 1.0, 16)
+    fast = world.at_pace(small, 1.0, 16)
     assert [a.at_s for a in fast.asks] == [0.0, 0.5, 1.0]
 
 
 def test_texts_begin_alike_as_far_as_their_blocks_do() -> None:
     first, second = chains(workload(tuple(range(1, 20)), (*range(1, 10), *range(50, 60))))
     same = sum(a == b for a, b in zip(first, second, strict=True))
-    assert same == 9 * 10 * prefix_world.CHARS_PER_TOKEN // 128
+    assert same == 9 * 10 * world.CHARS_PER_TOKEN // 128
 
 
 def test_the_cache_counts_leading_blocks_and_forgets_tails_first() -> None:
@@ -142,42 +147,42 @@ def test_prompts_are_computed_one_after_the_other() -> None:
 
 
 def test_ours_reaches_the_target_on_unnamed_chats() -> None:
-    chats = prefix_world.without_sessions(prefix_world.chats(120, 300.0))
+    chats = world.without_sessions(world.chats(120, 300.0))
     result = Simulation(chats, chains(chats), 2, 1, 750).run(makers(65_536)["ours"])
     assert result.cached_share >= 0.9 * ceiling(chats, 1500)
     assert result.load_imbalance <= 1.25
 
 
 def test_figures_name_every_policy_and_the_worst_is_the_headline() -> None:
-    world = prefix.World("chats", 2, SMALL, 300)
-    figures = prefix.simulate(world, baselines=True)
+    world = benchmark.World("chats", 2, SMALL, 300)
+    figures = benchmark.simulate(world, baselines=True)
     assert {k.split(".")[3] for k in figures if k.count(".") == 4} == set(makers(1))
     every = {
         k.replace("chats.2.", f"{kind}.{n}."): v
         for k, v in figures.items()
-        for kind in prefix.KINDS
-        for n in prefix.SIZES
+        for kind in benchmark.KINDS
+        for n in benchmark.SIZES
     }
     every["mooncake.2.1.ours.share_of_ceiling"] = 0.5
     every["one_system_prompt.4.1.ours.load_imbalance"] = 3.0
-    found = prefix.headline(every)
+    found = benchmark.headline(every)
     assert found["simulated_hit_share_of_ceiling"] == 0.5
     assert found["simulated_load_imbalance"] == 3.0
     assert "hit_share_of_ceiling" not in found
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> prefix_live.Writer:
+def writer(tmp_path: Path) -> live.Writer:
     words = {word: i for i, word in enumerate(("one", "two", "three", " ", "[UNK]", "user"))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
-    return prefix_live.Writer(tmp_path)
+    return live.Writer(tmp_path)
 
 
-def test_blocks_of_text_have_the_tokens_they_say(writer: prefix_live.Writer) -> None:
+def test_blocks_of_text_have_the_tokens_they_say(writer: live.Writer) -> None:
     assert len(writer.tokenizer.encode(writer.block(7, 64)).ids) == 64
     assert writer.block(7, 64) == writer.block(7, 64) != writer.block(8, 64)
     one = writer.messages(Ask(0.0, (1, 2, 3), 0, 0), 64)
@@ -193,17 +198,17 @@ def test_blocks_of_text_have_the_tokens_they_say(writer: prefix_live.Writer) -> 
 
 def test_the_served_ceiling_leaves_the_last_token_to_the_engine() -> None:
     prompts = [(64, (1, 2)), (64, (1, 2))]
-    assert prefix_live.cached_ceiling(prompts, 10) == 32 / 128
+    assert live.cached_ceiling(prompts, 10) == 32 / 128
 
 
 def test_the_served_figures_come_from_the_rows() -> None:
     rows = [
-        prefix_live.Row("a", 100, 0, 10, 0.2),
-        prefix_live.Row("a", 100, 80, 10, 0.1),
-        prefix_live.Row("b", 100, 40, 10, 0.3),
+        live.Row("a", 100, 0, 10, 0.2),
+        live.Row("a", 100, 80, 10, 0.1),
+        live.Row("b", 100, 40, 10, 0.3),
     ]
     asks = [("chats", SMALL.asks[0], None)] * 2 + [("mooncake", SMALL.asks[0], None)]
-    found = prefix_live.summary(asks, rows, {"pooled_ceiling": 0.5})
+    found = live.summary(asks, rows, {"pooled_ceiling": 0.5})
     assert found["cached_share"] == 0.4
     assert found["hit_share_of_ceiling"] == 0.8
     assert found["load_imbalance"] == pytest.approx(140 / 105, abs=1e-4)
@@ -212,6 +217,6 @@ def test_the_served_figures_come_from_the_rows() -> None:
 
 
 def test_the_served_workloads_fit_the_model() -> None:
-    for one in prefix_live.workloads().values():
-        assert one.asks[-1].at_s == pytest.approx(prefix_live.DURATION_S)
-        assert max(a.input_tokens for a in one.asks) <= prefix_live.MOST_TOKENS
+    for one in live.workloads().values():
+        assert one.asks[-1].at_s == pytest.approx(live.DURATION_S)
+        assert max(a.input_tokens for a in one.asks) <= live.MOST_TOKENS

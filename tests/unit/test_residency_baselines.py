@@ -14,8 +14,8 @@ from calm_serve.config.residency import ResidencyPolicyName
 from calm_serve.residency.factory import build
 from calm_serve.residency.records import ModelFootprint
 from calm_serve.types import Residency
-from load_tests.belady import belady, belady_bound
-from load_tests.residency_replay import (
+from load_tests.paper.simulated.belady import belady, belady_bound
+from load_tests.paper.simulated.replay import (
     Replayed,
     ids_of,
     replay,

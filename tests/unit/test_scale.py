@@ -14,13 +14,24 @@ from calm_serve.config import Fleet
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.testing import FakeClock, make_facts, make_fleet, make_outcome, make_replica
 from deployments.router.live_state import FACTS_LIFETIME_S
-from load_tests import scale_simulation
-from load_tests.scale import conclusions
-from load_tests.scale_curves import OFFERED, REPLICAS, ReplicaCase, cost, exponent
-from load_tests.scale_router import QueueCache, RouterProcess
-from load_tests.scale_simulation import Cluster, Simulation, Traffic, spread
-from load_tests.scale_staleness import Balance, Setting, settings
-from load_tests.scale_state import sizes
+from load_tests.scale import simulation
+from load_tests.scale.benchmark import conclusions
+from load_tests.scale.curves import (
+    OFFERED,
+    REPLICAS,
+    ReplicaCase,
+    cost,
+    exponent,
+)
+from load_tests.scale.router import QueueCache, RouterProcess
+from load_tests.scale.simulation import (
+    Cluster,
+    Simulation,
+    Traffic,
+    spread,
+)
+from load_tests.scale.staleness import Balance, Setting, settings
+from load_tests.scale.state import sizes
 
 BODY = b'{"model": "auto", "messages": [{"role": "user", "content": "hello"}]}'
 
@@ -30,7 +41,7 @@ def _plain_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     def body(path: str, chars: int, rng: Random, fleet: Fleet) -> bytes:
         return BODY.replace(b"hello", b"h" * rng.randrange(1, chars))
 
-    monkeypatch.setattr(scale_simulation, "body", body)
+    monkeypatch.setattr(simulation, "body", body)
 
 
 def simulate(seed: int = 1, requests: int = 300) -> Simulation:

@@ -9,9 +9,10 @@ import pytest
 
 from deployments.reference_fleet.evalrows import load
 from deployments.reference_fleet.wrappers import TELLING
-from load_tests import fleet, report
-from load_tests.asking import Answer
-from load_tests.workloads import request, standard
+from load_tests.common import report
+from load_tests.common.asking import Answer
+from load_tests.common.workloads import request, standard
+from load_tests.fleet import benchmark
 
 
 def test_the_workload_is_the_same_every_time_and_another_with_another_seed() -> None:
@@ -61,15 +62,15 @@ def test_a_report_says_what_it_was_measured_on(tmp_path: Path) -> None:
     assert document["machine"]["cores"]
 
 
-def _asked(text: str) -> fleet.Asked:
+def _asked(text: str) -> benchmark.Asked:
     row = next(r for r in load("reason") if r.slice == "1 step")
-    return fleet.Asked(
+    return benchmark.Asked(
         "reason", row, Answer(text or row.answers[0], "reason", "pinned", "d", 0.1, 9, 9)
     )
 
 
 def test_scores_are_shares_with_intervals() -> None:
-    figures = fleet.scores([_asked(""), _asked("#### 123456")])
+    figures = benchmark.scores([_asked(""), _asked("#### 123456")])
     assert figures["reason.reason.1_step.n"] == 2
     assert figures["reason.reason.1_step.exact"] == 0.5
     low, high = figures["reason.reason.1_step.exact_ci95"]
@@ -77,12 +78,12 @@ def test_scores_are_shares_with_intervals() -> None:
 
 
 def test_every_row_goes_to_its_specialist_and_to_the_generalist() -> None:
-    pairs = fleet.questions(["general"], limit=2)
+    pairs = benchmark.questions(["general"], limit=2)
     assert Counter(slm for slm, row in pairs if row.slice == "advising") == {"sql": 2, "general": 2}
-    assert {slm for slm, row in pairs if row.task == "mixed"} == {*fleet.SPECIALISTS, "general"}
+    assert {slm for slm, row in pairs if row.task == "mixed"} == {*benchmark.SPECIALISTS, "general"}
     assert {slm for slm, row in pairs if row.task == "chat"} == {"general"}
 
 
 def test_adapter_rows_carry_answers_in_the_adapters_schema() -> None:
-    rows = fleet.adapter_rows("music", limit=5)
+    rows = benchmark.adapter_rows("music", limit=5)
     assert all(set(json.loads(r.answers[0])) == {"action", "music"} for r in rows)

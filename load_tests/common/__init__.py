@@ -1,0 +1,1 @@
+"""Shared by the benchmarks: load, arrivals, the served fleet, workloads, reports."""

@@ -1,0 +1,55 @@
+"""Chat requests of about 60 prompt tokens, no two alike, with a fixed length of the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import count, cycle
+from random import Random
+from typing import Any
+
+from deployments.reference_fleet.evalrows import load
+from load_tests.common.load import Request, post
+
+OUTPUT_TOKENS = 64
+SEED = 11
+DEFAULT_TEXTS = 400
+
+
+def texts(count: int, seed: int = SEED) -> list[str]:
+    """Pairs of held-out questions, the same for the same seed."""
+    rows = [row.prompt for row in load("sql") if row.side == "workload"]
+    rng = Random(seed)
+    return [" ".join(rng.sample(rows, 2)) for _ in range(count)]
+
+
+class ShortPrompts:
+    """Makes requests of the texts in turns, each with a number before it: no prefix is reused."""
+
+    def __init__(self, use: Sequence[str] = (), output_tokens: int = OUTPUT_TOKENS) -> None:
+        self._texts = cycle(use or texts(DEFAULT_TEXTS))
+        self._count = count(1)
+        self._output_tokens = output_tokens
+
+    def body(self, model: str, *, stream: bool) -> dict[str, Any]:
+        """The next request's document."""
+        number = next(self._count)
+        text = f"No. {number}: {next(self._texts)}"
+        found: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": self._output_tokens,
+            "ignore_eos": True,
+            "temperature": 1,
+            "seed": number,
+        }
+        if stream:
+            found |= {"stream": True, "stream_options": {"include_usage": True}}
+        return found
+
+    def request(
+        self, url: str, model: str, *, slm: str = "", stream: bool = True, key: str = ""
+    ) -> Request:
+        """The next request to an endpoint; `slm` is the model that is meant where it differs."""
+        body = json.dumps(self.body(model, stream=stream)).encode()
+        return post(url, "/v1/chat/completions", body, slm or model, key)

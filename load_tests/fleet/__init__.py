@@ -1,0 +1,1 @@
+"""What every model of the fleet answers, and what it costs, as served."""

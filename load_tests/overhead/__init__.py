@@ -1,0 +1,1 @@
+"""Latency that our path adds to the same engine asked directly."""

@@ -1,0 +1,1 @@
+"""The CALM paper's experiment, served."""

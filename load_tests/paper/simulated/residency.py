@@ -1,0 +1,104 @@
+"""Who should have been in memory: residency policies on traces of whom requests preferred.
+
+A trace is what the real router prefers with every SLM awake. It is replayed against each policy's
+planner and against Belady's optimum; waking takes no time here, so only the choice of whom to keep
+is compared. `paper_scenarios` has the served hit rate, where the router sees who is awake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from calm_serve.config import Goals, ResidencyPolicyName
+from calm_serve.residency import ModelFootprint, build
+from calm_serve.routing import ModelSelector
+from calm_serve.types import Residency
+from load_tests.common import arrivals
+from load_tests.paper.simulated.answers import Answers, shipped
+from load_tests.paper.simulated.belady import belady, belady_bound
+from load_tests.paper.simulated.memory import NODE, half
+from load_tests.paper.simulated.replay import ids_of, replay
+from load_tests.paper.simulated.scenarios import Figures, options_of, workload
+
+ARRIVALS = 3000
+RATE_RPS = 0.5  # slow enough for the guards against thrash, about that of the paper's 25 per minute
+PHASE = 60  # requests of mostly two tasks
+PHASE_RATIO = 0.9
+POLICIES = tuple(ResidencyPolicyName)
+
+
+def traces(answers: Answers, seed: int) -> Figures:
+    """Hit rates on shuffled requests, and on requests whose tasks come in phases."""
+    rng = Random(seed)
+    at_s = arrivals.day(ARRIVALS, RATE_RPS, rng)
+    found: Figures = {}
+    for name, requests in (
+        ("mixed", [r for _, r in workload(answers, at_s, seed)]),
+        ("phases", _phases(answers, rng)),
+    ):
+        preferred = _preferred(answers, requests)
+        trace = list(zip(at_s, preferred, strict=True))
+        found |= {f"trace.{name}.{k}": v for k, v in _equal(answers, trace).items()}
+        found |= {f"trace.{name}.{k}": v for k, v in _by_bytes(answers, trace).items()}
+    return found
+
+
+def _equal(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
+    """Equal places for half of the SLMs."""
+    ids = [s.id for s in answers.fleet.slms]
+    places = len(ids) // 2
+    best = belady(ids_of(trace), places, ids[:places]) / len(trace)
+    # The same with the right not to load what is asked for: what prefetch can be compared with.
+    found: Figures = {"belady": best}
+    for policy in POLICIES:
+        occupants = [_occupant(answers, i, 1, n < places) for n, i in enumerate(ids)]
+        planner = build(options_of(policy, places), latency_per_s=0.1, energy_per_j=0.002)
+        hits = replay(trace, planner, occupants, places)
+        found[f"{policy}.hit_rate"] = hits.hit_ratio
+        found[f"{policy}.hit_ratio_belady"] = hits.hit_ratio / best
+        found[f"{policy}.swaps_per_request"] = hits.swaps / len(trace)
+        found[f"{policy}.refused"] = float(hits.refused)
+    return found
+
+
+def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
+    """Declared bytes; Belady's rate is a bound then."""
+    budget, left, first = half(answers), half(answers), list[str]()
+    sizes = {s.id: s.declared_bytes for s in answers.fleet.slms}
+    for slm_id, size in sizes.items():
+        if size <= left:
+            first.append(slm_id)
+            left -= size
+    occupants = [_occupant(answers, i, size, i in first) for i, size in sizes.items()]
+    planner = build(
+        options_of(ResidencyPolicyName.CALM, budget), latency_per_s=0.1, energy_per_j=0.002
+    )
+    hits = replay(trace, planner, occupants, budget)
+    bound = belady_bound(ids_of(trace), sizes, budget, first) / len(trace)
+    return {"bytes.calm.hit_rate": hits.hit_ratio, "bytes.belady_bound": bound}
+
+
+def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootprint:
+    speed = answers.speeds[slm_id]
+    tier = Residency.HOT if hot else Residency.ASLEEP
+    return ModelFootprint(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)
+
+
+def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:
+    loop = ModelSelector(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
+    chosen = {i: loop.decide_context(answers.contexts[i]).slm_id for i in sorted(set(requests))}
+    return [chosen[i] for i in requests]
+
+
+def _phases(answers: Answers, rng: Random) -> list[int]:
+    """Requests of which most of each PHASE are of two tasks, as when users come in groups."""
+    tasks = answers.tasks()
+    by_task = {t: [i for i, task in enumerate(tasks) if task == t] for t in sorted(set(tasks))}
+    found: list[int] = []
+    while len(found) < ARRIVALS:
+        pool = [i for task in rng.sample(sorted(by_task), 2) for i in by_task[task]]
+        for _ in range(PHASE):
+            usual = rng.random() < PHASE_RATIO
+            found.append(rng.choice(pool) if usual else rng.randrange(len(answers)))
+    return found[:ARRIVALS]

@@ -1,0 +1,1 @@
+"""Other gateways, run beside ours."""

@@ -1,0 +1,1 @@
+"""Prefix-cache affinity and load of replica choice."""

@@ -1,0 +1,1 @@
+"""Quality, latency and energy of routing against other policies."""

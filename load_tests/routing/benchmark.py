@@ -1,0 +1,173 @@
+"""What routing is worth on the standard workload: quality, latency and energy of policies.
+
+Every request of `workloads.standard()` goes, pinned and greedy, to every SLM of the reference
+fleet, and once to `/v1/route`, which decides and runs nothing. A policy's figures are the means
+over the answers of the SLMs that it chooses, so all policies are judged on the same answers. The
+shipped predictor was fitted on the other half of the held-out rows: in-domain, not in-sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from deployments.reference_fleet.grading import credit, marks
+from load_tests.common import report
+from load_tests.common.asking import Question, ask_all, max_tokens
+from load_tests.common.served import fleet_file, served
+from load_tests.common.workloads import Request, standard
+from load_tests.routing import plots
+
+CONCURRENCY = 8
+RESAMPLES = 2000
+SEED = 5
+MEASURES = ("exact", "credit", "latency_s", "energy_j")
+TOKENS = ("prompt_tokens", "output_tokens")
+GENERALIST = "general"
+
+Table = NDArray[np.float64]  # [requests, SLMs]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What every SLM did with every request, and what was decided."""
+
+    slms: tuple[str, ...]
+    tables: dict[str, Table]  # one of shape [requests, SLMs] for each of MEASURES and of TOKENS
+    chosen: list[str]
+    reasons: Counter[str]
+
+
+async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> Measured:
+    """Decide every request, then ask every SLM all of them, one SLM after the other."""
+    chosen: list[str] = []
+    reasons: Counter[str] = Counter()
+    async with httpx.AsyncClient(base_url=url, timeout=60.0) as client:
+        for one in tqdm(asked, desc="route", mininterval=1.0):
+            body = {"model": "auto", "messages": one.messages}
+            decision = (await client.post("/v1/route", json=body)).raise_for_status().json()
+            # Exploration is a deliberate detour; the best candidate is what is judged.
+            chosen.append(decision["candidates"][0]["slm_id"])
+            reasons[decision["path"]] += 1
+    tables = {name: np.zeros((len(asked), len(slms))) for name in MEASURES + TOKENS}
+    for column, slm in enumerate(slms):
+        sent = [Question(slm, r.messages, max_tokens(r.row.task)) for r in asked]
+        for row, answer in enumerate(await ask_all(url, sent, CONCURRENCY, slm)):
+            task, wanted = asked[row].row.task, list(asked[row].row.answers)
+            tables["exact"][row, column] = marks(task, answer.text, wanted)["exact"]
+            tables["credit"][row, column] = credit(task, answer.text, wanted)
+            tables["latency_s"][row, column] = answer.latency_s
+            tables["prompt_tokens"][row, column] = answer.prompt_tokens
+            tables["output_tokens"][row, column] = answer.completion_tokens
+    async with httpx.AsyncClient(base_url=url, timeout=60.0) as client:
+        rows = (await client.get("/v1/fleet")).raise_for_status().json()["slms"]
+    joules = {row["id"]: row["energy_j_per_token"] or 0.0 for row in rows}
+    tables["energy_j"] = tables["output_tokens"] * np.array([joules[slm] for slm in slms])
+    return Measured(slms, tables, chosen, reasons)
+
+
+def policies(measured: Measured, asked: Sequence[Request]) -> dict[str, Table]:
+    """Policy to its probability of each SLM for each request, [requests, SLMs]."""
+    slms, count = measured.slms, len(asked)
+    place = {slm: i for i, slm in enumerate(slms)}
+    each = np.eye(len(slms))
+    auto = each[[place[slm] for slm in measured.chosen]]
+    tasks = [r.row.task if r.row.task in place else GENERALIST for r in asked]
+    # The best answer, and of equally good ones the one that costs least.
+    value = measured.tables["credit"] - 1e-3 * measured.tables["energy_j"]
+    best = int(measured.tables["credit"].mean(axis=0).argmax())
+    return {
+        "calm": auto,
+        f"best single ({slms[best]})": np.tile(each[best], (count, 1)),
+        "random": np.full((count, len(slms)), 1.0 / len(slms)),
+        "shares of calm, content-blind": np.tile(auto.mean(axis=0), (count, 1)),
+        "task label (knows the task)": each[[place[task] for task in tasks]],
+        "oracle (knows the answers)": each[value.argmax(axis=1)],
+    }
+
+
+def score(measured: Measured, weights: Table, rows: NDArray[np.bool_]) -> dict[str, Any]:
+    """Means of every measure over the chosen rows with 95 % bootstrap intervals over requests."""
+    rng = np.random.default_rng(SEED)
+    found: dict[str, Any] = {}
+    for name, table in measured.tables.items():
+        each = (table * weights).sum(axis=1)[rows]
+        drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].mean(axis=1)
+        found[name] = round(float(each.mean()), 4)
+        found[f"{name}_ci95"] = [round(float(q), 4) for q in np.quantile(drawn, [0.025, 0.975])]
+    return found
+
+
+def figures_of(measured: Measured, asked: Sequence[Request]) -> dict[str, Any]:
+    """`slice.policy.measure` for the whole workload, its bare half and hard problems."""
+    bare = np.array([not r.told for r in asked])
+    hard = np.array([r.row.task == "reason" and r.row.difficulty == "hard" for r in asked])
+    slices = {"all": np.full(len(asked), True), "bare": bare, "hard_reason": hard}
+    found: dict[str, Any] = {}
+    for part, rows in slices.items():
+        found[f"{part}.n"] = int(rows.sum())
+        for policy, weights in policies(measured, asked).items():
+            for name, value in score(measured, weights, rows).items():
+                found[f"{part}.{policy}.{name}"] = value
+    for slm, count in Counter(measured.chosen).items():
+        found[f"share.{slm}"] = round(count / len(asked), 4)
+    for path, count in measured.reasons.items():
+        found[f"path.{path}"] = round(count / len(asked), 4)
+    return found
+
+
+def show(measured: Measured, asked: Sequence[Request], figures: dict[str, Any]) -> None:
+    """Print the policies of each slice, and who got which task."""
+    names = list(policies(measured, asked))
+    for part in ("all", "bare", "hard_reason"):
+        rows = []
+        for policy in names:
+            cells = []
+            for name in MEASURES:
+                key = f"{part}.{policy}.{name}"
+                low, high = figures[f"{key}_ci95"]
+                cells.append(f"{figures[key]:.3f} ({low:.3f} to {high:.3f})")
+            rows.append([policy, *cells])
+        print(f"\n{part}: {figures[f'{part}.n']} requests")
+        print(report.table(["policy", "exact", "credit", "latency s", "energy J (est.)"], rows))
+    print("\nwho got which task (bare requests)")
+    pairs = [(r.row.task, slm) for r, slm in zip(asked, measured.chosen, strict=True) if not r.told]
+    counts = Counter(pairs)
+    tasks = sorted({task for task, _ in counts})
+    rows = [[task, *(str(counts[task, slm]) for slm in measured.slms)] for task in tasks]
+    print(report.table(["task", *measured.slms], rows))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line of the benchmark. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m load_tests routing", description=__doc__)
+    parser.add_argument("--url", help="a running service of the reference fleet; default: our own")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the picture")
+    parser.add_argument("--limit", type=int, default=0, help="requests of the workload; 0 is all")
+    parser.add_argument("--answers", type=Path, help="write every answer as a table (npz)")
+    chosen = parser.parse_args(arguments)
+    slms = tuple(entry["id"] for entry in fleet_file("reference")["slms"])
+    asked = standard()[: chosen.limit or None]
+    with nullcontext(chosen.url) if chosen.url else served() as url:
+        measured = asyncio.run(measure(url, slms, asked))
+    if chosen.answers:
+        values: dict[str, Any] = {n: t.astype(np.float32) for n, t in measured.tables.items()}
+        np.savez_compressed(chosen.answers, slms=np.array(slms), **values)
+    figures = figures_of(measured, asked)
+    show(measured, asked, figures)
+    plots.draw(chosen.plots, figures, list(policies(measured, asked)))
+    config = {"concurrency": CONCURRENCY, "requests": len(asked), "resamples": RESAMPLES}
+    report.write(chosen.json, "routing", config, figures)
+    return 0

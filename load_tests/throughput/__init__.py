@@ -1,0 +1,1 @@
+"""Saturated tokens/s and goodput."""

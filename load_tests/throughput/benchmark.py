@@ -1,0 +1,204 @@
+"""Saturated tokens per second and goodput of two SLMs, against the same vLLM engines without us.
+
+All sides are resident and are loaded in turns with the same requests, half for each SLM. Goodput is
+the requests per second, of an open loop at a share of what direct vLLM can take, that meet the SLO:
+time to first token and time per token within stated multiples of what direct vLLM needs for one
+request alone. With `--peers` other gateways take part, in front of the same vLLM servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from load_tests.common import arrivals, report
+from load_tests.common.direct import (
+    arguments,
+    bare_fleet,
+    direct,
+    specs_of,
+)
+from load_tests.common.load import median
+from load_tests.common.served import served
+from load_tests.common.short_prompts import OUTPUT_TOKENS
+from load_tests.peers import gateways
+from load_tests.peers.gateways import Side
+from load_tests.throughput import plots
+from load_tests.throughput.runs import (
+    CONCURRENCY,
+    DIRECT,
+    LOAD_RATIO,
+    OPEN_S,
+    OURS,
+    REQUESTS,
+    Bench,
+    Calibration,
+    Measured,
+    calibrate,
+)
+
+SLMS = ("sql", "general")
+REPEATS = 5
+
+Figures = dict[str, Any]
+
+
+def ratios(values: Mapping[str, Sequence[float]], sides: Sequence[str]) -> Figures:
+    """Ours over each other side within a repeat, medians over the repeats, with the range."""
+    found: Figures = {}
+    for load in dict.fromkeys(name.partition("/")[0] for name in values):
+        ours = values.get(f"{load}/{OURS}", ())
+        for side in sides:
+            other = values.get(f"{load}/{side}", ())
+            pairs = [a / b for a, b in zip(ours, other, strict=False) if b > 0]
+            if side == OURS or not pairs:
+                continue
+            kind, _, rest = load.partition("_")
+            name = f"{kind}_ratio_{side}{'_' + rest if rest else ''}"
+            found[name] = round(median(pairs), 4)
+            found[f"{name}_range"] = [round(min(pairs), 4), round(max(pairs), 4)]
+    return found
+
+
+def figures_of(measured: Measured, sides: Sequence[str]) -> Figures:
+    """Medians of every load and side, and ours over the others."""
+    found = ratios(measured.values, sides)
+    for name, values in measured.values.items():
+        load, _, side = name.partition("/")
+        unit = "tokens_per_s" if load.startswith("tokens") else "requests_per_s"
+        found[f"{side}.{load}_{unit}"] = round(median(values), 2)
+    return found
+
+
+def show(measured: Measured, figures: Figures, sides: Sequence[str]) -> None:
+    """Print the table of the sides."""
+    loads = list(dict.fromkeys(name.partition("/")[0] for name in measured.values))
+    rows = []
+    for side in sides:
+        cells = []
+        for load in loads:
+            values = measured.values.get(f"{load}/{side}")
+            cells.append(f"{median(values):.1f}" if values else "-")
+            kind, _, rest = load.partition("_")
+            ratio = figures.get(f"{kind}_ratio_{side}{'_' + rest if rest else ''}")
+            cells.append(f"{ratio:.3f}" if ratio is not None else "-")
+        rows.append([side, *cells])
+    names = {load: load.replace("tokens", "tok/s").replace("goodput", "req/s") for load in loads}
+    head = [cell for load in loads for cell in (names[load].replace("_", " "), "ours / it")]
+    print("\n" + report.table(["side", *head], rows))
+    print(
+        f"gaps of the trace's windows vary {measured.variation} (Poisson: 1); load generator at "
+        f"most {measured.client_cpu_ratio:.2f} of a core, {1e3 * measured.late_s:.0f} ms late; "
+        f"errors {dict(measured.errors) or 'none'}"
+    )
+
+
+class Throughput:
+    """The rounds of one run of the benchmark, and what came of them.
+
+    Ours and `direct` take part in every round; a round's peers run only for its length.
+    """
+
+    def __init__(self, own: Sequence[Side], trace: Sequence[float], repeats: int) -> None:
+        self.figures: Figures = {}
+        self.values: dict[str, list[float]] = {}
+        self.sides: list[str] = []
+        self.errors: Counter[str] = Counter()
+        self.variation: list[float] = []
+        self._own = list(own)
+        self._trace = trace
+        self._repeats = repeats
+        self.calibration = asyncio.run(calibrate(self._own[0]))
+        _say(self.calibration)
+
+    def round(self, others: Sequence[Side]) -> None:
+        """Measure one round. What the first round found of ours and `direct` stays."""
+        sides = [*self._own, *others]
+        bench = Bench(sides, self._trace, self._repeats, self.calibration)
+        measured = asyncio.run(bench.run())
+        names = [side.name for side in sides]
+        figures = figures_of(measured, names)
+        show(measured, figures, names)
+        self.figures = {**figures, **self.figures}
+        self.values = {**measured.values, **self.values}
+        self.sides += [name for name in names if name not in self.sides]
+        self.errors += measured.errors
+        self.variation = self.variation or measured.variation
+        busiest = max(self.figures.get("client_cpu_ratio", 0.0), measured.client_cpu_ratio)
+        self.figures["client_cpu_ratio"] = round(busiest, 3)
+        self.figures["errors"] = self.errors.total()
+
+
+def main(arguments_: Sequence[str]) -> int:
+    """Command line of the benchmark. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m load_tests throughput", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    names = ", ".join(name for group in gateways.GROUPS for name in group)
+    parser.add_argument("--peers", action="store_true", help=f"also {names} (longer)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="default: %(default)s")
+    chosen = parser.parse_args(arguments_)
+    fleet = bare_fleet(SLMS)
+    specs = specs_of(fleet)
+    for spec in specs:
+        print(f"{spec.id}: {' '.join(arguments(spec)[2:])}")
+    folder = os.environ.get("DATA_DIR")
+    trace = arrivals.read_trace(Path(folder)) if folder else []
+    if not trace:
+        print("without the Azure trace: DATA_DIR is not set")
+    refused: dict[str, str] = {}
+    with direct(specs) as urls, served(fleet) as ours:
+        base = Side(DIRECT, {slm: (urls[slm], slm) for slm in SLMS})
+        run = Throughput(
+            [base, Side(OURS, {slm: (ours, slm) for slm in SLMS})], trace, chosen.repeats
+        )
+        for group in gateways.GROUPS if chosen.peers else ((),):
+            with ExitStack() as stack:
+                started, errors = gateways.start(stack, group, specs, urls)
+                refused |= errors
+                if started or not run.figures:
+                    run.round(started)
+    for name, why in refused.items():
+        print(f"\n{name} did not run: {why}")
+    plots.draw(report.PLOTS, run.values, run.sides)
+    config = {
+        "engines": {spec.id: arguments(spec) for spec in specs},
+        "output_tokens": OUTPUT_TOKENS,
+        "concurrency": CONCURRENCY,
+        "requests": REQUESTS,
+        "repeats": chosen.repeats,
+        "offered_ratio": LOAD_RATIO,
+        "open_loop_s": OPEN_S,
+        "trace_variation": run.variation,
+        "errors": dict(run.errors),
+        "peers": gateways.VERSIONS if chosen.peers else {},
+        "did_not_run": refused,
+        **_offered(run.calibration),
+    }
+    report.write(chosen.json, "throughput", config, run.figures)
+    return 0
+
+
+def _offered(calibration: Calibration) -> Figures:
+    return {
+        "offered_requests_per_s": round(calibration.rate_per_s, 2),
+        "slo_ms": {
+            slm: {"ttft": round(1e3 * slo.ttft_s, 1), "tpot": round(1e3 * slo.tpot_s, 2)}
+            for slm, slo in calibration.slos.items()
+        },
+    }
+
+
+def _say(calibration: Calibration) -> None:
+    for slm, slo in calibration.slos.items():
+        print(f"SLO {slm}: TTFT <= {1e3 * slo.ttft_s:.0f} ms, TPOT <= {1e3 * slo.tpot_s:.1f} ms")
+    print(
+        f"{CONCURRENCY} at once: {REQUESTS} requests of {OUTPUT_TOKENS} tokens; open loops: "
+        f"{calibration.rate_per_s:.1f} requests/s for {OPEN_S:.0f} s",
+        flush=True,
+    )
