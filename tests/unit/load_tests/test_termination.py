@@ -17,7 +17,7 @@ import pytest
 from load_tests import __main__ as benchmarks
 from load_tests.fleet import fit_predictor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Two workers that say who they are and then never end by themselves.
 SCRIPT = """
 import os, signal
@@ -28,7 +28,7 @@ def stay(number):
     signal.pause()
 
 if __name__ == "__main__":
-    termination.()
+    termination.exit_on_sigterm()
     for _ in termination.in_processes(stay, [1, 2, 3], workers=2):
         pass
 """

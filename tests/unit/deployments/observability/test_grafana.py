@@ -11,7 +11,7 @@ import pytest
 
 from deployments.observability.catalogue import METRICS
 
-PATH = Path(__file__).parents[2] / "deployments" / "observability" / "grafana" / "calm_serve.json"
+PATH = Path(__file__).parents[4] / "deployments" / "observability" / "grafana" / "calm_serve.json"
 DASHBOARD: dict[str, Any] = json.loads(PATH.read_text())
 PANELS = [p for p in DASHBOARD["panels"] if p["type"] != "row"]
 EXPRESSIONS = [t["expr"] for p in PANELS for t in p["targets"]]

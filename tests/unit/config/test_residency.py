@@ -13,7 +13,7 @@ from calm_serve.config.loading import check_budget, load_args, load_fleet
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_fleet, make_spec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def slm(slm_id: str, size: int = 100, **fields: Any) -> Any:
