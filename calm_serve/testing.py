@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
 
@@ -20,14 +20,18 @@ from calm_serve.types import (
     Decision,
     DecisionPath,
     DecisionReason,
+    DecisionSummary,
     EngineFacts,
     Outcome,
     OutputShape,
     Prediction,
+    PredictorVersion,
+    PromptFeatures,
     ReplicaState,
     Residency,
     RoutingContext,
     SLMState,
+    Timing,
     Versions,
 )
 
@@ -35,6 +39,7 @@ __all__ = [
     "EngineSimulator",
     "FakeClock",
     "Served",
+    "change_outcome",
     "make_context",
     "make_decision",
     "make_facts",
@@ -46,6 +51,9 @@ __all__ = [
     "make_spec",
     "make_state",
 ]
+
+
+VERSIONS = Versions(PredictorVersion("prior"), "goals", "fleet")
 
 
 class FakeClock:
@@ -101,8 +109,7 @@ def make_context(**fields: Any) -> RoutingContext:
             "session_key": "",
             "prefix_family": "00000001",
             "prefix_chain": (1,),
-            "numbers": (1.0,) * len(NUMBER_NAMES),
-            "buckets": (3, 7),
+            "features": PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, 7)),
             **fields,
         }
     )
@@ -151,7 +158,7 @@ def make_decision(slm_id: str = "small", *others: str, **fields: Any) -> Decisio
             ),
             "ranking": ranking,
             "context": context,
-            "versions": Versions("prior", "goals", "fleet"),
+            "versions": VERSIONS,
             **fields,
         }
     )
@@ -163,42 +170,54 @@ def make_facts(replica_id: str = "replica", **fields: Any) -> EngineFacts:
     return EngineFacts(replica_id, **{**values, **fields})
 
 
-def make_outcome(outcome_id: str = "request", **fields: Any) -> Outcome:
-    """One answered request of the SLM "small", without a quality signal."""
-    return Outcome(
-        **{
-            "outcome_id": outcome_id,
-            "at": 1000.0,
-            "slm_id": "small",
-            "adapter": "",
-            "path": "scored",
-            "reason": "best_score",
-            "rule": "",
-            "propensity": 1.0,
-            "status": "ok",
-            "http_status": 200,
-            "retries": 0,
-            "predicted_replica": "replica",
-            "served_replica": "replica",
-            "cold": False,
-            "ttft_s": 0.05,
-            "e2e_s": 0.15,
-            "tpot_s": 0.01,
-            "decision_s": 0.0003,
-            "prompt_tokens": 100,
-            "cached_tokens": 0,
-            "output_tokens": 10,
-            "energy_j": 1.0,
-            "energy_source": "estimate",
-            "task": "",
-            "numbers": (1.0,) * len(NUMBER_NAMES),
-            "buckets": (3, 7),
-            "load": (0.0,) * len(LOAD_NAMES),
-            "predicted": (0.5, 64.0, 0.05, 0.01, 6.4),
-            "versions": ("prior", "goals", "fleet"),
-            **fields,
-        }
+# Field of a sub-record -> the sub-record's field in Outcome; the factories take them by these names.
+_PARTS: dict[str, tuple[str, str]] = {
+    **{f.name: ("decision", f.name) for f in fields(DecisionSummary)},
+    **{f.name: ("features", f.name) for f in fields(PromptFeatures)},
+    **{f.name: ("timing", f.name) for f in fields(Timing)},
+    **{f.name: ("engine", f.name) for f in fields(EngineFacts) if f.name != "ttft_s"},
+    "engine_ttft_s": ("engine", "ttft_s"),
+}
+
+
+def make_outcome(outcome_id: str = "request", **values: Any) -> Outcome:
+    """One answered request of the SLM "small", without a quality signal.
+
+    `values` may also be of the sub-records' fields, as in `make_outcome(ttft_s=0.2, path="rule")`;
+    the engine's own TTFT is `engine_ttft_s`.
+    """
+    slm_id = values.get("slm_id", "small")
+    usual = Outcome(
+        outcome_id,
+        slm_id,
+        at=1000.0,
+        predicted_replica="replica",
+        decision=DecisionSummary(
+            path="scored",
+            reason="best_score",
+            versions=VERSIONS,
+            predicted=make_prediction(slm_id),
+            load_features=(0.0,) * len(LOAD_NAMES),
+        ),
+        features=PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, 7)),
+        timing=Timing(ttft_s=0.05, e2e_s=0.15, tpot_s=0.01, decision_s=0.0003),
+        engine=EngineFacts("replica", prompt_tokens=100, output_tokens=10, energy_j=1.0),
     )
+    return change_outcome(usual, **values)
+
+
+def change_outcome(outcome: Outcome, **values: Any) -> Outcome:
+    """A copy with other values, of sub-records too; see `make_outcome`."""
+    parts: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        part, field = _PARTS.get(name, ("", name))
+        if part:
+            parts.setdefault(part, {})[field] = value
+        else:
+            own[name] = value
+    changed = {p: replace(own.pop(p, getattr(outcome, p)), **v) for p, v in parts.items()}
+    return replace(outcome, **changed, **own)
 
 
 @dataclass(frozen=True, slots=True)

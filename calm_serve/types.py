@@ -7,9 +7,8 @@ wire, replayed and compared. Units are in the names: `_s` seconds, `_ms` millise
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 
 class DecisionPath(StrEnum):
@@ -22,6 +21,13 @@ class DecisionPath(StrEnum):
     BASELINE = "baseline"  # stage 2 by another policy than this project's, to compare with
     EXPLORED = "explored"  # a logged deviation, to keep the estimates honest
     FALLBACK = "fallback"  # the winner failed before its first byte
+
+
+# Which decisions chose by score: the best score won; the same, or a logged deviation from it; the
+# same, or by another policy. Rules, pins and failovers did not choose freely.
+BEST_SCORE_PATHS = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
+SCORED_PATHS = BEST_SCORE_PATHS | {DecisionPath.EXPLORED}
+FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE}
 
 
 class DecisionReason(StrEnum):
@@ -58,41 +64,54 @@ class Residency(StrEnum):
     DEAD = "dead"
 
 
-WORD_BUCKETS = 512  # `RoutingContext.buckets` below this are words, the others pairs of words
+WORD_BUCKETS = 512  # `PromptFeatures.buckets` below this are words, the others pairs of words
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFeatures:
+    """Everything that a predictor reads of a prompt: plain numbers, no text."""
+
+    numbers: tuple[float, ...] = ()  # in the order of `requests.NUMBER_NAMES`
+    buckets: tuple[int, ...] = ()  # indices of the hashed words present, sorted, unique
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLevel:
+    """The service level objectives that a request named; None where it named none."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingContext:
     """What the decision may know of a request: plain fields, no prompt text.
 
-    Built once per request by `analyze.features.ContextBuilder`, in bounded time, without a
-    tokenizer. `numbers` and `buckets` together are everything the predictor sees of the prompt;
-    they are empty until somebody needs them (`analyze.features.fill_features`).
+    Built once per request by `requests.ContextBuilder`, in bounded time, without a tokenizer.
+    `features` are empty until a prediction or the log needs them (`requests.fill_features`).
     """
 
     request_id: str
-    requested_model: str  # "auto", an SLM id or "slm:adapter"
-    prompt_chars: int
-    prompt_tokens: int  # estimated
-    max_output_tokens: int | None
-    output_shape: OutputShape
-    turns: int
-    stream: bool
-    language: str  # ISO 639-1, "und" when unknown
-    has_code: bool
-    has_image: bool
-    safety_class: str  # "none" or the name of the safety pattern that matched
-    markers: tuple[str, ...]  # names of the marker patterns found, sorted
-    session_key: str  # hash, "" when the request names no session
-    prefix_family: str  # hash of the first blocks of the prompt
-    prefix_chain: tuple[int, ...]  # chained hashes of the prompt's first blocks
-    slo_ttft_ms: float | None = None
-    slo_tpot_ms: float | None = None
-    deadline_s: float | None = None
+    requested_model: str = "auto"  # or an SLM id, or "slm:adapter"
+    prompt_chars: int = 0
+    prompt_tokens: int = 0  # estimated
+    max_output_tokens: int | None = None
+    output_shape: OutputShape = OutputShape.TEXT
+    turns: int = 1
+    stream: bool = False
+    language: str = "und"  # ISO 639-1, "und" when unknown
+    has_code: bool = False
+    has_image: bool = False
+    safety_class: str = "none"  # or the name of the safety pattern that matched
+    markers: tuple[str, ...] = ()  # names of the marker patterns found, sorted
+    session_key: str = ""  # hash, "" when the request names no session
+    prefix_family: str = ""  # hash of the first blocks of the prompt
+    prefix_chain: tuple[int, ...] = ()  # chained hashes of the prompt's first blocks
+    slo: ServiceLevel = ServiceLevel()
     local_only: bool = False
     quality_floor: float = 0.0
-    numbers: tuple[float, ...] = ()
-    buckets: tuple[int, ...] = ()  # indices of the hashed words present, sorted, unique
+    features: PromptFeatures = PromptFeatures()
 
     @property
     def slm_id(self) -> str:
@@ -214,12 +233,26 @@ class GoalStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictorVersion:
+    """Which predictor decided: the champion, and what stood in for its prior."""
+
+    champion: str = ""  # version of the champion's artifact; "prior" before one was published
+    cold_start: str = ""  # version of the boosters of cold-start SLMs, "" without any
+    shipped: bool = False  # the champion came with the fleet: nothing was learned here yet
+
+    def __str__(self) -> str:
+        """One word for people, headers and dashboards."""
+        parts = (self.champion, self.cold_start, "shipped" if self.shipped else "")
+        return "+".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
 class Versions:
     """What decided: the same record under the same versions gives the same decision."""
 
-    predictor: str
-    goals: str
-    fleet: str
+    predictor: PredictorVersion = PredictorVersion()
+    goals: str = ""
+    fleet: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +280,13 @@ class Decision:
 class EngineFacts:
     """What only the engine knows of one answer; it travels on the SLM's last chunk."""
 
-    replica_id: str
+    replica_id: str = ""  # the replica that really served
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    queue_s: float = 0.0
+    queue_s: float | None = None  # wait inside the engine; None when it reported nothing
     ttft_s: float = 0.0
-    energy_j: float = 0.0
+    energy_j: float | None = None  # None when the engine reported nothing
     energy_source: str = "estimate"  # "counter", "rapl" or "estimate"
     running: int = 0
     waiting: int = 0
@@ -275,39 +308,90 @@ class QualitySignal:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAtDecision:
+    """The load that a request met, itself included."""
+
+    running: float  # requests per replica of the SLM
+    in_flight: int  # requests inside all SLMs
+    ttft_ratio: float  # measured over analytic TTFT, as the prediction had it
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedCandidate:
+    """One candidate of a choice as the log keeps it: its prediction, and what scored it."""
+
+    prediction: Prediction
+    hot: bool  # False where the score had a switching cost
+    calibration_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionTerms:
+    """What a choice among predicted candidates was made from; enough to make it again."""
+
+    candidates: tuple[LoggedCandidate, ...]  # the chosen one first
+    weights: Weights
+    left_out: int = 0  # further candidates that the log does not keep
+    slo: ServiceLevel = ServiceLevel()
+    quality_floor: float = 0.0  # of the request; the goals have their own
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowChoice:
+    """What a challenger would have chosen for one request."""
+
+    version: str  # of the challenger's artifact
+    slm_id: str
+    agrees: bool  # with the best choice of the predictor that decided
+    success_ratio: float  # its P(success) of the SLM that was chosen
+    gain: float  # score of its choice less that of the other, both by its own predictions
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionSummary:
+    """What an outcome keeps of its decision."""
+
+    path: str = ""  # DecisionPath
+    reason: str = ""  # DecisionReason
+    rule: str = ""
+    propensity: float = 1.0
+    versions: Versions = Versions()
+    predicted: Prediction | None = None  # of the SLM that answered; a rule predicts nothing
+    load_features: tuple[float, ...] = ()  # in the order of `prediction.LOAD_NAMES`
+    load: LoadAtDecision | None = None
+    terms: DecisionTerms | None = None  # None unless it chose among predictions
+    preferred: str = ""  # SLM that would have been chosen had all been hot; "" when not watched
+    preferred_hot: bool | None = None
+    shadow: ShadowChoice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the router measured of one request, in seconds; None where it did not come so far."""
+
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    tpot_s: float | None = None
+    decision_s: float = 0.0
+    cold: bool = False  # it waited for its SLM to wake, so it does not measure an awake one
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What happened to one request: one durable row. `outcome_id` makes delivery idempotent."""
 
     outcome_id: str  # equals the decision's id
-    at: float  # Unix time in seconds
-    slm_id: str
-    adapter: str
-    path: str
-    reason: str
-    rule: str
-    propensity: float
-    status: str  # "ok", "error", "cancelled", "rejected"
-    http_status: int
-    retries: int
-    predicted_replica: str
-    served_replica: str
-    cold: bool
-    ttft_s: float | None
-    e2e_s: float | None
-    tpot_s: float | None
-    decision_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    energy_j: float | None
-    energy_source: str
-    task: str  # label the client gave (x-calm-task), "" otherwise
-    numbers: tuple[float, ...]
-    buckets: tuple[int, ...]
-    load: tuple[float, ...]  # the live-state features the predictor saw for this SLM
-    predicted: tuple[float, ...]  # success_ratio, output_tokens, ttft_s, tpot_s, energy_j
-    versions: tuple[str, str, str]
+    slm_id: str  # that answered, else the chosen one
+    at: float = 0.0  # Unix time in seconds
+    adapter: str = ""
+    status: str = "ok"  # "ok", "error", "cancelled", "rejected"
+    http_status: int = 200
+    retries: int = 0
+    predicted_replica: str = ""
+    task: str = ""  # label the client gave (x-calm-task)
+    decision: DecisionSummary = DecisionSummary()
+    features: PromptFeatures = PromptFeatures()
+    timing: Timing = Timing()
+    engine: EngineFacts = EngineFacts()
     signals: tuple[QualitySignal, ...] = ()
-    prompt: str | None = None  # only when the operator switched prompts on
-    queue_s: float | None = None  # wait inside the engine, from its last chunk
-    extra: dict[str, Any] = field(default_factory=dict)
+    prompt_text: str | None = None  # only when the operator switched prompts on

@@ -121,7 +121,7 @@ def _lived(i: int, randomness: random.Random, truth: bool) -> Outcome:
         f"o{i}",
         at=1000.0 + i,
         slm_id=slm_id,
-        buckets=context.buckets,
+        buckets=context.features.buckets,
         load=load,
         ttft_s=math.exp(load[LOAD_NAMES.index("log_analytic_ttft")]) * slowdown,
         output_tokens=200 if slm_id == TALKER else 10,

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from calm_serve.config import Goals, SLMSpec
-from calm_serve.learning.decision_log import log_fields
+from calm_serve.learning.decision_log import decision_terms
 from calm_serve.prediction.base import Predictor, live_load
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.selector import ModelSelector
@@ -73,11 +73,11 @@ def _serve(
             propensity=decision.propensity,
             e2e_s=chosen.prediction.e2e_s * 1.5,
             energy_j=chosen.prediction.energy_j,
-            numbers=asked.numbers,
-            buckets=asked.buckets,
+            numbers=asked.features.numbers,
+            buckets=asked.features.buckets,
             load=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
             predicted=astuple(chosen.prediction)[1:6],
             versions=astuple(decision.versions),
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),
-            extra=log_fields(decision),
+            extra=decision_terms(decision),
         )

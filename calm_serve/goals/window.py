@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm_serve.routing import slo_penalty
-from calm_serve.types import Candidate, Decision, DecisionPath, Outcome, Weights
+from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
 ROWS = 192
 # A row counts half as much after this many newer ones, so a shift is mostly what is seen well
@@ -34,7 +34,6 @@ QUALITY, TTFT, E2E, ENERGY, FIXED = range(5)
 _EVIDENCE = ("ttft", "e2e", "energy", "log_ttft", "log_e2e", "joules", "predicted_joules")
 _OF_JOULES = ("energy", "joules", "predicted_joules")
 _KEEP = np.array([JOULE_KEEP if n in _OF_JOULES else TIME_KEEP for n in _EVIDENCE])
-_SCORED = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR, DecisionPath.EXPLORED))
 Array = npt.NDArray[np.float64]
 
 
@@ -95,11 +94,11 @@ class GoalWindow:
         self._at[row] = outcome.at
         self._measured[:, row] = np.nan
         if outcome.status == "ok":
-            values = (outcome.ttft_s, outcome.e2e_s, outcome.energy_j)
+            values = (outcome.timing.ttft_s, outcome.timing.e2e_s, outcome.engine.energy_j)
             self._measured[:, row] = [np.nan if v is None else max(v, TINY) for v in values]
         # After a failover what was measured is another SLM's, so it is nobody's ratio.
         answered = outcome.slm_id == decision.slm_id
-        if chosen is not None and answered and decision.path in _SCORED:
+        if chosen is not None and answered and decision.path in SCORED_PATHS:
             self._add_candidates(row, decision, kept, floor)
             self._compare(row)
 
@@ -158,7 +157,7 @@ class GoalWindow:
                 p.ttft_s,
                 p.e2e_s,
                 p.energy_j,
-                c.switching + slo_penalty(decision.context, p),
+                c.switching + slo_penalty(decision.context.slo, p),
             )
             for c in above
             if (p := c.prediction) is not None

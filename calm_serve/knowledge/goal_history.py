@@ -9,28 +9,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
 from calm_serve.config import Goals
+from calm_serve.protocol.topics import GoalChange
 
 CONFIGURATION = "configuration"  # the caller of a change that a deployment made
 MAX_LABEL_CHARS = 64
 MAX_HISTORY = 1000
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GoalChange:
-    """One entry of the audit trail. Goals as JSON-ready data, fields with defaults left out."""
-
-    at: float  # Unix time in seconds
-    by: str  # label of the caller
-    old: dict[str, Any] | None  # None: nothing was known before
-    new: dict[str, Any]
-    revision: int = 0  # grows with every change
 
 
 class GoalLog(Protocol):
@@ -62,7 +52,7 @@ class GoalHistory:
     def __init__(
         self,
         log: GoalLog,
-        publish: Callable[[dict[str, Any]], None],
+        publish: Callable[[GoalChange], None],
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         clock: Callable[[], float],
     ) -> None:
@@ -117,7 +107,7 @@ class GoalHistory:
     def _tell(self) -> None:
         # The newest, whoever asks: two changes at once must not be published in the other order.
         if self._readable() and self._newest is not None:
-            self._publish(asdict(self._newest))
+            self._publish(self._newest)
 
 
 def _plain(goals: Goals) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.knowledge.store import OutcomeStore
+from calm_serve.protocol.outcomes import OUTCOME, check
 from calm_serve.types import Outcome
 
 PAGE_ROWS = 1000
@@ -49,6 +48,6 @@ def _read_lines(path: Path) -> Iterator[Outcome]:
             if not line.strip():
                 continue
             try:
-                yield decode_outcome(json.loads(line))
-            except (ValueError, TypeError, KnowledgeError) as error:
+                yield check(OUTCOME.decode(line))
+            except KnowledgeError as error:
                 raise KnowledgeError(f"{path.name}:{number}: {error}") from error

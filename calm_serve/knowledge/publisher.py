@@ -1,4 +1,4 @@
-"""A versioned bulletin board: readers wait until something they have not seen is there."""
+"""Versioned topics: followers wait until there is a record that they have not seen."""
 
 from __future__ import annotations
 
@@ -6,47 +6,51 @@ import asyncio
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from calm_serve.protocol.topics import FORMATS, Topic, Update
+
 
 class Publisher:
-    """Latest value per key. Used from one event loop only.
+    """Latest record of each topic. Used from one event loop only.
 
-    Versions start at `first_version`. Readers compare for difference, not for order, so a board
-    that starts anew after a crash is read again as long as its first version is another one.
+    Revisions start at `first_revision`. Followers compare them for difference, not for order, so a
+    publisher that starts anew after a crash is read again as long as its first one is another.
     """
 
-    def __init__(self, first_version: int) -> None:
-        self._next = first_version
-        self._entries: dict[str, tuple[int, Any]] = {}
+    def __init__(self, first_revision: int) -> None:
+        self._next = first_revision
+        self._records: dict[Topic, Any] = {}
+        self._updates: dict[Topic, Update] = {}
         self._changed = asyncio.Event()
 
-    def publish(self, key: str, value: Any) -> None:
-        """Replace the value of `key` and wake every reader."""
-        self._entries[key] = (self._next, value)
+    def publish(self, topic: Topic, record: Any) -> None:
+        """Replace the topic's record and wake every follower. The record must not change later."""
+        self._records[topic] = record
+        self._updates[topic] = Update(self._next, FORMATS[topic].encode(record))
         self._next += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def value(self, key: str) -> Any:
-        """The latest value of `key`, None before there was one."""
-        return self._entries.get(key, (0, None))[1]
+    def record(self, topic: Topic) -> Any:
+        """The topic's latest record, None before there was one."""
+        return self._records.get(topic)
 
     def newer(
-        self, have: Mapping[str, int], keys: Collection[str] | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """Entries (of `keys`) whose version differs: key -> {"version": int, "value": ...}."""
+        self, seen: Mapping[str, int], topics: Collection[str] | None = None
+    ) -> dict[str, Update]:
+        """Updates (of `topics`) whose revision is not the one in `seen`, by topic."""
         return {
-            key: {"version": version, "value": value}
-            for key, (version, value) in self._entries.items()
-            if have.get(key) != version and (keys is None or key in keys)
+            str(topic): update
+            for topic, update in self._updates.items()
+            if seen.get(topic) != update.revision and (topics is None or topic in topics)
         }
 
     async def wait(
-        self, have: Mapping[str, int], timeout_s: float, keys: Collection[str] | None = None
-    ) -> dict[str, dict[str, Any]]:
+        self, seen: Mapping[str, int], timeout_s: float, topics: Collection[str] | None = None
+    ) -> dict[str, Update]:
         """As `newer`, after waiting up to `timeout_s` for anything; empty on timeout."""
         try:
             async with asyncio.timeout(timeout_s):
-                while not (found := self.newer(have, keys)):
+                while not (found := self.newer(seen, topics)):
                     await self._changed.wait()
         except TimeoutError:
             return {}

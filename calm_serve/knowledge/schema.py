@@ -1,43 +1,60 @@
-"""The store's tables. The columns of an outcome follow from the fields of `types.Outcome`."""
+"""The store's tables as this program uses them; `migrations` brings an older store to them."""
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
-
 import sqlalchemy as sa
-
-from calm_serve.knowledge.codec import COLUMNS
-from calm_serve.types import Outcome
-
-_TYPES: dict[Any, Any] = {
-    str: sa.Text,
-    int: sa.Integer,
-    bool: sa.Boolean,
-    float: sa.Float(53),  # double precision
-}
-
-
-def _outcome_columns() -> list[sa.Column[Any]]:
-    hints = get_type_hints(Outcome)
-    columns = []
-    for name in COLUMNS:
-        kinds = get_args(hints[name])
-        optional = type(None) in kinds
-        kind = next(k for k in kinds if k is not type(None)) if optional else hints[name]
-        # Tuples and dicts have no column type of their own: JSON keeps every float exactly.
-        sql_type = _TYPES.get(kind, sa.JSON)
-        columns.append(sa.Column(name, sql_type, nullable=optional, unique=name == "outcome_id"))
-    return columns
-
 
 METADATA = sa.MetaData()
 _ROW = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_DOUBLE = sa.Float(53)
+_JSON_OR_NULL = sa.JSON(none_as_null=True)
+
 OUTCOMES = sa.Table(
     "outcomes",
     METADATA,
     sa.Column("row", _ROW, primary_key=True, autoincrement=True),
-    *_outcome_columns(),
+    sa.Column("outcome_id", sa.Text, nullable=False, unique=True),
+    sa.Column("at", _DOUBLE, nullable=False),
+    sa.Column("slm_id", sa.Text, nullable=False),
+    sa.Column("adapter", sa.Text, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("propensity", _DOUBLE, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("http_status", sa.Integer, nullable=False),
+    sa.Column("retries", sa.Integer, nullable=False),
+    sa.Column("predicted_replica", sa.Text, nullable=False),
+    sa.Column("served_replica", sa.Text, nullable=False),
+    sa.Column("cold", sa.Boolean, nullable=False),
+    sa.Column("ttft_s", _DOUBLE, nullable=True),
+    sa.Column("e2e_s", _DOUBLE, nullable=True),
+    sa.Column("tpot_s", _DOUBLE, nullable=True),
+    sa.Column("decision_s", _DOUBLE, nullable=False),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("cached_tokens", sa.Integer, nullable=False),
+    sa.Column("output_tokens", sa.Integer, nullable=False),
+    sa.Column("energy_j", _DOUBLE, nullable=True),
+    sa.Column("energy_source", sa.Text, nullable=False),
+    sa.Column("task", sa.Text, nullable=False),
+    # JSON keeps every float exactly.
+    sa.Column("numbers", sa.JSON, nullable=False),
+    sa.Column("buckets", sa.JSON, nullable=False),
+    sa.Column("load", sa.JSON, nullable=False),
+    sa.Column("predicted", _JSON_OR_NULL, nullable=True),
+    sa.Column("versions", sa.JSON, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=True),
+    sa.Column("queue_s", _DOUBLE, nullable=True),
     sa.Column("labelled", sa.Boolean, nullable=False),
+    sa.Column("load_at_decision", _JSON_OR_NULL, nullable=True),
+    sa.Column("terms", _JSON_OR_NULL, nullable=True),
+    sa.Column("preferred", sa.Text, nullable=False),
+    sa.Column("preferred_hot", sa.Boolean, nullable=True),
+    sa.Column("shadow", _JSON_OR_NULL, nullable=True),
+    sa.Column("engine_ttft_s", _DOUBLE, nullable=False),
+    sa.Column("engine_running", sa.Integer, nullable=False),
+    sa.Column("engine_waiting", sa.Integer, nullable=False),
+    sa.Column("engine_kv_usage_ratio", _DOUBLE, nullable=False),
     sa.Index("outcomes_at", "at", "row"),
     sa.Index("outcomes_labelled", "labelled", "row"),
     sqlite_autoincrement=True,

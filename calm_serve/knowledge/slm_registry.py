@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import ConfigError
+from calm_serve.protocol.reports import ReplicaReport
+from calm_serve.protocol.topics import RegisteredSLM
 
 # An application heartbeats every few seconds; after this long without one it is gone.
 EXPIRY_S = 30.0
@@ -71,9 +73,13 @@ class SLMRegistry:
         """Registered SLM ids."""
         return tuple(self._entries)
 
-    def snapshot(self) -> dict[str, dict[str, Any]]:
-        """SLM id -> {"spec": spec as plain data, "app_name": str}."""
-        return {i: {"spec": e.spec, "app_name": e.app_name} for i, e in self._entries.items()}
+    def snapshot(self) -> dict[str, RegisteredSLM]:
+        """The registered SLMs by id."""
+        return {i: RegisteredSLM(e.spec, e.app_name) for i, e in self._entries.items()}
+
+    def to_json(self) -> str:
+        """The snapshot as `restore` reads it after a restart."""
+        return json.dumps({i: asdict(slm) for i, slm in self.snapshot().items()})
 
     def specs(self) -> tuple[SLMSpec, ...]:
         """The registered SLMs."""
@@ -97,9 +103,9 @@ class StartupStates:
     """The last start-up report of each replica, by SLM; the oldest are forgotten."""
 
     def __init__(self) -> None:
-        self._by_slm: dict[str, dict[str, dict[str, Any]]] = {}
+        self._by_slm: dict[str, dict[str, ReplicaReport]] = {}
 
-    def report(self, slm_id: str, replica_id: str, report: dict[str, Any]) -> None:
+    def report(self, slm_id: str, replica_id: str, report: ReplicaReport) -> None:
         """Keep the report as the newest of its replica."""
         replicas = self._by_slm.pop(slm_id, {})
         replicas.pop(replica_id, None)
@@ -109,6 +115,6 @@ class StartupStates:
             if len(kept) > limit:
                 del kept[next(iter(kept))]  # dicts keep insertion order: the oldest is first
 
-    def snapshot(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def snapshot(self) -> dict[str, dict[str, ReplicaReport]]:
         """SLM id -> replica id -> report."""
         return {slm: dict(replicas) for slm, replicas in self._by_slm.items()}

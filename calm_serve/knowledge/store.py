@@ -19,10 +19,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.codec import from_columns, to_columns
-from calm_serve.knowledge.goal_history import GoalChange
+from calm_serve.knowledge.columns import from_columns, to_columns
 from calm_serve.knowledge.schema import GOAL_CHANGES, META, METADATA, OUTCOMES, SIGNALS
 from calm_serve.learning import quality_label
+from calm_serve.protocol.topics import GoalChange
 from calm_serve.types import Outcome, QualitySignal
 
 SCHEMA_VERSION = "1"

@@ -3,7 +3,7 @@ actor and its training child; the router uses `shadow` and `decision_log`. Block
 """
 
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
-from calm_serve.learning.decision_log import log_fields
+from calm_serve.learning.decision_log import decision_terms
 from calm_serve.learning.labels import quality_label
 from calm_serve.learning.monitor import OutcomeMonitor
 from calm_serve.learning.promotion import Promotion
@@ -23,8 +23,8 @@ __all__ = [
     "RetrainingScheduler",
     "Rules",
     "Shadow",
+    "decision_terms",
     "fit",
-    "log_fields",
     "quality_label",
     "retrain",
     "train",

@@ -21,7 +21,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.errors import KnowledgeError
@@ -35,12 +34,16 @@ from calm_serve.prediction import (
     own_head,
 )
 from calm_serve.prediction.cold_start import LABELLED, known_slms
+from calm_serve.protocol.topics import PublishedPredictor
 from calm_serve.requests import ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.types import (
     FEEDBACK,
     DecisionPath,
+    DecisionSummary,
+    EngineFacts,
     Outcome,
     QualitySignal,
+    Timing,
 )
 
 FIRST_LABELS = 10  # answers before the second fit; every further one needs twice as many
@@ -64,7 +67,7 @@ class _ColdStartSLM:
     def is_example(self, outcome: Outcome) -> bool:
         """Whether a rule's word is all there is."""
         said = quality_label(outcome.signals) is not None
-        return not self.has_examples and not said and outcome.path == DecisionPath.RULE
+        return not self.has_examples and not said and outcome.decision.path == DecisionPath.RULE
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,34 +141,11 @@ def example_outcomes(fleet: Fleet, newcomer: SLMSpec) -> list[Outcome]:
         found.append(
             Outcome(
                 outcome_id=context.request_id,
-                at=0.0,
                 slm_id=newcomer.id,
-                adapter="",
-                path="",
-                reason="",
-                rule="",
-                propensity=1.0,
-                status="ok",
-                http_status=200,
-                retries=0,
-                predicted_replica="",
-                served_replica="",
-                cold=True,  # nobody timed it
-                ttft_s=None,
-                e2e_s=None,
-                tpot_s=None,
-                decision_s=0.0,
-                prompt_tokens=context.prompt_tokens,
-                cached_tokens=0,
-                output_tokens=max(round(priors.output_tokens), 1),
-                energy_j=None,
-                energy_source="",
-                task="",
-                numbers=context.numbers,
-                buckets=context.buckets,
-                load=(0.0,) * len(LOAD_NAMES),
-                predicted=(),
-                versions=("", "", ""),
+                features=context.features,
+                timing=Timing(cold=True),  # it was not timed
+                engine=EngineFacts(output_tokens=max(round(priors.output_tokens), 1)),
+                decision=DecisionSummary(load_features=(0.0,) * len(LOAD_NAMES)),
                 signals=(QualitySignal(FEEDBACK, quality),),
             )
         )
@@ -201,12 +181,12 @@ _log = logging.getLogger(__name__)
 class ColdStartTrainer:
     """Used from one event loop; fits happen in a thread, one at a time.
 
-    `publish` gets {"blob", "version"}, or None once nobody is new any more; `clock` returns Unix
+    `publish` gets the boosters, or None once no SLM is new any more; `clock` returns Unix
     seconds. Without a champion nobody is new: there is nobody who knows the others either.
     """
 
     def __init__(
-        self, publish: Callable[[dict[str, Any] | None], None], clock: Callable[[], float]
+        self, publish: Callable[[PublishedPredictor | None], None], clock: Callable[[], float]
     ) -> None:
         self._publish, self._clock = publish, clock
         self._newcomers = ColdStartSLMs()
@@ -248,5 +228,7 @@ class ColdStartTrainer:
                 _log.warning("newcomers not learned: %s", error.message)
                 return
             if artifact is not None:
-                self._publish({"blob": artifact.to_bytes(), "version": artifact.version})
+                self._publish(
+                    PublishedPredictor(artifact.version, "cold_start", artifact.to_bytes())
+                )
                 _log.info("newcomers %s learned as %s", sorted(new), artifact.version)

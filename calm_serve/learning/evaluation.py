@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ from calm_serve.prediction import (
     fits_layout,
     own_head,
 )
+from calm_serve.protocol.topics import LiveComparison
 from calm_serve.types import Candidate, Outcome
 
 MIN_HOLDOUT = 10
@@ -161,7 +162,7 @@ def value_gain(
             "challenger": redecide(logged, ranked),
         }
         log.add(logged, ranked, choices, logged.weights)
-        explored += outcome.propensity < EXPLORED_PROPENSITY
+        explored += outcome.decision.propensity < EXPLORED_PROPENSITY
     if not len(log):
         return None
     found = log.difference("reward", "challenger", "champion", seed=seed)
@@ -172,7 +173,9 @@ def _rescored(logged: LoggedDecision, predictor: LightGBMPredictor | None) -> li
     if predictor is None:
         return rescore(logged)
     outcome = logged.outcome
-    return rescore(logged, values=predictor.of_prompt(outcome.numbers, outcome.buckets))
+    return rescore(
+        logged, values=predictor.of_prompt(outcome.features.numbers, outcome.features.buckets)
+    )
 
 
 LIVE_LABELS = 500  # labelled outcomes
@@ -182,30 +185,6 @@ SURE_SIGMAS = 3.3
 # A small sample without the mistakes that are to be expected favours whoever is surest of itself,
 # by little and very regularly. So a difference has to matter too: nats, on the mean.
 LOSS_TOLERANCE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class LiveComparison:
-    """Live log losses in nats and calibration errors; a positive gain favours the champion."""
-
-    labelled: int
-    log_loss: float
-    previous_log_loss: float
-    gain: float
-    gain_ci95: tuple[float, float]
-    calibration_error: float
-    previous_calibration_error: float
-    surely_worse: bool
-
-    def reason(self, previous: str) -> str:
-        """The comparison with `previous`, a version, in one line."""
-        low, high = self.gain_ci95
-        return (
-            f"log loss {self.log_loss:.3f} against {self.previous_log_loss:.3f} that {previous} "
-            f"would have had on {self.labelled} labelled outcomes (gain {self.gain:+.3f}, CI95 "
-            f"{low:+.3f} to {high:+.3f}), calibration error {self.calibration_error:.3f} against "
-            f"{self.previous_calibration_error:.3f}"
-        )
 
 
 def live_calibration(
@@ -221,15 +200,15 @@ def live_calibration(
     mine = [
         o
         for o in outcomes
-        if o.predicted
+        if o.decision.predicted
         and o.slm_id in known
         and fits_layout(o)
-        and o.versions[0].partition("+")[0] == champion.version
+        and o.decision.versions.predictor.champion == champion.version
     ]
     if len(mine) < MIN_LABELLED:
         return None
     labels, weights = label_arrays(mine)
-    said = np.array([o.predicted[0] for o in mine])
+    said = np.array([p.success_ratio for o in mine if (p := o.decision.predicted)])
     other = success_probabilities(previous, mine, float(previous.metrics.get("base_rate", 0.5)))
     losses, others = log_losses(labels, said), log_losses(labels, other)
     gain = others - losses
@@ -324,6 +303,7 @@ class PostPromotionEvaluation:
         self._found = found
         return found
 
-    def summary(self) -> dict[str, Any] | None:
-        """The last comparison as plain data, None before there was one."""
-        return None if self._found is None else asdict(self._found)
+    @property
+    def latest(self) -> LiveComparison | None:
+        """The last comparison, None before there was one."""
+        return self._found

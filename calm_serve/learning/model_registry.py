@@ -17,6 +17,7 @@ from typing import Any
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.prediction import Artifact, load_artifact
+from calm_serve.protocol.topics import PredictorChange
 
 FOLDER = "models"
 INDEX = "models.json"
@@ -67,23 +68,12 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """The last time that another predictor began to decide, or one was pinned."""
-
-    at: float  # Unix time in seconds
-    action: str
-    version: str
-    before: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Index:
     """What the index file says."""
 
     models: tuple[Model, ...] = ()  # the latest to enter comes first
     pinned: str = ""
-    last_change: Change | None = None
+    last_change: PredictorChange | None = None
     by_version: Mapping[str, Model] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +155,7 @@ class ModelRegistry:
                     Model(**{**m, "state": PredictorState(m["state"])}) for m in data["models"]
                 ),
                 pinned=str(data["pinned"]),
-                last_change=None if change is None else Change(**change),
+                last_change=None if change is None else PredictorChange(**change),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("index of predictors begun anew: %s: %r", path.name, error)

@@ -1,11 +1,7 @@
 """What the knowledge actor sees in the outcomes besides training data: drift, and how wrong we are.
 
-Fed with every batch, it keeps a bounded summary and publishes it for the routers under "watch":
-
-    {"calibration_factors": SLM -> factor on P(success),
-     "calibration": SLM -> kind -> {"p50", "p95", "coverage_ratio"},
-     "calibration_error": mean error of P(success) or None,
-     "alarms": rows of `Alarms`}
+Fed with every batch, it keeps a bounded summary and publishes it for the routers as
+`protocol.topics.MonitorFindings`.
 """
 
 from __future__ import annotations
@@ -22,12 +18,12 @@ from calm_serve.config import SLMSpec
 from calm_serve.learning import metrics
 from calm_serve.learning.quality import SLMQualityStream, feedback_score
 from calm_serve.prediction import fits_layout
+from calm_serve.protocol.topics import MonitorFindings
 from calm_serve.requests import NUMBER_NAMES
 from calm_serve.telemetry import (
     PSI_ALARM,
     PSI_CLEAR,
     Alarms,
-    Calibration,
     LevelChange,
     PopulationShift,
 )
@@ -61,7 +57,6 @@ class _SLM:
 
     def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
         self.quality = SLMQualityStream(clock, form_is_checked)
-        self.calibration = Calibration()
         self.tokens = _length_test()
         self.speed: OrderedDict[str, LevelChange] = OrderedDict()  # by replica
 
@@ -85,7 +80,7 @@ class OutcomeMonitor:
         self,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
-        publish: Callable[[dict[str, Any]], None],
+        publish: Callable[[MonitorFindings], None],
         retrain: Callable[[], None],
     ) -> None:
         self._monotonic = monotonic
@@ -94,11 +89,11 @@ class OutcomeMonitor:
         self._slms: OrderedDict[str, _SLM] = OrderedDict()
         self._checked: frozenset[str] = frozenset()  # by their own validators
         self._mix = PromptMix()
-        self._remembered: OrderedDict[str, tuple[str, tuple[float, ...]]] = OrderedDict()
+        self._remembered: OrderedDict[str, tuple[str, float | None]] = OrderedDict()
         self._early: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
         self._predictors: OrderedDict[str, None] = OrderedDict()
         self._judged: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
-        self._published: dict[str, Any] = {}
+        self._published = MonitorFindings()
         self._factors: dict[str, float] = {}
         self._published_at = self._checked_at = self._retrained_at = -math.inf
         self._outcomes = 0
@@ -115,11 +110,13 @@ class OutcomeMonitor:
         for outcome in outcomes:
             if outcome.outcome_id in self._remembered:
                 continue
-            _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, outcome.predicted))
+            predicted = outcome.decision.predicted
+            success_ratio = None if predicted is None else predicted.success_ratio
+            _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, success_ratio))
             self._outcomes += 1
             self._observe(outcome)
             early = self._early.pop(outcome.outcome_id, ())
-            self._judge(outcome.slm_id, outcome.predicted, (*outcome.signals, *early))
+            self._judge(outcome.slm_id, success_ratio, (*outcome.signals, *early))
         self.tick()
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
@@ -140,23 +137,17 @@ class OutcomeMonitor:
             self._check_calibration()
             self._maybe_retrain()
             self._check_quality()
-        urgent = {
-            # Those that differ from 1, in steps, so that noise is not news.
-            "calibration_factors": {i: f for i, f in self._factors.items() if f != 1.0},
-            "alarms": self.alarms.rows(),
-        }
-        changed = any(self._published.get(key) != value for key, value in urgent.items())
+        # Factors that differ from 1, in steps, so that noise is not news.
+        factors = {i: f for i, f in self._factors.items() if f != 1.0}
+        alarms, before = self.alarms.current(), self._published
+        changed = (factors, alarms) != (before.calibration_factors, before.alarms)
         if not changed and now < self._published_at + PUBLISH_S:
             return
-        document = {
-            **urgent,
-            "calibration": {i: s.calibration.summary() for i, s in self._slms.items()},
-            "calibration_error": self.calibration_error(),
-        }
+        findings = MonitorFindings(factors, self.calibration_error(), alarms)
         self._published_at = now
-        if document != self._published:
-            self._published = document
-            self._publish(document)
+        if findings != before:
+            self._published = findings
+            self._publish(findings)
 
     def calibration_error(self) -> float | None:
         """Mean gap between P(success) and what was said, of the last answers; None with few."""
@@ -166,32 +157,30 @@ class OutcomeMonitor:
         return round(metrics.calibration_error(labels, predicted, np.ones(len(labels))), 3)
 
     def _observe(self, outcome: Outcome) -> None:
-        champion = outcome.versions[0].partition("+")[
-            0
-        ]  # newcomers change nobody else's P(success)
+        # Boosters of cold-start SLMs change P(success) of no other SLM.
+        champion = outcome.decision.versions.predictor.champion
         if champion not in self._predictors:
             self._new_predictor(champion)
         slm = self._slm(outcome.slm_id)
-        slm.calibration.observe(outcome)
         self._mix.observe(outcome)
         if outcome.status != "ok":
             return
         changed = slm.quality.answered(outcome.signals)
         if slm.quality.form_is_checked:
             self._follow(outcome.slm_id, changed)
-        if len(outcome.predicted) != 5:
+        predicted, replica_id = outcome.decision.predicted, outcome.engine.replica_id
+        if predicted is None:
             return
-        _, tokens, _, tpot_s, _ = outcome.predicted
-        change = _log_change(slm.tokens, outcome.output_tokens, tokens)
+        change = _log_change(slm.tokens, outcome.engine.output_tokens, predicted.output_tokens)
         if change is not None:
             slm.quality.suspect()
         self._report(change, "tokens", outcome.slm_id, "answers are {} times as long as predicted")
-        if outcome.tpot_s and not outcome.cold:
-            speed = slm.speed.get(outcome.served_replica) or LevelChange(RATIO_SLACK, RATIO_LIMIT)
-            _remember(slm.speed, outcome.served_replica, speed, MAX_REPLICAS)
-            change = _log_change(speed, outcome.tpot_s, tpot_s)
+        if outcome.timing.tpot_s and not outcome.timing.cold:
+            speed = slm.speed.get(replica_id) or LevelChange(RATIO_SLACK, RATIO_LIMIT)
+            _remember(slm.speed, replica_id, speed, MAX_REPLICAS)
+            change = _log_change(speed, outcome.timing.tpot_s, predicted.tpot_s)
             text = "a token takes {} times as long as predicted"
-            self._report(change, "speed", outcome.slm_id, text, outcome.served_replica)
+            self._report(change, "speed", outcome.slm_id, text, replica_id)
 
     def _new_predictor(self, version: str) -> None:
         """Forget what was found against the predictions of another predictor.
@@ -206,15 +195,15 @@ class OutcomeMonitor:
         self._check_quality()
 
     def _judge(
-        self, slm_id: str, predicted: Sequence[float], signals: Iterable[QualitySignal]
+        self, slm_id: str, predicted: float | None, signals: Iterable[QualitySignal]
     ) -> None:
         score = feedback_score(signals)
         if score is None:
             return
-        if predicted:
-            believed = min(predicted[0] * self._factors.get(slm_id, 1.0), 1.0)  # as decided on
+        if predicted is not None:
+            believed = min(predicted * self._factors.get(slm_id, 1.0), 1.0)  # as decided on
             self._judged.append((believed, score))
-        changed = self._slm(slm_id).quality.scored(predicted[0] if predicted else None, score)
+        changed = self._slm(slm_id).quality.scored(predicted, score)
         self._follow(slm_id, changed)
 
     def _follow(self, slm_id: str, changed: bool) -> None:
@@ -321,12 +310,14 @@ class PromptMix:
 
     def observe(self, outcome: Outcome) -> None:
         """Count one outcome's prompt; one without features is ignored."""
-        if not outcome.buckets or not fits_layout(outcome):
+        if not outcome.features.buckets or not fits_layout(outcome):
             return
-        self._words.add({b % WORD_BINS for b in outcome.buckets})
-        length = int(math.log2(max(outcome.prompt_tokens, 1)))
+        self._words.add({b % WORD_BINS for b in outcome.features.buckets})
+        length = int(math.log2(max(outcome.engine.prompt_tokens, 1)))
         shapes = [min(length, LENGTH_BINS - 1)]
-        shapes += (LENGTH_BINS + i for i, at in enumerate(_TRAITS) if outcome.numbers[at] > 0.05)
+        shapes += (
+            LENGTH_BINS + i for i, at in enumerate(_TRAITS) if outcome.features.numbers[at] > 0.05
+        )
         self._shapes.add(shapes)
 
     def index(self) -> float:

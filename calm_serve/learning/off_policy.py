@@ -139,10 +139,16 @@ def measured(outcome: Outcome, weights: Weights) -> dict[str, float]:
     label, done = quality_label(outcome.signals), outcome.status == "ok"
     # Nobody says anything of an answer that failed: left out, the SLM would be the better for it.
     quality = label[0] if label is not None else _UNKNOWN if done else 0.0
-    e2e_s = outcome.e2e_s if outcome.e2e_s is not None else _UNKNOWN
-    energy_j = outcome.energy_j if outcome.energy_j is not None else 0.0 if not done else _UNKNOWN
+    e2e_s = outcome.timing.e2e_s if outcome.timing.e2e_s is not None else _UNKNOWN
+    energy_j = (
+        outcome.engine.energy_j
+        if outcome.engine.energy_j is not None
+        else 0.0
+        if not done
+        else _UNKNOWN
+    )
     return {
-        "reward": _reward(quality, outcome.ttft_s or 0.0, e2e_s, energy_j, weights),
+        "reward": _reward(quality, outcome.timing.ttft_s or 0.0, e2e_s, energy_j, weights),
         "quality": quality,
         "e2e_s": e2e_s if done else _UNKNOWN,
         "energy_j": energy_j if done else _UNKNOWN,
@@ -195,7 +201,7 @@ class PolicyLog:
         by_slm = {c.slm_id: expected(c, weights) for c in model}
         names = [logged.chosen, *(choices[p] for p in self._policies)]
         value = measured(logged.outcome, weights)
-        row = [logged.outcome.propensity, *(value[m] for m in METRICS)]
+        row = [logged.outcome.decision.propensity, *(value[m] for m in METRICS)]
         row += [by_slm[name][m] for name in names for m in METRICS]
         self._numbers.extend(row)
         self._choices.extend(self._slms.setdefault(name, len(self._slms)) for name in names)

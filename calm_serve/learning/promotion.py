@@ -28,7 +28,6 @@ from calm_serve.learning.model_registry import (
     SHIPPED,
     TRAINED,
     Champion,
-    Change,
     Index,
     Model,
     ModelRegistry,
@@ -40,6 +39,7 @@ from calm_serve.learning.model_registry import (
 )
 from calm_serve.learning.shadow import ShadowTally
 from calm_serve.prediction import Artifact
+from calm_serve.protocol.topics import PredictorChange, PredictorStatus, PublishedPredictor, Topic
 from calm_serve.types import Outcome
 
 # Thin traffic must not hold a better predictor back: after this long the shadow is judged anyway.
@@ -53,9 +53,8 @@ _log = logging.getLogger(__name__)
 class Promotion:
     """The published predictor and its rivals. Used from one event loop.
 
-    `publish` puts a value on the board: "predictor" and "challenger" ({"blob", "version",
-    "source"}, the latter None when there is none) and "models" (see `summary`). `in_thread` runs
-    what blocks on the store or the disk; `clock` returns Unix seconds.
+    `publish` takes a topic (PREDICTOR, CHALLENGER, PREDICTORS) and its record. `in_thread` runs what
+    blocks on the store or the disk; `clock` returns Unix seconds.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Promotion:
         state_dir: Path,
         *,
         store: LabelledLog,
-        publish: Callable[[str, Any], None],
+        publish: Callable[[Topic, Any], None],
         in_thread: InThread,
         clock: Callable[[], float],
     ) -> None:
@@ -74,13 +73,13 @@ class Promotion:
         self._store, self._publish, self._in_thread = store, publish, in_thread
         self._clock = clock
         self._lock = asyncio.Lock()
-        self._shelf = ModelRegistry(state_dir)
-        self._probation = PostPromotionEvaluation(store, in_thread)
-        self._announced: dict[str, Any] = {}
+        self._registry = ModelRegistry(state_dir)
+        self._post_promotion = PostPromotionEvaluation(store, in_thread)
+        self._announced: PredictorStatus | None = None
         self._tally: ShadowTally | None = None
-        self._challenger = find_model(self._shelf, PredictorState.CHALLENGER)
-        self._previous = find_model(self._shelf, PredictorState.PREVIOUS)
-        self.champion = restore_champion(self._shelf, state_dir, shipped_dir)
+        self._challenger = find_model(self._registry, PredictorState.CHALLENGER)
+        self._previous = find_model(self._registry, PredictorState.PREVIOUS)
+        self.champion = restore_champion(self._registry, state_dir, shipped_dir)
         self._announce_all()
 
     async def offer(self, blob: bytes, against: str | None = None) -> str:
@@ -93,13 +92,13 @@ class Promotion:
         async with self._lock:
             if against is not None and against != self._version:
                 return "outdated"
-            if self._shelf.index.was_worse(offered.artifact.version):
+            if self._registry.index.was_worse(offered.artifact.version):
                 return "refused"
-            pinned = bool(self._shelf.index.pinned)
+            pinned = bool(self._registry.index.pinned)
             if not pinned and (self.champion is None or not self.learning.shadow_requests):
                 await self._promote(offered, "won the gate")
                 return "promoted"
-            index = self._shelf.index.turned(
+            index = self._registry.index.turned(
                 PredictorState.CHALLENGER, PredictorState.RETIRED, "replaced before it was promoted"
             )
             entry = Model.of(offered.artifact, TRAINED, PredictorState.CHALLENGER)
@@ -117,7 +116,7 @@ class Promotion:
         """Follow a fleet that ships another predictor; one that was trained or pinned stays."""
         async with self._lock:
             found = await self._in_thread(lambda: load_shipped(shipped_dir))
-            index, trained = self._shelf.index, self.champion and self.champion.source != SHIPPED
+            index, trained = self._registry.index, self.champion and self.champion.source != SHIPPED
             if found is None or index.pinned or trained:
                 return
             version = found.artifact.version
@@ -156,20 +155,20 @@ class Promotion:
     async def pin(self, version: str) -> None:
         """Let a stored predictor decide until `unpin`. Raises RequestError for an unknown one."""
         async with self._lock:
-            model = self._shelf.index.by_version.get(version)
+            model = self._registry.index.by_version.get(version)
             if model is None:
                 raise RequestError(f"no predictor {version!r} is stored", param="version")
             if self.champion is None or version != self.champion.artifact.version:
-                target = await self._in_thread(lambda: read_model(self._shelf, model))
+                target = await self._in_thread(lambda: read_model(self._registry, model))
                 await self._promote(target, "pinned by the operator", pinned=version)
             else:
-                await self._write(replace(self._shelf.index, pinned=version))
+                await self._write(replace(self._registry.index, pinned=version))
             self._announce_models()
 
     async def unpin(self) -> None:
         """Let challengers be promoted again; the champion stays."""
         async with self._lock:
-            await self._write(replace(self._shelf.index, pinned=""))
+            await self._write(replace(self._registry.index, pinned=""))
             self._announce_models()
 
     async def rollback(self, reason: str = "asked for by the operator") -> None:
@@ -178,35 +177,35 @@ class Promotion:
         Raises RequestError without a previous one, or when one is pinned.
         """
         async with self._lock:
-            if self._shelf.index.pinned:
-                raise RequestError(f"{self._shelf.index.pinned!r} is pinned; unpin it first")
+            if self._registry.index.pinned:
+                raise RequestError(f"{self._registry.index.pinned!r} is pinned; unpin it first")
             if self._previous is None or self.champion is None:
                 raise RequestError("there is no previous predictor to roll back to")
             await self._roll_back(self.champion, self._previous, reason)
 
-    def summary(self) -> dict[str, Any]:
-        """What routers show under `predictor` in /v1/fleet, and `status` under "models"."""
-        index = self._shelf.index
-        return {
-            "previous": self._previous.artifact.version if self._previous else "",
-            "challenger": self._challenger.artifact.version if self._challenger else "",
-            "pinned": index.pinned,
-            "shadow": None if self._tally is None else self._tally.report(),
-            "probation": self._probation.summary(),
-            "last_change": None if index.last_change is None else asdict(index.last_change),
-        }
+    def summary(self) -> PredictorStatus:
+        """What routers show under `predictor` in /v1/fleet, and what `document` starts with."""
+        index = self._registry.index
+        return PredictorStatus(
+            previous=self._previous.artifact.version if self._previous else "",
+            challenger=self._challenger.artifact.version if self._challenger else "",
+            pinned=index.pinned,
+            shadow=None if self._tally is None else self._tally.report(),
+            post_promotion=self._post_promotion.latest,
+            last_change=index.last_change,
+        )
 
     def document(self) -> dict[str, Any]:
         """What GET /v1/predictors answers: the summary and every stored predictor."""
-        models = [asdict(model) for model in self._shelf.index.models]
-        return {"object": "list", "data": models, **self.summary()}
+        models = [asdict(model) for model in self._registry.index.models]
+        return {"object": "list", "data": models, **asdict(self.summary())}
 
     async def _end_shadow(self, tally: ShadowTally) -> None:
         async with self._lock:
             challenger, champion = self._challenger, self.champion
             if tally is not self._tally:  # another challenger came while this one's end was due
                 return
-            if challenger is None or champion is None or self._shelf.index.pinned:
+            if challenger is None or champion is None or self._registry.index.pinned:
                 return
             rows = await self._in_thread(lambda: self._store.recent(SHADOW_ROWS, labelled=True))
             rows = [o for o in rows if o.at >= tally.since]
@@ -220,7 +219,7 @@ class Promotion:
             _log.warning(
                 "challenger %s rejected: %s; %s", challenger.artifact.version, against, note
             )
-            index = self._shelf.index.turned(
+            index = self._registry.index.turned(
                 PredictorState.CHALLENGER, PredictorState.REJECTED, f"{against}; {note}"
             )
             await self._write(index)
@@ -229,7 +228,7 @@ class Promotion:
 
     async def _promote(self, target: Champion, note: str, pinned: str = "") -> None:
         before = self.champion
-        index = self._shelf.index.turned(PredictorState.PREVIOUS, PredictorState.RETIRED)
+        index = self._registry.index.turned(PredictorState.PREVIOUS, PredictorState.RETIRED)
         index = index.turned(PredictorState.CHAMPION, PredictorState.PREVIOUS)
         if self._challenger and self._challenger.artifact.version != target.artifact.version:
             index = index.turned(
@@ -244,11 +243,11 @@ class Promotion:
         await self._write(index, target)
         self.champion, self._previous = target, before
         self._challenger, self._tally = None, None
-        self._probation.begin()
+        self._post_promotion.begin()
         self._announce_all()
 
     async def _roll_back(self, champion: Champion, previous: Champion, reason: str) -> None:
-        index = self._shelf.index.turned(
+        index = self._registry.index.turned(
             PredictorState.CHALLENGER,
             PredictorState.RETIRED,
             "beat a predictor that was rolled back",
@@ -265,35 +264,37 @@ class Promotion:
         )
         self.champion, self._previous = previous, None
         self._challenger, self._tally = None, None
-        self._probation.begin()
+        self._post_promotion.begin()
         self._announce_all()
 
     async def _check_champion(self) -> None:
         champion, previous = self.champion, self._previous
-        if champion is None or previous is None or self._shelf.index.pinned:
+        if champion is None or previous is None or self._registry.index.pinned:
             return
-        found = await self._probation.check(champion.artifact, previous.artifact)
+        found = await self._post_promotion.check(champion.artifact, previous.artifact)
         if found is None or not found.surely_worse:
             return
         async with self._lock:
             # Whoever decides now may be somebody else, whom this verdict does not concern.
-            if self.champion is champion and not self._shelf.index.pinned:
+            if self.champion is champion and not self._registry.index.pinned:
                 await self._roll_back(champion, previous, found.reason(previous.artifact.version))
 
     @property
     def _version(self) -> str:
         return self.champion.artifact.version if self.champion else ""
 
-    def _change(self, action: str, target: Champion, reason: str) -> Change:
-        return Change(self._clock(), action, target.artifact.version, self._version, reason)
+    def _change(self, action: str, target: Champion, reason: str) -> PredictorChange:
+        return PredictorChange(
+            self._clock(), action, target.artifact.version, self._version, reason
+        )
 
     async def _write(self, index: Index, model: Champion | None = None) -> None:
         blobs = {} if model is None else {model.artifact.version: model.blob}
-        await self._in_thread(lambda: self._shelf.write(index, blobs))
+        await self._in_thread(lambda: self._registry.write(index, blobs))
 
     def _announce_all(self) -> None:
         if self.champion is not None:
-            self._publish("predictor", _published(self.champion))
+            self._publish(Topic.PREDICTOR, _published(self.champion))
         if self._challenger is not None and self._tally is None:  # after a restart: begin anew
             now = self._clock()
             self._tally = ShadowTally(self._challenger.artifact.version, now, now)
@@ -301,18 +302,14 @@ class Promotion:
 
     def _announce_challenger(self) -> None:
         challenger = self._challenger
-        self._publish("challenger", None if challenger is None else _published(challenger))
+        self._publish(Topic.CHALLENGER, None if challenger is None else _published(challenger))
         self._announce_models()
 
     def _announce_models(self) -> None:
         if (summary := self.summary()) != self._announced:
             self._announced = summary
-            self._publish("models", summary)
+            self._publish(Topic.PREDICTORS, summary)
 
 
-def _published(champion: Champion) -> dict[str, Any]:
-    return {
-        "blob": champion.blob,
-        "version": champion.artifact.version,
-        "source": champion.source,
-    }
+def _published(champion: Champion) -> PublishedPredictor:
+    return PublishedPredictor(champion.artifact.version, champion.source, champion.blob)

@@ -20,7 +20,6 @@ from calm_serve.goals import GoalController
 from calm_serve.learning.decision_log import (
     LoggedDecision,
     PromptPredictor,
-    context_of,
     read_decision,
     redecide,
     rescore,
@@ -33,7 +32,8 @@ from calm_serve.types import (
     DecisionPath,
     DecisionReason,
     Outcome,
-    Versions,
+    RoutingContext,
+    ServiceLevel,
 )
 
 POLICY = "replayed"
@@ -78,12 +78,14 @@ class Replay:
             self.skipped["logged under another feature layout"] += 1
             return
         goals = self.rules.goals
-        same_goals = outcome.versions[1] == self.rules.goals_version
+        same_goals = outcome.decision.versions.goals == self.rules.goals_version
         # Under the same goals a controller may have moved the weights: the log has them as used.
         weights = logged.weights if same_goals else self.controller.weights
         values = None
         if self.rules.predictor is not None:
-            values = self.rules.predictor.of_prompt(outcome.numbers, outcome.buckets)
+            values = self.rules.predictor.of_prompt(
+                outcome.features.numbers, outcome.features.buckets
+            )
         ranked = rescore(logged, weights, values)
         self._reproduce(logged, ranked, same_goals)
         choice = redecide(logged, ranked, goals.quality_floor)
@@ -121,9 +123,12 @@ class Replay:
         outcome, predictor = logged.outcome, self.rules.predictor
         if not same_goals:
             self.not_comparable["decided under other goals"] += 1
-        elif predictor is not None and predictor.version != outcome.versions[0].partition("+")[0]:
+        elif (
+            predictor is not None
+            and predictor.version.champion != outcome.decision.versions.predictor.champion
+        ):
             self.not_comparable["decided by another predictor"] += 1
-        elif outcome.reason == "baseline":
+        elif outcome.decision.reason == "baseline":
             self.not_comparable["decided by another policy"] += 1
         elif not logged.complete:
             self.not_comparable["more candidates than are logged"] += 1
@@ -156,17 +161,27 @@ def _decided(
         adapter=outcome.adapter,
         path=DecisionPath.RULE if logged is None else DecisionPath.SCORED,
         reason=DecisionReason.RULE_MATCH if logged is None else DecisionReason.BEST_SCORE,
-        rule=outcome.rule,
-        propensity=outcome.propensity,
+        rule=outcome.decision.rule,
+        propensity=outcome.decision.propensity,
         complexity=None,
         candidates=tuple(ranked),
         ranking=(),
-        context=context_of(outcome) if logged is None else logged.context,
-        versions=Versions(*outcome.versions),
+        context=_context(outcome, logged),
+        versions=outcome.decision.versions,
+    )
+
+
+def _context(outcome: Outcome, logged: LoggedDecision | None) -> RoutingContext:
+    """What goals read of a logged request."""
+    return RoutingContext(
+        request_id=outcome.outcome_id,
+        slo=logged.slo if logged else ServiceLevel(),
+        quality_floor=logged.terms.quality_floor if logged else 0.0,
+        features=outcome.features,
     )
 
 
 def _why_not(outcome: Outcome) -> str:
-    if outcome.path in (DecisionPath.PINNED, DecisionPath.RULE):
-        return f"chosen by {'the client' if outcome.path == DecisionPath.PINNED else 'a rule'}"
+    if outcome.decision.path in (DecisionPath.PINNED, DecisionPath.RULE):
+        return f"chosen by {'the client' if outcome.decision.path == DecisionPath.PINNED else 'a rule'}"
     return "logged without its candidates"

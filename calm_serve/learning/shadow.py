@@ -1,7 +1,7 @@
 """Shadow mode: a challenger decides silently on live requests, and the difference is logged.
 
 In the router, after the answer is out, `Shadow.compare` makes the logged decision again with the
-challenger's predictions and writes the difference into the outcome. In the knowledge service,
+challenger's predictions; the outcome keeps the difference. In the knowledge service,
 `ShadowTally` adds the differences up.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from calm_serve.learning.decision_log import (
     PromptPredictor,
@@ -19,7 +18,8 @@ from calm_serve.learning.decision_log import (
     rescore,
 )
 from calm_serve.prediction import fits_layout
-from calm_serve.types import Outcome
+from calm_serve.protocol.topics import ShadowReport
+from calm_serve.types import Outcome, ShadowChoice
 
 # About 0.2 ms each with six candidates, on the router's event loop: half a percent of it.
 COMPARISONS_PER_S = 20.0
@@ -33,32 +33,30 @@ class Shadow:
         self._next_s = 0.0
         self.challenger: PromptPredictor | None = None
 
-    def compare(self, outcome: Outcome, quality_floor: float = 0.0) -> None:
-        """Add `extra["shadow"]` to the outcome of a scored request, at most COMPARISONS_PER_S.
+    def compare(self, outcome: Outcome, quality_floor: float = 0.0) -> ShadowChoice | None:
+        """What the challenger would have chosen for a scored request.
 
-        {"version", "slm_id": its choice, "agrees": with the present predictor's best, "success":
-        its P(success) of the SLM chosen, "gain": score of its choice less that of the present
-        predictor's, both by its own predictions}.
+        None without a challenger, for other requests, and above COMPARISONS_PER_S.
         """
         if self.challenger is None or self._clock() < self._next_s:
-            return
+            return None
         logged = read_decision(outcome)
         if logged is None or not fits_layout(outcome):
-            return
+            return None
         self._next_s = self._clock() + 1.0 / COMPARISONS_PER_S
         present = redecide(logged, rescore(logged), quality_floor)
-        values = self.challenger.of_prompt(outcome.numbers, outcome.buckets)
+        values = self.challenger.of_prompt(outcome.features.numbers, outcome.features.buckets)
         ranked = rescore(logged, values=values)
         choice = redecide(logged, ranked, quality_floor)
         score = {c.slm_id: c.score for c in ranked}
         quality = {c.slm_id: c.quality for c in ranked}
-        outcome.extra["shadow"] = {
-            "version": self.challenger.version,
-            "slm_id": choice,
-            "agrees": choice == present,
-            "success": round(quality[logged.chosen], 6),
-            "gain": round(score[choice] - score[present], 6),
-        }
+        return ShadowChoice(
+            version=self.challenger.version.champion,
+            slm_id=choice,
+            agrees=choice == present,
+            success_ratio=round(quality[logged.chosen], 6),
+            gain=round(score[choice] - score[present], 6),
+        )
 
 
 @dataclass(slots=True)
@@ -75,25 +73,20 @@ class ShadowTally:
 
     def add(self, outcome: Outcome) -> None:
         """Count an outcome, if it holds this challenger's decision."""
-        shadow = outcome.extra.get("shadow")
-        if not isinstance(shadow, dict) or shadow.get("version") != self.version:
+        shadow = outcome.decision.shadow
+        if shadow is None or shadow.version != self.version:
             return
         self.requests += 1
-        self.agreed += bool(shadow["agrees"])
-        self.gain += shadow["gain"]
-        self.gain_squared += shadow["gain"] ** 2
+        self.agreed += shadow.agrees
+        self.gain += shadow.gain
+        self.gain_squared += shadow.gain**2
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> ShadowReport:
         """Agreement, and the gain in score that the challenger itself expects, with its CI95."""
         n = self.requests
         if not n:
-            return {"version": self.version, "requests": 0}
+            return ShadowReport(self.version, 0)
         mean = self.gain / n
         error = math.sqrt(max(self.gain_squared / n - mean * mean, 0.0) / n)
-        return {
-            "version": self.version,
-            "requests": n,
-            "agreement_ratio": self.agreed / n,
-            "predicted_gain": mean,
-            "predicted_gain_ci95": [mean - 1.96 * error, mean + 1.96 * error],
-        }
+        interval = (mean - 1.96 * error, mean + 1.96 * error)
+        return ShadowReport(self.version, n, self.agreed / n, mean, interval)

@@ -167,7 +167,7 @@ def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict
                 "cross_entropy", rows, smoothed, weights[mine], seed, _OWN_PARAMS
             )
     if whole := [o for o in fit if answered(o)]:
-        lengths = np.log1p(np.array([o.output_tokens for o in whole], dtype=np.float64))
+        lengths = np.log1p(np.array([o.engine.output_tokens for o in whole], dtype=np.float64))
         for slm_id, rows, mine in _by_slm(whole, slm_ids):
             boosters[own_head(OUTPUT_TOKENS, slm_id)] = _fit(
                 "regression", rows, lengths[mine], None, seed, {**_OWN_PARAMS, **_COARSE}
@@ -197,7 +197,10 @@ def _by_slm(
 
 
 def _log_residuals(first_tokens: Sequence[Outcome]) -> Values:
-    logs = [math.log(o.ttft_s or 1.0) - o.load[ANALYTIC_TTFT] for o in first_tokens]
+    logs = [
+        math.log(o.timing.ttft_s or 1.0) - o.decision.load_features[ANALYTIC_TTFT]
+        for o in first_tokens
+    ]
     return np.clip(np.array(logs), -MAX_LOG_RESIDUAL, MAX_LOG_RESIDUAL)
 
 
@@ -273,15 +276,15 @@ def success_probabilities(
 
 def answered(outcome: Outcome) -> bool:
     """Whether it says how long answers are."""
-    return outcome.status == "ok" and outcome.output_tokens > 0
+    return outcome.status == "ok" and outcome.engine.output_tokens > 0
 
 
 def timed(outcome: Outcome) -> bool:
     """Whether its first token is an awake SLM's own: starting one, and another that failed
     before it, are not the residual's business.
     """
-    own = not outcome.cold and not outcome.retries
-    return answered(outcome) and own and (outcome.ttft_s or 0.0) > 0.0
+    own = not outcome.timing.cold and not outcome.retries
+    return answered(outcome) and own and (outcome.timing.ttft_s or 0.0) > 0.0
 
 
 def success_metrics(
@@ -290,7 +293,9 @@ def success_metrics(
     """Log losses in nats, AUC and calibration error on labelled outcomes."""
     labels, weights = label_arrays(holdout)
     predicted = success_probabilities(artifact, holdout, base_rate)
-    served = np.array([o.predicted[0] if o.predicted else base_rate for o in holdout])
+    served = np.array(
+        [o.decision.predicted.success_ratio if o.decision.predicted else base_rate for o in holdout]
+    )
     return {
         "holdout_labelled": len(holdout),
         "log_loss": metrics.log_loss(labels, predicted, weights),
@@ -311,8 +316,8 @@ def regression_metrics(
         heads.residuals(outcome_rows(first_tokens, artifact.slm_ids)) if first_tokens else None
     )
     if residual is not None:
-        seen = np.array([o.ttft_s or 0.0 for o in first_tokens])
-        analytic = np.exp([o.load[ANALYTIC_TTFT] for o in first_tokens])
+        seen = np.array([o.timing.ttft_s or 0.0 for o in first_tokens])
+        analytic = np.exp([o.decision.load_features[ANALYTIC_TTFT] for o in first_tokens])
         corrected = analytic * np.exp(np.clip(residual, -MAX_LOG_RESIDUAL, MAX_LOG_RESIDUAL))
         metrics["ttft_mae_s"] = float(np.mean(np.abs(seen - corrected)))
         metrics["analytic_ttft_mae_s"] = float(np.mean(np.abs(seen - analytic)))
@@ -320,8 +325,8 @@ def regression_metrics(
     logs = heads.of_own(OUTPUT_TOKENS, outcome_rows(whole, artifact.slm_ids))
     known = ~np.isnan(logs)
     if known.any():
-        lengths = np.array([o.output_tokens for o in whole], dtype=np.float64)[known]
-        mean = np.mean([o.output_tokens for o in fit if answered(o)])
+        lengths = np.array([o.engine.output_tokens for o in whole], dtype=np.float64)[known]
+        mean = np.mean([o.engine.output_tokens for o in fit if answered(o)])
         metrics["output_tokens_mae"] = float(np.mean(np.abs(lengths - np.expm1(logs[known]))))
         metrics["mean_output_tokens_mae"] = float(np.mean(np.abs(lengths - mean)))
     return metrics

@@ -13,6 +13,7 @@ from calm_serve.prediction.artifact import (
     own_head,
 )
 from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
+from calm_serve.prediction.cold_start import with_cold_start
 from calm_serve.prediction.lightgbm import (
     MAX_LOG_RESIDUAL,
     Heads,
@@ -57,4 +58,5 @@ __all__ = [
     "load_artifact",
     "outcome_rows",
     "own_head",
+    "with_cold_start",
 ]

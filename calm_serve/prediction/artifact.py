@@ -75,9 +75,9 @@ def own_head(head: str, slm_id: str) -> str:
 def fits_layout(outcome: Outcome) -> bool:
     """Whether the outcome was logged under the present feature layout."""
     return (
-        len(outcome.numbers) == len(NUMBER_NAMES)
-        and len(outcome.load) == len(LOAD_NAMES)
-        and all(0 <= b < BUCKETS for b in outcome.buckets)
+        len(outcome.features.numbers) == len(NUMBER_NAMES)
+        and len(outcome.decision.load_features) == len(LOAD_NAMES)
+        and all(0 <= b < BUCKETS for b in outcome.features.buckets)
     )
 
 

@@ -14,7 +14,7 @@ from calm_serve.prediction.latency import (
     energy_j,
     wake_s,
 )
-from calm_serve.types import Prediction, RoutingContext, SLMState
+from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
 
 LOAD_NAMES: tuple[str, ...] = (
     "load_ratio",
@@ -29,7 +29,7 @@ LOAD_NAMES: tuple[str, ...] = (
 class Predictor(Protocol):
     """Expected outcome of one request on each candidate SLM."""
 
-    version: str
+    version: PredictorVersion
 
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
@@ -67,7 +67,7 @@ class MetadataPrior:
     `priors.skill_quality`; with no marker at all every SLM keeps `priors.quality`.
     """
 
-    version = "prior"
+    version = PredictorVersion("prior")
 
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]

@@ -14,7 +14,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.prediction.artifact import OWN_HEADS, Artifact, own_head
 from calm_serve.prediction.base import Predictor
 from calm_serve.prediction.lightgbm import LightGBMPredictor
-from calm_serve.types import Prediction, RoutingContext, SLMState
+from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
 
 LABELLED = "labelled_answers"  # of each newcomer, among an artifact's metrics
 
@@ -28,7 +28,7 @@ class UcbPredictor:
     """Predictions of newcomers with an upper confidence bound for P(success)."""
 
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
-        self.version = artifact.version
+        self.version = PredictorVersion(cold_start=artifact.version)
         self._inner = LightGBMPredictor(artifact, prior)
         answers = artifact.metrics[LABELLED]
         self._spread = {
@@ -57,7 +57,7 @@ def with_cold_start(
     if newcomers is None:
         return LightGBMPredictor(champion, prior)
     predictor = LightGBMPredictor(champion, UcbPredictor(newcomers, prior))
-    predictor.version = f"{champion.version}+{newcomers.version}"
+    predictor.version = PredictorVersion(champion.version, newcomers.version)
     return predictor
 
 

@@ -38,7 +38,14 @@ from calm_serve.prediction.single_row import (
     SparseRow,
     joined,
 )
-from calm_serve.types import Outcome, Prediction, Residency, RoutingContext, SLMState
+from calm_serve.types import (
+    Outcome,
+    Prediction,
+    PredictorVersion,
+    Residency,
+    RoutingContext,
+    SLMState,
+)
 
 # exp(3) is a factor of 20: beyond it an observation is an accident, not a property of the load.
 MAX_LOG_RESIDUAL = 3.0
@@ -89,7 +96,7 @@ class LightGBMPredictor:
     """
 
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
-        self.version = artifact.version
+        self.version = PredictorVersion(artifact.version)
         self._prior = prior
         heads = Heads(artifact)
         self._words, self._row = SparseRow(), SparseRow()  # the second without words
@@ -117,9 +124,9 @@ class LightGBMPredictor:
         """Return one Prediction per spec, in order."""
         own: Sequence[float] = ()
         if self._own is not None:
-            self._words.set_prompt(context.numbers, context.buckets)
+            self._words.set_prompt(context.features.numbers, context.features.buckets)
             own = self._own.predict()
-        self._row.set_prompt(context.numbers, ())
+        self._row.set_prompt(context.features.numbers, ())
         return [
             self._predict_one(context, own, spec, state)
             for spec, state in zip(specs, states, strict=True)
@@ -195,9 +202,9 @@ def outcome_rows(outcomes: Sequence[Outcome], slm_ids: Sequence[str]) -> Rows:
     index = {slm: i for i, slm in enumerate(slm_ids)}
     rows: Rows = np.zeros((len(outcomes), COLUMNS), dtype=np.float32)
     for row, outcome in zip(rows, outcomes, strict=True):
-        row[:FIRST_BUCKET] = outcome.numbers
-        row[[FIRST_BUCKET + b for b in outcome.buckets]] = 1.0
-        row[FIRST_LOAD:SLM_COLUMN] = outcome.load
+        row[:FIRST_BUCKET] = outcome.features.numbers
+        row[[FIRST_BUCKET + b for b in outcome.features.buckets]] = 1.0
+        row[FIRST_LOAD:SLM_COLUMN] = outcome.decision.load_features
         row[SLM_COLUMN] = index.get(outcome.slm_id, -1)
     return rows
 

@@ -15,7 +15,7 @@ from calm_serve.requests.features import FOCUS_CHARS
 from calm_serve.requests.openai import ChatRequest, Overrides
 from calm_serve.requests.patterns import Pattern, Patterns, plain
 from calm_serve.requests.tokens import ends, language_words
-from calm_serve.types import RoutingContext
+from calm_serve.types import RoutingContext, ServiceLevel
 
 SCAN_CHARS = 1024
 LANGUAGE_CHARS = 256
@@ -79,9 +79,7 @@ class ContextBuilder:
             session_key=f"{_hash(session):08x}" if session else "",
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             prefix_chain=chain,
-            slo_ttft_ms=overrides.slo_ttft_ms,
-            slo_tpot_ms=overrides.slo_tpot_ms,
-            deadline_s=overrides.deadline_s,
+            slo=ServiceLevel(overrides.slo_ttft_ms, overrides.slo_tpot_ms, overrides.deadline_s),
             local_only=overrides.local_only or bool(safety and safety.local_only),
             quality_floor=overrides.quality_floor,
         )

@@ -63,7 +63,7 @@ def fill_features(context: RoutingContext, request: ChatRequest) -> None:
     They cost more than the rest of the context together, and a rule needs none of them. So they
     are added to a record that exists: by the decision where it predicts, or when the answer is out.
     """
-    if context.numbers:
+    if context.features.numbers:
         return
     focus = ends(request.last_user, FOCUS_CHARS)
     words = read_words(focus)
@@ -131,4 +131,4 @@ def _numbers(
 
 def describe(context: RoutingContext) -> Mapping[str, Any]:
     """The numeric features by name, for explanations."""
-    return dict(zip(NUMBER_NAMES, context.numbers, strict=True))
+    return dict(zip(NUMBER_NAMES, context.features.numbers, strict=True))

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from calm_serve.config import ResidencyOptions, SLMSpec
+from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySummary
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.residency.factory import build
 from calm_serve.residency.planner import Planner
 from calm_serve.residency.records import OCCUPYING, Demand, ModelFootprint, publishable
@@ -52,15 +54,14 @@ class ResidencyCoordinator:
 
     Args:
         store: remembers the settings over a restart.
-        publish: takes {"tiers": {SLM: tier}, "options": ResidencyOptions as plain data} whenever
-            it changed; tiers are empty without a budget.
+        publish: takes the desired tiers whenever they changed.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
         store: MetaStore,
-        publish: Callable[[dict[str, Any]], None],
+        publish: Callable[[DesiredResidency], None],
         clock: Callable[[], float],
     ) -> None:
         self._publish, self._clock = publish, clock
@@ -105,29 +106,21 @@ class ResidencyCoordinator:
         self._specs = {s.id: s for s in specs if s.locality == "local"}
         self.step()
 
-    def want(self, router_id: str, said: Mapping[str, Any]) -> dict[str, Any]:
-        """A router's word: what was wanted since the last, what waits, runs and can be seen now.
-
-        Args:
-            router_id: names the router process.
-            said: "wanted" SLM ids in order; "held" and "running" SLM -> requests; "replicas"
-                SLM -> replica -> node; "hits" and "misses" since the last word.
-
-        Returns "waits" SLM -> seconds until it could answer, and what `summary` says.
-        """
+    def report_demand(self, router_id: str, report: DemandReport) -> DemandReply:
+        """Take a router's report; `router_id` names the router process."""
         now = self._clock()
         while len(self._routers) >= MAX_ROUTERS and router_id not in self._routers:
             self._routers.pop(min(self._routers, key=lambda r: self._routers[r].heard_at))
-        self._routers[router_id] = _Router(now, dict(said["held"]), dict(said["running"]))
-        for slm_id, replicas in said["replicas"].items():
+        self._routers[router_id] = _Router(now, dict(report.queued), dict(report.running))
+        for slm_id, replicas in report.replicas.items():
             for replica_id, node in replicas.items():
                 self._replicas.seen(slm_id, replica_id, node, now)
-        self._hits += said["hits"]
-        self._misses += said["misses"]
-        for rate, count in zip(self._recent, (said["hits"], said["misses"]), strict=True):
+        self._hits += report.hits
+        self._misses += report.misses
+        for rate, count in zip(self._recent, (report.hits, report.misses), strict=True):
             rate.add(count, now)
-        self.step(said["wanted"])
-        return {"waits": self._waits, **self.summary()}
+        self.step(report.wanted)
+        return DemandReply(dict(self._waits), self.summary())
 
     def report(self, slm_id: str, replica_id: str, state: str, times: Mapping[str, float]) -> None:
         """A replica's word: the state it is in now; `times` may have the seconds of its wake-up."""
@@ -160,25 +153,25 @@ class ResidencyCoordinator:
             self._published = orders
             self._tell()
 
-    def summary(self) -> dict[str, Any]:
-        """Budget, bytes, swaps and hits, for people; {} without a budget."""
+    def summary(self) -> ResidencySummary | None:
+        """Budget, bytes, swaps and hits, for people; None without a budget."""
         if self._planner is None:
-            return {}
+            return None
         now = self._clock()
         hits, misses = (rate.per_s(now) for rate in self._recent)
         occupants = [self._occupant(s, now) for s in self._specs.values()]
-        return {
-            "policy": str(self._options.policy),
-            "budget_bytes": self._budget,
-            "hot_bytes": hot_bytes(occupants),
-            "peak_bytes": self._peak_bytes,
-            "swaps": self._planner.swaps,
-            "hits": self._hits,
-            "misses": self._misses,
-            "hit_ratio": _ratio(self._hits, self._misses),
-            "recent_hit_ratio": _ratio(hits, misses),
-            "held_requests": sum(self._sum("held").values()),
-        }
+        return ResidencySummary(
+            policy=str(self._options.policy),
+            budget_bytes=self._budget,
+            hot_bytes=hot_bytes(occupants),
+            peak_bytes=self._peak_bytes,
+            swaps=self._planner.swaps,
+            hits=self._hits,
+            misses=self._misses,
+            hit_ratio=_ratio(self._hits, self._misses),
+            recent_hit_ratio=_ratio(hits, misses),
+            held_requests=sum(self._sum("held").values()),
+        )
 
     def _restore(self, text: str) -> None:
         try:
@@ -198,8 +191,7 @@ class ResidencyCoordinator:
             self._tell()  # everybody is hot again
 
     def _tell(self) -> None:
-        tiers = {slm_id: str(tier) for slm_id, tier in self._published.items()}
-        self._publish({"tiers": tiers, "options": self._options.model_dump(mode="json")})
+        self._publish(DesiredResidency(dict(self._published), self._options))
         self._told = True
 
     def _watch_peak(self, used_bytes: int) -> None:

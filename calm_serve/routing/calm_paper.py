@@ -106,7 +106,7 @@ class Paper(Baseline):
     ) -> Choice:
         """Lowest score first."""
         del states
-        like = self._similarity.of(context.buckets)
+        like = self._similarity.of(context.features.buckets)
         scores = {c.slm_id: self._costs.get(c.slm_id, 0.0) - like[c.slm_id] for c in candidates}
         return sorted(scores, key=lambda i: (scores[i], i)), 1.0
 
@@ -114,7 +114,9 @@ class Paper(Baseline):
         """Take the latency and energy of an answer into the SLM's window."""
         if outcome.status != "ok" or outcome.slm_id not in self._specs:
             return
-        for windows, value in zip(self._windows, (outcome.e2e_s, outcome.energy_j), strict=True):
+        for windows, value in zip(
+            self._windows, (outcome.timing.e2e_s, outcome.engine.energy_j), strict=True
+        ):
             if value is not None:
                 windows.setdefault(outcome.slm_id, deque(maxlen=WINDOW)).append(value)
         self._weigh()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from zlib import crc32
 
 from calm_serve.config import Goals, SLMSpec
-from calm_serve.types import Candidate, Prediction, Residency, RoutingContext, SLMState, Weights
+from calm_serve.types import Candidate, Prediction, Residency, ServiceLevel, SLMState, Weights
 
 # A request that names an SLO loses up to this much quality for an SLM that will miss it.
 SLO_PENALTY = 0.5
@@ -31,10 +31,10 @@ def weights_of(goals: Goals) -> Weights:
 
 
 def evaluate(
-    context: RoutingContext, prediction: Prediction, state: SLMState, weights: Weights
+    slo: ServiceLevel, prediction: Prediction, state: SLMState, weights: Weights
 ) -> Candidate:
     """Score one candidate; every term of the sum is kept for the explanation."""
-    latency = weights.latency_per_s * prediction.e2e_s + slo_penalty(context, prediction)
+    latency = weights.latency_per_s * prediction.e2e_s + slo_penalty(slo, prediction)
     if weights.late_ttft_per_s:
         over_s = prediction.ttft_s - weights.late_ttft_after_s
         latency += weights.late_ttft_per_s * max(0.0, over_s)
@@ -55,23 +55,23 @@ def evaluate(
     )
 
 
-def slo_penalty(context: RoutingContext, prediction: Prediction) -> float:
+def slo_penalty(slo: ServiceLevel, prediction: Prediction) -> float:
     """SLO_PENALTY times the probability that an SLO which the request named is missed.
 
     What is measured is taken to be log-normal around what is predicted. Of several SLOs the one
     most likely to be missed counts, because one slow moment misses all of them.
     """
-    if not (context.slo_ttft_ms or context.slo_tpot_ms or context.deadline_s):
+    if not (slo.ttft_ms or slo.tpot_ms or slo.deadline_s):
         return 0.0
     missed = 0.0
-    if context.slo_ttft_ms:
-        over = prediction.ttft_s * 1000.0 / context.slo_ttft_ms
+    if slo.ttft_ms:
+        over = prediction.ttft_s * 1000.0 / slo.ttft_ms
         missed = _above_one(over, prediction.ttft_spread)
-    if context.slo_tpot_ms:
-        over = prediction.tpot_s * 1000.0 / context.slo_tpot_ms
+    if slo.tpot_ms:
+        over = prediction.tpot_s * 1000.0 / slo.tpot_ms
         missed = max(missed, _above_one(over, prediction.e2e_spread))
-    if context.deadline_s:
-        over = prediction.e2e_s / context.deadline_s
+    if slo.deadline_s:
+        over = prediction.e2e_s / slo.deadline_s
         missed = max(missed, _above_one(over, prediction.e2e_spread))
     return SLO_PENALTY * missed
 
@@ -95,7 +95,7 @@ def above_floor(candidates: list[Candidate], floor: float) -> list[Candidate]:
 
 
 def preferred(
-    context: RoutingContext,
+    slo: ServiceLevel,
     scored: Sequence[Candidate],
     specs: Mapping[str, SLMSpec],
     states: Mapping[str, SLMState],
@@ -113,7 +113,7 @@ def preferred(
             continue
         wake_s = state.wake_s or specs[candidate.slm_id].priors.wake_s
         hot = replace(prediction, ttft_s=max(prediction.ttft_s - wake_s, 0.0))
-        awake.append(evaluate(context, hot, replace(state, residency=Residency.HOT), weights))
+        awake.append(evaluate(slo, hot, replace(state, residency=Residency.HOT), weights))
     return above_floor(ranked(awake), floor)[0].slm_id
 
 

@@ -208,7 +208,9 @@ class ModelSelector:
 
     def explain(self, decision: Decision) -> dict[str, Any]:
         """The decision as plain JSON-ready data."""
-        return asdict(decision)
+        record = asdict(decision)
+        record["versions"]["predictor"] = str(decision.versions.predictor)
+        return record
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         """Show what adapts in this process how a decision ended."""
@@ -248,7 +250,7 @@ class ModelSelector:
         if request is not None:
             fill_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
-        candidate = scoring.evaluate(context, prediction, state, self.weights)
+        candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
         return self._record(
             context,
             DecisionPath.PINNED,
@@ -294,7 +296,7 @@ class ModelSelector:
         specs = [self.specs[i] for i in allowed]
         predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
         weights = self.weights
-        scored = [scoring.evaluate(context, p, states[p.slm_id], weights) for p in predictions]
+        scored = [scoring.evaluate(context.slo, p, states[p.slm_id], weights) for p in predictions]
         if self._baseline is not None:
             ids, propensity = self._baseline.choose(context, scored, states)
             path, reason = DecisionPath.BASELINE, DecisionReason.BASELINE
@@ -309,7 +311,7 @@ class ModelSelector:
         prior = self.predictor.version == MetadataPrior.version
         path = DecisionPath.PRIOR if prior else DecisionPath.SCORED
         reason = DecisionReason.BEST_PRIOR if prior else DecisionReason.BEST_SCORE
-        preferred = scoring.preferred(context, scored, self.specs, states, weights, floor)
+        preferred = scoring.preferred(context.slo, scored, self.specs, states, weights, floor)
         if explored:
             path, reason, preferred = DecisionPath.EXPLORED, DecisionReason.EXPLORATION, ""
         elif len(order) == 1:

@@ -5,7 +5,6 @@ knowledge actor reads along). Never blocks, but for the energy meters' system ca
 from calm_serve.telemetry.alarms import Alarms
 from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, LevelChange, PopulationShift
 from calm_serve.telemetry.content_gain import ContentGainMonitor
-from calm_serve.telemetry.coverage import Calibration, quantiles
 from calm_serve.telemetry.energy import (
     DEFAULT_WATTS_PER_CORE,
     POWERCAP,
@@ -25,7 +24,6 @@ __all__ = [
     "PSI_ALARM",
     "PSI_CLEAR",
     "Alarms",
-    "Calibration",
     "ContentGainMonitor",
     "DecayedRate",
     "EnergyMeter",
@@ -38,6 +36,5 @@ __all__ = [
     "TokenShareAttributor",
     "best_meter",
     "load_at_decision",
-    "quantiles",
     "visible_gpus",
 ]

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
+
+from calm_serve.protocol.topics import Alarm
 
 # A change is an event, not a state: its alarm stays long enough for people to see it.
 LIFETIME_S = 600.0
 MAX_ALARMS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """One thing that is not as it was. `size` is in the unit that `kind` states."""
-
-    kind: str  # "quality", "tokens", "speed", "prompt_mix", "calibration", "constant_selector"
-    slm: str  # "" when it concerns the whole fleet
-    size: float
-    since: float  # on the clock of the `Alarms`
-    detail: str = ""
-    replica: str = ""
 
 
 class Alarms:
@@ -54,10 +43,10 @@ class Alarms:
         self._expire(self._clock())
         return (kind, slm, replica) in self._on
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The alarms that are on, the oldest first, as plain data."""
+    def current(self) -> tuple[Alarm, ...]:
+        """The alarms that are on, the oldest first."""
         self._expire(self._clock())
-        return [asdict(a) for a, _ in sorted(self._on.values(), key=lambda found: found[0].since)]
+        return tuple(a for a, _ in sorted(self._on.values(), key=lambda found: found[0].since))
 
     def _expire(self, now: float) -> None:
         for key in [k for k, (_, until) in self._on.items() if until <= now]:

@@ -11,13 +11,12 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from calm_serve.types import Decision, DecisionPath
+from calm_serve.types import BEST_SCORE_PATHS, Decision
 
 WINDOW = 512
 MIN_DECISIONS = 200
 MIN_ENTROPY_RATIO = 0.05  # below it one SLM has nearly all: 0.99 of two, 0.992 of five
 MIN_GAIN = 0.005  # in quality points; less is nothing
-WEIGHED = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
 
 
 @dataclass(slots=True)
@@ -78,7 +77,7 @@ class ContentGainMonitor:
 
     def observe(self, decision: Decision) -> None:
         """Count a decision, if candidates were weighed and the best of them was taken."""
-        if decision.path not in WEIGHED:
+        if decision.path not in BEST_SCORE_PATHS:
             return
         weighed = [c for c in decision.candidates if c.prediction is not None]
         chosen = next((c for c in weighed if c.slm_id == decision.slm_id), None)

@@ -38,32 +38,34 @@ class ReplicaStats:
 
     def observe(self, outcome: Outcome) -> None:
         """Count a finished request; one that no replica served is ignored."""
-        if not outcome.served_replica:
+        if not outcome.engine.replica_id:
             return
         now = self._clock()
-        replica = self._replicas.get(outcome.served_replica)
+        replica = self._replicas.get(outcome.engine.replica_id)
         if replica is None:
-            replica = self._replicas[outcome.served_replica] = _Replica(now)
-        self._replicas.move_to_end(outcome.served_replica)
+            replica = self._replicas[outcome.engine.replica_id] = _Replica(now)
+        self._replicas.move_to_end(outcome.engine.replica_id)
         if len(self._replicas) > MAX_REPLICAS:
             self._replicas.popitem(last=False)
         replica.seen_at = now
         replica.requests += 1
         replica.failures += outcome.status == "error"
-        tokens = outcome.output_tokens
+        tokens = outcome.engine.output_tokens
         replica.tokens.add(tokens, now)
         values = {
-            "ttft_s": None if outcome.cold else outcome.ttft_s,
-            "tpot_s": outcome.tpot_s,
-            "queue_s": outcome.queue_s,
+            "ttft_s": None if outcome.timing.cold else outcome.timing.ttft_s,
+            "tpot_s": outcome.timing.tpot_s,
+            "queue_s": outcome.engine.queue_s,
         }
         for name, value in values.items():
             if value is not None:
                 replica.means[name].add(value, now)
                 if name in replica.p95:
                     replica.p95[name].add(value, now)
-        if outcome.energy_j is not None and tokens > 0:
-            replica.means["energy_j_per_token"].add(outcome.energy_j / tokens, now, weight=tokens)
+        if outcome.engine.energy_j is not None and tokens > 0:
+            replica.means["energy_j_per_token"].add(
+                outcome.engine.energy_j / tokens, now, weight=tokens
+            )
         for signal in outcome.signals:
             replica.means["signal_ratio"].add(signal.value, now)
 

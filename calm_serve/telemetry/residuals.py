@@ -7,10 +7,9 @@ it, or whose load hardly varied, keeps a stated slope.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from calm_serve.telemetry.statistics import DecayedLine
-from calm_serve.types import Outcome, SLMState
+from calm_serve.types import LoadAtDecision, Outcome, SLMState
 
 # An engine's step costs about the same whoever is in it, so a token's joules fall with the number
 # of requests that share its steps. Share of a lone token's joules that is the step's, until it is
@@ -134,20 +133,10 @@ class LogSpread:
         self.value = max(math.sqrt(self._squares / self._weight), MIN_SPREAD)
 
 
-def load_at_decision(state: SLMState) -> dict[str, Any]:
-    """What `Outcome.extra` keeps of the load that a request met; `state` is that of its decision.
-
-    [requests per replica of the SLM, requests inside all SLMs, both with this one, and the TTFT
-    ratio that its prediction had].
-    """
+def load_at_decision(state: SLMState) -> LoadAtDecision:
+    """The load that a request meets; `state` is that of its decision."""
     inside = (state.running + state.waiting) / max(state.replicas, 1)
-    return {
-        "load_at_decision": [
-            round(inside + 1.0, 2),
-            state.in_flight + 1,
-            round(state.ttft_ratio, 4),
-        ]
-    }
+    return LoadAtDecision(round(inside + 1.0, 2), state.in_flight + 1, round(state.ttft_ratio, 4))
 
 
 class LoadEffect:
@@ -161,20 +150,19 @@ class LoadEffect:
         self.ttft_spread, self.e2e_spread = LogSpread(), LogSpread()
 
     def observe(self, outcome: Outcome) -> None:
-        """Count an answer, unless it waited for its SLM to wake or nobody wrote down its load."""
-        if outcome.status != "ok" or outcome.cold or "load_at_decision" not in outcome.extra:
+        """Count an answer, unless its SLM had to wake or its load was not written down."""
+        load, timing, engine = outcome.decision.load, outcome.timing, outcome.engine
+        if outcome.status != "ok" or timing.cold or load is None:
             return
-        running, in_flight, applied = outcome.extra["load_at_decision"]
-        if outcome.energy_j is not None and outcome.output_tokens > 0:
-            joules = outcome.energy_j / outcome.output_tokens
-            self.energy.add(joules, running, outcome.output_tokens)
-        if outcome.tpot_s:
-            self.tpot.add(outcome.tpot_s, in_flight)
-        if len(outcome.predicted) != 5 or not outcome.ttft_s or not outcome.e2e_s:
+        if engine.energy_j is not None and engine.output_tokens > 0:
+            joules = engine.energy_j / engine.output_tokens
+            self.energy.add(joules, load.running, engine.output_tokens)
+        if timing.tpot_s:
+            self.tpot.add(timing.tpot_s, load.in_flight)
+        predicted = outcome.decision.predicted
+        if predicted is None or not timing.ttft_s or not timing.e2e_s:
             return  # a rule's decision predicts nothing
-        _, tokens, ttft_s, tpot_s, _ = outcome.predicted
-        ratio = outcome.ttft_s / max(ttft_s, TINY_S)
-        self.ttft.add(ratio * applied, in_flight)
+        ratio = timing.ttft_s / max(predicted.ttft_s, TINY_S)
+        self.ttft.add(ratio * load.ttft_ratio, load.in_flight)
         self.ttft_spread.add(ratio)
-        e2e_s = ttft_s + tpot_s * max(tokens - 1.0, 0.0)
-        self.e2e_spread.add(outcome.e2e_s / max(e2e_s, TINY_S))
+        self.e2e_spread.add(timing.e2e_s / max(predicted.e2e_s, TINY_S))

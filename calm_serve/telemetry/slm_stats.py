@@ -14,7 +14,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.telemetry.circuit_breaker import BreakerLimits, BreakerState, CircuitBreaker
 from calm_serve.telemetry.residuals import LoadEffect
 from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
-from calm_serve.types import Outcome, ReplicaState, Residency, SLMState
+from calm_serve.types import Outcome, PredictorVersion, ReplicaState, Residency, SLMState
 
 Clock = Callable[[], float]
 
@@ -75,23 +75,23 @@ class SLMStats:
         self._requests += 1
         self._arrivals.add(1.0, now)
         self._count_attempt(outcome, now)
-        self._cold_starts += outcome.cold
+        self._cold_starts += outcome.timing.cold
         self.effect.observe(outcome)
         # The wait for a cold start is predicted from `wake_s`; in the mean it would make an SLM
         # look slow for minutes after it has woken.
-        if outcome.ttft_s is not None and not outcome.cold:
-            self._ttft.add(outcome.ttft_s, now)
-        if outcome.tpot_s is not None:
-            self._tpot.add(outcome.tpot_s, now)
-        if outcome.e2e_s is not None and outcome.status == "ok" and not outcome.cold:
-            self._e2e.add(outcome.e2e_s, now)
-        if outcome.queue_s is not None:
-            self._queue_s.add(outcome.queue_s, now)
-        if outcome.output_tokens > 0:
-            self._output_tokens.add(outcome.output_tokens, now)
-            if outcome.energy_j is not None:
-                per_token = outcome.energy_j / outcome.output_tokens
-                self._energy_j_per_token.add(per_token, now, weight=outcome.output_tokens)
+        if outcome.timing.ttft_s is not None and not outcome.timing.cold:
+            self._ttft.add(outcome.timing.ttft_s, now)
+        if outcome.timing.tpot_s is not None:
+            self._tpot.add(outcome.timing.tpot_s, now)
+        if outcome.timing.e2e_s is not None and outcome.status == "ok" and not outcome.timing.cold:
+            self._e2e.add(outcome.timing.e2e_s, now)
+        if outcome.engine.queue_s is not None:
+            self._queue_s.add(outcome.engine.queue_s, now)
+        if outcome.engine.output_tokens > 0:
+            self._output_tokens.add(outcome.engine.output_tokens, now)
+            if outcome.engine.energy_j is not None:
+                per_token = outcome.engine.energy_j / outcome.engine.output_tokens
+                self._energy_j_per_token.add(per_token, now, weight=outcome.engine.output_tokens)
 
     def attempt_failed(self) -> None:
         """Count an attempt that failed before its first byte and was served elsewhere."""
@@ -181,7 +181,7 @@ class FleetStats:
         self._windows = {slm_id: SLMStats(slm_id, clock) for slm_id in slm_ids}
         self._inside: dict[str, int] = {}  # requests, when the SLM was last looked at
         self._in_flight = 0
-        self._predictor = ""
+        self._predictor = PredictorVersion()
 
     @property
     def slm_ids(self) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ class FleetStats:
 
     def observe(self, outcome: Outcome) -> None:
         """Count one finished request; an SLM that is not watched is ignored."""
-        if (predictor := outcome.versions[0]) != self._predictor:
+        if (predictor := outcome.decision.versions.predictor) != self._predictor:
             self._predictor = predictor
             for window in self._windows.values():
                 window.effect.ttft.reset()

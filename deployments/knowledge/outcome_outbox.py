@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from calm_serve.types import Outcome, QualitySignal
+from calm_serve.errors import KnowledgeError
+from calm_serve.protocol.outcomes import OUTCOME
+from calm_serve.types import Outcome
 
 log = logging.getLogger("ray.serve")
 
@@ -127,8 +126,8 @@ class OutcomeOutbox:
         self._spool.parent.mkdir(parents=True, exist_ok=True)
         if self._spool.exists() and self._spool.stat().st_size >= SPOOL_BYTES:
             raise OSError(f"{self._spool.name} has reached {SPOOL_BYTES} bytes")
-        with self._spool.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        with self._spool.open("ab") as file:
+            file.writelines(OUTCOME.encode(row) + b"\n" for row in rows)
 
     async def _replay(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -158,18 +157,16 @@ class OutcomeOutbox:
 
 
 def read_spool(path: Path) -> list[Outcome]:
-    """Outcomes of a spool file; a last line cut off by a crash is left out."""
+    """Outcomes of a spool file; a last line cut off by a crash is left out.
+
+    Lines that an older program wrote are read too.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
         try:
-            rows.append(_outcome(json.loads(line)))
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
-            log.warning("unreadable spool line left out: %.80s", line)
+            rows.append(OUTCOME.decode(line))
+        except KnowledgeError as error:
+            log.warning("unreadable spool line left out: %s", error.message)
     return rows
-
-
-def _outcome(data: dict[str, Any]) -> Outcome:
-    signals = tuple(QualitySignal(**s) for s in data.pop("signals", ()))
-    for name in ("numbers", "buckets", "load", "predicted", "versions"):
-        data[name] = tuple(data[name])
-    return Outcome(**data, signals=signals)

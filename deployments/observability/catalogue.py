@@ -84,7 +84,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_residency_hot_bytes", _G, "Declared bytes in memory, fullest node.", ()),
     Metric("calm_held_requests", _G, "Requests that wait for their SLM to wake.", ()),
     Metric("calm_slm_calibration_factor", _G, "Recent successes over predicted ones.", SLM),
-    Metric("calm_prediction_coverage_ratio", _G, "Outcomes within their p95.", ("slm", "kind")),
     Metric("calm_energy_idle_joules", _G, "Energy of no request, cumulative.", ("slm", "source")),
     Metric("calm_energy_attribution_error_ratio", _G, "Requests plus idle against a check.", SLM),
     Metric("calm_alarm", _G, "1 while the alarm is on.", ("kind", "slm")),

@@ -135,27 +135,30 @@ class RouterMetrics:
     def observe(self, outcome: Outcome) -> None:
         """Count one finished request: about 12 records, after the answer has gone out."""
         slm = _known(outcome.slm_id, self._slm_ids)
-        path = _known(outcome.path, _PATHS)
-        split = (slm, path, cache_class(outcome), "cold" if outcome.cold else "warm")
-        reason, status = _known(outcome.reason, _REASONS), _known(outcome.status, _STATUSES)
+        path = _known(outcome.decision.path, _PATHS)
+        split = (slm, path, cache_class(outcome), "cold" if outcome.timing.cold else "warm")
+        reason, status = (
+            _known(outcome.decision.reason, _REASONS),
+            _known(outcome.status, _STATUSES),
+        )
         self._rates[slm].add(1.0, self._clock())
         self._record("calm_requests", (*split, reason, status), 1.0)
         self._record("calm_retries", (slm,), outcome.retries)
-        self._record("calm_decision_seconds", (slm, path), outcome.decision_s)
-        self._record("calm_prompt_tokens", split, outcome.prompt_tokens)
-        self._record("calm_cached_tokens", split, outcome.cached_tokens)
-        self._record("calm_output_tokens", split, outcome.output_tokens)
-        if outcome.energy_j is not None:
-            source = _known(outcome.energy_source, _SOURCES)
-            self._record("calm_energy_joules", (*split, source), outcome.energy_j)
-        if (hot := outcome.extra.get("preferred_hot")) is not None:
-            preferred = _known(outcome.extra["preferred"], self._slm_ids)
+        self._record("calm_decision_seconds", (slm, path), outcome.timing.decision_s)
+        self._record("calm_prompt_tokens", split, outcome.engine.prompt_tokens)
+        self._record("calm_cached_tokens", split, outcome.engine.cached_tokens)
+        self._record("calm_output_tokens", split, outcome.engine.output_tokens)
+        if outcome.engine.energy_j is not None:
+            source = _known(outcome.engine.energy_source, _SOURCES)
+            self._record("calm_energy_joules", (*split, source), outcome.engine.energy_j)
+        if (hot := outcome.decision.preferred_hot) is not None:
+            preferred = _known(outcome.decision.preferred, self._slm_ids)
             self._record("calm_residency_hits" if hot else "calm_residency_misses", (preferred,), 1)
         timings = {
-            "calm_ttft_seconds": outcome.ttft_s,
-            "calm_tpot_seconds": outcome.tpot_s,
-            "calm_e2e_seconds": outcome.e2e_s if outcome.status == "ok" else None,
-            "calm_queue_seconds": outcome.queue_s,
+            "calm_ttft_seconds": outcome.timing.ttft_s,
+            "calm_tpot_seconds": outcome.timing.tpot_s,
+            "calm_e2e_seconds": outcome.timing.e2e_s if outcome.status == "ok" else None,
+            "calm_queue_seconds": outcome.engine.queue_s,
         }
         for name, value in timings.items():
             if value is not None:
@@ -226,9 +229,9 @@ def _goal_samples(goals: Mapping[str, Any]) -> Iterator[Sample]:
 
 def cache_class(outcome: Outcome) -> str:
     """Return "none", "partial" or "full": how much of the prompt was in the prefix cache."""
-    if outcome.cached_tokens <= 0 or outcome.prompt_tokens <= 0:
+    if outcome.engine.cached_tokens <= 0 or outcome.engine.prompt_tokens <= 0:
         return "none"
-    hit_ratio = outcome.cached_tokens / outcome.prompt_tokens
+    hit_ratio = outcome.engine.cached_tokens / outcome.engine.prompt_tokens
     return "full" if hit_ratio >= FULL_HIT_RATIO else "partial"
 
 
@@ -317,9 +320,6 @@ def watch_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
 def _slm_samples(slm_id: str, slm: Mapping[str, Any]) -> Iterator[Sample]:
     if (factor := slm.get("calibration_factor")) is not None:
         yield "calm_slm_calibration_factor", (slm_id,), float(factor)
-    for kind, found in (slm.get("calibration") or {}).items():
-        if (coverage := found.get("coverage_ratio")) is not None:
-            yield "calm_prediction_coverage_ratio", (slm_id, kind), float(coverage)
     energy = slm.get("energy") or {}
     if energy:
         yield "calm_energy_idle_joules", (slm_id, str(energy["source"])), float(energy["idle_j"])

@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
@@ -42,6 +43,7 @@ from deployments.router.completions import CompletionsEndpoint
 from deployments.router.fleet_view import FleetView
 from deployments.router.handles import Handles
 from deployments.router.outcome import outcome_of
+from deployments.router.subscriptions import Subscriptions
 from deployments.router.wakeup_queue import WakeupQueue
 
 log = logging.getLogger("ray.serve")
@@ -78,16 +80,22 @@ class Router:
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
+        self._subscriptions = Subscriptions(fleet, self._loop, self._view, self._handles)
         self._outcomes = OutcomeOutbox(
             self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
         )
         self._operations = Operations(
-            self._loop, self._view, self._knowledge, self._metrics, self._outcomes
+            self._loop,
+            self._view,
+            self._knowledge,
+            self._subscriptions,
+            self._metrics,
+            self._outcomes,
         )
         answering = CompletionsEndpoint(
             args, self._loop, self._view, self._residency, dispatcher, self.record
         )
-        goals = GoalsEndpoint(self._loop, self._knowledge)
+        goals = GoalsEndpoint(self._loop, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
         residency = ResidencyEndpoint(self._loop, self._view.tiers, self._knowledge)
         self._routes: dict[tuple[str, str], Endpoint] = {
@@ -108,11 +116,11 @@ class Router:
         }
         self._outcomes.start()
         self._tasks = [
-            asyncio.create_task(self._knowledge.follow(self._loop, self._view, self._handles)),
+            asyncio.create_task(self._knowledge.follow(self._subscriptions.apply)),
             asyncio.create_task(self._refresh()),
             asyncio.create_task(self._steer()),
             asyncio.create_task(
-                self._residency.run(self._knowledge.want, lambda: self._loop.fleet)
+                self._residency.run(self._knowledge.report_demand, lambda: self._loop.fleet)
             ),
         ]
 
@@ -145,7 +153,7 @@ class Router:
         parsed = parse(body)
         decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
         self._loop.complete(decision, parsed)
-        return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
+        return http.json_response(self._loop.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
         body = await http.read_json(request, 65_536)
@@ -163,7 +171,9 @@ class Router:
         self._residency.left(call)
         self._loop.complete(call.decision, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
-        self._knowledge.shadow.compare(outcome, self._loop.goals.quality_floor)
+        shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)
+        if shadow is not None:
+            outcome = replace(outcome, decision=replace(outcome.decision, shadow=shadow))
         self._view.observe(outcome)
         self._view.watch.chose(call.decision)
         self._loop.learn(call.decision, outcome)

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 from calm_serve.config import Fleet, SLMSpec
-from calm_serve.telemetry import Alarms, ContentGainMonitor, FleetStats, ReplicaStats, quantiles
+from calm_serve.protocol.reports import ReplicaReport
+from calm_serve.protocol.topics import DesiredResidency, MonitorFindings, SLMEnergy
+from calm_serve.telemetry import Alarms, ContentGainMonitor, FleetStats, ReplicaStats
 from calm_serve.types import Decision, Outcome, ReplicaState, Residency, SLMState
 from deployments.router.live_state import VIEW
 from deployments.router.residency_view import ResidencyView
 from deployments.wire import deployment_name
 
+NO_REPORT = ReplicaReport("")
 STATE_LIFETIME_S = 0.02  # a state is computed at most this often per SLM
 
 
@@ -31,7 +34,7 @@ class FleetView:
         self._clock = clock
         self._monitor = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
-        self._reports: dict[str, dict[str, Any]] = {}
+        self._reports: dict[str, ReplicaReport] = {}
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
         self.watch = MonitorView()
@@ -48,26 +51,26 @@ class FleetView:
             self._seen_up.discard(slm_id)
         self.fleet = fleet
 
-    def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
+    def set_reports(self, reports: Mapping[str, Mapping[str, ReplicaReport]]) -> None:
         """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
         for slm_id, replica_id in self.tiers.set_reports(reports):
             VIEW.index(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
         self._reports = {
-            slm_id: max(by_replica.values(), key=lambda r: float(r["at"]))
+            slm_id: max(by_replica.values(), key=lambda r: r.at)
             for slm_id, by_replica in reports.items()
             if by_replica
         }
         for slm_id, report in self._reports.items():
-            if report["state"] == "ready" and (start_s := report["ready_s"].get("total")):
+            if report.state == "ready" and (start_s := report.ready_s.get("total")):
                 self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
 
-    def set_tiers(self, orders: Mapping[str, Any], version: int) -> None:
+    def set_tiers(self, desired: DesiredResidency, revision: int) -> None:
         """Take the residency planner's orders."""
-        self.tiers.set_orders(orders, version)
+        self.tiers.set_desired(desired, revision)
         self._states.clear()
 
-    def set_watch(self, found: Mapping[str, Any]) -> None:
+    def set_watch(self, found: MonitorFindings) -> None:
         """Take what the knowledge actor found in the outcomes; see `MonitorView`."""
         self.watch.set(found)
         self._monitor.set_calibration_factors(self.watch.calibration_factors)
@@ -116,14 +119,20 @@ class FleetView:
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
             **self.watch.fleet(),
-            **({"residency": self.tiers.summary} if self.tiers.active else {}),
+            **self._residency(),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
+
+    def _residency(self) -> dict[str, Any]:
+        summary = self.tiers.summary
+        if not self.tiers.active:
+            return {}
+        return {"residency": {} if summary is None else asdict(summary)}
 
     def _row(self, spec: SLMSpec) -> dict[str, Any]:
         state = self.state(spec)
         seen = self._monitor.snapshot(spec.id, self._clock())
-        report = self._reports.get(spec.id, {})
+        report = self._reports.get(spec.id) or NO_REPORT
         replicas = self._live(spec)
         return {
             "id": spec.id,
@@ -138,7 +147,7 @@ class FleetView:
             "kv_usage_ratio": state.kv_usage_ratio,
             "cached_prefix_ratio": state.cached_prefix_ratio,
             "memory_bytes": sum(r.memory_bytes for r in replicas),
-            "ready_s": report.get("ready_s", {}),
+            "ready_s": report.ready_s,
             "ttft_s": state.ttft_s,
             "tpot_s": seen.tpot_s,
             "ttft_p95_s": seen.ttft_p95_s,
@@ -154,7 +163,7 @@ class FleetView:
             "failures": seen.failures,
             "adapters": [a.name for a in spec.adapters],
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
-            "detail": report.get("detail", ""),
+            "detail": report.detail,
             **self.watch.row(spec.id),
             **self.tiers.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
@@ -181,9 +190,9 @@ class FleetView:
             return "degraded" if state.breaker_open else str(state.residency)
         if spec.id in self._seen_up and spec.residency != "on_demand":
             return str(Residency.DEAD)
-        reported = self._reports.get(spec.id, {}).get("state", "")
+        reported = (self._reports.get(spec.id) or NO_REPORT).state
         if reported not in ("", "ready", "asleep", "waking"):  # the latter are of one that is gone
-            return str(reported)
+            return reported
         return str(Residency.COLD if spec.residency == "on_demand" else "pending")
 
     def _absent(self, spec: SLMSpec) -> Residency:
@@ -205,23 +214,22 @@ class MonitorView:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._found: Mapping[str, Any] = {}
-        self._energy: Mapping[str, Mapping[str, Any]] = {}
+        self._findings = MonitorFindings()
+        self._energy: Mapping[str, SLMEnergy] = {}
         self._selector = ContentGainMonitor()
         self._alarms = Alarms(clock)
 
     @property
     def calibration_factors(self) -> Mapping[str, float]:
         """SLM -> factor on P(success); 1 where it is missing."""
-        factors: Mapping[str, float] = self._found.get("calibration_factors", {})
-        return factors
+        return self._findings.calibration_factors
 
-    def set(self, found: Mapping[str, Any]) -> None:
-        """Take the board's "watch"; see `calm_serve.learning.monitor`."""
-        self._found = found
+    def set(self, findings: MonitorFindings) -> None:
+        """Take the knowledge actor's findings."""
+        self._findings = findings
 
-    def set_energy(self, energy: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take the board's "energy"; see `EnergyLedger.rows`."""
+    def set_energy(self, energy: Mapping[str, SLMEnergy]) -> None:
+        """Take the energy of each SLM."""
         self._energy = energy
 
     def chose(self, decision: Decision) -> None:
@@ -237,32 +245,20 @@ class MonitorView:
         else:
             self._alarms.end(CONSTANT)
         return {
-            "alarms": [*self._found.get("alarms", ()), *self._alarms.rows()],
+            "alarms": [asdict(a) for a in (*self._findings.alarms, *self._alarms.current())],
             "choices": {
                 **(asdict(gains) if gains else {}),
-                "calibration_error": self._found.get("calibration_error"),
+                "calibration_error": self._findings.calibration_error,
             },
         }
 
     def row(self, slm_id: str) -> dict[str, Any]:
         """The SLM's part of `/v1/fleet`."""
-        energy = dict(self._energy.get(slm_id, {}))
-        if "at" in energy:
+        energy: dict[str, Any] = {}
+        if (found := self._energy.get(slm_id)) is not None:
+            energy = asdict(found)
             energy["age_s"] = round(max(self._clock() - energy.pop("at"), 0.0), 1)
         return {
             "calibration_factor": self.calibration_factors.get(slm_id, 1.0),
-            "calibration": self._found.get("calibration", {}).get(slm_id, {}),
             "energy": energy,
         }
-
-    def explain(self, explained: dict[str, Any]) -> dict[str, Any]:
-        """Add p50 and p95 to each predicted candidate of an explained decision, in place.
-
-        They are those of now, not of the decision's time, and are not part of its record.
-        """
-        calibration = self._found.get("calibration", {})
-        for candidate in explained.get("candidates", ()):
-            factors = calibration.get(candidate["slm_id"])
-            if candidate["prediction"] is not None and factors:
-                candidate["quantiles"] = quantiles(candidate["prediction"], factors)
-        return explained

@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import astuple
-from typing import Any
 
 from starlette.responses import Response
 
 from calm_serve.errors import CalmError, CapacityError, SLMUnavailableError
-from calm_serve.learning import log_fields
+from calm_serve.learning import decision_terms
 from calm_serve.telemetry import load_at_decision
 from calm_serve.types import (
     DecisionPath,
     DecisionReason,
+    DecisionSummary,
     EngineFacts,
     Outcome,
-    QualitySignal,
     Residency,
+    Timing,
 )
 from deployments.router import dispatch
 
@@ -80,54 +79,52 @@ def gone(call: dispatch.Call, error: BaseException) -> CalmError:
 def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None) -> Outcome:
     """The durable row of a finished call. `at` is Unix time in seconds."""
     decision, context = call.decision, call.decision.context
-    facts = call.final.facts if call.final else EngineFacts(replica_id="")
+    facts = call.final.facts if call.final else EngineFacts()
     e2e_s = time.perf_counter() - call.started
     # An answer that is sent in one piece has its first token when the engine says so.
     ttft_s = call.first_byte_s if context.stream else facts.ttft_s or None
     tpot_s = None
     if ttft_s is not None and facts.output_tokens >= MIN_TPOT_TOKENS:
         tpot_s = max(e2e_s - ttft_s, 0.0) / (facts.output_tokens - 1)
-    chosen = next((c for c in decision.candidates if c.slm_id == call.slm_id), None)
-    prediction = chosen.prediction if chosen else None
-    signals: tuple[QualitySignal, ...] = call.final.signals if call.final else ()
     return Outcome(
         outcome_id=decision.decision_id,
-        at=at,
         slm_id=call.slm_id or decision.slm_id,
+        at=at,
         adapter=decision.adapter,
-        path=str(DecisionPath.FALLBACK if call.fell_back else decision.path),
-        reason=str(DecisionReason.FAILOVER if call.fell_back else decision.reason),
-        rule=decision.rule,
-        propensity=decision.propensity,
         status=call.status,
         http_status=call.http_status,
         retries=call.retries,
         predicted_replica=call.predicted_replica,
-        served_replica=facts.replica_id,
-        cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
-        ttft_s=ttft_s,
-        e2e_s=e2e_s,
-        tpot_s=tpot_s,
-        queue_s=facts.queue_s if call.final else None,
-        decision_s=decision.decided_in_s,
-        prompt_tokens=facts.prompt_tokens,
-        cached_tokens=facts.cached_tokens,
-        output_tokens=facts.output_tokens,
-        energy_j=facts.energy_j if call.final else None,
-        energy_source=facts.energy_source,
         task=task,
-        numbers=context.numbers,
-        buckets=context.buckets,
-        load=call.load,
-        predicted=astuple(prediction)[1:6] if prediction else (),
-        versions=astuple(decision.versions),
-        signals=signals,
-        prompt=prompt,
-        extra=log_fields(decision) | load_at_decision(call.state) | _residency_terms(call),
+        decision=_summary(call),
+        features=context.features,
+        timing=Timing(
+            ttft_s=ttft_s,
+            e2e_s=e2e_s,
+            tpot_s=tpot_s,
+            decision_s=decision.decided_in_s,
+            cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
+        ),
+        engine=facts,
+        signals=call.final.signals if call.final else (),
+        prompt_text=prompt,
     )
 
 
-def _residency_terms(call: dispatch.Call) -> dict[str, Any]:
-    if call.preferred_hot is None:
-        return {}
-    return {"preferred": call.decision.preferred, "preferred_hot": call.preferred_hot}
+def _summary(call: dispatch.Call) -> DecisionSummary:
+    decision = call.decision
+    answered_by = next((c for c in decision.candidates if c.slm_id == call.slm_id), None)
+    watched = call.preferred_hot is not None
+    return DecisionSummary(
+        path=str(DecisionPath.FALLBACK if call.fell_back else decision.path),
+        reason=str(DecisionReason.FAILOVER if call.fell_back else decision.reason),
+        rule=decision.rule,
+        propensity=decision.propensity,
+        versions=decision.versions,
+        predicted=answered_by.prediction if answered_by else None,
+        load_features=call.load,
+        load=load_at_decision(call.state),
+        terms=decision_terms(decision),
+        preferred=decision.preferred if watched else "",
+        preferred_hot=call.preferred_hot,
+    )

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from calm_serve.config import ResidencyOptions, SLMSpec
+from calm_serve.protocol.reports import ReplicaReport, ResidencySummary
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.types import ReplicaState, Residency, SLMState
 
 _NOT_AWAKE = ("asleep", "waking")
@@ -21,9 +23,9 @@ class ResidencyView:
 
     def __init__(self) -> None:
         self.options = ResidencyOptions()
-        self.summary: dict[str, Any] = {}  # as ResidencyCoordinator.summary
+        self.summary: ResidencySummary | None = None
         self.waits: dict[str, float] = {}  # SLM -> seconds until it could answer
-        self.version = 0  # of the orders on the board
+        self.version = 0  # revision of the desired residency
         self._ordered: dict[str, Residency] = {}
         self._reported: dict[str, str] = {}  # replica -> the state it reported
         self._wake_s: dict[str, float] = {}  # the last wake-up that a replica measured
@@ -35,18 +37,18 @@ class ResidencyView:
         """Whether there is a memory budget."""
         return bool(self._ordered)
 
-    def set_orders(self, orders: Mapping[str, Any], version: int) -> None:
-        """Take what the residency desk published; no word about an SLM means hot."""
-        self.version = version
-        self._ordered = {slm_id: Residency(tier) for slm_id, tier in orders["tiers"].items()}
-        self.options = ResidencyOptions.model_validate(orders["options"])
+    def set_desired(self, desired: DesiredResidency, revision: int) -> None:
+        """Take what the residency coordinator published; an SLM that is not named is to be hot."""
+        self.version = revision
+        self._ordered = dict(desired.tiers)
+        self.options = desired.options
         if not self._ordered:
-            self.summary, self.waits = {}, {}
+            self.summary, self.waits = None, {}
         self._changed.set()
         self._changed = asyncio.Event()
 
     def set_reports(
-        self, reports: Mapping[str, Mapping[str, Mapping[str, Any]]]
+        self, reports: Mapping[str, Mapping[str, ReplicaReport]]
     ) -> list[tuple[str, str]]:
         """Take what replicas say, SLM to replica to report.
 
@@ -56,8 +58,8 @@ class ResidencyView:
         woke, self._woke_in_s = self._woke_in_s, {}
         for slm_id, by_replica in reports.items():
             for replica_id, report in by_replica.items():
-                state = self._reported[replica_id] = report["state"]
-                wake_s = report.get("ready_s", {}).get("wake")
+                state = self._reported[replica_id] = report.state
+                wake_s = report.ready_s.get("wake")
                 if wake_s is not None:
                     self._wake_s[slm_id] = self._woke_in_s[replica_id] = wake_s
                 # The board keeps the last report alone: another wake-up was another sleep too.

@@ -12,11 +12,12 @@ import logging
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from calm_serve.config import Fleet, RouterOptions
 from calm_serve.errors import AsleepError, KnowledgeError
+from calm_serve.protocol.reports import DemandReply, DemandReport
 from calm_serve.types import Decision
 from deployments.router.dispatch import Call, cancel
 from deployments.router.live_state import VIEW
@@ -31,7 +32,7 @@ MAX_WANTED = 1024  # arrivals between two words; the oldest are forgotten
 LONGEST_RETRY_S = 600.0
 GRACE_S = 2.0  # for a client that was told to come again
 
-Ask = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+Ask = Callable[[str, DemandReport], Awaitable[DemandReply]]
 
 
 class WakeupQueue:
@@ -75,19 +76,18 @@ class WakeupQueue:
             call.inside = ""
 
     async def run(self, ask: Ask, fleet: Callable[[], Fleet]) -> None:
-        """Tell the knowledge actor, for ever; `ask` is KnowledgeClient.want."""
+        """Tell the knowledge actor, for ever; `ask` is KnowledgeClient.report_demand."""
         while True:
             await self._tiers.until_active()
             self._urgent.clear()
             said = self._say(fleet())
             try:
-                answer = dict(await ask(self._router_id, said))
-                self._tiers.waits = answer.pop("waits")
-                self._tiers.summary = answer
+                reply = await ask(self._router_id, said)
+                self._tiers.waits, self._tiers.summary = reply.waits, reply.summary
             except KnowledgeError as error:
                 log.warning("residency: %s", error)
                 self._take_back(said)
-            period_s = BUSY_PERIOD_S if self._held or said["held"] else IDLE_PERIOD_S
+            period_s = BUSY_PERIOD_S if self._held or said.queued else IDLE_PERIOD_S
             await self._pause(period_s)
 
     async def _pause(self, period_s: float) -> None:
@@ -126,7 +126,7 @@ class WakeupQueue:
 
     def _limit_s(self, decision: Decision) -> float:
         longest_s = min(self._tiers.options.hold_s, self._timeout_s)
-        deadline_s = decision.context.deadline_s
+        deadline_s = decision.context.slo.deadline_s
         return min(longest_s, deadline_s) if deadline_s else longest_s
 
     def _too_late(self, slm_id: str) -> AsleepError:
@@ -136,28 +136,28 @@ class WakeupQueue:
             retry_after_s=wait_s,
         )
 
-    def _say(self, fleet: Fleet) -> dict[str, Any]:
+    def _say(self, fleet: Fleet) -> DemandReport:
         now = time.monotonic()
         self._expected = {i: t for i, t in self._expected.items() if t > now}
-        said = {
-            "wanted": list(self._wanted),
-            "held": {**dict.fromkeys(self._expected, 1), **self._held},
-            "running": {i: n for i, n in self._running.items() if n > 0},
-            "replicas": {
+        said = DemandReport(
+            wanted=tuple(self._wanted),
+            queued={**dict.fromkeys(self._expected, 1), **self._held},
+            running={i: n for i, n in self._running.items() if n > 0},
+            replicas={
                 s.id: {r.replica_id: r.node_id for r in VIEW.replicas(deployment_name(s.id))}
                 for s in fleet.slms
             },
-            "hits": self._hits,
-            "misses": self._misses,
-        }
+            hits=self._hits,
+            misses=self._misses,
+        )
         self._wanted.clear()
         self._hits = self._misses = 0
         return said
 
-    def _take_back(self, said: Mapping[str, Any]) -> None:
-        self._wanted.extendleft(reversed(said["wanted"]))
-        self._hits += said["hits"]
-        self._misses += said["misses"]
+    def _take_back(self, said: DemandReport) -> None:
+        self._wanted.extendleft(reversed(said.wanted))
+        self._hits += said.hits
+        self._misses += said.misses
 
 
 QUIET_S = 1.0  # a stream waits this long before its headers go out without an answer

@@ -16,13 +16,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from calm_serve.errors import KnowledgeError
+from calm_serve.protocol.topics import Topic, decode
 from calm_serve.types import Residency
 
 log = logging.getLogger("ray.serve")
 
-KEY = "residency"
 POLL_S = 30.0
 RETRY_S = 2.0
 _PREFIX = "slm-"  # of deployment names; see wire.deployment_name
@@ -41,11 +43,11 @@ class ColdTierPolicy:
     def __init__(self, app_name: str = "calm", follow: bool = True) -> None:
         """`follow` starts the thread that reads the board."""
         self._app_name = app_name
-        self._tiers: dict[str, str] = {}
+        self._tiers: Mapping[str, str] = {}
         if follow:
             threading.Thread(target=self._follow, daemon=True, name="residency-orders").start()
 
-    def set_orders(self, tiers: dict[str, str]) -> None:
+    def set_orders(self, tiers: Mapping[str, str]) -> None:
         """Take the board's tiers."""
         self._tiers = tiers
 
@@ -77,15 +79,15 @@ class ColdTierPolicy:
 
         from deployments.knowledge.address import NAMESPACE, actor_name
 
-        have: dict[str, int] = {}
+        seen: dict[str, int] = {}
         while True:
             try:
                 actor = ray.get_actor(actor_name(self._app_name), namespace=NAMESPACE)
-                news = ray.get(actor.board.remote(have, POLL_S, [KEY]), timeout=2 * POLL_S)
-            except (RayError, ValueError) as error:
+                followed = actor.follow.remote(seen, POLL_S, [Topic.RESIDENCY])
+                updates = ray.get(followed, timeout=2 * POLL_S)
+                if update := updates.get(Topic.RESIDENCY):
+                    seen = {Topic.RESIDENCY: update.revision}
+                    self.set_orders(decode(Topic.RESIDENCY, update).tiers)
+            except (RayError, ValueError, KnowledgeError) as error:
                 log.info("no residency orders: %s", error)
                 time.sleep(RETRY_S)
-                continue
-            if entry := news.get(KEY):
-                have = {KEY: entry["version"]}
-                self.set_orders(entry["value"]["tiers"])

@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from calm_serve.config import Resources
 from calm_serve.errors import ComponentError
+from calm_serve.protocol.reports import EnergyReport
 from calm_serve.telemetry import (
     DEFAULT_WATTS_PER_CORE,
     POWERCAP,
@@ -87,7 +87,7 @@ class ReplicaEnergy:
         self._first_cpu_s = self._tree_cpu_s()
         self._report_at = clock() + REPORT_S
 
-    def tick(self) -> dict[str, Any] | None:
+    def tick(self) -> EnergyReport | None:
         """Charge what was spent; every REPORT_S return the report for the knowledge actor."""
         self.account.tick()
         now = self._clock()
@@ -96,7 +96,7 @@ class ReplicaEnergy:
         self._report_at = now + REPORT_S
         return self.report()
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> EnergyReport:
         """Joules since the start: charged, idle, total, and the total as the check sees it.
 
         For an estimate the check is the CPU time of the whole process tree at the same power;
@@ -106,13 +106,13 @@ class ReplicaEnergy:
         check_j = account.total_j
         if account.source == "estimate":
             check_j = (self._tree_cpu_s() - self._first_cpu_s) * DEFAULT_WATTS_PER_CORE
-        return {
-            "requests_j": account.requests_j + account.running_j,
-            "idle_j": account.idle_j,
-            "total_j": account.total_j,
-            "check_j": check_j,
-            "source": account.source,
-        }
+        return EnergyReport(
+            requests_j=account.requests_j + account.running_j,
+            idle_j=account.idle_j,
+            total_j=account.total_j,
+            check_j=check_j,
+            source=account.source,
+        )
 
 
 def gpu_meter(num_gpus: float, environ: Mapping[str, str]) -> EnergyMeter | None:

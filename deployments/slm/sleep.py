@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from calm_serve.errors import AsleepError, ComponentError
+from calm_serve.errors import AsleepError, ComponentError, KnowledgeError
+from calm_serve.protocol.topics import DesiredResidency, Topic, Update, decode
 from calm_serve.types import Residency
 from deployments.knowledge.address import NAMESPACE, actor_name
 
@@ -219,8 +220,6 @@ class Tier:
 
 log = logging.getLogger("ray.serve")
 
-KEY = "residency"
-ANEW = "registry"  # an actor that has restarted publishes it again, with another version
 POLL_S = 30.0
 POLL_RETRY_S = 1.0
 
@@ -232,18 +231,25 @@ async def follow_orders(app_name: str, slm_id: str, tier: Tier) -> None:
     reported, so they say it again.
     """
     actor: Any = None
-    have: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    # An actor that has restarted publishes the SLMs again, with another revision.
+    topics = [Topic.RESIDENCY, Topic.SLMS]
     while True:
         try:
             actor = actor or ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
-            news = await actor.board.remote(have, POLL_S, [KEY, ANEW])
+            updates: dict[str, Update] = await actor.follow.remote(seen, POLL_S, topics)
         except (RayActorError, RayTaskError, ValueError) as error:
             log.warning("no orders for SLM %s, it stays as it is: %s", slm_id, error)
             actor = None
             await asyncio.sleep(POLL_RETRY_S)
             continue
-        have |= {key: entry["version"] for key, entry in news.items()}
-        if ANEW in news:
+        seen |= {topic: update.revision for topic, update in updates.items()}
+        if Topic.SLMS in updates:
             tier.repeat()
-        if entry := news.get(KEY):
-            tier.order(entry["value"]["tiers"].get(slm_id, Residency.HOT), entry["version"])
+        if update := updates.get(Topic.RESIDENCY):
+            try:
+                desired: DesiredResidency = decode(Topic.RESIDENCY, update)
+            except KnowledgeError as error:
+                log.error("SLM %s stays as it is: %s", slm_id, error)
+                continue
+            tier.order(desired.tiers.get(slm_id, Residency.HOT), update.revision)

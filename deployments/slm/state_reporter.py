@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 
+from calm_serve.protocol.reports import (
+    ENERGY_REPORT,
+    REPLICA_REPORT,
+    EnergyReport,
+    ReplicaReport,
+)
 from deployments.knowledge.address import NAMESPACE, actor_name
 
 
@@ -27,11 +32,11 @@ class StateReporter:
             actor = ray.get_actor(self._name, namespace=NAMESPACE)
         except ValueError:
             return  # no knowledge actor: states are then visible in Serve's own status only
-        times = dict(ready_s or {})
-        actor.report_state.remote(self._slm_id, self._replica_id, state, times, detail)
+        report = ReplicaReport(state, dict(ready_s or {}), detail)
+        actor.report_state.remote(self._slm_id, self._replica_id, REPLICA_REPORT.encode(report))
 
-    def energy(self, report: Mapping[str, Any]) -> None:
-        """Report the replica's energy books; see `EnergyLedger`."""
+    def energy(self, report: EnergyReport) -> None:
+        """Report the replica's energy."""
         with contextlib.suppress(ValueError):  # no knowledge actor
             actor = ray.get_actor(self._name, namespace=NAMESPACE)
-            actor.report_energy.remote(self._slm_id, self._replica_id, dict(report))
+            actor.report_energy.remote(self._slm_id, self._replica_id, ENERGY_REPORT.encode(report))

@@ -86,7 +86,7 @@ class _Ways:
             (ids.index(s.id), live_load(context, s, world.states[s.id])) for s in specs
         ]
         self._sparse = SparseRow()
-        self._sparse.set_prompt(context.numbers, context.buckets)
+        self._sparse.set_prompt(context.features.numbers, context.features.buckets)
         self._rows = np.zeros((len(specs), COLUMNS), dtype=np.float32)
         for row, candidate in zip(self._rows, self._candidates, strict=True):
             self._sparse.set_candidate(*candidate)
@@ -133,7 +133,7 @@ class _Ways:
 
     def c_sparse_row(self) -> Values:
         """The C API with what is not zero. Includes filling the row."""
-        self._sparse.set_prompt(self._context.numbers, self._context.buckets)
+        self._sparse.set_prompt(self._context.features.numbers, self._context.features.buckets)
         found = []
         for (index, load), calls in zip(self._candidates, self._fast, strict=True):
             self._sparse.set_candidate(index, load)
@@ -142,8 +142,8 @@ class _Ways:
 
     def c_joined(self) -> Values:
         """One call for all SLMs' own heads, one per SLM for the residual: the predictor's way."""
-        self._sparse.set_prompt(self._context.numbers, self._context.buckets)
-        self._wordless.set_prompt(self._context.numbers, ())
+        self._sparse.set_prompt(self._context.features.numbers, self._context.features.buckets)
+        self._wordless.set_prompt(self._context.features.numbers, ())
         sums = self._own.predict()
         own = np.array([sum(sums[p]) for p in self._places]).reshape(-1, len(OWN_HEADS))
         own[:, 0] = 1.0 / (1.0 + np.exp(-own[:, 0]))

@@ -139,8 +139,8 @@ def _learnt(fleet: Fleet, rng: Random) -> Artifact:
                 f"o{i}",
                 at=1000.0 + i,
                 slm_id=spec.id,
-                numbers=context.numbers,
-                buckets=context.buckets,
+                numbers=context.features.numbers,
+                buckets=context.features.buckets,
                 load=load,
                 ttft_s=math.exp(load[-1] + _slowdown(spec.id, load, chars) + rng.gauss(0.0, 0.02)),
                 output_tokens=_answer_tokens(spec.id, context, rng),
@@ -158,14 +158,16 @@ def _slowdown(slm_id: str, load: tuple[float, ...], chars: int) -> float:
 
 def _answer_tokens(slm_id: str, context: RoutingContext, rng: Random) -> int:
     weights = _weights(slm_id)
-    wordy = sum(abs(weights[b]) for b in context.buckets)
+    wordy = sum(abs(weights[b]) for b in context.features.buckets)
     return max(2, int(rng.gauss(20 + 20 * abs(weights[0]) + 2 * wordy, 2)))
 
 
 def _success_ratio(topic: str, context: RoutingContext, skill: str, parameters: int) -> float:
     """The world's truth: own topics are easy, long prompts hard, and many words matter."""
     weights = _weights(skill)
-    words = sum(weights[b] for b in context.buckets) / math.sqrt(len(context.buckets) + 1)
+    words = sum(weights[b] for b in context.features.buckets) / math.sqrt(
+        len(context.features.buckets) + 1
+    )
     own = 1.5 if skill == topic else -0.5
     logit = own + 2.5 * words - context.prompt_chars / 600 + parameters / 5e6
     return 1.0 / (1.0 + math.exp(-4.0 * logit))

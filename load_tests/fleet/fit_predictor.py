@@ -79,7 +79,7 @@ def fit(state_dir: Path) -> dict[str, Any]:
     finally:
         store.close()
     # Times belong to the machine they were measured on: the TTFT correction is learned in place.
-    outcomes = [replace(o, ttft_s=None) for o in outcomes]
+    outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_bytes(training.artifact.to_bytes())

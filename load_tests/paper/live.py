@@ -187,7 +187,10 @@ def add_outcomes(records: Sequence[Record], state: Path) -> None:
         outcome = outcomes.get(record.decision_id)
         if outcome is None:
             continue
-        record.preferred = outcome.extra.get("preferred", "")
-        record.preferred_hot = outcome.extra.get("preferred_hot")
-        if outcome.energy_j is not None:
-            record.energy_j, record.energy_source = outcome.energy_j, outcome.energy_source
+        record.preferred = outcome.decision.preferred
+        record.preferred_hot = outcome.decision.preferred_hot
+        if outcome.engine.energy_j is not None:
+            record.energy_j, record.energy_source = (
+                outcome.engine.energy_j,
+                outcome.engine.energy_source,
+            )

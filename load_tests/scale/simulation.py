@@ -203,8 +203,8 @@ class Simulation:
             e2e_s=served.ended_s - served.arrived_s,
             tpot_s=(served.ended_s - served.first_token_s) / max(ending.tokens - 1, 1),
             output_tokens=ending.tokens,
-            numbers=context.numbers,
-            buckets=context.buckets,
+            numbers=context.features.numbers,
+            buckets=context.features.buckets,
         )
         ending.router.finished(outcome, facts)
         return outcome

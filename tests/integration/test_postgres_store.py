@@ -56,7 +56,7 @@ def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStor
     store.append([make_outcome("a", prompt="zero\0 and half \ud800", extra={"x": "\0"})])
     found = store.get("a")
     assert found is not None
-    assert found.prompt == "zero\ufffd and half ?"
+    assert found.prompt_text == "zero\ufffd and half ?"
 
 
 def test_a_repeated_batch_adds_nothing(store: OutcomeStore) -> None:

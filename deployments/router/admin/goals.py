@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from starlette.responses import Response
 
 from calm_serve.config import Goals, parse_goals
 from calm_serve.errors import ConfigError, RequestError
+from calm_serve.protocol.topics import GoalChange
 from calm_serve.routing import ModelSelector
 from deployments.router import http
 
@@ -18,13 +18,14 @@ BODY_LIMIT_BYTES = 65_536
 ACTOR_HEADER = "x-calm-actor"
 
 
+ECHO_TIMEOUT_S = 2.0  # for this router to receive its own change
+
+
 class GoalKeeper(Protocol):
     """What the endpoints ask of the knowledge client."""
 
-    goals_change: dict[str, Any]  # the change that is in force here; {} before the first
-
-    async def set_goals(self, goals: Goals, by: str) -> dict[str, Any]:
-        """Change the goals durably; return the change once this router has it too."""
+    async def set_goals(self, goals: Goals, by: str) -> GoalChange:
+        """Change the goals durably."""
         ...
 
     async def goal_history(self, limit: int) -> list[dict[str, Any]]:
@@ -32,12 +33,21 @@ class GoalKeeper(Protocol):
         ...
 
 
+class AppliedGoals(Protocol):
+    """What the endpoints ask of the router's subscriptions."""
+
+    goals_change: GoalChange | None  # the change that is in force here
+
+    async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
+        """Whether this router has goals of at least that revision, after waiting for them."""
+        ...
+
+
 class GoalsEndpoint:
     """GET and PUT."""
 
-    def __init__(self, loop: ModelSelector, knowledge: GoalKeeper) -> None:
-        self._loop = loop
-        self._knowledge = knowledge
+    def __init__(self, loop: ModelSelector, knowledge: GoalKeeper, applied: AppliedGoals) -> None:
+        self._loop, self._knowledge, self._applied = loop, knowledge, applied
 
     async def get(self, request: Request) -> Response:
         """Goals, weights and targets of this router; `?history=N` adds the last N changes."""
@@ -64,19 +74,20 @@ class GoalsEndpoint:
         address = request.client.host if request.client else "unknown"
         by = request.headers.get(ACTOR_HEADER) or address
         change = await self._knowledge.set_goals(goals, by)
-        if self._knowledge.goals_change.get("revision", 0) < change["revision"]:
+        if not await self._applied.wait_for_goals(change.revision, ECHO_TIMEOUT_S):
             pending = {"goals": goals.model_dump(mode="json"), "changed": _signed(change)}
             return http.json_response(pending, 202)
         return http.json_response(self._document())
 
     def _document(self) -> dict[str, Any]:
-        changed = _signed(self._knowledge.goals_change)
+        changed = _signed(self._applied.goals_change)
         goals = self._loop.goals.model_dump(mode="json")
         return {"goals": goals, **goals_section(self._loop), "changed": changed}
 
 
-def _signed(change: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: change.get(key) for key in ("at", "by", "revision")}
+def _signed(change: GoalChange | None) -> dict[str, Any]:
+    names = ("at", "by", "revision")
+    return {name: None if change is None else getattr(change, name) for name in names}
 
 
 def goals_section(loop: ModelSelector) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -16,8 +17,8 @@ from deployments.knowledge.outcome_outbox import OutcomeOutbox
 from deployments.observability.exporters import RouterMetrics
 from deployments.router import http
 from deployments.router.admin.goals import goals_section
-from deployments.router.admin.predictors import models_section
 from deployments.router.fleet_view import FleetView
+from deployments.router.subscriptions import Subscriptions
 
 _CREATED = 1_700_000_000  # OpenAI's schema wants a time; models here have none that means anything
 
@@ -30,12 +31,13 @@ class Operations:
         loop: ModelSelector,
         view: FleetView,
         knowledge: KnowledgeClient,
+        subscriptions: Subscriptions,
         metrics: RouterMetrics,
         outcomes: OutcomeOutbox,
     ) -> None:
         self._loop = loop
         self._view = view
-        self._knowledge = knowledge
+        self._knowledge, self._subscriptions = knowledge, subscriptions
         self._metrics = metrics
         self._outcomes = outcomes
 
@@ -54,14 +56,18 @@ class Operations:
     def snapshot(self) -> dict[str, Any]:
         """The `/v1/fleet` document."""
         predictor = {
-            "version": self._loop.predictor.version,
-            "source": self._knowledge.predictor_source,
+            "version": str(self._loop.predictor.version),
+            "source": self._subscriptions.predictor_source,
             "outcomes_pending": self._outcomes.pending_rows,
             "outcomes_lost": self._outcomes.lost_rows,
             "knowledge_reachable": self._knowledge.reachable,
-            **models_section(self._knowledge),
+            **self._predictors(),
         }
         return self._view.snapshot(predictor) | {"goals": goals_section(self._loop)}
+
+    def _predictors(self) -> dict[str, Any]:
+        status = self._subscriptions.predictors
+        return {} if status is None else asdict(status)
 
     async def models(self, request: Request) -> Response:
         """OpenAI's model list: `auto`, every SLM, every adapter as `slm:adapter`."""
@@ -79,13 +85,13 @@ class Operations:
         """The record of a decision: from this router's memory, else the stored outcome."""
         decision = self._loop.recall(decision_id)
         if decision is not None:
-            return http.json_response(self._view.watch.explain(self._loop.explain(decision)))
+            return http.json_response(self._loop.explain(decision))
         stored = await self._knowledge.outcome(decision_id)
         if stored is None:
             error = RequestError(f"decision {decision_id!r} not found", param="decision_id")
             error.http_status = 404
             raise error
-        return http.json_response(stored)
+        return http.json_response(asdict(stored))
 
     async def feedback(self, body: Any) -> Response:
         """`{"decision_id", "score"}`, score in [0, 1] or a boolean; durable when answered."""

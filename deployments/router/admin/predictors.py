@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,7 +20,7 @@ class PredictorsEndpoint:
         self._knowledge = knowledge
 
     async def get(self, request: Request) -> Response:
-        """Stored predictors with metrics and state, the shadow, the probation, the last change."""
+        """Stored predictors with metrics and state, the shadow, the live comparison, the last change."""
         del request
         return http.json_response(await self._knowledge.predictors())
 
@@ -39,8 +37,3 @@ class PredictorsEndpoint:
         if (action == "pin") != bool(version):
             raise RequestError("'version' is required to pin, and only then", param="version")
         return http.json_response(await self._knowledge.change_predictor(action, version))
-
-
-def models_section(knowledge: KnowledgeClient) -> dict[str, Any]:
-    """What /v1/fleet shows under `predictor` besides the one that decides."""
-    return dict(knowledge.models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -44,8 +45,9 @@ class ResidencyEndpoint:
         return http.json_response({"residency": options.model_dump(mode="json")})
 
     def _document(self) -> dict[str, Any]:
+        summary = self._tiers.summary
         return {
             "residency": self._tiers.options.model_dump(mode="json"),
-            **self._tiers.summary,
+            **({} if summary is None else asdict(summary)),
             "tiers": self._tiers.ordered(),
         }

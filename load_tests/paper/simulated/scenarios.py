@@ -20,7 +20,7 @@ from calm_serve.config import (
     SLMSpec,
 )
 from calm_serve.prediction import Predictor
-from calm_serve.types import Prediction, RoutingContext, SLMState
+from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
 from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
 from load_tests.paper.simulated.belady import belady
@@ -44,17 +44,17 @@ Arrivals = Sequence[tuple[float, int]]
 class Oracle:
     """Knows every answer beforehand: the bound of what prediction can do under our objective."""
 
-    version = "oracle"
+    version = PredictorVersion("oracle")
 
     def __init__(self, answers: Answers, inner: Predictor) -> None:
         self._answers, self._inner = answers, inner
-        self._rows = {id(c.numbers): i for i, c in enumerate(answers.contexts)}
+        self._rows = {id(c.features.numbers): i for i, c in enumerate(answers.contexts)}
 
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:
         """True success and length; times and joules as the shipped predictor has them."""
-        request, found = self._rows[id(context.numbers)], []
+        request, found = self._rows[id(context.features.numbers)], []
         for spec, said in zip(specs, self._inner.predict(context, specs, states), strict=True):
             column = self._answers.column(spec.id)
             tokens = float(self._answers.tables["output_tokens"][request, column])

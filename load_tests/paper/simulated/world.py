@@ -10,16 +10,16 @@ residency planner; trainer and gate. Simulated: engines (queues with the speeds 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 from calm_serve.config import Fleet, Goals, ResidencyOptions, SLMSpec
 from calm_serve.errors import CalmError
 from calm_serve.goals import GoalController
 from calm_serve.learning import OutcomeMonitor
 from calm_serve.prediction import Predictor, live_load
+from calm_serve.protocol.topics import MonitorFindings
 from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
 from calm_serve.testing import EngineSimulator, FakeClock, Served
@@ -293,8 +293,8 @@ class World:
         if self.outcomes is not None:
             self.outcomes.append(outcome)
 
-    def _published(self, document: Mapping[str, Any]) -> None:
-        self.monitor.set_calibration_factors(document["calibration_factors"])
+    def _published(self, findings: MonitorFindings) -> None:
+        self.monitor.set_calibration_factors(findings.calibration_factors)
         self._states.clear()
 
     def _asked_to_retrain(self) -> None:

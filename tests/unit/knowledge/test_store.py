@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from calm_serve.knowledge.codec import decode_outcome, decode_signals
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.knowledge.codec import decode_outcome, decode_signals
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import QualitySignal
 from tests.knowledge_data import make_outcome, make_world
@@ -165,7 +165,7 @@ def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStor
     store.append([make_outcome("a", prompt="zero\0 and half \ud800")])
     found = store.get("a")
     assert found is not None
-    assert found.prompt == "zero\ufffd and half ?"
+    assert found.prompt_text == "zero\ufffd and half ?"
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def answer_of(fleet: Fleet, text: str, number: int, score: float | None) -> Outc
     return make_outcome(
         f"o{number}",
         slm_id="sql",
-        numbers=context.numbers,
-        buckets=context.buckets,
+        numbers=context.features.numbers,
+        buckets=context.features.buckets,
         signals=signals,
     )
 
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_newcomer_is_bounded() -> None:
     newcomers.follow(fleet, known={"shell"})
     row = answer_of(fleet, SQL[0], 0, 1.0)
     for number in range(MAX_ANSWERS + 50):
-        newcomers.observe([make_outcome(f"o{number}", slm_id="sql", numbers=row.numbers)])
+        newcomers.observe([make_outcome(f"o{number}", slm_id="sql", numbers=row.features.numbers)])
     job = newcomers.job()
     assert job is not None
     assert len(dict(job.rows)["sql"]) <= MAX_ANSWERS + len(example_outcomes(fleet, fleet.slms[0]))

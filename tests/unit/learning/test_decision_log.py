@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from calm_serve.knowledge.codec import decode_outcome
 
 from calm_serve.config import Goals
-from calm_serve.knowledge.codec import decode_outcome
 from calm_serve.learning.decision_log import (
     MAX_LOGGED,
     log_fields,
@@ -71,7 +71,7 @@ def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
     for outcome in serve(40, Goals(), predictor):
         logged = read_decision(outcome)
         assert logged is not None
-        again = rescore(logged, values=predictor.of_prompt(outcome.numbers, outcome.buckets))
+        again = rescore(logged, values=predictor.of_prompt(outcome.features.numbers, outcome.features.buckets))
         for new, old in zip(again, rescore(logged), strict=True):
             assert new.slm_id == old.slm_id
             assert new.quality == pytest.approx(old.quality, abs=2e-6)
@@ -82,7 +82,7 @@ def test_a_predictor_trained_on_prompts_alone_is_asked_from_the_log_as_live() ->
     predictor, context = learned(), make_context(code=True)
     specs = [make_spec(CODER), make_spec("unknown")]
     live = predictor.predict(context, specs, [make_state(s.id, waiting=3) for s in specs])
-    offline = predictor.of_prompt(context.numbers, context.buckets)
+    offline = predictor.of_prompt(context.features.numbers, context.features.buckets)
     assert offline[CODER] == (live[0].success_ratio, live[0].output_tokens)
     assert set(offline) == {CODER, TALKER}
 
@@ -101,7 +101,7 @@ def test_a_shorter_answer_costs_less_and_respects_the_limit_of_the_request() -> 
     logged = read_decision(outcome)
     assert logged is not None
     (before,) = [c.prediction for c in rescore(logged) if c.slm_id == CODER]
-    limited = list(outcome.numbers)
+    limited = list(outcome.features.numbers)
     limited[NUMBER_NAMES.index("log_max_output_tokens")] = 3.4339872044851463  # log(1 + 30)
     capped = read_decision(replace(outcome, numbers=tuple(limited)))
     assert before is not None and capped is not None

@@ -174,7 +174,7 @@ def test_a_champion_answers_for_its_own_predictions_only() -> None:
             o,
             outcome_id=f"new-{o.outcome_id}",
             slm_id="newcomer",
-            predicted=(0.99, *o.predicted[1:]),
+            predicted=(0.99, *o.decision.predicted[1:]),
             signals=tuple(replace(s, value=0.0) for s in o.signals),
         )
         for o in outcomes

@@ -43,7 +43,7 @@ def test_the_same_goals_and_predictor_reproduce_every_choice(
 ) -> None:
     found = replayed(serve(200, GOALS, LEARNED), GOALS, predictor)
     assert (found.comparable, found.reproduced, found.differing) == (200, 200, [])
-    explored = sum(o.reason == "exploration" for o in serve(200, GOALS, LEARNED))
+    explored = sum(o.decision.reason == "exploration" for o in serve(200, GOALS, LEARNED))
     assert explored > 20
     # What the draw chose is reproduced; the evaluated policy does not explore.
     assert found.report()["changed"] == explored
@@ -82,7 +82,7 @@ def test_what_chose_otherwise_is_counted_by_reason() -> None:
 
 def test_a_shipped_predictor_is_recognised_by_its_version() -> None:
     outcomes = serve(20, GOALS, LEARNED)
-    shipped = [replace(o, versions=(f"{o.versions[0]}+shipped", *o.versions[1:])) for o in outcomes]
+    shipped = [replace(o, versions=(f"{o.decision.versions[0]}+shipped", *o.decision.versions[1:])) for o in outcomes]
     assert replayed(shipped, GOALS, LEARNED).reproduced == 20
 
 
@@ -110,7 +110,7 @@ def test_goals_without_patience_choose_what_is_predicted_to_be_faster() -> None:
 
 def test_targets_move_the_weights_in_a_replay_as_they_do_in_a_router() -> None:
     outcomes = serve(400, GOALS, LEARNED)
-    spent = sum(o.energy_j or 0.0 for o in outcomes) / len(outcomes)
+    spent = sum(o.engine.energy_j or 0.0 for o in outcomes) / len(outcomes)
     goals = Goals(exploration_ratio=0.0, energy_per_request_j=0.7 * spent)
     report = replayed(outcomes, goals).report()
     estimate = report["estimates"]["energy_j"]
@@ -124,7 +124,7 @@ def test_targets_move_the_weights_in_a_replay_as_they_do_in_a_router() -> None:
 
 def test_what_a_rule_chose_counts_against_a_target_too() -> None:
     outcomes = serve(200, GOALS, LEARNED)
-    spent = sum(o.energy_j or 0.0 for o in outcomes) / len(outcomes)
+    spent = sum(o.engine.energy_j or 0.0 for o in outcomes) / len(outcomes)
     goals = Goals(exploration_ratio=0.0, energy_per_request_j=1.05 * spent)
     ruled = [make_outcome(f"rule-{i}", path="rule", energy_j=0.2 * spent) for i in range(200)]
     mixed = [o for pair in zip(outcomes, ruled, strict=True) for o in pair]

@@ -61,7 +61,7 @@ def test_the_holdout_does_not_reach_the_model() -> None:
 def test_first_tokens_after_a_failover_teach_nothing_of_the_slm_that_answered() -> None:
     world = make_world(200)
     late = [
-        replace(o, retries=1, ttft_s=30.0 + (o.ttft_s or 0.0)) if i % 4 == 0 else o
+        replace(o, retries=1, ttft_s=30.0 + (o.timing.ttft_s or 0.0)) if i % 4 == 0 else o
         for i, o in enumerate(world)
     ]
     metrics = run(late).metrics

@@ -66,8 +66,8 @@ def test_the_prediction_is_exactly_what_lightgbm_says() -> None:
     got = predictor().predict(context, [make_spec(i) for i in slm_ids], states)
     for slm_id, state, prediction in zip(slm_ids, states, got, strict=True):
         row = np.zeros((1, len(NUMBER_NAMES) + BUCKETS + 7), dtype=np.float64)
-        row[0, : len(NUMBER_NAMES)] = context.numbers
-        row[0, [len(NUMBER_NAMES) + b for b in context.buckets]] = 1.0
+        row[0, : len(NUMBER_NAMES)] = context.features.numbers
+        row[0, [len(NUMBER_NAMES) + b for b in context.features.buckets]] = 1.0
         row[0, len(NUMBER_NAMES) + BUCKETS : -1] = live_load(context, make_spec(slm_id), state)
         row[0, -1] = trained().slm_ids.index(slm_id)
         raw = {
@@ -168,8 +168,8 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
     logged = make_outcome(
         "a",
         slm_id=TALKER,
-        numbers=context.numbers,
-        buckets=context.buckets,
+        numbers=context.features.numbers,
+        buckets=context.features.buckets,
         load=live_load(context, spec, state),
     )
     (row,) = outcome_rows([logged], trained().slm_ids)

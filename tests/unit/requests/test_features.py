@@ -63,10 +63,10 @@ def number(context: RoutingContext, name: str) -> float:
 @given(st.text())
 def test_any_text_gives_the_full_row_of_finite_numbers(text: str) -> None:
     context = build(text)
-    assert len(context.numbers) == len(NUMBER_NAMES)
-    assert all(map(math.isfinite, context.numbers))
-    assert list(context.buckets) == sorted(set(context.buckets))
-    assert all(0 <= b < BUCKETS for b in context.buckets)
+    assert len(context.features.numbers) == len(NUMBER_NAMES)
+    assert all(map(math.isfinite, context.features.numbers))
+    assert list(context.features.buckets) == sorted(set(context.features.buckets))
+    assert all(0 <= b < BUCKETS for b in context.features.buckets)
     assert context.prompt_tokens >= 1
 
 
@@ -181,7 +181,7 @@ def test_words_are_read_from_the_ends_only(character: str, monkeypatch: pytest.M
 
 
 def test_the_size_of_a_number_is_not_vocabulary() -> None:
-    assert build("add 17 and 4").buckets == build("add 99 and 5").buckets
+    assert build("add 17 and 4").features.buckets == build("add 99 and 5").features.buckets
 
 
 @pytest.mark.parametrize(

@@ -154,15 +154,15 @@ def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
     target = loop()
     request = parse_chat({"messages": [{"role": "user", "content": "select 12 of them"}]})
     decision = target.decide(request, Overrides(), "decision")
-    assert (decision.path, decision.context.numbers) == (DecisionPath.RULE, ())
+    assert (decision.path, decision.context.features.numbers) == (DecisionPath.RULE, ())
     target.complete(decision, request)
     recalled = target.recall("decision")
     assert recalled is not None
-    assert len(recalled.context.numbers) == len(NUMBER_NAMES)
-    assert recalled.context.buckets
+    assert len(recalled.context.features.numbers) == len(NUMBER_NAMES)
+    assert recalled.context.features.buckets
     scored = decide(target, "12 of them").context
     target.complete(recalled, request)
-    assert scored.numbers != recalled.context.numbers
+    assert scored.features.numbers != recalled.context.features.numbers
 
 
 def test_a_rule_with_several_slms_makes_a_short_list() -> None:

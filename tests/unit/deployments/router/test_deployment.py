@@ -177,7 +177,7 @@ async def test_prompts_are_stored_only_where_the_operator_says_so(
     async with Service(tmp_path, END) as service:
         await service.post(CHAT)
         (outcome,) = await service.outcomes()
-    assert outcome.prompt is None
+    assert outcome.prompt_text is None
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,17 @@ def test_the_outcome_repeats_decision_facts_and_signals() -> None:
     call = finished(started(replace(decision, propensity=0.3)), cached_tokens=64, queue_s=0.2)
     call.predicted_replica = "r0"
     outcome = outcome_of(call, at=5.0, task="sql", prompt="text")
-    assert (outcome.outcome_id, outcome.at, outcome.task, outcome.prompt) == (
+    assert (outcome.outcome_id, outcome.at, outcome.task, outcome.prompt_text) == (
         "d1",
         5.0,
         "sql",
         "text",
     )
-    assert (outcome.slm_id, outcome.path, outcome.propensity) == ("a", "scored", 0.3)
-    assert (outcome.predicted_replica, outcome.served_replica) == ("r0", "r1")
-    assert (outcome.numbers, outcome.buckets, outcome.load) == ((1.0,), (2,), (1.0, 2.0))
-    assert outcome.predicted == (0.5, 64.0, 0.05, 0.01, 6.4)
-    assert (outcome.cached_tokens, outcome.queue_s, outcome.energy_j) == (64, 0.2, 1.0)
+    assert (outcome.slm_id, outcome.decision.path, outcome.decision.propensity) == ("a", "scored", 0.3)
+    assert (outcome.predicted_replica, outcome.engine.replica_id) == ("r0", "r1")
+    assert (outcome.features.numbers, outcome.features.buckets, outcome.decision.load_features) == ((1.0,), (2,), (1.0, 2.0))
+    assert outcome.decision.predicted == (0.5, 64.0, 0.05, 0.01, 6.4)
+    assert (outcome.engine.cached_tokens, outcome.engine.queue_s, outcome.engine.energy_j) == (64, 0.2, 1.0)
     assert [s.source for s in outcome.signals] == ["validator:json"]
 
 
@@ -63,27 +63,27 @@ def test_the_first_token_of_a_stream_is_timed_here_and_of_one_piece_in_the_engin
     streaming = make_decision("a", context=make_context(stream=True))
     call = finished(started(streaming), ttft_s=0.7)
     call.first_byte_s = 0.2
-    assert outcome_of(call, at=0.0, task="", prompt=None).ttft_s == 0.2
+    assert outcome_of(call, at=0.0, task="", prompt=None).timing.ttft_s == 0.2
     call = finished(started(make_decision("a")), ttft_s=0.7)
     call.first_byte_s = 0.2
-    assert outcome_of(call, at=0.0, task="", prompt=None).ttft_s == 0.7
+    assert outcome_of(call, at=0.0, task="", prompt=None).timing.ttft_s == 0.7
 
 
 def test_a_call_that_never_reached_an_slm_still_has_an_outcome() -> None:
     outcome = outcome_of(started(), at=0.0, task="", prompt=None)
-    assert (outcome.slm_id, outcome.status, outcome.served_replica) == ("a", "error", "")
-    assert (outcome.energy_j, outcome.queue_s, outcome.ttft_s, outcome.tpot_s) == (None,) * 4
+    assert (outcome.slm_id, outcome.status, outcome.engine.replica_id) == ("a", "error", "")
+    assert (outcome.engine.energy_j, outcome.engine.queue_s, outcome.timing.ttft_s, outcome.timing.tpot_s) == (None,) * 4
     assert outcome.signals == ()
 
 
 def test_an_slm_without_a_prediction_leaves_it_empty() -> None:
     ruled = make_decision("a", candidates=(Candidate("a"),), path=DecisionPath.RULE)
-    assert outcome_of(started(ruled), at=0.0, task="", prompt=None).predicted == ()
+    assert outcome_of(started(ruled), at=0.0, task="", prompt=None).decision.predicted == ()
     other = make_decision("a", candidates=(Candidate("b", prediction=make_prediction("b")),))
-    assert outcome_of(started(other), at=0.0, task="", prompt=None).predicted == ()
+    assert outcome_of(started(other), at=0.0, task="", prompt=None).decision.predicted == ()
 
 
 @pytest.mark.parametrize(("replicas", "cold"), [(0, True), (1, False)])
 def test_a_cold_start_is_known_from_the_state_at_the_decision(replicas: int, cold: bool) -> None:
     call = Call(make_decision("a"), make_state("a", replicas=replicas), ())
-    assert outcome_of(call, at=0.0, task="", prompt=None).cold is cold
+    assert outcome_of(call, at=0.0, task="", prompt=None).timing.cold is cold

@@ -77,7 +77,7 @@ async def test_a_stream_hears_comments_until_its_slm_is_awake(
         (outcome,) = await service.outcomes()
     assert rest == [b"data: 1\n\n", END.payload]
     assert response.headers["x-calm-model"] == "small"
-    assert (outcome.status, outcome.http_status, outcome.cold) == ("ok", 200, True)
+    assert (outcome.status, outcome.http_status, outcome.timing.cold) == ("ok", 200, True)
     assert outcome.extra["preferred_hot"] is False
 
 
@@ -91,7 +91,7 @@ async def test_an_answer_in_one_piece_just_waits(view: LiveView, tmp_path: Path)
         response = await waiting
         (outcome,) = await service.outcomes()
     assert (response.status_code, bytes(response.body)) == (200, b"{}")
-    assert outcome.cold
+    assert outcome.timing.cold
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path
         parts = [part async for part in stream_of(response)]
         (outcome,) = await service.outcomes()
     assert parts == [b"data: 1\n\n", END.payload]
-    assert (outcome.cold, outcome.extra["preferred_hot"]) == (False, True)
+    assert (outcome.timing.cold, outcome.extra["preferred_hot"]) == (False, True)
 
 
 async def test_the_budget_is_shown_and_changed_at_run_time(view: LiveView, tmp_path: Path) -> None:

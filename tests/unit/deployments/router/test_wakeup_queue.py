@@ -259,7 +259,7 @@ def test_an_outcome_tells_what_was_preferred_and_whether_it_was_hot() -> None:
     assert "preferred" not in outcome_of(one, at=1.0, task="", prompt=None).extra
     one.preferred_hot, one.held = False, True
     outcome = outcome_of(one, at=1.0, task="", prompt=None)
-    assert outcome.cold
+    assert outcome.timing.cold
     assert (outcome.extra["preferred"], outcome.extra["preferred_hot"]) == ("small", False)
 
 

@@ -1,0 +1,60 @@
+"""Background work: steps that do not depend on one another, and a ticker that repeats them."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from calm_serve.errors import KnowledgeError
+
+_log = logging.getLogger(__name__)
+
+
+async def take_steps(*steps: Callable[[], Any]) -> None:
+    """Take every step, awaiting what can be awaited; one that fails is logged.
+
+    What is durable already must not be asked for again because something was not learned from it,
+    and no part may end the work of the others.
+    """
+    for step in steps:
+        try:
+            waiting = step()
+            if inspect.isawaitable(waiting):
+                await waiting
+        except KnowledgeError as error:
+            _log.warning("knowledge: %s", error.message)
+        except Exception:  # noqa: BLE001  # whatever it is, the other steps go on
+            _log.exception("a step of the knowledge service failed")
+
+
+class Ticker:
+    """Awaits `tick`, which does not raise, every `period_s` seconds once it is started."""
+
+    def __init__(self, tick: Callable[[], Awaitable[None]], period_s: float) -> None:
+        self._tick, self._period_s = tick, period_s
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin in the running event loop, at the first call: a constructor has none."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Return when the present tick is over and no other will come."""
+        self._stopping.set()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await asyncio.wait_for(self._stopping.wait(), self._period_s)
+            except TimeoutError:
+                await self._tick()
+
+
+SETTINGS_KEY = "settings"

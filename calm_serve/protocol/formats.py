@@ -1,0 +1,101 @@
+"""A record's name and version, written in front of it wherever it leaves its process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import pydantic_core
+from pydantic import TypeAdapter, ValidationError
+
+from calm_serve.errors import KnowledgeError
+
+T = TypeVar("T")
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # plain data of one version to the next one's
+
+
+class RecordFormat(Generic[T]):
+    """How one kind of record is written as JSON, and how older versions of it are read.
+
+    Both ends use the same format object. A version that is newer than this program's is refused,
+    because nobody can know what its fields mean; an older one is brought forward step by step.
+
+    Args:
+        name: of the kind of record; part of what is written.
+        version: of what this program writes; raise it when a field changes its name or meaning.
+        record: the type, as a type checker knows it: a dataclass, or a mapping of dataclasses.
+        upgrades: version -> function to the next one's plain data.
+        bare: version of data that has no name and version in front, 0 when there is no such data.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        record: Any,
+        upgrades: Mapping[int, Upgrade] | None = None,
+        *,
+        bare: int = 0,
+    ) -> None:
+        self.name, self.version = name, version
+        self._record, self._upgrades, self._bare = record, dict(upgrades or {}), bare
+
+    def encode(self, record: T) -> bytes:
+        """One JSON document without a line break."""
+        plain = self._adapter.dump_python(record)
+        document = {"format": self.name, "version": self.version, "record": plain}
+        return pydantic_core.to_json(document, inf_nan_mode="constants")
+
+    def decode(self, data: bytes | str) -> T:
+        """Read what `encode` wrote, here or in an older program. Raises KnowledgeError."""
+        try:
+            document = pydantic_core.from_json(data)
+        except ValueError as error:
+            raise KnowledgeError(f"{self.name}: not JSON: {error}") from error
+        return self.from_plain(document)
+
+    def from_plain(self, document: Any) -> T:
+        """As `decode`, from parsed JSON."""
+        if not isinstance(document, dict):
+            raise KnowledgeError(f"{self.name}: not a record but {type(document).__name__}")
+        if "format" in document:
+            if document["format"] != self.name:
+                raise KnowledgeError(f"expected {self.name!r}, found {document['format']!r}")
+            version, plain = document.get("version"), document.get("record")
+        else:
+            version, plain = self._bare, document
+        return self._validated(self._upgraded(plain, version))
+
+    def _upgraded(self, plain: Any, version: Any) -> Any:
+        if not isinstance(version, int) or version < 1:
+            raise KnowledgeError(f"{self.name}: no version in front of it")
+        if version > self.version:
+            raise KnowledgeError(
+                f"{self.name}: version {version} was written by a newer program; this one reads "
+                f"versions up to {self.version}"
+            )
+        for step in range(version, self.version):
+            upgrade = self._upgrades.get(step)
+            if upgrade is None:
+                raise KnowledgeError(f"{self.name}: version {version} is too old to be read")
+            try:
+                plain = upgrade(plain)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise KnowledgeError(
+                    f"malformed {self.name} of version {version}: {error!r}"
+                ) from error
+        return plain
+
+    def _validated(self, plain: Any) -> T:
+        try:
+            record: T = self._adapter.validate_python(plain)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise KnowledgeError(f"malformed {self.name}: {where}: {first['msg']}") from error
+        return record
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self._record)  # milliseconds, so not at import

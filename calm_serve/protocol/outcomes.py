@@ -1,0 +1,213 @@
+"""Outcomes on their way from a router to the store, over a call or a spool file.
+
+Version 1 was flat, with nine untyped keys in `extra` and the predictor's version as one string.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pydantic_core
+
+from calm_serve.errors import KnowledgeError
+from calm_serve.protocol.formats import RecordFormat
+from calm_serve.types import Outcome
+
+VERSION = 2
+
+
+def outcome_from_v1(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of version 2 from that of version 1, which may lack fields with defaults."""
+    old = dict(flat)
+    extra = dict(old.pop("extra", None) or {})
+    slm_id = old["slm_id"]
+    predicted = old.pop("predicted", None)
+    decision = {name: old.pop(name) for name in ("path", "reason", "rule", "propensity")}
+    load, shadow = extra.get("load_met"), extra.get("shadow")
+    decision |= {
+        "versions": versions_from_v1(old.pop("versions")),
+        "predicted": _prediction(slm_id, *predicted) if predicted else None,
+        "load_features": old.pop("load"),
+        "load": None
+        if load is None
+        else dict(zip(("running", "in_flight", "ttft_ratio"), load, strict=True)),
+        "terms": _terms(extra),
+        "preferred": extra.get("preferred", ""),
+        "preferred_hot": extra.get("preferred_hot"),
+        "shadow": None if shadow is None else _shadow(shadow),
+    }
+    timing = {n: old.pop(n) for n in ("ttft_s", "e2e_s", "tpot_s", "decision_s", "cold")}
+    engine = {
+        "replica_id": old.pop("served_replica"),
+        "queue_s": old.pop("queue_s", None),
+        **{
+            name: old.pop(name)
+            for name in (
+                "prompt_tokens",
+                "cached_tokens",
+                "output_tokens",
+                "energy_j",
+                "energy_source",
+            )
+        },
+    }
+    features = {name: old.pop(name) for name in ("numbers", "buckets")}
+    prompt_text = old.pop("prompt", None)
+    return {
+        **old,
+        "decision": decision,
+        "features": features,
+        "timing": timing,
+        "engine": engine,
+        "prompt_text": prompt_text,
+    }
+
+
+def versions_from_v1(versions: Sequence[str]) -> dict[str, Any]:
+    """Version 1 wrote the predictor as "champion+new-…+shipped"."""
+    predictor, goals, fleet = versions
+    champion, *parts = predictor.split("+")
+    return {
+        "predictor": {
+            "champion": champion,
+            "cold_start": next((p for p in parts if p.startswith("new-")), ""),
+            "shipped": "shipped" in parts,
+        },
+        "goals": goals,
+        "fleet": fleet,
+    }
+
+
+def _terms(extra: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "candidates" not in extra or "weights" not in extra:
+        return None
+    names = (
+        "latency_per_s",
+        "energy_per_j",
+        "switching",
+        "quality",
+        "late_ttft_per_s",
+        "late_ttft_after_s",
+        "late_e2e_per_s",
+        "late_e2e_after_s",
+    )
+    ttft_ms, tpot_ms, deadline_s = extra.get("slo") or (None, None, None)
+    return {
+        # Those of targets that were not set were left out at the end.
+        "weights": dict(zip(names, extra["weights"], strict=False)),
+        "candidates": [_candidate(*row) for row in extra["candidates"]],
+        "left_out": extra.get("left_out", 0),
+        "slo": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms, "deadline_s": deadline_s},
+        "quality_floor": extra.get("floor", 0.0),
+    }
+
+
+def _candidate(
+    slm_id: str,
+    success_ratio: float,
+    output_tokens: float,
+    ttft_s: float,
+    tpot_s: float,
+    energy_j: float,
+    hot: int,
+    calibration_factor: float,
+    *spreads: float,
+) -> dict[str, Any]:
+    return {
+        "prediction": _prediction(
+            slm_id, success_ratio, output_tokens, ttft_s, tpot_s, energy_j, *spreads
+        ),
+        "hot": bool(hot),
+        "calibration_factor": calibration_factor,
+    }
+
+
+def _prediction(slm_id: str, *values: float) -> dict[str, Any]:
+    names = (
+        "success_ratio",
+        "output_tokens",
+        "ttft_s",
+        "tpot_s",
+        "energy_j",
+        "ttft_spread",
+        "e2e_spread",
+    )
+    return {"slm_id": slm_id, **dict(zip(names, values, strict=False))}
+
+
+def _shadow(shadow: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "version": shadow["version"],
+        "slm_id": shadow["slm_id"],
+        "agrees": shadow["agrees"],
+        "success_ratio": shadow["success"],
+        "gain": shadow["gain"],
+    }
+
+
+OUTCOME: RecordFormat[Outcome] = RecordFormat(
+    "outcome", VERSION, Outcome, {1: outcome_from_v1}, bare=1
+)
+
+
+def check(outcome: Outcome) -> Outcome:
+    """The outcome itself. Raises KnowledgeError for a value that is not finite or out of bounds.
+
+    Neither JSON in a database nor a training set has a place for such a value.
+    """
+    if where := _not_finite(outcome):
+        raise KnowledgeError(f"malformed outcome: {where} is not finite")
+    for signal in outcome.signals:
+        if not 0.0 <= signal.value <= 1.0:
+            raise KnowledgeError(f"malformed outcome: signal {signal.value} is not in [0, 1]")
+    return outcome
+
+
+def encode_batch(outcomes: Iterable[Outcome]) -> bytes:
+    """Outcomes as one JSON document; about 20 us each, so a batch does not hold up a router."""
+    document = {"format": "outcomes", "version": VERSION, "record": list(outcomes)}
+    return pydantic_core.to_json(document, inf_nan_mode="constants")
+
+
+def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
+    """Read `encode_batch`'s document: outcomes, and id -> reason of the rows that are malformed.
+
+    Raises KnowledgeError where the document as a whole cannot be read.
+    """
+    try:
+        document = pydantic_core.from_json(data)
+        rows, version = document["record"], document["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KnowledgeError(f"outcomes: not a batch: {error!r}") from error
+    if not isinstance(version, int) or version > VERSION:
+        raise KnowledgeError(
+            f"outcomes: version {version} was written by a newer program; this one reads versions "
+            f"up to {VERSION}"
+        )
+    outcomes: list[Outcome] = []
+    refused: dict[str, str] = {}
+    for row in rows:
+        try:
+            document = {"format": OUTCOME.name, "version": version, "record": row}
+            outcomes.append(check(OUTCOME.from_plain(document)))
+        except KnowledgeError as error:
+            given = row.get("outcome_id") if isinstance(row, dict) else None
+            refused[str(given)] = error.message
+    return outcomes, refused
+
+
+def _not_finite(value: Any, name: str = "outcome") -> str:
+    """Name of the first number inside a record that is not finite, "" when all are."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name
+    if isinstance(value, tuple):
+        if value and isinstance(value[0], float):
+            return "" if math.isfinite(math.fsum(value)) else name
+        return next((found for item in value if (found := _not_finite(item, name))), "")
+    fields = getattr(type(value), "__dataclass_fields__", None)
+    if fields is None:
+        return ""
+    inside = (_not_finite(getattr(value, field), field) for field in fields)
+    return next((found for found in inside if found), "")

@@ -1,0 +1,155 @@
+"""What the knowledge actor publishes, applied to this router: predictor, goals, states, SLMs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.errors import CalmError, KnowledgeError
+from calm_serve.learning import Shadow
+from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior, with_cold_start
+from calm_serve.protocol.topics import (
+    GoalChange,
+    PredictorStatus,
+    PublishedPredictor,
+    RegisteredSLM,
+    Topic,
+    Update,
+    decode,
+)
+from calm_serve.routing import ModelSelector
+from deployments.router.fleet_view import FleetView
+from deployments.router.handles import Handles
+
+log = logging.getLogger("ray.serve")
+
+PRIOR_SOURCE = "metadata priors"
+
+
+class Subscriptions:
+    """Follows the topics for one router. Single-threaded; `base` is the configured fleet."""
+
+    def __init__(
+        self, base: Fleet, selector: ModelSelector, view: FleetView, handles: Handles
+    ) -> None:
+        self._base, self._selector, self._view, self._handles = base, selector, view, handles
+        self.shadow = Shadow(time.monotonic)
+        self.predictor_source = PRIOR_SOURCE
+        self.predictors: PredictorStatus | None = None  # None before the first update
+        self.goals_change: GoalChange | None = None  # the one in force
+        self._goals_applied = asyncio.Event()
+        self._champion: PublishedPredictor | None = None
+        self._cold_start: PublishedPredictor | None = None
+
+    async def apply(self, topic: str, update: Update) -> None:
+        """Apply one update; one that this program cannot read is logged, and nothing changes."""
+        try:
+            record = decode(topic, update)
+        except KnowledgeError as error:
+            log.error("update of %s refused, the present state stays: %s", topic, error)
+            return
+        match Topic(topic):
+            case Topic.PREDICTOR:
+                self._champion = record
+                await self._apply_predictor()
+            case Topic.COLD_START:
+                self._cold_start = record
+                await self._apply_predictor()
+            case Topic.CHALLENGER:
+                self.shadow.challenger = await _predictor_of(record)
+            case Topic.PREDICTORS:
+                self.predictors = record
+            case Topic.REPLICAS:
+                self._view.set_reports(record)
+            case Topic.RESIDENCY:
+                self._view.set_tiers(record, update.revision)
+            case Topic.MONITOR:
+                self._view.set_watch(record)
+            case Topic.ENERGY:
+                self._view.watch.set_energy(record)
+            case Topic.SLMS:
+                self._apply_registry(record)
+            case Topic.GOALS:
+                self.apply_goals(record)
+
+    def apply_goals(self, change: GoalChange) -> None:
+        """Swap the router's goals; unchanged ones keep their controller's state."""
+        try:
+            goals = Goals.model_validate(change.new)
+            if goals != self._selector.goals:
+                self._selector.set_goals(goals)
+        except (ValidationError, CalmError) as error:
+            log.error("published goals refused, the present ones stay: %s", error)
+            return
+        self.goals_change = change
+        self._goals_applied.set()
+        self._goals_applied = asyncio.Event()
+
+    async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
+        """Whether this router has goals of at least that revision, after waiting for them."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._has_goals(revision):
+                    await self._goals_applied.wait()
+        return self._has_goals(revision)
+
+    def _has_goals(self, revision: int) -> bool:
+        return self.goals_change is not None and self.goals_change.revision >= revision
+
+    async def _apply_predictor(self) -> None:
+        published = self._champion
+        if published is None:
+            self._selector.predictor, self.predictor_source = MetadataPrior(), PRIOR_SOURCE
+            return
+        predictor = await _predictor_of(published, self._cold_start)
+        if predictor is None:
+            return
+        shipped = published.source == "shipped"
+        predictor.version = replace(predictor.version, shipped=shipped)
+        self._selector.predictor, self.predictor_source = predictor, published.source
+
+    def _apply_registry(self, registry: Mapping[str, RegisteredSLM]) -> None:
+        """Extend the configured fleet by SLMs that run in applications of their own."""
+        known = {s.id for s in self._base.slms}
+        added: dict[str, str] = {}
+        specs: list[SLMSpec] = []
+        for slm_id, entry in sorted(registry.items()):
+            if slm_id in known:
+                log.error("SLM %r of another application ignored: the fleet has that id", slm_id)
+                continue
+            try:
+                specs.append(SLMSpec.model_validate(entry.spec))
+            except (ValueError, CalmError) as error:
+                log.error("SLM %r ignored: %s", slm_id, error)
+                continue
+            added[slm_id] = entry.app_name
+        self._handles.set_added(added)
+        fleet = self._base.model_copy(update={"slms": (*self._base.slms, *specs)})
+        self._view.set_fleet(fleet)
+        self._selector.set_fleet(fleet)
+
+
+async def _predictor_of(
+    published: PublishedPredictor | None, cold_start: PublishedPredictor | None = None
+) -> LightGBMPredictor | None:
+    """Build a published predictor; None for none, and for one that this program cannot read."""
+    if published is None:
+        return None
+
+    def build() -> LightGBMPredictor:
+        new = None if cold_start is None else Artifact.from_bytes(cold_start.blob)
+        return with_cold_start(Artifact.from_bytes(published.blob), new, MetadataPrior())
+
+    try:
+        # Built off the event loop: parsing trees takes milliseconds.
+        return await asyncio.to_thread(build)
+    except KnowledgeError as error:
+        log.error("published predictor refused, the present one stays: %s", error)
+        return None
