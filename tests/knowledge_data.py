@@ -10,16 +10,21 @@ import math
 import random
 from typing import Any
 
+from calm_serve import testing
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.prediction.base import LOAD_NAMES, live_load
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.types import (
     Outcome,
     OutputShape,
+    Prediction,
+    PredictorVersion,
+    PromptFeatures,
     QualitySignal,
     Residency,
     RoutingContext,
     SLMState,
+    Versions,
 )
 
 CODE = 7
@@ -61,8 +66,7 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
         "session_key": "",
         "prefix_family": "0",
         "prefix_chain": (0,),
-        "numbers": (1.0,) * len(NUMBER_NAMES),
-        "buckets": (3, CODE) if code else (3, 11),
+        "features": PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, CODE) if code else (3, 11)),
     }
     return RoutingContext(**{**values, **changes})
 
@@ -70,37 +74,18 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
 def make_outcome(outcome_id: str, **changes: Any) -> Outcome:
     """One answered request of the coder."""
     values: dict[str, Any] = {
-        "outcome_id": outcome_id,
-        "at": 1000.0,
         "slm_id": CODER,
-        "adapter": "",
-        "path": "scored",
-        "reason": "best_score",
-        "rule": "",
         "propensity": 0.9,
-        "status": "ok",
-        "http_status": 200,
-        "retries": 0,
         "predicted_replica": "a",
-        "served_replica": "b",
-        "cold": False,
-        "ttft_s": 0.05,
+        "replica_id": "b",
         "e2e_s": 0.7,
-        "tpot_s": 0.01,
         "decision_s": 0.0005,
-        "prompt_tokens": 100,
-        "cached_tokens": 0,
-        "output_tokens": 10,
         "energy_j": 1.5,
-        "energy_source": "estimate",
-        "task": "",
-        "numbers": (1.0,) * len(NUMBER_NAMES),
         "buckets": (3, CODE),
-        "load": (0.0,) * len(LOAD_NAMES),
-        "predicted": (0.5, 64.0, 0.05, 0.01, 6.4),
-        "versions": ("prior", "g1", "f1"),
+        "predicted": Prediction(CODER, 0.5, 64.0, 0.05, 0.01, 6.4),
+        "versions": Versions(PredictorVersion("prior"), "g1", "f1"),
     }
-    return Outcome(**{**values, **changes})
+    return testing.make_outcome(outcome_id, **{**values, **changes})
 
 
 def make_world(count: int, seed: int = 0, *, truth: bool = True) -> list[Outcome]:
@@ -122,7 +107,7 @@ def _lived(i: int, randomness: random.Random, truth: bool) -> Outcome:
         at=1000.0 + i,
         slm_id=slm_id,
         buckets=context.features.buckets,
-        load=load,
+        load_features=load,
         ttft_s=math.exp(load[LOAD_NAMES.index("log_analytic_ttft")]) * slowdown,
         output_tokens=200 if slm_id == TALKER else 10,
         signals=(QualitySignal("feedback", 1.0 if good else 0.0, 1000.5 + i),),

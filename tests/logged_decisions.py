@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -37,6 +37,13 @@ def serve(
     return list(_serve(count, goals, predictor, truth, Random(seed), start_s, context))
 
 
+# The log knows a request's limit of tokens by its feature only, and these have none.
+_FEATURES = {
+    code: replace(make_context(code).features, numbers=(0.0,) * len(NUMBER_NAMES))
+    for code in (False, True)
+}
+
+
 def _serve(
     count: int,
     goals: Goals,
@@ -58,7 +65,7 @@ def _serve(
             states[spec.id] = make_state(spec.id, waiting=random.randrange(12))
         code = random.random() < 0.5
         # The log knows the limit of a request by its feature only, and this one has none.
-        values = {"numbers": (0.0,) * len(NUMBER_NAMES), **context}
+        values = {"features": _FEATURES[code], **context}
         asked = make_context(code, request_id=f"{start_s:g}-{i}", **values)
         decision = loop.decide_context(asked)
         chosen = next(c for c in decision.candidates if c.slm_id == decision.slm_id)
@@ -73,11 +80,10 @@ def _serve(
             propensity=decision.propensity,
             e2e_s=chosen.prediction.e2e_s * 1.5,
             energy_j=chosen.prediction.energy_j,
-            numbers=asked.features.numbers,
-            buckets=asked.features.buckets,
-            load=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
-            predicted=astuple(chosen.prediction)[1:6],
-            versions=astuple(decision.versions),
+            features=asked.features,
+            load_features=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
+            predicted=chosen.prediction,
+            versions=decision.versions,
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),
-            extra=decision_terms(decision),
+            terms=decision_terms(decision),
         )

@@ -45,7 +45,12 @@ def test_the_server_is_postgresql(store: OutcomeStore) -> None:
 
 def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
     outcome = make_outcome(
-        "a", at=1.7e9 + 0.123456, ttft_s=0.1 + 0.2, energy_j=None, prompt="¿qué?", extra={"k": [1]}
+        "a",
+        at=1.7e9 + 0.123456,
+        ttft_s=0.1 + 0.2,
+        energy_j=None,
+        prompt_text="¿qué?",
+        extra={"k": [1]},
     )
     outcome = replace(outcome, signals=(GOOD, QualitySignal("validator:json", 0.0, 4.0)))
     store.append([outcome])
@@ -53,7 +58,7 @@ def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
 
 
 def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStore) -> None:
-    store.append([make_outcome("a", prompt="zero\0 and half \ud800", extra={"x": "\0"})])
+    store.append([make_outcome("a", prompt_text="zero\0 and half \ud800", extra={"x": "\0"})])
     found = store.get("a")
     assert found is not None
     assert found.prompt_text == "zero\ufffd and half ?"

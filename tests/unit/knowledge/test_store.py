@@ -32,7 +32,12 @@ def store(url: str) -> Iterator[OutcomeStore]:
 
 def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
     outcome = make_outcome(
-        "a", ttft_s=0.1 + 0.2, energy_j=None, cold=True, prompt="¿qué?", extra={"k": [1, {"x": 2}]}
+        "a",
+        ttft_s=0.1 + 0.2,
+        energy_j=None,
+        cold=True,
+        prompt_text="¿qué?",
+        extra={"k": [1, {"x": 2}]},
     )
     outcome = replace(outcome, signals=(GOOD, QualitySignal("validator:json", 0.0, 4.0)))
     store.append([outcome])
@@ -162,7 +167,7 @@ def test_a_wrong_url_is_a_knowledge_error() -> None:
 
 
 def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStore) -> None:
-    store.append([make_outcome("a", prompt="zero\0 and half \ud800")])
+    store.append([make_outcome("a", prompt_text="zero\0 and half \ud800")])
     found = store.get("a")
     assert found is not None
     assert found.prompt_text == "zero\ufffd and half ?"

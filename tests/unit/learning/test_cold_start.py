@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from calm_serve.config import Fleet
 from calm_serve.learning.cold_start import (
     FIRST_LABELS,
@@ -17,7 +15,7 @@ from calm_serve.prediction.cold_start import UcbPredictor, known_slms, with_cold
 from calm_serve.requests.context import ContextBuilder
 from calm_serve.requests.features import fill_features
 from calm_serve.requests.openai import Overrides, parse_chat
-from calm_serve.testing import make_fleet, make_outcome, make_spec, make_state
+from calm_serve.testing import change_outcome, make_fleet, make_outcome, make_spec, make_state
 from calm_serve.types import Outcome, QualitySignal, RoutingContext
 
 SQL = [f"how many {thing} are in the table of {place}" for thing in "abcde" for place in "uvwxyz"]
@@ -161,14 +159,17 @@ def test_prompts_that_a_rule_gives_it_stand_in_for_examples_that_its_entry_does_
     newcomers = ColdStartSLMs()
     newcomers.follow(fleet, known={"shell"})
     newcomers.job()
-    named = [replace(answer_of(fleet, t, n, None), path="rule") for n, t in enumerate(SQL[:16])]
+    named = [
+        change_outcome(answer_of(fleet, t, n, None), path="rule") for n, t in enumerate(SQL[:16])
+    ]
     newcomers.observe(named)
     assert success(fleet, newcomers, SQL[-1]) > 0.7
     # What is said of such an answer counts instead of the promise.
     for outcome in named:
         newcomers.feedback(outcome.outcome_id, [QualitySignal("feedback", 0.0)])
     newcomers.observe(
-        replace(answer_of(fleet, text, 100 + n, 0.0), path="rule") for n, text in enumerate(SQL)
+        change_outcome(answer_of(fleet, text, 100 + n, 0.0), path="rule")
+        for n, text in enumerate(SQL)
     )
     assert success(fleet, newcomers, SQL[-1]) < 0.4
 
@@ -178,6 +179,6 @@ def test_a_rules_word_adds_nothing_where_there_are_examples() -> None:
     newcomers.follow(fleet, known={"shell"})
     newcomers.job()
     newcomers.observe(
-        replace(answer_of(fleet, text, n, None), path="rule") for n, text in enumerate(SQL)
+        change_outcome(answer_of(fleet, text, n, None), path="rule") for n, text in enumerate(SQL)
     )
     assert newcomers.job() is None

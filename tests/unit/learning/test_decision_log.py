@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.scoring import weights_of
 from calm_serve.routing.selector import ModelSelector
-from calm_serve.testing import make_decision, make_prediction
+from calm_serve.testing import change_outcome, make_decision, make_prediction
 from calm_serve.types import Candidate, DecisionPath, Weights
 from tests.knowledge_data import (
     CODER,
@@ -61,7 +60,7 @@ def test_the_same_goals_and_predictions_choose_the_same(
 def test_a_record_from_before_spreads_were_logged_still_replays() -> None:
     for outcome in serve(20, Goals(), learned(), slo_ttft_ms=100.0):
         rows = [row[:8] for row in outcome.extra["candidates"]]
-        logged = read_decision(replace(outcome, extra={**outcome.extra, "candidates": rows}))
+        logged = read_decision(change_outcome(outcome, extra={**outcome.extra, "candidates": rows}))
         assert logged is not None
         assert {c.slm_id for c in rescore(logged)} == {row[0] for row in rows}
 
@@ -71,7 +70,9 @@ def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
     for outcome in serve(40, Goals(), predictor):
         logged = read_decision(outcome)
         assert logged is not None
-        again = rescore(logged, values=predictor.of_prompt(outcome.features.numbers, outcome.features.buckets))
+        again = rescore(
+            logged, values=predictor.of_prompt(outcome.features.numbers, outcome.features.buckets)
+        )
         for new, old in zip(again, rescore(logged), strict=True):
             assert new.slm_id == old.slm_id
             assert new.quality == pytest.approx(old.quality, abs=2e-6)
@@ -103,7 +104,7 @@ def test_a_shorter_answer_costs_less_and_respects_the_limit_of_the_request() -> 
     (before,) = [c.prediction for c in rescore(logged) if c.slm_id == CODER]
     limited = list(outcome.features.numbers)
     limited[NUMBER_NAMES.index("log_max_output_tokens")] = 3.4339872044851463  # log(1 + 30)
-    capped = read_decision(replace(outcome, numbers=tuple(limited)))
+    capped = read_decision(change_outcome(outcome, numbers=tuple(limited)))
     assert before is not None and capped is not None
     (after,) = [
         c.prediction for c in rescore(capped, values={CODER: (None, 500.0)}) if c.slm_id == CODER
@@ -125,7 +126,7 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
     )
     terms = log_fields(decision)
     (outcome,) = serve(1, Goals())
-    logged = read_decision(replace(outcome, extra=terms))
+    logged = read_decision(change_outcome(outcome, extra=terms))
     assert logged is not None
     assert {c.slm_id: c.quality for c in rescore(logged)} == {"a": 0.2, "b": 0.8}
     halved = rescore(logged, values={"a": (0.4, None)})
@@ -143,7 +144,7 @@ def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: Decisio
 def test_all_weights_that_a_controller_may_set_are_logged(weights: Weights) -> None:
     (outcome,) = serve(1, Goals())
     extra = log_fields(make_decision("a", "b", weights=weights))
-    logged = read_decision(replace(outcome, extra=json.loads(json.dumps(extra))))
+    logged = read_decision(change_outcome(outcome, extra=json.loads(json.dumps(extra))))
     assert logged is not None and logged.weights == weights
 
 
@@ -159,7 +160,7 @@ def test_the_log_is_bounded_and_says_so() -> None:
     assert len(terms["candidates"]) == MAX_LOGGED
     assert terms["candidates"][0][0] == names[-1]
     (outcome,) = serve(1, Goals())
-    logged = read_decision(replace(outcome, extra=terms))
+    logged = read_decision(change_outcome(outcome, extra=terms))
     assert logged is not None and not logged.complete
 
 
@@ -167,7 +168,7 @@ def test_a_logged_choice_survives_the_wire_and_stays_small() -> None:
     (outcome,) = serve(1, Goals(), learned())
     text = json.dumps(outcome.extra)
     assert len(text) < 80 * 2 + 120
-    again = decode_outcome(replace(outcome, extra=json.loads(text)))
+    again = decode_outcome(change_outcome(outcome, extra=json.loads(text)))
     assert read_decision(again) == read_decision(outcome)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -21,6 +19,7 @@ from calm_serve.learning.evaluation import (
 )
 from calm_serve.learning.off_policy import Estimate
 from calm_serve.learning.training import Training, train
+from calm_serve.testing import change_outcome
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_world
 from tests.logged_decisions import serve
@@ -136,7 +135,9 @@ def predicts_well_and_chooses_badly() -> Training:
     """Better at predicting what is chosen now, wrong about what it would choose instead."""
     rows = [o for o in make_world(800) if o.slm_id == CODER or o.outcome_id[-1] in "012"]
     lies = [
-        replace(o, signals=(QualitySignal("feedback", 1.0, o.at),)) if o.slm_id == TALKER else o
+        change_outcome(o, signals=(QualitySignal("feedback", 1.0, o.at),))
+        if o.slm_id == TALKER
+        else o
         for o in rows
     ]
     return train(lies, (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0)

@@ -13,12 +13,12 @@ from calm_serve.learning.model_registry import (
     FOLDER,
     INDEX,
     KEPT,
-    Change,
     Index,
     Model,
     ModelRegistry,
 )
 from calm_serve.learning.model_registry import PredictorState as State
+from calm_serve.protocol.topics import PredictorChange
 
 
 def model(number: int, state: State = State.RETIRED) -> Model:
@@ -34,7 +34,9 @@ def filled(count: int) -> tuple[Index, dict[str, bytes]]:
 
 def test_index_and_artifacts_survive_a_restart(tmp_path: Path) -> None:
     index, blobs = filled(3)
-    index = replace(index, pinned="lgbm-1", last_change=Change(5.0, "pinned", "lgbm-1", "", "why"))
+    index = replace(
+        index, pinned="lgbm-1", last_change=PredictorChange(5.0, "pinned", "lgbm-1", "", "why")
+    )
     ModelRegistry(tmp_path).write(index, blobs)
     again = ModelRegistry(tmp_path)
     assert again.index == index

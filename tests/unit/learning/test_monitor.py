@@ -16,7 +16,7 @@ from calm_serve.learning.monitor import (
 )
 from calm_serve.telemetry.alarms import LIFETIME_S, MAX_ALARMS, Alarms
 from calm_serve.testing import FakeClock, make_outcome, make_spec
-from calm_serve.types import Outcome, QualitySignal
+from calm_serve.types import Outcome, Prediction, PredictorVersion, QualitySignal, Versions
 
 
 class World:
@@ -126,7 +126,7 @@ def test_a_new_predictor_is_not_corrected_for_what_the_old_one_got_wrong(world: 
         world.send(signals=feedback(0.0))
     assert world.last["calibration_factors"]["small"] < 0.3
     learned = (0.1, 10.0, 0.05, 0.01, 1.0)
-    world.send(versions=("newer", "goals", "fleet"), predicted=learned)
+    world.send(versions=Versions(PredictorVersion("newer"), "goals", "fleet"), predicted=learned)
     assert (world.last["calibration_factors"], world.alarms()) == ({}, set())
     for _ in range(5):
         world.send(signals=feedback(0.0))  # late answers to decisions of the old one
@@ -138,8 +138,8 @@ def test_a_predictor_that_says_other_lengths_is_no_drift(world: World) -> None:
     for number in range(600):
         version, tokens = ("old", 10.0) if number < 300 else ("new", 25.0)
         world.send(
-            versions=(version, "goals", "fleet"),
-            predicted=(0.9, tokens, 0.05, 0.01, 1.0),
+            versions=Versions(PredictorVersion(version), "goals", "fleet"),
+            predicted=Prediction("small", 0.9, tokens, 0.05, 0.01, 1.0),
             output_tokens=round(25 * draw.lognormvariate(0.0, 0.3)),
         )
     assert world.alarms() == set()
@@ -160,10 +160,10 @@ def test_silence_of_an_slms_own_validator_is_its_usual_from_the_first_answer_on(
 
 def test_an_slm_named_by_rules_is_held_to_what_it_usually_achieves(world: World) -> None:
     for _ in range(50):
-        world.send(predicted=(), path="rule", signals=feedback(1.0))
+        world.send(predicted=None, path="rule", signals=feedback(1.0))
     assert "small" not in world.last["calibration_factors"]
     for _ in range(20):
-        world.send(predicted=(), path="rule", signals=feedback(0.0))
+        world.send(predicted=None, path="rule", signals=feedback(0.0))
     assert world.last["calibration_factors"]["small"] < 0.5
 
 
@@ -184,7 +184,7 @@ def test_a_replica_that_becomes_slow_is_named_and_does_not_retrain(world: World)
         slow = 2.5 if number > 400 else 1.0
         for replica, factor in (("r1", 1.0), ("r2", slow)):
             tpot_s = 0.01 * factor * draw.lognormvariate(0.0, 0.2)
-            world.send(served_replica=replica, tpot_s=tpot_s)
+            world.send(replica_id=replica, tpot_s=tpot_s)
     (alarm,) = world.last["alarms"]
     assert (alarm["kind"], alarm["slm"], alarm["replica"]) == ("speed", "small", "r2")
     assert alarm["size"] == pytest.approx(2.5, rel=0.3)

@@ -13,7 +13,8 @@ import pytest
 from calm_serve.config import Goals
 from calm_serve.learning.evaluation import live_calibration
 from calm_serve.learning.promotion import Promotion
-from calm_serve.types import Outcome
+from calm_serve.testing import change_outcome
+from calm_serve.types import Outcome, Prediction
 from tests.logged_decisions import serve
 from tests.promotion_desk import (
     BAD,
@@ -149,7 +150,7 @@ async def test_a_challenger_that_beat_a_champion_now_gone_is_not_taken(desk: Des
 def flattering(outcomes: list[Outcome]) -> list[Outcome]:
     """The same answers with every label the wrong way round: what BAD was trained on."""
     return [
-        replace(o, signals=tuple(replace(s, value=1.0 - s.value) for s in o.signals))
+        change_outcome(o, signals=tuple(replace(s, value=1.0 - s.value) for s in o.signals))
         for o in outcomes
     ]
 
@@ -170,11 +171,11 @@ def test_a_champion_answers_for_its_own_predictions_only() -> None:
     outcomes = serve(40, Goals(exploration_ratio=0.0), champion)
     # An SLM that it never saw: whoever stood in hoped for more than came.
     strangers = [
-        replace(
+        change_outcome(
             o,
             outcome_id=f"new-{o.outcome_id}",
             slm_id="newcomer",
-            predicted=(0.99, *o.decision.predicted[1:]),
+            predicted=Prediction("small", 0.99, *o.decision.predicted[1:]),
             signals=tuple(replace(s, value=0.0) for s in o.signals),
         )
         for o in outcomes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from calm_serve.learning.training import train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.routing.selector import config_version
+from calm_serve.testing import change_outcome
 from calm_serve.types import Outcome
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 from tests.logged_decisions import serve
@@ -51,7 +52,7 @@ def test_the_same_goals_and_predictor_reproduce_every_choice(
 
 def test_weights_that_a_controller_had_moved_are_taken_from_the_log() -> None:
     outcomes = [
-        replace(o, extra={**o.extra, "weights": [9.0, 0.0, 0.0, 1.0]})
+        change_outcome(o, extra={**o.extra, "weights": [9.0, 0.0, 0.0, 1.0]})
         for o in serve(50, Goals(exploration_ratio=0.0), LEARNED)
     ]
     found = replayed(outcomes, Goals(exploration_ratio=0.0))
@@ -82,7 +83,10 @@ def test_what_chose_otherwise_is_counted_by_reason() -> None:
 
 def test_a_shipped_predictor_is_recognised_by_its_version() -> None:
     outcomes = serve(20, GOALS, LEARNED)
-    shipped = [replace(o, versions=(f"{o.decision.versions[0]}+shipped", *o.decision.versions[1:])) for o in outcomes]
+    shipped = [
+        change_outcome(o, versions=(f"{o.decision.versions[0]}+shipped", *o.decision.versions[1:]))
+        for o in outcomes
+    ]
     assert replayed(shipped, GOALS, LEARNED).reproduced == 20
 
 
@@ -130,7 +134,7 @@ def test_what_a_rule_chose_counts_against_a_target_too() -> None:
     mixed = [o for pair in zip(outcomes, ruled, strict=True) for o in pair]
     alone, cheaper = (replayed(rows, goals).report()["weights"] for rows in (outcomes, mixed))
     assert cheaper["energy_per_j"] <= alone["energy_per_j"]
-    dear = [replace(o, energy_j=2.0 * spent) for o in ruled]
+    dear = [change_outcome(o, energy_j=2.0 * spent) for o in ruled]
     mixed = [o for pair in zip(outcomes, dear, strict=True) for o in pair]
     assert replayed(mixed, goals).report()["weights"]["energy_per_j"] > alone["energy_per_j"]
 

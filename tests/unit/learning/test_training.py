@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.learning import metrics
 from calm_serve.learning.training import MIN_LABELLED, Training, train
 from calm_serve.prediction.artifact import OUTPUT_TOKENS, SUCCESS, own_head
+from calm_serve.testing import change_outcome
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 
@@ -50,7 +50,7 @@ def test_the_newest_share_is_held_out() -> None:
 def test_the_holdout_does_not_reach_the_model() -> None:
     world = make_world(200)
     lied = [
-        replace(o, signals=(QualitySignal("feedback", 0.0),), output_tokens=999, ttft_s=9.0)
+        change_outcome(o, signals=(QualitySignal("feedback", 0.0),), output_tokens=999, ttft_s=9.0)
         if i >= 150
         else o
         for i, o in enumerate(world)
@@ -61,7 +61,7 @@ def test_the_holdout_does_not_reach_the_model() -> None:
 def test_first_tokens_after_a_failover_teach_nothing_of_the_slm_that_answered() -> None:
     world = make_world(200)
     late = [
-        replace(o, retries=1, ttft_s=30.0 + (o.timing.ttft_s or 0.0)) if i % 4 == 0 else o
+        change_outcome(o, retries=1, ttft_s=30.0 + (o.timing.ttft_s or 0.0)) if i % 4 == 0 else o
         for i, o in enumerate(world)
     ]
     metrics = run(late).metrics
@@ -73,7 +73,7 @@ def test_an_artifact_records_when_it_was_made() -> None:
 
 
 def test_one_label_only_leaves_success_to_the_prior() -> None:
-    world = [replace(o, signals=(QualitySignal("feedback", 1.0),)) for o in make_world(80)]
+    world = [change_outcome(o, signals=(QualitySignal("feedback", 1.0),)) for o in make_world(80)]
     training = run(world)
     assert set(training.artifact.boosters) == {
         own_head(OUTPUT_TOKENS, CODER),
@@ -86,18 +86,18 @@ def test_one_label_only_leaves_success_to_the_prior() -> None:
 
 def test_unlabelled_outcomes_still_teach_length_and_latency() -> None:
     world = make_world(400)
-    mute = [replace(o, signals=()) if i % 8 else o for i, o in enumerate(world)]
+    mute = [change_outcome(o, signals=()) if i % 8 else o for i, o in enumerate(world)]
     metrics = run(mute).metrics
     assert metrics["fit_outcomes"] > 250
     assert metrics["output_tokens_mae"] < 0.1 * metrics["mean_output_tokens_mae"]
 
 
 def test_cold_starts_and_failures_do_not_teach_latency() -> None:
-    world = [replace(o, cold=True) if i % 2 else o for i, o in enumerate(make_world(120))]
+    world = [change_outcome(o, cold=True) if i % 2 else o for i, o in enumerate(make_world(120))]
     assert "ttft_residual" in run(world).artifact.boosters
-    none = [replace(o, cold=True) for o in make_world(120)]
+    none = [change_outcome(o, cold=True) for o in make_world(120)]
     assert "ttft_residual" not in run(none).artifact.boosters
-    failed = [replace(o, status="error") for o in make_world(120)]
+    failed = [change_outcome(o, status="error") for o in make_world(120)]
     assert set(run(failed).artifact.boosters) == {
         own_head(SUCCESS, CODER),
         own_head(SUCCESS, TALKER),
@@ -106,14 +106,14 @@ def test_cold_starts_and_failures_do_not_teach_latency() -> None:
 
 def test_an_slm_with_too_few_outcomes_stays_with_its_prior() -> None:
     world = [o for o in make_world(120) if o.slm_id == CODER]
-    rare = [replace(o, outcome_id=f"t{i}", slm_id=TALKER) for i, o in enumerate(world[:3])]
+    rare = [change_outcome(o, outcome_id=f"t{i}", slm_id=TALKER) for i, o in enumerate(world[:3])]
     assert run(world + rare).artifact.slm_ids == (CODER,)
 
 
 def test_outcomes_of_other_slms_and_older_layouts_are_left_out() -> None:
     world = make_world(100)
-    gone = [replace(o, outcome_id=f"g{i}", slm_id="gone") for i, o in enumerate(world)]
-    old = [replace(o, outcome_id=f"x{i}", numbers=(1.0,)) for i, o in enumerate(world)]
+    gone = [change_outcome(o, outcome_id=f"g{i}", slm_id="gone") for i, o in enumerate(world)]
+    old = [change_outcome(o, outcome_id=f"x{i}", numbers=(1.0,)) for i, o in enumerate(world)]
     assert run(world + gone + old).artifact == run(world).artifact
 
 
@@ -124,7 +124,9 @@ def test_too_few_labels_are_an_error_that_counts_them() -> None:
 
 def test_no_slm_with_enough_labels_is_an_error() -> None:
     slms = [f"s{i}" for i in range(30)]
-    world = [replace(make_outcome(s), slm_id=s, signals=make_world(1)[0].signals) for s in slms]
+    world = [
+        change_outcome(make_outcome(s), slm_id=s, signals=make_world(1)[0].signals) for s in slms
+    ]
     with pytest.raises(KnowledgeError, match="no SLM"):
         train(world, slms, seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
 

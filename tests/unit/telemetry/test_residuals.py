@@ -21,13 +21,14 @@ from calm_serve.telemetry.residuals import (
     TtftRatio,
 )
 from calm_serve.testing import make_outcome
+from calm_serve.types import LoadAtDecision
 
 STEP_J, TOKEN_J = 0.05, 0.004
 
 
 def answered(running: float = 1.0, in_flight: int = 1, applied: float = 1.0, **fields: Any) -> Any:
     """An answer whose decision expected a TTFT of 50 ms and 0.68 s in all."""
-    return make_outcome(extra={"load_at_decision": [running, in_flight, applied]}, **fields)
+    return make_outcome(load=LoadAtDecision(running, in_flight, applied), **fields)
 
 
 def test_joules_of_a_step_are_told_from_joules_of_a_token() -> None:
@@ -134,7 +135,7 @@ def test_answers_that_say_nothing_of_load_are_left_out() -> None:
 
 def test_an_answer_to_a_rules_decision_tells_joules_only() -> None:
     effect = LoadEffect()
-    effect.observe(answered(predicted=(), energy_j=1.0, output_tokens=10))
+    effect.observe(answered(predicted=None, energy_j=1.0, output_tokens=10))
     assert effect.energy.next_j(0) == pytest.approx(0.1)
     assert effect.ttft.at(0.0) == 1.0
 

@@ -17,43 +17,37 @@ from calm_serve.telemetry.slm_stats import (
     SLMStats,
 )
 from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
-from calm_serve.types import Outcome, ReplicaState, Residency
+from calm_serve.testing import change_outcome, make_outcome
+from calm_serve.types import (
+    LoadAtDecision,
+    Outcome,
+    Prediction,
+    PredictorVersion,
+    PromptFeatures,
+    ReplicaState,
+    Residency,
+    Versions,
+)
 
 SPEC = SLMSpec(id="small", model="acme/small", batching="interactive")
 SLOTS = SPEC.limits.max_num_seqs
 
-OK = Outcome(
-    outcome_id="d1",
+OK = make_outcome(
+    "d1",
     at=0.0,
-    slm_id="small",
-    adapter="",
-    path="scored",
-    reason="best_score",
-    rule="",
-    propensity=1.0,
-    status="ok",
-    http_status=200,
-    retries=0,
     predicted_replica="",
-    served_replica="",
-    cold=False,
+    replica_id="",
     ttft_s=0.1,
     e2e_s=1.0,
-    tpot_s=0.01,
     decision_s=1e-4,
     prompt_tokens=20,
-    cached_tokens=0,
-    output_tokens=10,
     energy_j=5.0,
-    energy_source="estimate",
-    task="",
-    numbers=(),
-    buckets=(),
-    load=(),
-    predicted=(),
-    versions=("p", "g", "f"),
+    features=PromptFeatures(),
+    load_features=(),
+    predicted=None,
+    versions=Versions(PredictorVersion("p"), "g", "f"),
 )
-FAILED = replace(OK, status="error", http_status=500, ttft_s=None, e2e_s=None, tpot_s=None)
+FAILED = change_outcome(OK, status="error", http_status=500, ttft_s=None, e2e_s=None, tpot_s=None)
 
 
 class Clock:
@@ -194,7 +188,7 @@ def test_window_counts_a_cold_start_but_keeps_its_wait_out_of_the_mean() -> None
     clock = Clock()
     window = SLMStats("small", clock)
     window.observe(OK)
-    window.observe(replace(OK, cold=True, ttft_s=20.0, e2e_s=21.0))
+    window.observe(change_outcome(OK, cold=True, ttft_s=20.0, e2e_s=21.0))
     seen = window.snapshot(clock.now)
     assert seen.ttft_s == pytest.approx(0.1)
     assert seen.e2e_p95_s == 1.0
@@ -204,15 +198,15 @@ def test_window_counts_a_cold_start_but_keeps_its_wait_out_of_the_mean() -> None
 def test_window_weighs_energy_per_token_by_tokens() -> None:
     clock = Clock()
     window = SLMStats("small", clock)
-    window.observe(replace(OK, output_tokens=1, energy_j=4.0))
-    window.observe(replace(OK, output_tokens=99, energy_j=96.0))
+    window.observe(change_outcome(OK, output_tokens=1, energy_j=4.0))
+    window.observe(change_outcome(OK, output_tokens=99, energy_j=96.0))
     assert window.snapshot(clock.now).energy_j_per_token == pytest.approx(1.0)
 
 
 def test_window_reports_how_long_it_has_heard_nothing() -> None:
     clock = Clock()
     window = SLMStats("small", clock)
-    window.observe(replace(OK, queue_s=0.25))
+    window.observe(change_outcome(OK, queue_s=0.25))
     clock.now += 12.0
     seen = window.snapshot(clock.now)
     assert (seen.age_s, seen.queue_s, seen.requests) == (12.0, 0.25, 1)
@@ -228,9 +222,9 @@ def test_window_stays_bounded() -> None:
 @pytest.mark.parametrize(
     "outcome",
     [
-        replace(FAILED, status="cancelled"),
-        replace(FAILED, status="rejected", http_status=429),
-        replace(FAILED, http_status=400),
+        change_outcome(FAILED, status="cancelled"),
+        change_outcome(FAILED, status="rejected", http_status=429),
+        change_outcome(FAILED, http_status=400),
     ],
     ids=["cancelled", "rejected", "bad request"],
 )
@@ -258,7 +252,7 @@ def test_attempts_served_elsewhere_open_the_breaker_too() -> None:
     monitor = FleetStats(["small", "big"], clock)
     for _ in range(5):
         monitor.attempt_failed("small")
-        monitor.observe(replace(OK, slm_id="big", retries=1))
+        monitor.observe(change_outcome(OK, slm_id="big", retries=1))
     assert monitor.state(SPEC, [], clock.now).breaker_open
     assert monitor.snapshot("small", clock.now).failures == 5
 
@@ -309,7 +303,7 @@ def test_the_state_prices_one_more_request_at_the_present_load() -> None:
     for running in (1, 4) * 40:
         joules = 10 * (0.01 + 0.08 / running)
         met = {"load_at_decision": [running, running, 1.0]}
-        monitor.observe(replace(OK, energy_j=joules, output_tokens=10, extra=met))
+        monitor.observe(change_outcome(OK, energy_j=joules, output_tokens=10, extra=met))
     idle = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
     busy = monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
     twice = monitor.state(SPEC, [ReplicaState("r1", running=3), ReplicaState("r2")], clock.now)
@@ -324,13 +318,20 @@ def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
     slow = replace(
         OK,
         ttft_s=0.3,
-        predicted=(0.5, 64.0, 0.1, 0.01, 6.4),
-        extra={"load_at_decision": [1, 1, 1.0]},
+        predicted=Prediction("small", 0.5, 64.0, 0.1, 0.01, 6.4),
+        load=LoadAtDecision(1, 1, 1.0),
     )
     for _ in range(20):
         monitor.observe(slow)
     assert monitor.state(SPEC, [], clock.now).ttft_ratio == pytest.approx(3.0, rel=0.15)
-    monitor.observe(replace(slow, versions=("next", "g", "f"), status="error", http_status=500))
+    monitor.observe(
+        change_outcome(
+            slow,
+            versions=Versions(PredictorVersion("next"), "g", "f"),
+            status="error",
+            http_status=500,
+        )
+    )
     assert monitor.state(SPEC, [], clock.now).ttft_ratio == 1.0
 
 
@@ -354,7 +355,7 @@ def test_recent_means_follow_a_change_within_a_few_half_lives() -> None:
     monitor = FleetStats(["small"], clock)
     monitor.observe(OK)
     clock.now += 10 * HALF_LIFE_S
-    monitor.observe(replace(OK, ttft_s=0.9))
+    monitor.observe(change_outcome(OK, ttft_s=0.9))
     assert monitor.state(SPEC, [], clock.now).ttft_s == pytest.approx(0.9, abs=0.01)
 
 
@@ -362,7 +363,7 @@ def test_slms_come_and_go_while_running() -> None:
     clock = Clock()
     monitor = FleetStats(["small"], clock)
     monitor.add("new")
-    monitor.observe(replace(OK, slm_id="new"))
+    monitor.observe(change_outcome(OK, slm_id="new"))
     monitor.remove("small")
     monitor.observe(OK)
     assert monitor.slm_ids == ("new",)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from calm_serve.types import Outcome
+from calm_serve.types import Outcome, PredictorVersion, Versions
 from deployments.observability.catalogue import (
     BY_NAME,
     METRICS,
@@ -36,7 +36,7 @@ OUTCOME = Outcome(
     http_status=200,
     retries=1,
     predicted_replica="",
-    served_replica="",
+    replica_id="",
     cold=True,
     ttft_s=0.03,
     e2e_s=0.4,
@@ -51,8 +51,8 @@ OUTCOME = Outcome(
     numbers=(),
     buckets=(),
     load=(),
-    predicted=(),
-    versions=("p", "g", "f"),
+    predicted=None,
+    versions=Versions(PredictorVersion("p"), "g", "f"),
     queue_s=0.002,
 )
 HOST = HostUsage(cpu_ratio=0.5, memory_used_bytes=100, memory_total_bytes=400)

@@ -161,7 +161,11 @@ async def test_a_second_failure_goes_to_the_next_slm_and_says_so(
     assert (call.slm_id, call.retries, call.reason) == ("b", 2, "fallback:failover")
     assert fleet.failed == ["a", "a"]
     outcome = outcome_of(call, at=1.0, task="", prompt=None)
-    assert (outcome.slm_id, outcome.decision.path, outcome.decision.reason) == ("b", "fallback", "failover")
+    assert (outcome.slm_id, outcome.decision.path, outcome.decision.reason) == (
+        "b",
+        "fallback",
+        "failover",
+    )
 
 
 async def test_a_full_slm_is_left_for_the_next_one_without_asking_twice(view: LiveView) -> None:

@@ -44,11 +44,23 @@ def test_the_outcome_repeats_decision_facts_and_signals() -> None:
         "sql",
         "text",
     )
-    assert (outcome.slm_id, outcome.decision.path, outcome.decision.propensity) == ("a", "scored", 0.3)
+    assert (outcome.slm_id, outcome.decision.path, outcome.decision.propensity) == (
+        "a",
+        "scored",
+        0.3,
+    )
     assert (outcome.predicted_replica, outcome.engine.replica_id) == ("r0", "r1")
-    assert (outcome.features.numbers, outcome.features.buckets, outcome.decision.load_features) == ((1.0,), (2,), (1.0, 2.0))
+    assert (outcome.features.numbers, outcome.features.buckets, outcome.decision.load_features) == (
+        (1.0,),
+        (2,),
+        (1.0, 2.0),
+    )
     assert outcome.decision.predicted == (0.5, 64.0, 0.05, 0.01, 6.4)
-    assert (outcome.engine.cached_tokens, outcome.engine.queue_s, outcome.engine.energy_j) == (64, 0.2, 1.0)
+    assert (outcome.engine.cached_tokens, outcome.engine.queue_s, outcome.engine.energy_j) == (
+        64,
+        0.2,
+        1.0,
+    )
     assert [s.source for s in outcome.signals] == ["validator:json"]
 
 
@@ -72,7 +84,12 @@ def test_the_first_token_of_a_stream_is_timed_here_and_of_one_piece_in_the_engin
 def test_a_call_that_never_reached_an_slm_still_has_an_outcome() -> None:
     outcome = outcome_of(started(), at=0.0, task="", prompt=None)
     assert (outcome.slm_id, outcome.status, outcome.engine.replica_id) == ("a", "error", "")
-    assert (outcome.engine.energy_j, outcome.engine.queue_s, outcome.timing.ttft_s, outcome.timing.tpot_s) == (None,) * 4
+    assert (
+        outcome.engine.energy_j,
+        outcome.engine.queue_s,
+        outcome.timing.ttft_s,
+        outcome.timing.tpot_s,
+    ) == (None,) * 4
     assert outcome.signals == ()
 
 
