@@ -13,8 +13,8 @@ SLEEP = """
 import asyncio, json, os, sys
 import psutil
 from deployments.slm.environment import process_environment
-from load_tests.direct import specs_of
-from load_tests.served import fleet_file
+from load_tests.common.direct import specs_of
+from load_tests.common.served import fleet_file
 
 slm, kernel = sys.argv[1:]
 spec = next(s for s in specs_of(fleet_file("reference")) if s.id == slm)

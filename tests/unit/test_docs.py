@@ -16,6 +16,14 @@ from load_tests.__main__ import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DECISIONS = ROOT / "calm_serve" / "decisions"
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "calm_serve" / "README.md",
+    ROOT / "deployments" / "README.md",
+    ROOT / "deployments" / "reference_fleet" / "README.md",
+    *sorted(DECISIONS.glob("*.md")),
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -57,12 +65,41 @@ def test_every_endpoint_in_the_readme_is_served() -> None:
         assert path.rstrip("/") in source, path
 
 
-def test_every_local_link_in_the_documents_exists() -> None:
-    fleet = ROOT / "deployments" / "reference_fleet" / "README.md"
-    for document in (ROOT / "README.md", ROOT / "calm_serve" / "README.md", fleet):
-        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-            if not link.startswith("http"):
-                assert (document.parent / link).exists(), f"{document.name}: {link}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_local_link_in_the_documents_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for link, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if link.startswith("http"):
+            continue
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        if heading:
+            assert heading in headings(target.read_text(encoding="utf-8")), f"{link}#{heading}"
+
+
+def headings(text: str) -> set[str]:
+    """Anchors as Markdown makes them: lower case, blanks to hyphens, signs left out."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_path_in_the_documents_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:calm_serve|deployments|load_tests|tests)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_decision_is_in_the_index_with_its_title_and_status() -> None:
+    index = (DECISIONS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d{4})\]\((\S+)\) \| (.*) \| (\w+) \|$", index, re.MULTILINE)
+    pages = sorted(p for p in DECISIONS.glob("*.md") if p.name != "README.md")
+    assert [name for _, name, _, _ in rows] == [p.name for p in pages]
+    for (number, name, title, status), page in zip(rows, pages, strict=True):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert name.startswith(f"{number}-")
+        assert lines[0] == f"# {number}. {title}"
+        assert lines[2].startswith(f"Status: {status}")
 
 
 def test_every_benchmark_in_the_readme_exists_and_all_are_named() -> None:
