@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from calm_serve.config import first_error
 from calm_serve.errors import KnowledgeError
 from calm_serve.types import Outcome, QualitySignal
 
@@ -26,9 +27,7 @@ def decode_outcome(row: Outcome | Mapping[str, Any]) -> Outcome:
     try:
         outcome = _outcomes().validate_python(dict(row) if isinstance(row, Mapping) else row)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise KnowledgeError(f"malformed outcome: {where}: {first['msg']}") from error
+        raise KnowledgeError(f"malformed outcome: {first_error('', error)}") from error
     for name in COLUMNS:
         value = getattr(outcome, name)
         numbers = value if name in _FEATURES else (value,)
@@ -51,7 +50,7 @@ def decode_signals(
             _signals().validate_python(dict(s) if isinstance(s, Mapping) else s) for s in signals
         )
     except ValidationError as error:
-        raise KnowledgeError(f"malformed signal: {error.errors()[0]['msg']}") from error
+        raise KnowledgeError(f"malformed signal: {first_error('', error)}") from error
     _check(decoded)
     return decoded
 

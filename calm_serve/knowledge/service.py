@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, first_error
 from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.knowledge.codec import decode_outcome, decode_signals
 from calm_serve.knowledge.energy_ledger import EnergyLedger
@@ -405,5 +405,5 @@ def kept(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
         data = json.loads(text)
         return Fleet.model_validate(data["fleet"]), Learning.model_validate(data["learning"])
     except ValidationError as error:
-        _log.warning("stored settings passed over: %s", error)
+        _log.warning("%s; ignored", first_error("stored settings", error))
         return None
