@@ -158,7 +158,6 @@ def _decided(
         reason=DecisionReason.RULE_MATCH if logged is None else DecisionReason.BEST_SCORE,
         rule=outcome.rule,
         propensity=outcome.propensity,
-        complexity=None,
         candidates=tuple(ranked),
         ranking=(),
         context=context_of(outcome) if logged is None else logged.context,
