@@ -15,6 +15,7 @@ from typing import Any
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.prediction import LOAD_NAMES
 from calm_serve.requests import NUMBER_NAMES
+from calm_serve.routing import ModelSelector
 from calm_serve.types import (
     Candidate,
     Decision,
@@ -40,6 +41,7 @@ __all__ = [
     "FakeClock",
     "Served",
     "change_outcome",
+    "decision_for",
     "make_context",
     "make_decision",
     "make_facts",
@@ -137,6 +139,11 @@ def make_prediction(slm_id: str = "small", **fields: Any) -> Prediction:
     return Prediction(slm_id, **{**values, **fields})
 
 
+def decision_for(selector: ModelSelector, context: RoutingContext) -> Decision:
+    """Decide for a context whose request is gone; it has its features, unless a rule decides."""
+    return selector._decide(context, None)
+
+
 def make_decision(slm_id: str = "small", *others: str, **fields: Any) -> Decision:
     """A scored decision for `slm_id`, with `others` as failover targets in this order."""
     context = fields.pop("context", None) or make_context(
@@ -152,7 +159,6 @@ def make_decision(slm_id: str = "small", *others: str, **fields: Any) -> Decisio
             "reason": DecisionReason.BEST_SCORE,
             "rule": "",
             "propensity": 1.0,
-            "complexity": 0.5,
             "candidates": tuple(
                 Candidate(i, prediction=make_prediction(i), quality=0.5, score=0.5) for i in ranking
             ),

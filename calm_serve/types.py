@@ -266,7 +266,6 @@ class Decision:
     reason: DecisionReason
     rule: str  # name of the rule that matched, "" otherwise
     propensity: float  # probability with which this SLM was chosen, in (0, 1]
-    complexity: float | None  # P(the cheapest capable SLM fails); None when stage 2 did not run
     candidates: tuple[Candidate, ...]
     ranking: tuple[str, ...]  # SLM ids that passed every filter, best first
     context: RoutingContext

@@ -17,7 +17,15 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from calm_serve.config import Fleet, RouterOptions, ServeArgs, SLMSpec, check_resources, load_args
+from calm_serve.config import (
+    ClusterResources,
+    Fleet,
+    RouterOptions,
+    ServeArgs,
+    SLMSpec,
+    check_resources,
+    load_args,
+)
 from calm_serve.routing import scoring
 from deployments.knowledge.actor import start_knowledge
 from deployments.knowledge.registration import Registration
@@ -34,7 +42,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     """Build the application from serve_config.yaml's `args`. Raises ConfigError."""
     typed, fleet = load_args(args, Path.cwd())
     check_engine_arguments(fleet)
-    _check_cluster(fleet, typed.router.num_cpus * typed.router.replicas)
+    _check_cluster(fleet, typed.router.total_cpus)
     # Started here, so that it hears the SLMs' start-up reports. Paths of this process's folder.
     learning = typed.learning.model_copy(
         update={"state_dir": str(Path(typed.learning.state_dir).expanduser().absolute())}
@@ -152,10 +160,7 @@ def _check_cluster(fleet: Fleet, router_cpus: float = 0.0) -> None:
     if not ray.is_initialized():
         return
     total = ray.cluster_resources()
-    check_resources(
-        fleet,
-        total.get("CPU", 0.0),
-        total.get("GPU", 0.0),
-        total.get("memory", 0.0),
-        router_cpus,
+    cluster = ClusterResources(
+        total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0)
     )
+    check_resources(fleet, cluster, router_cpus)

@@ -23,9 +23,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
-from calm_serve.config import Fleet, check_resources, load_args
+from calm_serve.config import (
+    ClusterResources,
+    Fleet,
+    check_resources,
+    find_application_args,
+    load_args,
+    read_yaml,
+)
 from calm_serve.errors import ConfigError
 from deployments.launch.engine_arguments import check_engine_arguments
 from deployments.launch.haproxy import write_launcher
@@ -99,22 +104,12 @@ def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
 
 def check(path: Path) -> str:
     """Validate the configuration and return the endpoint's URL. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"configuration not found: {path}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path.name}: expected a mapping with the key 'applications'")
-    for application in config.get("applications") or ():
-        if application.get("import_path") == "deployments.app:build_app":
-            args, fleet = load_args(application.get("args") or {}, Path.cwd())
-            check_engine_arguments(fleet)
-            check_api_keys(fleet, os.environ)
-            if not os.environ.get("RAY_ADDRESS"):
-                router_cpus = args.router.num_cpus * args.router.replicas
-                check_resources(fleet, *local_resources(), router_cpus)
+    config = read_yaml(path)
+    args, fleet = load_args(find_application_args(config, path.name), Path.cwd())
+    check_engine_arguments(fleet)
+    check_api_keys(fleet, os.environ)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_resources(fleet, local_resources(), args.router.total_cpus)
     http = config.get("http_options") or {}
     return f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
 
@@ -127,13 +122,13 @@ def check_api_keys(fleet: Fleet, environment: Mapping[str, str]) -> None:
             raise ConfigError(f"SLM {slm.id!r}: the environment variable {name} is not set")
 
 
-def local_resources() -> tuple[float, float, float]:
-    """CPUs, GPUs and memory in bytes of the cluster that Ray would start on this machine."""
+def local_resources() -> ClusterResources:
+    """Return what the cluster that Ray would start on this machine offers."""
     # Ray's own estimate: its memory is what is free now, less the share of the object store.
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
     found = ResourceAndLabelSpec().resolve(is_head=True)
-    return float(found.num_cpus), float(found.num_gpus), float(found.memory)
+    return ClusterResources(float(found.num_cpus), float(found.num_gpus), float(found.memory))
 
 
 def serve_environment(own: Mapping[str, str], *, fast: bool) -> dict[str, str]:

@@ -19,6 +19,7 @@ from calm_serve.goals.controller import GoalController
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     EngineSimulator,
+    decision_for,
     make_context,
     make_fleet,
     make_outcome,
@@ -157,7 +158,7 @@ class World:
             requested_model="large" if pinned else "auto",
             prompt_tokens=request.prompt_tokens,
         )
-        decision = self.loop.decide_context(context)
+        decision = decision_for(self.loop, context)
         slm_id = decision.slm_id
         engine = self._engine(slm_id)
         served = engine.submit(self.now_s, request.prompt_tokens, request.output_tokens)

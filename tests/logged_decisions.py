@@ -12,6 +12,7 @@ from calm_serve.learning.decision_log import decision_terms
 from calm_serve.prediction.base import Predictor, live_load
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.selector import ModelSelector
+from calm_serve.testing import decision_for
 from calm_serve.types import Outcome, QualitySignal, SLMState
 from tests.knowledge_data import CODER, make_context, make_fleet, make_outcome, make_state
 
@@ -67,7 +68,7 @@ def _serve(
         # The log knows the limit of a request by its feature only, and this one has none.
         values = {"features": _FEATURES[code], **context}
         asked = make_context(code, request_id=f"{start_s:g}-{i}", **values)
-        decision = loop.decide_context(asked)
+        decision = decision_for(loop, asked)
         chosen = next(c for c in decision.candidates if c.slm_id == decision.slm_id)
         assert chosen.prediction is not None
         good = random.random() < truth(code, decision.slm_id)

@@ -19,10 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from calm_serve.cli import goals, predictors, render, replay
-from calm_serve.config import Fleet, ServeArgs, check_resources, load_args
+from calm_serve.config import (
+    ClusterResources,
+    Fleet,
+    ServeArgs,
+    check_resources,
+    find_application_args,
+    load_args,
+    minimum_resources,
+    read_yaml,
+)
 from calm_serve.errors import (
     CalmError,
     ComponentError,
@@ -43,16 +50,6 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 # Ray sets this much of a node's memory aside for its object store, so SLMs cannot have it.
 _OBJECT_STORE_RATIO = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a Ray node started here would offer."""
-
-    cpus: float
-    gpus: float
-    memory_bytes: float
-
 
 Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 
@@ -85,8 +82,11 @@ def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
     return answer
 
 
-def this_machine() -> Machine:
-    """Read CPUs (affinity and container quota), NVIDIA GPUs and memory of this machine."""
+def this_machine() -> ClusterResources:
+    """Return what a Ray node started here would offer.
+
+    CPUs follow affinity and container quota; GPUs are NVIDIA's; memory is without the object store.
+    """
     cpus = float(len(os.sched_getaffinity(0)))
     quota = _cgroup("cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
@@ -96,7 +96,7 @@ def this_machine() -> Machine:
     if limit.isdigit():
         memory = min(memory, float(limit))
     gpus = float(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-    return Machine(cpus, gpus, memory * (1.0 - _OBJECT_STORE_RATIO))
+    return ClusterResources(cpus, gpus, memory * (1.0 - _OBJECT_STORE_RATIO))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class World:
     """What the commands touch outside this process."""
 
     fetch: Fetch = fetch_json
-    machine: Callable[[], Machine] = this_machine
+    machine: Callable[[], ClusterResources] = this_machine
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -159,20 +159,14 @@ def _check(args: argparse.Namespace, world: World) -> None:
     typed, fleet = _load(Path(args.config))
     machine = world.machine()
     predictor = _shipped_predictor(fleet)
-    check_resources(
-        fleet,
-        machine.cpus,
-        machine.gpus,
-        machine.memory_bytes,
-        typed.router.num_cpus * typed.router.replicas,
-    )
+    check_resources(fleet, machine, typed.router.total_cpus)
     print(render.fleet_file(fleet))
-    need_cpus, need_bytes = _minimum(typed, fleet)
+    need = minimum_resources(fleet, typed.router.total_cpus)
     print(
         f"\nok: {len(fleet.slms)} SLMs, {len(fleet.rules)} rules, {len(fleet.safety)} safety "
         f"patterns, predictor {predictor.version if predictor else 'none'}; minimum replicas and "
-        f"routers take {need_cpus:g} of {machine.cpus:g} CPUs and "
-        f"{render.size(need_bytes)} of {render.size(machine.memory_bytes)}"
+        f"routers take {need.cpus:g} of {machine.cpus:g} CPUs and "
+        f"{render.size(need.memory_bytes)} of {render.size(machine.memory_bytes)}"
     )
 
 
@@ -203,27 +197,8 @@ def _print(args: argparse.Namespace, world: World) -> None:
 
 
 def _load(path: Path) -> tuple[ServeArgs, Fleet]:
-    if not path.is_file():
-        raise ConfigError(f"configuration not found: {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
-    applications = data.get("applications") if isinstance(data, dict) else None
-    for application in applications or ():
-        args = application.get("args") if isinstance(application, dict) else None
-        if isinstance(args, dict) and "fleet" in args:
-            return load_args(args, path.resolve().parent)
-    raise ConfigError(f"{path.name}: no application with args.fleet")
-
-
-def _minimum(args: ServeArgs, fleet: Fleet) -> tuple[float, float]:
-    cpus, memory = args.router.num_cpus * args.router.replicas, 0.0
-    for slm in fleet.slms:
-        if slm.locality == "local":
-            cpus += slm.resources.num_cpus * slm.scaling.min_replicas
-            memory += slm.resources.memory_bytes * slm.scaling.min_replicas
-    return cpus, memory
+    args = find_application_args(read_yaml(path), path.name)
+    return load_args(args, path.resolve().parent)
 
 
 def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:

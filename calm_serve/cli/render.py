@@ -134,8 +134,6 @@ def decision(record: Mapping[str, Any]) -> str:
     if context["safety_class"] not in ("", "none"):
         seen.append(f"safety class {context['safety_class']}")
     facts = [f"propensity {record['propensity']:.3g}"]
-    if record["complexity"] is not None:
-        facts.append(f"complexity {record['complexity']:.2f}")
     facts.append(f"decided in {seconds(record['decided_in_s'])}")
     facts.append(f"predictor {versions['predictor']}")
     if others := [slm_id for slm_id in record["ranking"] if slm_id != record["slm_id"]]:

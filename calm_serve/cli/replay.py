@@ -9,11 +9,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from calm_serve.cli import render
-from calm_serve.config import Goals, SelectionPolicyName
+from calm_serve.config import (
+    Goals,
+    SelectionPolicyName,
+    find_application_args,
+    first_error,
+    parse_yaml,
+    read_yaml,
+)
 from calm_serve.errors import ConfigError, KnowledgeError
 
 if TYPE_CHECKING:
@@ -64,35 +70,16 @@ def read_goals(given: str) -> Goals:
     """Goals from JSON text, a file of goals, or a serve_config.yaml. Raises ConfigError."""
     name = "--goals"
     if not given.lstrip().startswith("{"):
-        path = Path(given)
-        if not path.is_file():
-            raise ConfigError(f"goals not found: {given}")
-        name = path.name
-        try:
-            given = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: not text that can be read: {error}") from error
-    try:
-        data = yaml.safe_load(given)  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+        name = Path(given).name
+        data = read_yaml(Path(given), "goals")
+    else:
+        data = parse_yaml(given, name)
     if isinstance(data, dict) and "applications" in data:
-        data = _configured(data["applications"], name)
+        data = find_application_args(data, name).get("goals", {})
     try:
         return Goals.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{name}: {where}{': ' if where else ''}{first['msg']}") from error
-
-
-def _configured(applications: Any, name: str) -> Any:
-    """The goals of the fleet's own application; of others there may be several."""
-    for application in applications if isinstance(applications, list) else ():
-        args = application.get("args") if isinstance(application, dict) else None
-        if isinstance(args, dict) and "fleet" in args:
-            return args.get("goals", {})
-    raise ConfigError(f"{name}: no application with args.fleet")
+        raise ConfigError(f"{name}: {first_error('', error)}") from error
 
 
 def _predictor(path: str) -> LightGBMPredictor:

@@ -3,7 +3,7 @@
 Only `loading` blocks: it reads files. Everything else is validation.
 """
 
-from calm_serve.config.base import Config
+from calm_serve.config.base import Config, error_field, first_error
 from calm_serve.config.fleet import (
     BATCHING,
     Adapter,
@@ -16,20 +16,28 @@ from calm_serve.config.fleet import (
 )
 from calm_serve.config.goals import Goals, SelectionPolicy, SelectionPolicyName
 from calm_serve.config.loading import (
+    FLEET_APPLICATION,
+    ClusterResources,
     check_resources,
+    find_application_args,
     load_args,
     load_fleet,
+    minimum_resources,
     parse_fleet,
     parse_goals,
     parse_residency,
+    parse_yaml,
+    read_yaml,
 )
 from calm_serve.config.residency import ResidencyOptions, ResidencyPolicyName
 from calm_serve.config.service import Learning, RouterOptions, ServeArgs
 
 __all__ = [
     "BATCHING",
+    "FLEET_APPLICATION",
     "Adapter",
     "BatchingProfile",
+    "ClusterResources",
     "Config",
     "Fleet",
     "Goals",
@@ -45,9 +53,15 @@ __all__ = [
     "SelectionPolicyName",
     "ServeArgs",
     "check_resources",
+    "error_field",
+    "find_application_args",
+    "first_error",
     "load_args",
     "load_fleet",
+    "minimum_resources",
     "parse_fleet",
     "parse_goals",
     "parse_residency",
+    "parse_yaml",
+    "read_yaml",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ByteSize, ValidationError
 
-from calm_serve.config.base import nearest
+from calm_serve.config.base import error_field, first_error, nearest
 from calm_serve.config.fleet import Adapter, Fleet, Resources, SLMSpec
 from calm_serve.config.goals import Goals
 from calm_serve.config.residency import ResidencyOptions
@@ -19,6 +20,65 @@ from calm_serve.errors import ConfigError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _PATH_START = ("/", "./", "../", "~")
+# `import_path` of the application that serves a fleet, in a file for Ray Serve.
+FLEET_APPLICATION = "deployments.app:build_app"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterResources:
+    """Ray resources: what a cluster offers, or what a fleet takes of it."""
+
+    cpus: float
+    gpus: float
+    memory_bytes: float
+
+
+def read_yaml(path: Path, kind: str = "configuration") -> Any:
+    """Read a YAML file. Raises ConfigError; `kind` is what the message calls a missing file."""
+    if not path.is_file():
+        raise ConfigError(f"{kind} not found: {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path.name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: not YAML: {error}") from error
+    return parse_yaml(text, path.name)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML, and so JSON; `name` prefixes errors. Raises ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def find_application_args(document: Any, name: str) -> Mapping[str, Any]:
+    """Return `args` of the application that serves a fleet, from a parsed file for Ray Serve.
+
+    The application is the one that imports FLEET_APPLICATION, or without one the first with
+    `args.fleet`, whose import path is the operator's own. Other applications are ignored. `name`
+    prefixes errors. Raises ConfigError when there is none, or more than one with that import path:
+    they would share one knowledge actor.
+    """
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name}: expected a mapping with the key 'applications'")
+    listed = document.get("applications")
+    applications = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+    found = [a for a in applications if a.get("import_path") == FLEET_APPLICATION]
+    if len(found) > 1:
+        raise ConfigError(f"{name}: {len(found)} applications import {FLEET_APPLICATION}")
+    if found:
+        args = found[0].get("args") or {}
+        if not isinstance(args, dict):
+            raise ConfigError(f"{name}: args of {FLEET_APPLICATION}: expected a mapping")
+        return args
+    for application in applications:
+        args = application.get("args")
+        if isinstance(args, dict) and "fleet" in args:
+            return args
+    raise ConfigError(f"{name}: no application with args.fleet")
 
 
 def load_args(args: Mapping[str, Any], base: Path) -> tuple[ServeArgs, Fleet]:
@@ -34,7 +94,7 @@ def load_args(args: Mapping[str, Any], base: Path) -> tuple[ServeArgs, Fleet]:
     try:
         typed = ServeArgs.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_one_line("args", error)) from error
+        raise ConfigError(first_error("args", error)) from error
     if isinstance(typed.fleet, str):
         fleet = load_fleet(base / Path(typed.fleet).expanduser())
     else:
@@ -46,12 +106,7 @@ def load_args(args: Mapping[str, Any], base: Path) -> tuple[ServeArgs, Fleet]:
 
 def load_fleet(path: Path) -> Fleet:
     """Read a fleet file (YAML); paths inside are relative to it. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"fleet file not found: {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "fleet file")
     if not isinstance(data, dict):
         raise ConfigError(f"{path.name}: expected a mapping with the key 'slms'")
     return parse_fleet(data, path.parent, path.name)
@@ -62,7 +117,7 @@ def parse_fleet(data: Mapping[str, Any], base: Path, name: str = "fleet") -> Fle
     try:
         fleet = Fleet.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError(_one_line(name, error)) from error
+        raise ConfigError(first_error(name, error)) from error
     return _resolve(fleet, base, name)
 
 
@@ -71,8 +126,8 @@ def parse_goals(data: Mapping[str, Any], fleet: Fleet) -> Goals:
     try:
         goals = Goals.model_validate(dict(data))
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ConfigError(_one_line("goals", error), param=where or None) from error
+        param = error_field(error) or None
+        raise ConfigError(first_error("goals", error), param=param) from error
     check_policy(goals, fleet)
     return goals
 
@@ -91,7 +146,7 @@ def parse_residency(data: Mapping[str, Any], fleet: Fleet) -> ResidencyOptions:
     try:
         residency = ResidencyOptions.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError(_one_line("residency", error)) from error
+        raise ConfigError(first_error("residency", error)) from error
     check_budget(residency, fleet)
     return residency
 
@@ -118,37 +173,42 @@ def check_budget(residency: ResidencyOptions, fleet: Fleet) -> None:
         )
 
 
-def check_resources(
-    fleet: Fleet, cpus: float, gpus: float, memory_bytes: float, router_cpus: float = 0.0
-) -> None:
-    """Raise ConfigError when the SLMs that must be hot cannot fit the cluster.
-
-    cpus, gpus and memory_bytes are the cluster's totals; router_cpus is what its routers take.
-    """
-    need = {"CPUs": router_cpus, "GPUs": 0.0, "memory bytes": 0.0}
-    have = {"CPUs": cpus, "GPUs": gpus, "memory bytes": memory_bytes}
+def minimum_resources(fleet: Fleet, router_cpus: float = 0.0) -> ClusterResources:
+    """Return what all minimum replicas of local SLMs take, and `router_cpus` for the routers."""
+    cpus, gpus, memory = router_cpus, 0.0, 0.0
     for slm in fleet.slms:
-        if slm.locality == "remote":
-            continue
-        one = slm.resources
-        per_replica = {
-            "CPUs": one.num_cpus,
-            "GPUs": one.num_gpus,
-            "memory bytes": float(one.memory_bytes),
-        }
-        for kind, amount in per_replica.items():
-            if amount > have[kind]:
-                raise ConfigError(
-                    f"SLM {slm.id!r}: one replica asks for {amount:g} {kind}, "
-                    f"the cluster has {have[kind]:g}"
-                )
-            need[kind] += amount * slm.scaling.min_replicas
-    for kind, amount in need.items():
-        if amount > have[kind]:
-            raise ConfigError(
-                f"the fleet's minimum replicas and routers ask for {amount:g} {kind}, "
-                f"the cluster has {have[kind]:g}; lower resources or make SLMs on_demand"
-            )
+        if slm.locality == "local":
+            replicas = slm.scaling.min_replicas
+            cpus += slm.resources.num_cpus * replicas
+            gpus += slm.resources.num_gpus * replicas
+            memory += float(slm.resources.memory_bytes) * replicas
+    return ClusterResources(cpus, gpus, memory)
+
+
+def check_resources(fleet: Fleet, cluster: ClusterResources, router_cpus: float = 0.0) -> None:
+    """Raise ConfigError when a replica, or all minimum replicas, do not fit the cluster.
+
+    router_cpus is what the routers take of it.
+    """
+    for slm in fleet.slms:
+        if slm.locality == "local":
+            one = slm.resources
+            replica = ClusterResources(one.num_cpus, one.num_gpus, float(one.memory_bytes))
+            if lack := _first_lack(replica, cluster):
+                raise ConfigError(f"SLM {slm.id!r}: one replica asks for {lack}")
+    if lack := _first_lack(minimum_resources(fleet, router_cpus), cluster):
+        raise ConfigError(
+            f"the fleet's minimum replicas and routers ask for {lack}; lower resources or make "
+            "SLMs on_demand"
+        )
+
+
+def _first_lack(need: ClusterResources, have: ClusterResources) -> str:
+    kinds = ("CPUs", "GPUs", "memory bytes")
+    for kind, amount, available in zip(kinds, astuple(need), astuple(have), strict=True):
+        if amount > available:
+            return f"{amount:g} {kind}, the cluster has {available:g}"
+    return ""
 
 
 def _resolve(fleet: Fleet, base: Path, name: str) -> Fleet:
@@ -198,11 +258,3 @@ def _resolve_adapter(adapter: Adapter, base: Path, where: str) -> Adapter:
     if not (path / "adapter_config.json").is_file():
         raise ConfigError(f"{where}: adapter {adapter.name!r} not found: {adapter.path}")
     return adapter.model_copy(update={"path": str(path)})
-
-
-def _one_line(name: str, error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{name}{'.' if where else ''}{where}: {message}{more}"

@@ -40,6 +40,11 @@ class RouterOptions(Config):
     retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")
     decision_log: int = Field(default=2048, ge=1, description="Decisions kept for explanation.")
 
+    @property
+    def total_cpus(self) -> float:
+        """Ray CPUs of all router replicas together."""
+        return self.num_cpus * self.replicas
+
 
 class ServeArgs(Config):
     """`args` of the application in serve_config.yaml."""

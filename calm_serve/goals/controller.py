@@ -41,7 +41,6 @@ from calm_serve.goals.window import Array, GoalWindow, Terms
 from calm_serve.routing import weights_of
 from calm_serve.types import Decision, GoalStatus, Outcome, Weights
 
-LATE_RATIO = 0.05  # of a p95
 TOLERANCE = 0.1  # a goal is held when what was measured is within this of it
 FREE_RATIO = 0.7  # share of a p95 target that costs nothing
 # Aimed at, because what is measured scatters around what is aimed at.

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from calm_serve.config import first_error
 from calm_serve.errors import KnowledgeError
 from calm_serve.types import (
     DecisionSummary,
@@ -41,7 +42,7 @@ def decode_signals(
             _signals.validate_python(dict(s) if isinstance(s, Mapping) else s) for s in signals
         )
     except ValidationError as error:
-        raise KnowledgeError(f"malformed signal: {error.errors()[0]['msg']}") from error
+        raise KnowledgeError(f"malformed signal: {first_error('', error)}") from error
     for signal in decoded:
         if not (0.0 <= signal.value <= 1.0 and abs(signal.at) < float("inf")):
             raise KnowledgeError(f"malformed signal: value {signal.value} is not in [0, 1]")

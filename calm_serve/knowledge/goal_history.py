@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from calm_serve.config import Goals
+from calm_serve.config import Goals, first_error
 from calm_serve.protocol.topics import GoalChange
 
 CONFIGURATION = "configuration"  # the caller of a change that a deployment made
@@ -100,7 +100,7 @@ class GoalHistory:
         try:
             Goals.model_validate(self._newest.new)
         except ValidationError as error:
-            _log.error("stored goals are not valid any more: %s", error)
+            _log.error("%s; not valid any more", first_error("stored goals", error))
             return False
         return True
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec, first_error
 from calm_serve.errors import ConfigError
 from calm_serve.knowledge.background import Ticker, take_steps
 from calm_serve.knowledge.columns import decode_signals
@@ -313,5 +313,5 @@ def kept_settings(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
         data = json.loads(text)
         return Fleet.model_validate(data["fleet"]), Learning.model_validate(data["learning"])
     except ValidationError as error:
-        _log.warning("stored settings passed over: %s", error)
+        _log.warning("%s; ignored", first_error("stored settings", error))
         return None

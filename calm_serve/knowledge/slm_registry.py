@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from calm_serve.config import SLMSpec
+from calm_serve.config import SLMSpec, first_error
 from calm_serve.errors import ConfigError
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import RegisteredSLM
@@ -45,9 +45,7 @@ class SLMRegistry:
         try:
             spec = SLMSpec.model_validate_json(spec_json)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"registered SLM: {where}: {first['msg']}") from error
+            raise ConfigError(f"registered SLM: {first_error('', error)}") from error
         old = self._entries.get(spec.id)
         if spec.id in taken or (old is not None and old.app_name != app_name):
             raise ConfigError(f"SLM id {spec.id!r} is taken")
@@ -94,7 +92,7 @@ class SLMRegistry:
             try:
                 SLMSpec.model_validate(entry["spec"])
             except ValidationError as error:
-                _log.warning("registered SLM %r left out: %s", slm_id, error)
+                _log.warning("registered SLM %r left out: %s", slm_id, first_error("", error))
                 continue
             self._entries[slm_id] = _Entry(entry["spec"], entry["app_name"], self._clock())
 

@@ -163,7 +163,6 @@ def _decided(
         reason=DecisionReason.RULE_MATCH if logged is None else DecisionReason.BEST_SCORE,
         rule=outcome.decision.rule,
         propensity=outcome.decision.propensity,
-        complexity=None,
         candidates=tuple(ranked),
         ranking=(),
         context=_context(outcome, logged),

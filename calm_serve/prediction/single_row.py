@@ -61,13 +61,6 @@ class SparseRow:
         """Put one candidate's category and its load in the order of LOAD_NAMES."""
         _CANDIDATE.pack_into(self._buffer, 0, slm_index, *load)
 
-    def dense(self) -> NDArray[np.float32]:
-        """The row as one of `COLUMNS` values."""
-        row: NDArray[np.float32] = np.zeros(COLUMNS, dtype=np.float32)
-        end = self.length.value
-        row[self.columns[:end]] = self.values[:end]
-        return row
-
 
 class SingleRow:
     """A booster's prediction for what a SparseRow holds. Not safe for threads, as the row is not.

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
+from calm_serve.config import first_error
 from calm_serve.errors import KnowledgeError
 
 T = TypeVar("T")
@@ -91,9 +92,7 @@ class RecordFormat(Generic[T]):
         try:
             record: T = self._adapter.validate_python(plain)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise KnowledgeError(f"malformed {self.name}: {where}: {first['msg']}") from error
+            raise KnowledgeError(f"malformed {self.name}: {first_error('', error)}") from error
         return record
 
     @cached_property

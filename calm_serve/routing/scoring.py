@@ -142,12 +142,3 @@ def explore(
         return order[0], 1.0 - ratio, False
     position = min(int(draw / ratio * len(others)), len(others) - 1)  # the product may round up
     return others[position], ratio / len(others), True
-
-
-def complexity(candidates: list[Candidate], specs: dict[str, SLMSpec]) -> float | None:
-    """P(the cheapest capable SLM fails); cheapest by predicted energy, then by parameters."""
-    predicted = [c.prediction for c in candidates if c.prediction is not None]
-    if not predicted:
-        return None
-    cheapest = min(predicted, key=lambda p: (p.energy_j, specs[p.slm_id].parameters, p.slm_id))
-    return 1.0 - cheapest.success_ratio

@@ -173,14 +173,11 @@ class ModelSelector:
             self._log.popitem(last=False)
         return decision
 
-    def decide_context(self, context: RoutingContext) -> Decision:
-        """Choose the SLM for a context; the same context and state give the same decision.
-
-        The context has its features, unless a rule decides.
-        """
-        return self._decide(context, None)
-
     def _decide(self, context: RoutingContext, request: ChatRequest | None) -> Decision:
+        """Return the decision; the same context and states give the same one.
+
+        Without a request (a replay, a simulation) the context has its features already.
+        """
         if context.safety_class in self._pins:
             pin = self._pins[context.safety_class]
             reason = DecisionReason.SAFETY_PIN
@@ -325,7 +322,6 @@ class ModelSelector:
             ranking,
             rule=rule,
             propensity=propensity,
-            complexity=scoring.complexity(scored, self.specs),
             preferred=preferred,
         )
 
@@ -340,7 +336,6 @@ class ModelSelector:
         rule: str = "",
         adapter: str = "",
         propensity: float = 1.0,
-        complexity: float | None = None,
         preferred: str = "",
     ) -> Decision:
         return Decision(
@@ -351,7 +346,6 @@ class ModelSelector:
             reason=reason,
             rule=rule,
             propensity=propensity,
-            complexity=complexity,
             candidates=candidates,
             ranking=ranking,
             context=context,

@@ -38,11 +38,6 @@ class Alarms:
         """End an alarm before its time; one that is not on is fine."""
         self._on.pop((kind, slm, replica), None)
 
-    def is_on(self, kind: str, slm: str = "", replica: str = "") -> bool:
-        """Whether this alarm is on."""
-        self._expire(self._clock())
-        return (kind, slm, replica) in self._on
-
     def current(self) -> tuple[Alarm, ...]:
         """The alarms that are on, the oldest first."""
         self._expire(self._clock())

@@ -25,6 +25,7 @@ from calm_serve.config import Goals
 from calm_serve.prediction import LightGBMPredictor, MetadataPrior
 from calm_serve.requests import ContextBuilder, fill_features, parse_chat, parse_overrides
 from calm_serve.routing import ModelSelector
+from calm_serve.testing import decision_for
 from calm_serve.types import Decision, RoutingContext
 from load_tests.common import report
 from load_tests.decision import plots
@@ -100,7 +101,7 @@ class Case:
         if not self._by_rule:
             fill_features(context, request)
         marks.append(perf_counter_ns())
-        self._loop.decide_context(context)
+        decision_for(self._loop, context)
         marks.append(perf_counter_ns())
         for stage, (begin, end) in zip(STAGES, pairwise(marks), strict=True):
             samples[stage].append(end - begin)

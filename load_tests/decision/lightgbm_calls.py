@@ -90,7 +90,8 @@ class _Ways:
         self._rows = np.zeros((len(specs), COLUMNS), dtype=np.float32)
         for row, candidate in zip(self._rows, self._candidates, strict=True):
             self._sparse.set_candidate(*candidate)
-            row[:] = self._sparse.dense()
+            stored = self._sparse.length.value
+            row[self._sparse.columns[:stored]] = self._sparse.values[:stored]
         if heads.residual is None:
             raise RuntimeError("the world's outcomes teach no TTFT")
         self._residual = heads.residual

@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from calm_serve.config import SLMSpec
+from calm_serve.config import SLMSpec, error_field, first_error
 from calm_serve.errors import CalmError, ComponentError, RequestError, openai_error
 from deployments.slm.engine.forked_core import fork_cores
 from deployments.slm.engine.metrics import BatchedStatLogger, EngineLoad, load_logger
@@ -276,11 +276,9 @@ def _parse(protocol: type[Any], body: dict[str, Any]) -> Any:
     try:
         return protocol(**body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(
-            str(p) for p in first["loc"] if p != "function-wrap[__log_extra_fields__()]"
-        )
-        raise RequestError(f"{where}: {first['msg']}", param=where or None) from error
+        # One wrong message is an error for each kind of message that vLLM tries: not counted.
+        message = first_error("", error, counted=False)
+        raise RequestError(message, param=error_field(error) or None) from error
 
 
 def _refusal(answer: ErrorResponse) -> CalmError:

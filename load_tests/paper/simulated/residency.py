@@ -13,6 +13,7 @@ from random import Random
 from calm_serve.config import Goals, ResidencyPolicyName
 from calm_serve.residency import ModelFootprint, build
 from calm_serve.routing import ModelSelector
+from calm_serve.testing import decision_for
 from calm_serve.types import Residency
 from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
@@ -87,7 +88,7 @@ def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootp
 
 def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:
     loop = ModelSelector(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
-    chosen = {i: loop.decide_context(answers.contexts[i]).slm_id for i in sorted(set(requests))}
+    chosen = {i: decision_for(loop, answers.contexts[i]).slm_id for i in sorted(set(requests))}
     return [chosen[i] for i in requests]
 
 

@@ -22,7 +22,7 @@ from calm_serve.prediction import Predictor, live_load
 from calm_serve.protocol.topics import MonitorFindings
 from calm_serve.routing import ModelSelector
 from calm_serve.telemetry import FleetStats
-from calm_serve.testing import EngineSimulator, FakeClock, Served
+from calm_serve.testing import EngineSimulator, FakeClock, Served, decision_for
 from calm_serve.types import Outcome, QualitySignal, SLMState
 from load_tests.paper.simulated.answers import Answers
 from load_tests.paper.simulated.call import (
@@ -182,7 +182,7 @@ class World:
         name = f"{self.seed}-{len(self.rows)}"
         context = replace(self.answers.contexts[request], request_id=name)
         try:
-            decision = self.loop.decide_context(context)
+            decision = decision_for(self.loop, context)
         except CalmError:
             row.error = "unavailable"
             return

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from calm_serve.cli import main, render
+from calm_serve.config import ClusterResources
 from calm_serve.errors import ComponentError, RequestError
 
 FLEET: dict[str, Any] = {
@@ -82,7 +83,7 @@ def world(
             seen.append((url, body))
         return dict(answer or {})
 
-    return main.World(fetch=fetch, machine=lambda: main.Machine(cpus, 0.0, float(32 << 30)))
+    return main.World(fetch=fetch, machine=lambda: ClusterResources(cpus, 0.0, float(32 << 30)))
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
@@ -143,7 +144,7 @@ def test_check_refuses_a_predictor_that_does_not_load(
     [
         (None, "configuration not found"),
         ("a: [1", "not YAML"),
-        ("- 1", "no application with args.fleet"),
+        ("- 1", "expected a mapping with the key 'applications'"),
         ("applications: [{name: other}]", "no application with args.fleet"),
     ],
 )

@@ -189,7 +189,7 @@ def test_replay_refuses_goals_that_are_none(
     [
         (b"applications: [{name: a, args: }]", "no application with args.fleet"),
         (b"applications: 3", "no application with args.fleet"),
-        (b"\xff\xfe", "goals.yaml: not text"),
+        (b"\xff\xfe", "goals.yaml: not YAML"),
     ],
 )
 def test_replay_says_what_is_wrong_with_a_file_of_goals(

@@ -9,8 +9,15 @@ import pytest
 from pydantic import ValidationError
 
 from calm_serve import config
-from calm_serve.config import BATCHING, BatchingProfile, Config, Fleet, Goals, Resources, SLMSpec
-from calm_serve.config.loading import (
+from calm_serve.config import (
+    BATCHING,
+    BatchingProfile,
+    ClusterResources,
+    Config,
+    Fleet,
+    Goals,
+    Resources,
+    SLMSpec,
     check_resources,
     load_args,
     load_fleet,
@@ -278,7 +285,7 @@ def test_resources_that_cannot_fit_are_refused(resources: dict[str, Any], messag
         make_spec("small", resources=resources), make_spec("other", resources=resources)
     )
     with pytest.raises(ConfigError, match=message):
-        check_resources(fleet, cpus=4, gpus=0, memory_bytes=8 << 30)
+        check_resources(fleet, ClusterResources(4, 0, 8 << 30))
 
 
 def test_remote_slms_and_slms_that_may_be_cold_take_no_resources_at_the_start() -> None:
@@ -292,7 +299,7 @@ def test_remote_slms_and_slms_that_may_be_cold_take_no_resources_at_the_start() 
         resources={"num_cpus": 99},
     )
     hot = make_spec("hot", resources={"num_cpus": 4})
-    check_resources(Fleet(slms=(cold, remote, hot)), cpus=4, gpus=0, memory_bytes=8 << 30)
+    check_resources(Fleet(slms=(cold, remote, hot)), ClusterResources(4, 0, 8 << 30))
 
 
 def test_the_defaults_of_an_slm_are_valid_on_their_own() -> None:

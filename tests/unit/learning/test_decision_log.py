@@ -22,7 +22,7 @@ from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.scoring import weights_of
 from calm_serve.routing.selector import ModelSelector
-from calm_serve.testing import change_outcome, make_decision, make_prediction
+from calm_serve.testing import change_outcome, decision_for, make_decision, make_prediction
 from calm_serve.types import Candidate, DecisionPath, Weights
 from tests.knowledge_data import (
     CODER,
@@ -177,7 +177,7 @@ def test_an_outcome_of_before_is_no_logged_choice() -> None:
 
 
 def test_the_loops_own_record_is_what_is_logged() -> None:
-    decision = ModelSelector(make_fleet(), Goals()).decide_context(make_context(code=True))
+    decision = decision_for(ModelSelector(make_fleet(), Goals()), make_context(code=True))
     rows = log_fields(decision)["candidates"]
     assert rows[0][0] == decision.slm_id
     assert {row[0] for row in rows} == {CODER, TALKER}

@@ -12,6 +12,7 @@ from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     EngineSimulator,
     FakeClock,
+    decision_for,
     make_context,
     make_fleet,
     make_goals,
@@ -90,7 +91,7 @@ def test_equal_slms_share_a_load_that_one_could_not_carry() -> None:
     together, single = [], []
     for i in range(120):
         clock.advance(0.1)  # 10 a second; one engine turns over 4 slots in 0.7 s
-        chosen = target.decide_context(make_context(request_id=f"r{i}")).slm_id
+        chosen = decision_for(target, make_context(request_id=f"r{i}")).slm_id
         together.append(engines[chosen].submit(clock(), 100, 64).ttft_s)
         single.append(alone.submit(clock(), 100, 64).ttft_s)
     assert max(together) < 0.5

@@ -37,6 +37,7 @@ from tests.knowledge_data import (
     make_state,
     make_world,
 )
+from tests.unit.prediction.rows import dense
 
 PRIOR = MetadataPrior()
 
@@ -173,8 +174,8 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         load=live_load(context, spec, state),
     )
     (row,) = outcome_rows([logged], trained().slm_ids)
-    assert np.array_equal(row[:FIRST_LOAD], predicting._words.dense()[:FIRST_LOAD])
-    assert np.array_equal(row[FIRST_LOAD:], predicting._row.dense()[FIRST_LOAD:])
+    assert np.array_equal(row[:FIRST_LOAD], dense(predicting._words)[:FIRST_LOAD])
+    assert np.array_equal(row[FIRST_LOAD:], dense(predicting._row)[FIRST_LOAD:])
 
 
 def test_an_artifact_survives_the_wire_byte_for_byte() -> None:

@@ -21,6 +21,7 @@ from calm_serve.prediction.single_row import (
     joined,
 )
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
+from tests.unit.prediction.rows import dense
 
 MISSING = (math.nan, -1.0, 99.0)  # categories that training never saw
 
@@ -50,7 +51,7 @@ def test_it_is_what_booster_predict_says(missing: bool) -> None:
         row.set_prompt(numbers, sorted(rng.sample(range(BUCKETS), rng.choice((0, 1, 90, BUCKETS)))))
         for category in (*range(6), *MISSING):
             row.set_candidate(category, load)
-            expected = booster(missing).predict(row.dense()[None], num_threads=1)[0]
+            expected = booster(missing).predict(dense(row)[None], num_threads=1)[0]
             assert one.predict()[0] == pytest.approx(expected, abs=1e-9)
 
 
@@ -60,11 +61,11 @@ def test_the_row_holds_what_was_put_in_and_nothing_older() -> None:
     row.set_candidate(3, [2.0] * len(LOAD_NAMES))
     row.set_prompt(range(len(NUMBER_NAMES)), [0, 1023])
     row.set_candidate(1, range(len(LOAD_NAMES)))
-    dense = row.dense()
-    assert dense[: len(NUMBER_NAMES)].tolist() == list(range(len(NUMBER_NAMES)))
-    buckets = dense[len(NUMBER_NAMES) : len(NUMBER_NAMES) + BUCKETS]
+    values = dense(row)
+    assert values[: len(NUMBER_NAMES)].tolist() == list(range(len(NUMBER_NAMES)))
+    buckets = values[len(NUMBER_NAMES) : len(NUMBER_NAMES) + BUCKETS]
     assert np.flatnonzero(buckets).tolist() == [0, 1023]
-    assert dense[-len(LOAD_NAMES) - 1 :].tolist() == [*range(len(LOAD_NAMES)), 1.0]
+    assert values[-len(LOAD_NAMES) - 1 :].tolist() == [*range(len(LOAD_NAMES)), 1.0]
 
 
 def test_boosters_share_a_row_and_outlive_their_names() -> None:
@@ -77,7 +78,7 @@ def test_boosters_share_a_row_and_outlive_their_names() -> None:
     assert len({call.predict()[0] for call in calls}) == 1
     del calls[:4]
     gc.collect()
-    assert calls[0].predict()[0] == booster(False).predict(row.dense()[None])[0]
+    assert calls[0].predict()[0] == booster(False).predict(dense(row)[None])[0]
 
 
 def test_a_row_of_another_length_is_refused() -> None:
@@ -108,6 +109,6 @@ def test_joined_boosters_say_what_each_says_alone() -> None:
     for one in rows[:50]:
         row.set_prompt(one[: len(NUMBER_NAMES)].tolist(), [1, 5])
         row.set_candidate(1, one[-len(LOAD_NAMES) :].tolist())
-        expected = [b.predict(row.dense()[None])[0] for b in (booster(False), *alone)]
+        expected = [b.predict(dense(row)[None])[0] for b in (booster(False), *alone)]
         sums = together.predict()
         assert [sum(sums[p]) for p in places] == pytest.approx(expected, abs=1e-12)

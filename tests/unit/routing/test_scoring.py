@@ -1,4 +1,4 @@
-"""The objective: SLO penalties, the floor, exploration and complexity."""
+"""Scoring: SLO penalties, the quality floor and exploration."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from calm_serve.routing.scoring import (
     SLO_PENALTY,
     above_floor,
-    complexity,
     evaluate,
     explore,
     ranked,
     slo_penalty,
     weights_of,
 )
-from calm_serve.testing import make_context, make_goals, make_prediction, make_spec, make_state
+from calm_serve.testing import make_context, make_goals, make_prediction, make_state
 from calm_serve.types import Candidate, Residency
 
 
@@ -122,14 +121,3 @@ def test_with_nothing_to_explore_the_best_one_is_certain(ratio: float) -> None:
     assert explore(only, "id", ratio) == (only[0], 1.0, False)
     late = [candidate("best"), candidate("late", latency=1.0)]
     assert explore(late, "id", ratio) == (late[0], 1.0, False)
-
-
-def test_complexity_is_the_chance_that_the_cheapest_slm_fails() -> None:
-    specs = {i: make_spec(i, parameters=n) for i, n in (("tiny", 1), ("twin", 2), ("huge", 3))}
-    candidates = [
-        Candidate("huge", prediction=make_prediction("huge", success_ratio=0.9, energy_j=9.0)),
-        Candidate("twin", prediction=make_prediction("twin", success_ratio=0.5, energy_j=1.0)),
-        Candidate("tiny", prediction=make_prediction("tiny", success_ratio=0.2, energy_j=1.0)),
-    ]
-    assert complexity(candidates, specs) == pytest.approx(0.8)
-    assert complexity([Candidate("tiny", excluded_by="breaker")], specs) is None

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from calm_serve.config import ClusterResources
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_spec
 from deployments import serve
@@ -36,7 +37,9 @@ class Claim:
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(serve, "local_resources", lambda: (4.0, 0.0, float(8 << 30)))
+    monkeypatch.setattr(
+        serve, "local_resources", lambda: ClusterResources(4.0, 0.0, float(8 << 30))
+    )
     monkeypatch.setattr(serve, "PortClaim", Claim)
 
 
@@ -82,7 +85,9 @@ def test_a_remote_slms_key_must_be_in_the_environment(
 
 def test_applications_of_others_are_not_judged(tmp_path: Path) -> None:
     path = tmp_path / "serve_config.yaml"
-    path.write_text("applications: [{name: x, import_path: other:app, args: {fleet: nowhere}}]")
+    ours = {"import_path": "deployments.app:build_app", "args": fleet()}
+    other = {"name": "x", "import_path": "other:app", "args": {"fleet": "nowhere"}}
+    path.write_text(yaml.safe_dump({"applications": [other, ours]}))
     assert serve.check(path) == URL
 
 

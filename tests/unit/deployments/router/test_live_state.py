@@ -219,7 +219,6 @@ def test_hints_carry_what_replica_selection_reads() -> None:
         reason=DecisionReason.REQUESTED,
         rule="",
         propensity=1.0,
-        complexity=None,
         candidates=(),
         ranking=("slm",),
         context=context,

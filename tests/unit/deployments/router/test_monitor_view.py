@@ -11,6 +11,7 @@ from calm_serve.routing.selector import ModelSelector
 from calm_serve.telemetry.content_gain import MIN_DECISIONS
 from calm_serve.testing import (
     FakeClock,
+    decision_for,
     make_context,
     make_decision,
     make_fleet,
@@ -94,8 +95,8 @@ def loop(factors: dict[str, float]) -> ModelSelector:
 
 
 def test_a_decision_weighs_the_corrected_quality_and_records_the_raw_prediction() -> None:
-    assert loop({}).decide_context(make_context()).slm_id == "small"
-    decision = loop({"small": 0.5}).decide_context(make_context())
+    assert decision_for(loop({}), make_context()).slm_id == "small"
+    decision = decision_for(loop({"small": 0.5}), make_context())
     assert decision.slm_id == "large"
     small = next(c for c in decision.candidates if c.slm_id == "small")
     assert small.prediction is not None
@@ -104,7 +105,7 @@ def test_a_decision_weighs_the_corrected_quality_and_records_the_raw_prediction(
 
 def test_a_rule_does_not_name_an_slm_that_has_lost_its_quality() -> None:
     context = make_context(markers=("sql",))
-    assert loop({}).decide_context(context).path is DecisionPath.RULE
-    assert loop({"small": 0.7}).decide_context(context).path is DecisionPath.RULE
-    decision = loop({"small": 0.3}).decide_context(context)
+    assert decision_for(loop({}), context).path is DecisionPath.RULE
+    assert decision_for(loop({"small": 0.7}), context).path is DecisionPath.RULE
+    decision = decision_for(loop({"small": 0.3}), context)
     assert (decision.path, decision.slm_id) == (DecisionPath.PRIOR, "large")

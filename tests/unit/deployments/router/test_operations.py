@@ -13,7 +13,14 @@ from starlette.responses import Response
 from calm_serve.errors import RequestError, UnknownModelError
 from calm_serve.goals.controller import GoalController
 from calm_serve.routing.selector import ModelSelector
-from calm_serve.testing import make_context, make_fleet, make_goals, make_replica, make_spec
+from calm_serve.testing import (
+    decision_for,
+    make_context,
+    make_fleet,
+    make_goals,
+    make_replica,
+    make_spec,
+)
 from calm_serve.types import QualitySignal
 from deployments.router import fleet_view
 from deployments.router.admin.operations import Operations
@@ -128,7 +135,7 @@ def test_one_model_is_its_entry_of_the_list(desk: Desk) -> None:
 async def test_a_recent_decision_comes_from_memory_and_an_old_one_from_the_store(
     desk: Desk,
 ) -> None:
-    decision = desk.loop.decide_context(make_context(request_id="new"))
+    decision = decision_for(desk.loop, make_context(request_id="new"))
     desk.loop._log["new"] = decision
     assert data(await desk.operations.decision("new"))["slm_id"] == decision.slm_id
     assert data(await desk.operations.decision("old")) == {"outcome_id": "old"}
