@@ -107,8 +107,8 @@ class KnowledgeService:
             self._slm_ids,
             learning,
         )
-        orders = functools.partial(self._board.publish, RESIDENCY)
-        self._residency = ResidencyCoordinator(self._store, orders, monotonic)
+        to_followers = functools.partial(self._board.publish, RESIDENCY)
+        self._residency = ResidencyCoordinator(self._store, to_followers, monotonic)
         self._energy = EnergyLedger(clock)
         to_routers = functools.partial(self._board.publish, "watch")
         self._watch = OutcomeMonitor(clock, monotonic, to_routers, self._training.on_drift)

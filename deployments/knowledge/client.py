@@ -137,7 +137,7 @@ class KnowledgeClient:
         elif key == "states":
             view.set_reports(value)
         elif key == "residency":
-            view.set_tiers(value, self._heard[key])
+            view.set_desired_residency(value, self._heard[key])
         elif key == "watch":
             view.set_watch(value)
         elif key == "energy":

@@ -35,7 +35,7 @@ class FleetView:
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
         self.watch = MonitorView()
-        self.tiers = ResidencyView()
+        self.residency = ResidencyView()
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Follow SLMs that came or went."""
@@ -50,7 +50,7 @@ class FleetView:
 
     def set_reports(self, reports: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
         """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
-        for slm_id, replica_id in self.tiers.set_reports(reports):
+        for slm_id, replica_id in self.residency.set_reports(reports):
             VIEW.index(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
         self._reports = {
@@ -62,9 +62,9 @@ class FleetView:
             if report["state"] == "ready" and (start_s := report["ready_s"].get("total")):
                 self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
 
-    def set_tiers(self, orders: Mapping[str, Any], version: int) -> None:
-        """Take the residency planner's orders."""
-        self.tiers.set_orders(orders, version)
+    def set_desired_residency(self, published: Mapping[str, Any], version: int) -> None:
+        """Take the desired residency that the knowledge actor published."""
+        self.residency.set_desired(published, version)
         self._states.clear()
 
     def set_watch(self, found: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class FleetView:
             return kept[1]
         replicas = self._live(spec)
         state = self._monitor.state(spec, replicas, now, self._absent(spec))
-        state = self.tiers.state(state, replicas)
+        state = self.residency.with_residency(state, replicas)
         self._states[spec.id] = (now, state)
         return state
 
@@ -116,7 +116,7 @@ class FleetView:
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
             **self.watch.fleet(),
-            **({"residency": self.tiers.summary} if self.tiers.active else {}),
+            **({"residency": self.residency.summary} if self.residency.active else {}),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
 
@@ -156,12 +156,12 @@ class FleetView:
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
             "detail": report.get("detail", ""),
             **self.watch.row(spec.id),
-            **self.tiers.row(spec, state),
+            **self.residency.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
         }
 
     def _live(self, spec: SLMSpec) -> tuple[ReplicaState, ...]:
-        return self.tiers.as_reported(VIEW.replicas(deployment_name(spec.id)))
+        return self.residency.without_stale_load(VIEW.replicas(deployment_name(spec.id)))
 
     def _replica(self, replica: ReplicaState) -> dict[str, Any]:
         return {

@@ -104,7 +104,9 @@ def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None)
         retries=call.retries,
         predicted_replica=call.predicted_replica,
         served_replica=facts.replica_id,
-        cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
+        cold=call.queued_for_wakeup
+        or call.state.residency is not Residency.HOT
+        or not call.state.replicas,
         ttft_s=ttft_s,
         e2e_s=e2e_s,
         tpot_s=tpot_s,

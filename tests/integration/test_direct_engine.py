@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from deployments.slm.engine.engine import engine_args
-from load_tests.direct import arguments, bare_fleet, specs_of
+from load_tests.common.direct import arguments, bare_fleet, specs_of
 
 found = {}
 for spec in specs_of(bare_fleet(["sql", "general"])):

@@ -1,4 +1,4 @@
-"""`/v1/residency`: the memory budget and who shares it, and changing that without a restart."""
+"""`/v1/residency`: shows the memory budget and its use, and changes it without a restart."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MAX_BODY_BYTES = 65_536
 
 
 class ResidencyEndpoint:
-    """GET and PUT. A change lasts until the next deployment, whose configuration then counts."""
+    """GET and PUT. A change lasts until the next deployment brings its own configuration."""
 
     def __init__(
-        self, loop: ModelSelector, tiers: ResidencyView, knowledge: KnowledgeClient
+        self, loop: ModelSelector, view: ResidencyView, knowledge: KnowledgeClient
     ) -> None:
-        self._loop, self._tiers, self._knowledge = loop, tiers, knowledge
+        self._loop, self._view, self._knowledge = loop, view, knowledge
 
     async def get(self, request: Request) -> Response:
-        """The settings, what they made of memory and requests so far, and each SLM's tier."""
+        """The settings, memory use, hits and swaps so far, and each SLM's desired tier."""
         del request
         return http.json_response(self._document())
 
@@ -45,7 +45,7 @@ class ResidencyEndpoint:
 
     def _document(self) -> dict[str, Any]:
         return {
-            "residency": self._tiers.options.model_dump(mode="json"),
-            **self._tiers.summary,
-            "tiers": self._tiers.ordered(),
+            "residency": self._view.options.model_dump(mode="json"),
+            **self._view.summary,
+            "tiers": self._view.desired(),
         }
