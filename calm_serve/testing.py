@@ -176,7 +176,7 @@ def make_facts(replica_id: str = "replica", **fields: Any) -> EngineFacts:
     return EngineFacts(replica_id, **{**values, **fields})
 
 
-# Field of a sub-record -> the sub-record's field in Outcome; the factories take them by these names.
+# Name of a sub-record's field, as the factories take it -> the sub-record, and its field.
 _PARTS: dict[str, tuple[str, str]] = {
     **{f.name: ("decision", f.name) for f in fields(DecisionSummary)},
     **{f.name: ("features", f.name) for f in fields(PromptFeatures)},

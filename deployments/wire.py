@@ -26,7 +26,7 @@ class Hints(TypedDict, total=False):
     validate: str  # check that the client asked for
     schema: dict[str, Any] | None
     labels: tuple[str, ...]
-    orders: int  # version of the residency orders that the router knew; absent without a budget
+    residency_version: int  # of the desired residency that the router knew; absent without a budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ErrorReply:
 
     http_status: int
     body: bytes  # OpenAI's error document
-    asleep: bool = False  # sent before the router had heard that the SLM sleeps: hold it
+    asleep: bool = False  # the router did not know yet that the SLM sleeps: it queues the request
 
 
 def deployment_name(slm_id: str) -> str:

@@ -53,8 +53,8 @@ _log = logging.getLogger(__name__)
 class Promotion:
     """The published predictor and its rivals. Used from one event loop.
 
-    `publish` takes a topic (PREDICTOR, CHALLENGER, PREDICTORS) and its record. `in_thread` runs what
-    blocks on the store or the disk; `clock` returns Unix seconds.
+    `publish` takes a topic (PREDICTOR, CHALLENGER, PREDICTORS) and its record. `in_thread` runs
+    what blocks on the store or the disk; `clock` returns Unix seconds.
     """
 
     def __init__(

@@ -181,6 +181,7 @@ def _context(outcome: Outcome, logged: LoggedDecision | None) -> RoutingContext:
 
 
 def _why_not(outcome: Outcome) -> str:
-    if outcome.decision.path in (DecisionPath.PINNED, DecisionPath.RULE):
-        return f"chosen by {'the client' if outcome.decision.path == DecisionPath.PINNED else 'a rule'}"
+    reasons = {DecisionPath.PINNED: "chosen by the client", DecisionPath.RULE: "chosen by a rule"}
+    if reason := reasons.get(DecisionPath(outcome.decision.path or DecisionPath.FALLBACK)):
+        return reason
     return "logged without its candidates"

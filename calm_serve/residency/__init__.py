@@ -1,17 +1,21 @@
-"""Residency: which SLMs are in memory. Owner: knowledge actor. Never blocks."""
+"""Residency: which SLMs are in memory. Owner: knowledge actor. Never blocks.
+
+Public: `ResidencyCoordinator`, which runs in the actor; and for simulations the planner that
+`build` returns, its records, and `within_budget`.
+"""
 
 from calm_serve.residency.coordinator import RESIDENCY_KEY, ResidencyCoordinator
 from calm_serve.residency.factory import build
 from calm_serve.residency.planner import Planner
-from calm_serve.residency.records import OCCUPYING, Demand, ModelFootprint, publishable
+from calm_serve.residency.records import IN_MEMORY, Demand, ModelFootprint, within_budget
 
 __all__ = [
-    "OCCUPYING",
+    "IN_MEMORY",
     "RESIDENCY_KEY",
     "Demand",
     "ModelFootprint",
     "Planner",
     "ResidencyCoordinator",
     "build",
-    "publishable",
+    "within_budget",
 ]

@@ -1,8 +1,10 @@
-"""Residency in the live service: routers say what is wanted, replicas what they are, here it meets.
+"""Residency in the live service: from reported demand and observed replicas to desired residency.
 
-The desk steps the planner and publishes the tiers that replicas and routers follow. The sum of what
-is hot, waking or ordered to wake never exceeds the budget by its doing: an SLM is told to wake only
-when those that gave way have reported that they sleep, or are gone. Without a budget it is silent.
+Routers report demand, SLM replicas report their state. `ResidencyCoordinator` steps the planner
+with both and publishes the desired residency of each SLM, which replicas and routers follow. It
+never publishes a wake-up that would exceed the memory budget: an SLM is to wake only when the
+evicted ones have reported that they sleep, or are gone. Without a budget it publishes nothing.
+`ObservedReplicas` is what it knows of each replica.
 """
 
 from __future__ import annotations
@@ -20,17 +22,24 @@ from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySumm
 from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.residency.factory import build
 from calm_serve.residency.planner import Planner
-from calm_serve.residency.records import OCCUPYING, Demand, ModelFootprint, publishable
+from calm_serve.residency.records import IN_MEMORY, Demand, ModelFootprint, within_budget
 from calm_serve.telemetry import DEFAULT_WATTS_PER_CORE, DecayedRate, Ewma
 from calm_serve.types import Residency
 
 RESIDENCY_KEY = "residency"
-ROUTER_EXPIRY_S = 5.0  # a router that said nothing for so long waits for nothing
-RESTART_PATIENCE_S = 10.0  # after a restart, replicas have this long to say what they are
-FIRST_WAKE_S = 1.0  # believed before any wake-up was measured
-WAKE_HALF_LIFE_S = 600.0
-RECENT_S = 60.0
+ROUTER_EXPIRY_S = 5.0  # the queues of a router that has not reported for so long count no more
+RESTART_PATIENCE_S = 10.0  # after a restart, replicas have this long to report before any plan
+FIRST_WAKE_S = 1.0  # assumed before any wake-up was measured
+WAKE_HALF_LIFE_S = 600.0  # of the mean wake-up time of an SLM
+RECENT_S = 60.0  # half-life of the recent hit ratio
 MAX_ROUTERS = 256
+
+GONE_AFTER_S = 1.5  # a replica that no router has listed for so long, two reports, has died
+START_PATIENCE_S = 600.0  # a replica that no router has listed yet may take so long to start
+# A replica missing from `min_replicas` counts as starting for so long; then it cannot be started.
+MISSING_REPLICA_PATIENCE_S = 60.0
+MAX_REPLICAS = 4096
+
 _log = logging.getLogger(__name__)
 
 
@@ -43,17 +52,19 @@ class MetaStore(Protocol):
 
 
 @dataclass(slots=True)
-class _Router:
-    heard_at: float
-    held: dict[str, int] = field(default_factory=dict)
+class _RouterDemand:
+    """The last report of one router: SLM -> requests."""
+
+    received_at: float
+    queued: dict[str, int] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
 
 
 class ResidencyCoordinator:
-    """One application's residency. Used on one event loop; every method returns at once.
+    """The residency of one application. Used on one event loop; every method returns at once.
 
     Args:
-        store: remembers the settings over a restart.
+        store: keeps the settings over a restart.
         publish: takes the desired tiers whenever they changed.
         clock: monotonic seconds.
     """
@@ -68,41 +79,42 @@ class ResidencyCoordinator:
         self._options = ResidencyOptions()
         self._planner: Planner | None = None
         self._specs: dict[str, SLMSpec] = {}
-        self._routers: dict[str, _Router] = {}
-        self._replicas = ReplicaResidency()
-        self._published: dict[str, Residency] = {}
-        self._waits: dict[str, float] = {}
-        self._planned_at: dict[str, float] = {}  # SLM -> when it was first to be woken
-        self._wake: dict[str, Ewma] = {}
-        self._wake_cpu_s: dict[str, float] = {}
+        self._routers: dict[str, _RouterDemand] = {}
+        self._replicas = ObservedReplicas()
+        self._desired: dict[str, Residency] = {}  # as published
+        self._wait_s: dict[str, float] = {}
+        self._planned_at: dict[str, float] = {}  # SLM -> when its wake-up was first planned
+        self._measured_wake_s: dict[str, Ewma] = {}
+        self._engine_wake_s: dict[str, float] = {}  # the engine's part of the last wake-up
         self._hits = self._misses = self._peak_bytes = 0
-        self._started = self._told = False
+        self._started = self._published = False
         now = clock()
         self._recent = (DecayedRate(RECENT_S, now), DecayedRate(RECENT_S, now))
-        self._silent_until = now
+        self._no_plan_until = now
         if text := store.meta(RESIDENCY_KEY):
             self._restore(text)
-            # Replicas are as they were; nobody may be woken before they have said how that is.
-            self._silent_until = now + RESTART_PATIENCE_S
+            # Replicas are as they were before the restart. Wait for their reports before any plan.
+            self._no_plan_until = now + RESTART_PATIENCE_S
 
     def configure(
         self, options: ResidencyOptions, latency_per_s: float, energy_per_j: float
     ) -> str:
         """Take settings, of a deployment or an operator; return the text to keep for a restart.
 
-        Counts of hits, swaps and bytes start anew.
+        Counts of hits, swaps and bytes start anew. The weights are the goals': quality points per
+        second and per joule.
         """
-        told = options.model_dump(mode="json")
+        settings = options.model_dump(mode="json")
         self._hits = self._misses = self._peak_bytes = 0
-        self._apply(told, latency_per_s, energy_per_j)
-        self._silent_until = self._clock()
+        self._apply(settings, latency_per_s, energy_per_j)
+        self._no_plan_until = self._clock()
         self.step()
         return json.dumps(
-            {"options": told, "latency_per_s": latency_per_s, "energy_per_j": energy_per_j}
+            {"options": settings, "latency_per_s": latency_per_s, "energy_per_j": energy_per_j}
         )
 
     def set_slms(self, specs: Iterable[SLMSpec]) -> None:
-        """Follow SLMs that came or went; remote ones take no memory here."""
+        """Follow SLMs that joined or left; remote ones take no memory here."""
         self._specs = {s.id: s for s in specs if s.locality == "local"}
         self.step()
 
@@ -110,48 +122,49 @@ class ResidencyCoordinator:
         """Take a router's report; `router_id` names the router process."""
         now = self._clock()
         while len(self._routers) >= MAX_ROUTERS and router_id not in self._routers:
-            self._routers.pop(min(self._routers, key=lambda r: self._routers[r].heard_at))
-        self._routers[router_id] = _Router(now, dict(report.queued), dict(report.running))
+            self._routers.pop(min(self._routers, key=lambda r: self._routers[r].received_at))
+        self._routers[router_id] = _RouterDemand(now, dict(report.queued), dict(report.running))
         for slm_id, replicas in report.replicas.items():
             for replica_id, node in replicas.items():
-                self._replicas.seen(slm_id, replica_id, node, now)
+                self._replicas.listed(slm_id, replica_id, node, now)
         self._hits += report.hits
         self._misses += report.misses
         for rate, count in zip(self._recent, (report.hits, report.misses), strict=True):
             rate.add(count, now)
         self.step(report.wanted)
-        return DemandReply(dict(self._waits), self.summary())
+        return DemandReply(dict(self._wait_s), self.summary())
 
     def report(self, slm_id: str, replica_id: str, state: str, times: Mapping[str, float]) -> None:
-        """A replica's word: the state it is in now; `times` may have the seconds of its wake-up."""
+        """Take a replica's report of its state; `times` may have the seconds of its "wake"."""
         now = self._clock()
-        tier = self._replicas.reported(slm_id, replica_id, state, now)
-        if "wake" in times:  # its first start is none
-            self._wake_cpu_s[slm_id] = times["wake"]
-            if tier is Residency.HOT and (since := self._planned_at.pop(slm_id, None)):
-                self._wake.setdefault(slm_id, Ewma(WAKE_HALF_LIFE_S)).add(now - since, now)
+        observed = self._replicas.reported(slm_id, replica_id, state, now)
+        if "wake" in times:  # absent at its first start
+            self._engine_wake_s[slm_id] = times["wake"]
+            if observed is Residency.HOT and (since := self._planned_at.pop(slm_id, None)):
+                mean = self._measured_wake_s.setdefault(slm_id, Ewma(WAKE_HALF_LIFE_S))
+                mean.add(now - since, now)
         self.step()
 
-    def step(self, wanted: Iterable[str] = ()) -> None:
-        """Plan, and publish what may be ordered now."""
+    def step(self, arrivals: Iterable[str] = ()) -> None:
+        """Plan, and publish what can be published now. `arrivals` are preferred SLMs, in order."""
         if self._planner is None or not self._specs:
             return
         now = self._clock()
-        self._forget(now)
-        occupants = [self._occupant(s, now) for s in self._specs.values()]
-        self._watch_peak(hot_bytes(occupants))
-        if now < self._silent_until and not self._all_heard():
+        self._forget_silent(now)
+        footprints = [self._footprint(s, now) for s in self._specs.values()]
+        self._track_peak(hot_bytes(footprints))
+        if now < self._no_plan_until and not self._all_reported():
             return
-        plan = self._planner.step(now, Demand(tuple(wanted), self._sum("held")), occupants)
-        self._waits = dict(plan.waits)
-        for slm_id in plan.wakes:
+        plan = self._planner.step(now, Demand(tuple(arrivals), self._queued()), footprints)
+        self._wait_s = dict(plan.wait_s)
+        for slm_id in plan.wake_order:
             self._planned_at.setdefault(slm_id, now)
-        for slm_id in set(self._planned_at) - set(plan.wakes):
+        for slm_id in set(self._planned_at) - set(plan.wake_order):
             del self._planned_at[slm_id]
-        orders = publishable(plan, occupants, self._published, self._budget)
-        if orders != self._published or not self._told:
-            self._published = orders
-            self._tell()
+        desired = within_budget(plan, footprints, self._desired, self._budget_bytes)
+        if desired != self._desired or not self._published:
+            self._desired = desired
+            self._publish_desired()
 
     def summary(self) -> ResidencySummary | None:
         """Budget, bytes, swaps and hits, for people; None without a budget."""
@@ -159,74 +172,76 @@ class ResidencyCoordinator:
             return None
         now = self._clock()
         hits, misses = (rate.per_s(now) for rate in self._recent)
-        occupants = [self._occupant(s, now) for s in self._specs.values()]
+        footprints = [self._footprint(s, now) for s in self._specs.values()]
         return ResidencySummary(
             policy=str(self._options.policy),
-            budget_bytes=self._budget,
-            hot_bytes=hot_bytes(occupants),
+            budget_bytes=self._budget_bytes,
+            hot_bytes=hot_bytes(footprints),
             peak_bytes=self._peak_bytes,
             swaps=self._planner.swaps,
             hits=self._hits,
             misses=self._misses,
             hit_ratio=_ratio(self._hits, self._misses),
             recent_hit_ratio=_ratio(hits, misses),
-            held_requests=sum(self._sum("held").values()),
+            held_requests=sum(self._queued().values()),
         )
 
     def _restore(self, text: str) -> None:
         try:
             self._apply(**json.loads(text))
-        except (ValidationError, TypeError) as error:  # another version of the program wrote it
-            _log.warning("stored residency settings passed over: %s", error)
+        except (ValidationError, TypeError) as error:  # written by another version of the program
+            _log.warning("stored residency settings ignored: %s", error)
 
     def _apply(self, options: Mapping[str, Any], latency_per_s: float, energy_per_j: float) -> None:
         self._options = ResidencyOptions.model_validate(options)
-        self._planner, had, self._told = None, self._planner is not None, False
+        had_budget = self._planner is not None
+        self._planner, self._published = None, False
         if self._options.memory_budget_bytes is not None:
             self._planner = build(
                 self._options, latency_per_s=latency_per_s, energy_per_j=energy_per_j
             )
-        elif had:
-            self._published, self._waits = {}, {}
-            self._tell()  # everybody is hot again
+        elif had_budget:
+            self._desired, self._wait_s = {}, {}
+            self._publish_desired()  # empty: every SLM is to be hot again
 
-    def _tell(self) -> None:
-        self._publish(DesiredResidency(dict(self._published), self._options))
-        self._told = True
+    def _publish_desired(self) -> None:
+        self._publish(DesiredResidency(dict(self._desired), self._options))
+        self._published = True
 
-    def _watch_peak(self, used_bytes: int) -> None:
-        # While the fleet starts, every replica loads before it can sleep.
-        if self._replicas.settled and used_bytes <= self._budget and self._all_heard():
+    def _track_peak(self, used_bytes: int) -> None:
+        # While the fleet starts, every replica loads before it can sleep: that is no peak.
+        if self._replicas.settled and used_bytes <= self._budget_bytes and self._all_reported():
             self._started = True
         if self._started:
             self._peak_bytes = max(self._peak_bytes, used_bytes)
 
     @property
-    def _budget(self) -> int:
+    def _budget_bytes(self) -> int:
         return int(self._options.memory_budget_bytes or 0)
 
-    def _forget(self, now: float) -> None:
-        """Routers that are silent, and replicas that routers saw and see no more."""
+    def _forget_silent(self, now: float) -> None:
+        """Drop routers that stopped reporting, and replicas that routers no longer list."""
         for router_id in [
-            i for i, r in self._routers.items() if now - r.heard_at > ROUTER_EXPIRY_S
+            i for i, r in self._routers.items() if now - r.received_at > ROUTER_EXPIRY_S
         ]:
             del self._routers[router_id]
         if not self._routers:
-            return  # nobody looks
-        self._replicas.forget(max(r.heard_at for r in self._routers.values()))
+            return  # no router lists any replica
+        self._replicas.forget(max(r.received_at for r in self._routers.values()))
 
-    def _all_heard(self) -> bool:
-        return all(s.id in self._replicas.heard for s in self._specs.values() if _stays(s))
+    def _all_reported(self) -> bool:
+        reporting = self._replicas.reporting_slms
+        return all(s.id in reporting for s in self._specs.values() if s.residency != "on_demand")
 
-    def _occupant(self, spec: SLMSpec, now: float) -> ModelFootprint:
-        tier = self._replicas.tier(spec, now)
+    def _footprint(self, spec: SLMSpec, now: float) -> ModelFootprint:
+        observed = self._replicas.residency(spec, now)
         priors = spec.priors
         return ModelFootprint(
             spec.id,
             self._replicas.bytes_by_node(spec),
-            tier=tier,
-            wake_s=priors.wake_s if tier is Residency.COLD else self._wake_s(spec.id),
-            wake_j=self._wake_cpu_s.get(spec.id, FIRST_WAKE_S)
+            observed=observed,
+            wake_s=priors.wake_s if observed is Residency.COLD else self._wake_s(spec.id),
+            wake_j=self._engine_wake_s.get(spec.id, FIRST_WAKE_S)
             * spec.resources.threads
             * DEFAULT_WATTS_PER_CORE,
             answer_s=priors.ttft_s + priors.tpot_s * priors.output_tokens,
@@ -236,35 +251,26 @@ class ResidencyCoordinator:
         )
 
     def _wake_s(self, slm_id: str) -> float:
-        """Measured from the plan to the report; before that, the mean of the others'."""
-        measured = {i: e.mean for i, e in self._wake.items() if e.mean is not None}
-        if slm_id in measured:
-            return measured[slm_id]
-        return sum(measured.values()) / len(measured) if measured else FIRST_WAKE_S
+        """Mean from the plan to the report; of the other SLMs before the first was measured."""
+        means = {i: e.mean for i, e in self._measured_wake_s.items() if e.mean is not None}
+        if slm_id in means:
+            return means[slm_id]
+        return sum(means.values()) / len(means) if means else FIRST_WAKE_S
 
-    def _sum(self, what: str) -> dict[str, int]:
+    def _queued(self) -> dict[str, int]:
+        """SLM to requests queued for its wake-up, in all routers."""
         total: dict[str, int] = {}
         for router in self._routers.values():
-            for slm_id, count in getattr(router, what).items():
+            for slm_id, count in router.queued.items():
                 total[slm_id] = total.get(slm_id, 0) + count
         return total
-
-
-def _stays(spec: SLMSpec) -> bool:
-    return spec.residency != "on_demand"
 
 
 def _ratio(hits: float, misses: float) -> float | None:
     return hits / (hits + misses) if hits + misses > 0.0 else None
 
 
-GONE_AFTER_S = 1.5  # a replica that no router has seen for so long, two looks, has died
-START_PATIENCE_S = 600.0  # a replica that no router has seen yet may take so long
-# A replica that Serve owes is believed to be on its way for so long; then it cannot be started.
-OWED_PATIENCE_S = 60.0
-MAX_REPLICAS = 4096
-
-_STATES = {
+_TIER_OF_STATE = {
     "ready": Residency.HOT,
     "waking": Residency.STARTING,
     "importing": Residency.STARTING,  # takes its memory within seconds
@@ -273,68 +279,68 @@ _STATES = {
     "asleep": Residency.ASLEEP,
 }
 _SETTLED = (Residency.HOT, Residency.ASLEEP)
-_ORDER = (Residency.HOT, Residency.STARTING, Residency.ASLEEP)
+_MOST_MEMORY_FIRST = (Residency.HOT, Residency.STARTING, Residency.ASLEEP)
 
 
 @dataclass(slots=True)
 class _Replica:
     slm_id: str
-    tier: Residency
-    heard_at: float
-    reported: bool = False
-    seen_at: float | None = None  # by a router
+    observed: Residency
+    reported_at: float
+    has_reported: bool = False
+    listed_at: float | None = None  # by a router
     node: str = ""
 
 
-class ReplicaResidency:
-    """Every replica of the fleet, those that were ordered and have not spoken yet included."""
+class ObservedReplicas:
+    """Every replica of the fleet: what it reported, and which routers list it on which node."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
-        self._owed_since: dict[str, float] = {}  # SLM that has fewer replicas than it should
+        self._missing_since: dict[str, float] = {}  # SLM with fewer replicas than min_replicas
 
-    def seen(self, slm_id: str, replica_id: str, node: str, now: float) -> None:
-        """A router sees the replica. One that is not known, as after a restart, counts as hot."""
+    def listed(self, slm_id: str, replica_id: str, node: str, now: float) -> None:
+        """A router lists the replica. One that has not reported, as after a restart, is hot."""
         replica = self._of(slm_id, replica_id, Residency.HOT, now)
-        replica.seen_at, replica.node = now, node
+        replica.listed_at, replica.node = now, node
 
     def reported(self, slm_id: str, replica_id: str, state: str, now: float) -> Residency:
-        """The replica says what it does; returns the tier that this is."""
+        """The replica reports a state; returns its tier, COLD for a state that takes no memory."""
         replica = self._of(slm_id, replica_id, Residency.COLD, now)
-        replica.tier, replica.reported = _STATES.get(state, Residency.COLD), True
-        replica.heard_at = now
-        return replica.tier
+        replica.observed = _TIER_OF_STATE.get(state, Residency.COLD)
+        replica.has_reported, replica.reported_at = True, now
+        return replica.observed
 
-    def forget(self, last_look: float) -> None:
-        """Drop replicas that routers saw and see no more; the last of them looked at that time."""
+    def forget(self, last_list_at: float) -> None:
+        """Drop replicas missing from the routers' lists, the last of which came at that time."""
         for replica_id, replica in list(self._replicas.items()):
-            seen_at, patience_s = replica.seen_at, GONE_AFTER_S
-            if seen_at is None:  # it starts, or it died while it did
-                seen_at, patience_s = replica.heard_at, START_PATIENCE_S
-            if last_look - seen_at > patience_s:
+            last_at, patience_s = replica.listed_at, GONE_AFTER_S
+            if last_at is None:  # it is starting, or died while it did
+                last_at, patience_s = replica.reported_at, START_PATIENCE_S
+            if last_list_at - last_at > patience_s:
                 del self._replicas[replica_id]
 
     @property
-    def heard(self) -> set[str]:
-        """SLMs of which a replica has spoken."""
-        return {r.slm_id for r in self._replicas.values() if r.reported}
+    def reporting_slms(self) -> set[str]:
+        """SLMs of which a replica has reported."""
+        return {r.slm_id for r in self._replicas.values() if r.has_reported}
 
     @property
     def settled(self) -> bool:
         """Whether no replica is on its way to another tier."""
-        return all(r.tier in _SETTLED for r in self._replicas.values())
+        return all(r.observed in _SETTLED for r in self._replicas.values())
 
-    def tier(self, spec: SLMSpec, now: float) -> Residency:
-        """The SLM's tier: that of its replica that takes most memory.
+    def residency(self, spec: SLMSpec, now: float) -> Residency:
+        """The SLM's observed residency: that of its replica that takes most memory.
 
-        Serve starts what is missing of `min_replicas`, so a missing replica is one that starts.
+        Serve starts what is missing of `min_replicas`, so a missing replica counts as starting.
         """
-        tiers = {r.tier for r in self._replicas.values() if r.slm_id == spec.id}
+        tiers = {r.observed for r in self._replicas.values() if r.slm_id == spec.id}
         if self._count(spec) >= spec.scaling.min_replicas:
-            self._owed_since.pop(spec.id, None)
-        elif now - self._owed_since.setdefault(spec.id, now) < OWED_PATIENCE_S:
+            self._missing_since.pop(spec.id, None)
+        elif now - self._missing_since.setdefault(spec.id, now) < MISSING_REPLICA_PATIENCE_S:
             tiers.add(Residency.STARTING)
-        return next((t for t in _ORDER if t in tiers), Residency.COLD)
+        return next((t for t in _MOST_MEMORY_FIRST if t in tiers), Residency.COLD)
 
     def bytes_by_node(self, spec: SLMSpec) -> dict[str, int]:
         """Declared bytes of the SLM's replicas while they are hot."""
@@ -344,7 +350,7 @@ class ReplicaResidency:
             if replica.slm_id == spec.id and replica.node:
                 nodes[replica.node] = nodes.get(replica.node, 0) + spec.declared_bytes
                 unplaced -= 1
-        # Where a replica will be, nobody knows yet: it counts on every node that there is.
+        # The node of a replica to come is unknown: it counts on every known node.
         known = {r.node for r in self._replicas.values() if r.node} or {""}
         for node in known if unplaced else ():
             nodes[node] = nodes.get(node, 0) + unplaced * spec.declared_bytes
@@ -353,19 +359,20 @@ class ReplicaResidency:
     def _count(self, spec: SLMSpec) -> int:
         return sum(1 for r in self._replicas.values() if r.slm_id == spec.id)
 
-    def _of(self, slm_id: str, replica_id: str, tier: Residency, now: float) -> _Replica:
+    def _of(self, slm_id: str, replica_id: str, assumed: Residency, now: float) -> _Replica:
         replica = self._replicas.get(replica_id)
         if replica is None:
             if len(self._replicas) >= MAX_REPLICAS:
                 del self._replicas[next(iter(self._replicas))]
-            replica = self._replicas[replica_id] = _Replica(slm_id, tier, now)
+            replica = self._replicas[replica_id] = _Replica(slm_id, assumed, now)
         return replica
 
 
-def hot_bytes(occupants: Iterable[ModelFootprint]) -> int:
+def hot_bytes(footprints: Iterable[ModelFootprint]) -> int:
     """Declared bytes in memory, on the fullest node."""
     nodes: dict[str, int] = {}
-    for occupant in occupants:
-        for node, size in occupant.bytes_by_node.items() if occupant.tier in OCCUPYING else ():
+    for footprint in footprints:
+        in_memory = footprint.observed in IN_MEMORY
+        for node, size in footprint.bytes_by_node.items() if in_memory else ():
             nodes[node] = nodes.get(node, 0) + size
     return max(nodes.values(), default=0)

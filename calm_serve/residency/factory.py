@@ -1,14 +1,14 @@
-"""The residency planner that the settings name."""
+"""The residency planner for the configured policy."""
 
 from __future__ import annotations
 
 from calm_serve.config import ResidencyOptions, ResidencyPolicyName
 from calm_serve.residency.baselines import LeastFrequentlyUsed, LeastRecentlyUsed, Static
-from calm_serve.residency.planner import Planner, ResidencyPlanner
+from calm_serve.residency.planner import ForecastPlanner, Planner
 
 
 def build(options: ResidencyOptions, *, latency_per_s: float, energy_per_j: float) -> Planner:
-    """The planner that `options` name; the weights are those of the goals."""
+    """The planner of `options.policy`; the weights are the goals', per second and per joule."""
     match options.policy:
         case ResidencyPolicyName.LRU:
             return LeastRecentlyUsed(options)
@@ -17,4 +17,4 @@ def build(options: ResidencyOptions, *, latency_per_s: float, energy_per_j: floa
         case ResidencyPolicyName.STATIC:
             return Static(options)
         case _:
-            return ResidencyPlanner(options, latency_per_s=latency_per_s, energy_per_j=energy_per_j)
+            return ForecastPlanner(options, latency_per_s=latency_per_s, energy_per_j=energy_per_j)

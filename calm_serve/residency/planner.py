@@ -1,8 +1,9 @@
-"""The mechanism that every residency policy shares.
+"""Residency planners: the mechanism that every policy shares, and the policy `calm`.
 
-A budget per node, pins, requests that wait served in the order in which SLMs began to be waited
-for, and an honest estimate of how long that takes. A policy says what an SLM is worth keeping for,
-and who may leave when.
+`Planner` keeps the memory budget of each node and the pins, wakes SLMs for queued requests in the
+order in which their queues formed, and estimates how long each queue will wait. A policy overrides
+the hooks: what keeping an SLM in memory is worth, when it may be evicted and for what, how often
+SLMs may be woken, and what is woken before it is asked for.
 
 Pure and synchronous: time comes in as seconds of the caller's monotonic clock.
 """
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from calm_serve.config import ResidencyOptions
 from calm_serve.residency.forecast import Forecast
 from calm_serve.residency.records import (
-    OCCUPYING,
+    IN_MEMORY,
     Demand,
     MemoryBudget,
     ModelFootprint,
@@ -27,271 +28,291 @@ from calm_serve.types import Residency
 
 
 class Planner(ABC):
-    """The mechanism. `step` is called whenever something changed, and now and then without."""
+    """Decides the desired residency of each SLM. Subclasses are policies; they override the hooks.
+
+    Call `step` whenever demand or an observed residency changed, and once in a while otherwise.
+    """
 
     def __init__(self, options: ResidencyOptions) -> None:
+        """Raises ValueError when `options` have no memory budget."""
         if options.memory_budget_bytes is None:
             raise ValueError("a planner needs a memory budget")
         self._options = options
-        self._budget = int(options.memory_budget_bytes)
-        self._tiers: dict[str, Residency] = {}
+        self._budget_bytes = int(options.memory_budget_bytes)
+        self._footprints: dict[str, ModelFootprint] = {}  # of the present step
+        self._desired: dict[str, Residency] = {}
         self._hot_since: dict[str, float] = {}
-        self._wanted_at: dict[str, float] = {}
-        self._held_since: dict[str, float] = {}
-        self.swaps = 0  # wake-ups ordered so far
+        self._demanded_at: dict[str, float] = {}  # last arrival or queued request
+        self._queued_since: dict[str, float] = {}
+        self.swaps = 0  # wake-ups decided so far
 
-    def step(self, now: float, demand: Demand, occupants: Sequence[ModelFootprint]) -> Plan:
-        """Take in what happened and return the tiers to reach."""
-        by_id = {o.slm_id: o for o in occupants}
-        self._follow(now, by_id)
+    def step(self, now: float, demand: Demand, footprints: Sequence[ModelFootprint]) -> Plan:
+        """Take in demand and the observed state of every SLM; return the residency to reach."""
+        self._footprints = {f.slm_id: f for f in footprints}
+        self._follow_fleet(now)
         for slm_id in demand.arrivals:
-            if slm_id in by_id:
-                self._wanted_at[slm_id] = now
-                self._observe(slm_id, now)
-        queue = self._queue(now, demand, by_id)
-        self._make_legal(now, by_id)
+            if slm_id in self._footprints:
+                self._demanded_at[slm_id] = now
+                self._on_arrival(slm_id, now)
+        queue = self._update_queue(now, demand)
+        self._enforce_pins_and_budget(now)
         for slm_id in queue:
-            self._admit(by_id[slm_id], now, by_id)
-        self._anticipate(now, by_id, demand)
-        self._cool(now, by_id)
-        wakes = [i for i in self._tiers if self._pending(by_id[i])]
-        wakes.sort(key=lambda i: queue.index(i) if i in queue else len(queue))
-        return Plan(dict(self._tiers), tuple(wakes), self._waits(now, queue, by_id))
+            self._admit(self._footprints[slm_id], now)
+        self._prefetch(now, demand)
+        self._let_go_cold(now)
+        waking = [i for i in self._desired if self._is_waking(self._footprints[i])]
+        waking.sort(key=lambda i: queue.index(i) if i in queue else len(queue))
+        return Plan(dict(self._desired), tuple(waking), self._estimate_waits(now, queue))
 
-    # What a policy says.
+    # Hooks: what a policy decides.
 
-    def _observe(self, slm_id: str, now: float) -> None:
-        """An SLM was wanted."""
+    def _on_arrival(self, slm_id: str, now: float) -> None:
+        """Take in one request that prefers the SLM; called before anything is decided."""
         del slm_id, now
 
+    def _on_wake(self, now: float) -> None:
+        """Take in that a wake-up was decided."""
+        del now
+
     @abstractmethod
-    def _worth(self, occupant: ModelFootprint, now: float) -> float:
-        """What keeping it hot is worth; the least goes first. 0 keeps the fleet's order."""
+    def _retention_value(self, footprint: ModelFootprint, now: float) -> float:
+        """What keeping the SLM hot is worth, in a unit of the policy's own.
 
-    def _free_at(self, occupant: ModelFootprint, now: float) -> float:
-        """Earliest time at which the SLM may be put to sleep for another."""
-        del occupant
+        The lowest value is evicted first; among equal values, the SLM that joined first.
+        """
+
+    def _earliest_sleep_at(self, footprint: ModelFootprint, now: float) -> float:
+        """Earliest time at which the SLM may be put to sleep to make room for another."""
+        del footprint
         return now
 
-    def _swap_at(self, now: float) -> float:
-        """Earliest time at which an SLM may be woken."""
+    def _earliest_wake_at(self, now: float) -> float:
+        """Earliest time at which any SLM may be woken."""
         return now
 
-    def _yields(self, victim: ModelFootprint, to: ModelFootprint, now: float) -> bool:
-        """Whether the SLM may go to sleep for one for which requests wait."""
-        del victim, to, now
+    def _can_evict(self, victim: ModelFootprint, waiting: ModelFootprint, now: float) -> bool:
+        """Whether `victim` may sleep for the requests that are queued for `waiting`."""
+        del victim, waiting, now
         return True
 
-    def _anticipate(self, now: float, by_id: Mapping[str, ModelFootprint], demand: Demand) -> None:
-        """Change tiers without being asked."""
-        del now, by_id, demand
+    def _prefetch(self, now: float, demand: Demand) -> None:
+        """Wake SLMs that no request waits for, with `_evictions` and `_swap`."""
+        del now, demand
 
-    # The mechanism.
+    # The mechanism, also for the hooks to use.
 
-    def _follow(self, now: float, by_id: Mapping[str, ModelFootprint]) -> None:
-        """Take in SLMs that came or went, and those that have just become hot."""
-        for slm_id in [i for i in self._tiers if i not in by_id]:
-            del self._tiers[slm_id]
-            for known in (self._hot_since, self._wanted_at, self._held_since):
-                known.pop(slm_id, None)
-        room = self._room(by_id)
-        new = [o for i, o in by_id.items() if i not in self._tiers]
-        # What is in memory stays there, as after a restart; then whatever fits, pinned first.
-        for occupant in sorted(new, key=lambda o: (not o.pinned, o.tier not in OCCUPYING)):
-            cold = occupant.tier is Residency.COLD and occupant.may_go_cold
-            if occupant.pinned or (not cold and room.fits(occupant)):
-                self._tiers[occupant.slm_id] = Residency.HOT
-                room.add(occupant)
-            else:
-                self._tiers[occupant.slm_id] = Residency.COLD if cold else Residency.ASLEEP
-            self._wanted_at[occupant.slm_id] = now
-        for slm_id, tier in self._tiers.items():
-            occupant = by_id[slm_id]
-            if tier is Residency.HOT and occupant.tier is Residency.HOT:
-                self._hot_since.setdefault(slm_id, now)
-                continue
-            was_hot = self._hot_since.pop(slm_id, None) is not None
-            if was_hot and occupant.may_go_cold and occupant.tier is Residency.COLD:
-                self._tiers[slm_id] = Residency.COLD  # Serve has taken its last replica
-
-    def _queue(self, now: float, demand: Demand, by_id: Mapping[str, ModelFootprint]) -> list[str]:
-        """SLMs for which requests wait, the longest wait first."""
-        held = {i for i, count in demand.held.items() if count > 0 and i in by_id}
-        self._held_since = {i: s for i, s in self._held_since.items() if i in held}
-        for slm_id in demand.held:
-            if slm_id in held:
-                self._held_since.setdefault(slm_id, now)
-                self._wanted_at[slm_id] = now
-        return sorted(self._held_since, key=self._held_since.__getitem__)
-
-    def _make_legal(self, now: float, by_id: Mapping[str, ModelFootprint]) -> None:
-        """Pins hold, and the budget does: replicas may have been added."""
-        for occupant in by_id.values():
-            if occupant.pinned:
-                self._tiers[occupant.slm_id] = Residency.HOT
-        room = self._room(by_id)
-        movable = [o for o in self._hot(by_id) if not o.pinned]
-        for victim in sorted(movable, key=lambda o: self._worth(o, now)):
-            if not room.overfull:
-                return
-            self._tiers[victim.slm_id] = Residency.ASLEEP
-            room.add(victim, -1)
-
-    def _admit(
-        self, occupant: ModelFootprint, now: float, by_id: Mapping[str, ModelFootprint]
-    ) -> None:
-        """Give a waiting SLM its memory, at the cost of others if they may go."""
-        if self._tiers[occupant.slm_id] is Residency.HOT or self._swap_at(now) > now:
-            return
-        hot = [o for o in self._hot(by_id) if self._leaves(o, now)]
-        movable = [o for o in hot if self._yields(o, occupant, now)]
-        victims = self._victims(occupant, movable, now, by_id)
-        if victims is not None:
-            self._swap(occupant, victims, now)
-
-    def _victims(
-        self,
-        occupant: ModelFootprint,
-        movable: Iterable[ModelFootprint],
-        now: float,
-        by_id: Mapping[str, ModelFootprint],
+    def _evictions(
+        self, footprint: ModelFootprint, candidates: Iterable[ModelFootprint], now: float
     ) -> list[ModelFootprint] | None:
-        """The least worthy that make room for `occupant`; None when all of them would not."""
-        room = self._room(by_id)
+        """The candidates of lowest value whose sleep lets `footprint` fit; None if none do."""
+        budget = self._desired_use()
         chosen: list[ModelFootprint] = []
-        for victim in sorted(movable, key=lambda o: self._worth(o, now)):
-            if room.fits(occupant):
+        for victim in sorted(candidates, key=lambda f: self._retention_value(f, now)):
+            if budget.fits(footprint):
                 break
             chosen.append(victim)
-            room.add(victim, -1)
-        if not room.fits(occupant):
+            budget.remove(victim)
+        if not budget.fits(footprint):
             return None
         for victim in chosen[-2::-1]:  # a small one may have been taken before a large one
-            room.add(victim)
-            if room.fits(occupant):
+            budget.add(victim)
+            if budget.fits(footprint):
                 chosen.remove(victim)
             else:
-                room.add(victim, -1)
+                budget.remove(victim)
         return chosen
 
     def _swap(
-        self, occupant: ModelFootprint, victims: Iterable[ModelFootprint], now: float
+        self, footprint: ModelFootprint, victims: Iterable[ModelFootprint], now: float
     ) -> None:
-        del now
+        """Wake the SLM, and put the victims to sleep for it."""
         for victim in victims:
-            self._tiers[victim.slm_id] = Residency.ASLEEP
-        self._tiers[occupant.slm_id] = Residency.HOT
+            self._desired[victim.slm_id] = Residency.ASLEEP
+        self._desired[footprint.slm_id] = Residency.HOT
         self.swaps += 1
+        self._on_wake(now)
 
-    def _leaves(self, occupant: ModelFootprint, now: float) -> bool:
-        # One that is waking is let wake: requests may be waiting for it.
-        awake = occupant.tier is Residency.HOT and not occupant.pinned
-        return awake and self._free_at(occupant, now) <= now
+    def _evictable(self, now: float) -> list[ModelFootprint]:
+        """SLMs that may sleep now. One that is waking wakes first: requests may wait for it."""
+        return [
+            f
+            for f in self._desired_hot()
+            if f.observed is Residency.HOT
+            and not f.pinned
+            and self._earliest_sleep_at(f, now) <= now
+        ]
 
-    def _cool(self, now: float, by_id: Mapping[str, ModelFootprint]) -> None:
+    def _follow_fleet(self, now: float) -> None:
+        """Take in SLMs that joined or left, and those that have just become hot."""
+        for slm_id in [i for i in self._desired if i not in self._footprints]:
+            del self._desired[slm_id]
+            for known in (self._hot_since, self._demanded_at, self._queued_since):
+                known.pop(slm_id, None)
+        budget = self._desired_use()
+        new = [f for i, f in self._footprints.items() if i not in self._desired]
+        # SLMs that are in memory stay there, as after a restart; then all that fit, pinned first.
+        for footprint in sorted(new, key=lambda f: (not f.pinned, f.observed not in IN_MEMORY)):
+            cold = footprint.observed is Residency.COLD and footprint.may_go_cold
+            if footprint.pinned or (not cold and budget.fits(footprint)):
+                self._desired[footprint.slm_id] = Residency.HOT
+                budget.add(footprint)
+            else:
+                self._desired[footprint.slm_id] = Residency.COLD if cold else Residency.ASLEEP
+            self._demanded_at[footprint.slm_id] = now
+        for slm_id, desired in self._desired.items():
+            footprint = self._footprints[slm_id]
+            if desired is Residency.HOT and footprint.observed is Residency.HOT:
+                self._hot_since.setdefault(slm_id, now)
+                continue
+            was_hot = self._hot_since.pop(slm_id, None) is not None
+            if was_hot and footprint.may_go_cold and footprint.observed is Residency.COLD:
+                self._desired[slm_id] = Residency.COLD  # Serve has stopped its last replica
+
+    def _update_queue(self, now: float, demand: Demand) -> list[str]:
+        """SLMs with queued requests, the queue that formed first coming first."""
+        queued = {i for i, n in demand.queued.items() if n > 0 and i in self._footprints}
+        self._queued_since = {i: s for i, s in self._queued_since.items() if i in queued}
+        for slm_id in demand.queued:
+            if slm_id in queued:
+                self._queued_since.setdefault(slm_id, now)
+                self._demanded_at[slm_id] = now
+        return sorted(self._queued_since, key=self._queued_since.__getitem__)
+
+    def _enforce_pins_and_budget(self, now: float) -> None:
+        """Wake what is pinned; put SLMs to sleep when replicas were added beyond the budget."""
+        for footprint in self._footprints.values():
+            if footprint.pinned:
+                self._desired[footprint.slm_id] = Residency.HOT
+        budget = self._desired_use()
+        movable = [f for f in self._desired_hot() if not f.pinned]
+        for victim in sorted(movable, key=lambda f: self._retention_value(f, now)):
+            if not budget.exceeded:
+                return
+            self._desired[victim.slm_id] = Residency.ASLEEP
+            budget.remove(victim)
+
+    def _admit(self, footprint: ModelFootprint, now: float) -> None:
+        """Wake an SLM that requests wait for, if the SLMs in its way may be evicted."""
+        already_hot = self._desired[footprint.slm_id] is Residency.HOT
+        if already_hot or self._earliest_wake_at(now) > now:
+            return
+        candidates = [f for f in self._evictable(now) if self._can_evict(f, footprint, now)]
+        victims = self._evictions(footprint, candidates, now)
+        if victims is not None:
+            self._swap(footprint, victims, now)
+
+    def _let_go_cold(self, now: float) -> None:
+        """Give up the replicas of SLMs that nothing has asked for in `cold_after_s`."""
         after_s = self._options.cold_after_s
-        for slm_id, tier in self._tiers.items():
-            occupant = by_id[slm_id]
-            if after_s is None or not occupant.may_go_cold or occupant.running:
+        for slm_id, desired in self._desired.items():
+            footprint = self._footprints[slm_id]
+            if after_s is None or not footprint.may_go_cold or footprint.running:
                 continue
-            if tier is not Residency.COLD and now - self._wanted_at[slm_id] >= after_s:
-                self._tiers[slm_id] = Residency.COLD
+            if desired is not Residency.COLD and now - self._demanded_at[slm_id] >= after_s:
+                self._desired[slm_id] = Residency.COLD
 
-    def _waits(
-        self, now: float, queue: Sequence[str], by_id: Mapping[str, ModelFootprint]
-    ) -> dict[str, float]:
-        """Play the queue forward: who may leave when, and who gets that room.
+    def _estimate_waits(self, now: float, queue: Sequence[str]) -> dict[str, float]:
+        """Seconds until each SLM that is not hot could answer, by playing the queue forward.
 
-        The SLMs that nobody waits for yet are told what the end of the queue would wait.
+        An SLM without queued requests gets the estimate of one that joins the queue now.
         """
-        waits: dict[str, float] = {}
-        drain_s = max((o.answer_s for o in by_id.values() if self._draining(o)), default=0.0)
-        leaving = {
-            o.slm_id: max(self._free_at(o, now), now) + (o.answer_s if o.running else 0.0)
-            for o in self._hot(by_id)
-            if not o.pinned
+        wait_s: dict[str, float] = {}
+        draining = [f.answer_s for f in self._footprints.values() if self._is_draining(f)]
+        drain_s = max(draining, default=0.0)
+        sleep_at = {
+            f.slm_id: max(self._earliest_sleep_at(f, now), now) + (f.answer_s if f.running else 0.0)
+            for f in self._desired_hot()
+            if not f.pinned
         }
-        swap_at = self._swap_at(now)
-        room = self._room(by_id)
+        wake_at = self._earliest_wake_at(now)
+        budget = self._desired_use()
         for slm_id in queue:
-            occupant = by_id[slm_id]
-            if self._tiers[slm_id] is Residency.HOT:
+            footprint = self._footprints[slm_id]
+            if self._desired[slm_id] is Residency.HOT:
                 continue
-            at, gone = self._room_at(occupant, leaving, room, swap_at, by_id)
-            waits[slm_id] = max(at - now, 0.0) + occupant.wake_s
+            at, victims = _earliest_fit(footprint, budget, sleep_at, wake_at, self._footprints)
+            wait_s[slm_id] = max(at - now, 0.0) + footprint.wake_s
             if math.isfinite(at):
-                for victim in gone:
-                    room.add(by_id[victim], -1)
-                    del leaving[victim]
-                room.add(occupant)
-                ready = at + occupant.wake_s
-                leaving[slm_id] = ready + max(self._options.min_resident_s, occupant.answer_s)
-                swap_at = max(swap_at, at)
-        for slm_id, occupant in by_id.items():
-            if slm_id not in waits and self._tiers[slm_id] is not Residency.HOT:
-                at, _ = self._room_at(occupant, leaving, room, swap_at, by_id)
-                waits[slm_id] = max(at - now, 0.0) + occupant.wake_s
-            elif self._pending(occupant):
-                waits[slm_id] = drain_s + occupant.wake_s
-        return waits
+                for victim in victims:
+                    budget.remove(self._footprints[victim])
+                    del sleep_at[victim]
+                budget.add(footprint)
+                ready = at + footprint.wake_s
+                sleep_at[slm_id] = ready + max(self._options.min_resident_s, footprint.answer_s)
+                wake_at = max(wake_at, at)
+        for slm_id, footprint in self._footprints.items():
+            if slm_id not in wait_s and self._desired[slm_id] is not Residency.HOT:
+                at, _ = _earliest_fit(footprint, budget, sleep_at, wake_at, self._footprints)
+                wait_s[slm_id] = max(at - now, 0.0) + footprint.wake_s
+            elif self._is_waking(footprint):
+                wait_s[slm_id] = drain_s + footprint.wake_s
+        return wait_s
 
-    @staticmethod
-    def _room_at(
-        occupant: ModelFootprint,
-        leaving: Mapping[str, float],
-        room: MemoryBudget,
-        swap_at: float,
-        by_id: Mapping[str, ModelFootprint],
-    ) -> tuple[float, list[str]]:
-        """When `occupant` fits, those who leave first being gone; (inf, []) when never."""
-        at, gone = swap_at, []
-        trial = room.copy()
-        for slm_id in sorted(leaving, key=leaving.__getitem__):
-            if trial.fits(occupant):
-                break
-            trial.add(by_id[slm_id], -1)
-            gone.append(slm_id)
-            at = max(at, leaving[slm_id])
-        return (at, gone) if trial.fits(occupant) else (math.inf, [])
+    def _desired_use(self) -> MemoryBudget:
+        """The budget with all SLMs in it that are hot or to be hot."""
+        budget = MemoryBudget(self._budget_bytes)
+        for footprint in self._desired_hot():
+            budget.add(footprint)
+        return budget
 
-    def _room(self, by_id: Mapping[str, ModelFootprint]) -> MemoryBudget:
-        room = MemoryBudget(self._budget)
-        for occupant in self._hot(by_id):
-            room.add(occupant)
-        return room
+    def _desired_hot(self) -> list[ModelFootprint]:
+        return [self._footprints[i] for i, r in self._desired.items() if r is Residency.HOT]
 
-    def _hot(self, by_id: Mapping[str, ModelFootprint]) -> list[ModelFootprint]:
-        return [by_id[i] for i, t in self._tiers.items() if t is Residency.HOT and i in by_id]
+    def _is_waking(self, footprint: ModelFootprint) -> bool:
+        desired_hot = self._desired[footprint.slm_id] is Residency.HOT
+        return desired_hot and footprint.observed is not Residency.HOT
 
-    def _pending(self, occupant: ModelFootprint) -> bool:
-        return self._tiers[occupant.slm_id] is Residency.HOT and occupant.tier is not Residency.HOT
-
-    def _draining(self, occupant: ModelFootprint) -> bool:
-        asleep_soon = self._tiers[occupant.slm_id] is not Residency.HOT
-        return asleep_soon and occupant.tier is Residency.HOT and occupant.running > 0
+    def _is_draining(self, footprint: ModelFootprint) -> bool:
+        desired_hot = self._desired[footprint.slm_id] is Residency.HOT
+        return not desired_hot and footprint.observed is Residency.HOT and footprint.running > 0
 
 
-# Arrivals ahead that a swap is judged by where few come; at high rates, those of its residence.
-HORIZON_ARRIVALS = 4.0
-# Who waits counts as one arrival against an SLM that is hot, and double after each of these.
-PATIENCE_S = 1.0
+def _earliest_fit(
+    footprint: ModelFootprint,
+    budget: MemoryBudget,
+    sleep_at: Mapping[str, float],
+    wake_at: float,
+    footprints: Mapping[str, ModelFootprint],
+) -> tuple[float, list[str]]:
+    """When `footprint` fits at the earliest, and the SLMs that sleep by then; (inf, []) if never.
+
+    `sleep_at` has the time at which each SLM of the budget can be asleep.
+    """
+    at, asleep = wake_at, []
+    trial = budget.copy()
+    for slm_id in sorted(sleep_at, key=sleep_at.__getitem__):
+        if trial.fits(footprint):
+            break
+        trial.remove(footprints[slm_id])
+        asleep.append(slm_id)
+        at = max(at, sleep_at[slm_id])
+    return (at, asleep) if trial.fits(footprint) else (math.inf, [])
+
+
+# The constants below were chosen, and are watched, by the simulated workloads of
+# `python -m load_tests paper` (hit rate and swaps of each policy).
+MIN_HORIZON_ARRIVALS = 4.0
+"""Shortest horizon by which a swap is judged; at high rates it is the arrivals of one residence."""
+URGENCY_DOUBLING_S = 1.0
+"""A queue counts as one arrival against the SLMs in its way, and doubles after each of these."""
 MAX_DOUBLINGS = 64.0
-# Wake-ups are spread over the minute: no more than their share of it within SPREAD_S.
-SPREAD_S = 10.0
-# Prefetches leave this share of the wake-ups to requests that wait.
+"""Bounds the urgency of a queue to a finite number; it outweighs any retention value before."""
+BURST_WINDOW_S = 10.0
+"""No more than this window's share of the minute's wake-ups within it, so a burst leaves some."""
 PREFETCH_SHARE = 0.5
-# A prefetch must be expected to save this many wake-ups beyond its own price: forecasts are noisy.
-MARGIN = 0.03
+"""Share of the allowed wake-ups that prefetches may use; the rest is for queued requests."""
+PREFETCH_MARGIN_WAKES = 0.03
+"""Wake-ups that a prefetch must be expected to save beyond its own energy: forecasts are noisy."""
 
 
-class ResidencyPlanner(Planner):
-    """Keeps what the forecast makes worth most per byte, and wakes what is likely to be next.
+class ForecastPlanner(Planner):
+    """The policy `calm`: keeps the highest forecast value per byte, and prefetches.
 
-    Worth per byte = expected arrivals x (latency weight x wake_s + energy weight x wake_j) / bytes,
-    over the arrivals of a residence. An SLM that woke stays for `min_resident_s`; wake-ups are
-    bounded per minute; an SLM goes only for requests that have waited long against what it is
-    worth, so that in a burst those that few want take turns in the places that are worth least;
-    nothing is prefetched unless that saves more than it costs.
+    Retention value per byte = expected arrivals x (latency weight x wake_s + energy weight x
+    wake_j) / bytes, over the arrivals of one residence. Guards against thrash: an SLM that woke
+    stays for `min_resident_s`; wake-ups are bounded per minute; an SLM in demand is evicted only
+    for requests that have waited long relative to its value, so in a burst the SLMs of low demand
+    take turns in the places of lowest value; a prefetch must save more than it costs.
     """
 
     def __init__(
@@ -299,90 +320,94 @@ class ResidencyPlanner(Planner):
     ) -> None:
         """The weights are the goals': quality points per second and per joule."""
         super().__init__(options)
-        # With neither weight at all every SLM would be worth nothing.
+        # With both weights at zero every SLM would have the value 0.
         self._latency_per_s = latency_per_s if latency_per_s or energy_per_j else 1.0
         self._energy_per_j = energy_per_j
         self._forecast = Forecast()
-        self._expected: dict[str, float] = {}  # arrivals of this step's horizon, by SLM
-        self._horizon, self._rate = HORIZON_ARRIVALS, 0.0
+        self._expected_arrivals: dict[str, float] = {}  # SLM -> within this step's horizon
+        self._horizon_arrivals, self._rate_per_s = MIN_HORIZON_ARRIVALS, 0.0
         self._wakes: deque[float] = deque(maxlen=options.max_swaps_per_min)
-        self._spread = max(int(options.max_swaps_per_min * SPREAD_S / 60.0), 1)
+        self._max_burst = max(int(options.max_swaps_per_min * BURST_WINDOW_S / 60.0), 1)
 
-    def step(self, now: float, demand: Demand, occupants: Sequence[ModelFootprint]) -> Plan:
-        """Take in what happened and return the tiers to reach."""
-        self._forecast.set_slms(tuple(o.slm_id for o in occupants))
-        self._expected = {}
-        return super().step(now, demand, occupants)
+    def step(self, now: float, demand: Demand, footprints: Sequence[ModelFootprint]) -> Plan:
+        """Take in demand and the observed state of every SLM; return the residency to reach."""
+        self._forecast.set_slms(tuple(f.slm_id for f in footprints))
+        self._expected_arrivals = {}
+        return super().step(now, demand, footprints)
 
-    def _observe(self, slm_id: str, now: float) -> None:
+    def _on_arrival(self, slm_id: str, now: float) -> None:
         self._forecast.observe(slm_id, now)
 
-    def _worth(self, occupant: ModelFootprint, now: float) -> float:
-        return self._value(occupant, now) / max(occupant.bytes, 1)
+    def _on_wake(self, now: float) -> None:
+        self._wakes.append(now)
 
-    def _value(self, occupant: ModelFootprint, now: float) -> float:
-        """Quality points that being hot saves until the next change."""
-        if not self._expected:
-            self._rate = self._forecast.rate_per_s(now)
-            residence_s = self._options.min_resident_s + occupant.wake_s
-            self._horizon = max(self._rate * residence_s, HORIZON_ARRIVALS)
-            self._expected = self._forecast.expected(self._horizon)
-        return self._expected.get(occupant.slm_id, 0.0) * self._wake_cost(occupant)
+    def _retention_value(self, footprint: ModelFootprint, now: float) -> float:
+        """Quality points per byte that being hot saves until the horizon."""
+        return self._saving(footprint, now) / max(footprint.bytes, 1)
 
-    def _wake_cost(self, occupant: ModelFootprint) -> float:
-        return self._latency_per_s * occupant.wake_s + self._energy_per_j * occupant.wake_j
+    def _saving(self, footprint: ModelFootprint, now: float) -> float:
+        """Quality points that being hot saves until the horizon."""
+        if not self._expected_arrivals:
+            self._rate_per_s = self._forecast.rate_per_s(now)
+            residence_s = self._options.min_resident_s + footprint.wake_s
+            self._horizon_arrivals = max(self._rate_per_s * residence_s, MIN_HORIZON_ARRIVALS)
+            self._expected_arrivals = self._forecast.expected(self._horizon_arrivals)
+        return self._expected_arrivals.get(footprint.slm_id, 0.0) * self._wake_cost(footprint)
 
-    def _free_at(self, occupant: ModelFootprint, now: float) -> float:
-        since = self._hot_since.get(occupant.slm_id, now)
+    def _wake_cost(self, footprint: ModelFootprint) -> float:
+        """Quality points that one request loses by a wake-up."""
+        return self._latency_per_s * footprint.wake_s + self._energy_per_j * footprint.wake_j
+
+    def _earliest_sleep_at(self, footprint: ModelFootprint, now: float) -> float:
+        """Until `min_resident_s` after it woke, an SLM stays."""
+        since = self._hot_since.get(footprint.slm_id, now)
         return since + self._options.min_resident_s
 
-    def _swap_at(self, now: float, share: float = 1.0) -> float:
-        """Bounded per minute, and per SPREAD_S so that one burst does not use up a minute."""
+    def _earliest_wake_at(self, now: float, share: float = 1.0) -> float:
+        """When `share` of the wake-ups allowed per minute and per BURST_WINDOW_S permits one."""
         at = now
-        for limit, window_s in ((self._wakes.maxlen or 1, 60.0), (self._spread, SPREAD_S)):
+        limits = ((self._wakes.maxlen or 1, 60.0), (self._max_burst, BURST_WINDOW_S))
+        for limit, window_s in limits:
             allowed = max(int(limit * share), 1)
             if len(self._wakes) >= allowed:
                 at = max(at, self._wakes[-allowed] + window_s)
         return at
 
-    def _swap(
-        self, occupant: ModelFootprint, victims: Iterable[ModelFootprint], now: float
-    ) -> None:
-        super()._swap(occupant, victims, now)
-        self._wakes.append(now)
+    def _can_evict(self, victim: ModelFootprint, waiting: ModelFootprint, now: float) -> bool:
+        """Whether the waiting SLM's saving, plus its queue's urgency, exceeds the victim's.
 
-    def _yields(self, victim: ModelFootprint, to: ModelFootprint, now: float) -> bool:
-        # What either would be worth until the victim could be back, in time and not in arrivals:
-        # where few come, nobody waits for the sake of those who might.
-        away_s = self._options.min_resident_s + to.wake_s + to.answer_s + victim.wake_s
-        value, worth = self._value(to, now), self._worth(victim, now)
-        share = self._rate * away_s / self._horizon
-        if victim.running:  # it is wanted now
+        Both savings are scaled from the horizon's arrivals to the time until the victim could be
+        back: at low rates a queue need not wait for arrivals that may come much later.
+        """
+        away_s = self._options.min_resident_s + waiting.wake_s + waiting.answer_s + victim.wake_s
+        saving, value = self._saving(waiting, now), self._retention_value(victim, now)
+        share = self._rate_per_s * away_s / self._horizon_arrivals
+        if victim.running:  # it is in demand now
             share = max(share, 1.0)
-        # However much the victim is wanted, it gives way within a few doublings: nobody starves.
-        doublings = min((now - self._held_since[to.slm_id]) / PATIENCE_S, MAX_DOUBLINGS)
-        urgency = math.exp2(doublings) * self._wake_cost(to)
-        return (value * share + urgency) / max(to.bytes, 1) > worth * share
+        # The urgency doubles every second, so no SLM waits for ever, whatever the victim is worth.
+        waited_s = now - self._queued_since[waiting.slm_id]
+        doublings = min(waited_s / URGENCY_DOUBLING_S, MAX_DOUBLINGS)
+        urgency = math.exp2(doublings) * self._wake_cost(waiting)
+        return (saving * share + urgency) / max(waiting.bytes, 1) > value * share
 
-    def _anticipate(self, now: float, by_id: Mapping[str, ModelFootprint], demand: Demand) -> None:
-        """Wake what is likely to be wanted next, instead of what is not: one SLM per step."""
-        if self._swap_at(now, PREFETCH_SHARE) > now:
+    def _prefetch(self, now: float, demand: Demand) -> None:
+        """Wake the SLM that is likely to be asked for next in place of others: one per step."""
+        if self._earliest_wake_at(now, PREFETCH_SHARE) > now:
             return
         asleep = [
-            o
-            for i, o in by_id.items()
-            if self._tiers[i] is Residency.ASLEEP and o.tier is Residency.ASLEEP
+            f
+            for i, f in self._footprints.items()
+            if self._desired[i] is Residency.ASLEEP and f.observed is Residency.ASLEEP
         ]
-        movable = [
-            o
-            for o in self._hot(by_id)
-            if self._leaves(o, now) and not o.running and not demand.held.get(o.slm_id)
+        candidates = [
+            f for f in self._evictable(now) if not f.running and not demand.queued.get(f.slm_id)
         ]
-        for occupant in sorted(asleep, key=lambda o: -self._worth(o, now)):
-            victims = self._victims(occupant, movable, now, by_id)
+        for footprint in sorted(asleep, key=lambda f: -self._retention_value(f, now)):
+            victims = self._evictions(footprint, candidates, now)
             if victims is None:
                 continue
-            gain = self._value(occupant, now) - sum(self._value(v, now) for v in victims)
-            if gain > self._energy_per_j * occupant.wake_j + MARGIN * self._wake_cost(occupant):
-                self._swap(occupant, victims, now)
+            gain = self._saving(footprint, now) - sum(self._saving(v, now) for v in victims)
+            margin = PREFETCH_MARGIN_WAKES * self._wake_cost(footprint)
+            if gain > self._energy_per_j * footprint.wake_j + margin:
+                self._swap(footprint, victims, now)
                 return

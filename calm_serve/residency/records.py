@@ -1,7 +1,6 @@
-"""Who takes memory, who asks for it, and what may be ordered without exceeding the budget.
+"""Records between the residency planner and its callers: footprints, demand, plan, memory budget.
 
-The records between the residency planner and whoever runs it. An SLM's replicas are hot or asleep
-together; bytes are declared ones, counted per node.
+All replicas of an SLM are hot or asleep together. Bytes are the declared ones, counted per node.
 """
 
 from __future__ import annotations
@@ -11,23 +10,23 @@ from dataclasses import dataclass, field
 
 from calm_serve.types import Residency
 
-OCCUPYING = frozenset((Residency.HOT, Residency.STARTING))
-"""Tiers in which an SLM's declared bytes are taken."""
+IN_MEMORY = frozenset((Residency.HOT, Residency.STARTING))
+"""Observed tiers in which an SLM takes its declared bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFootprint:
-    """One SLM as it is now."""
+    """One SLM as observed now: what it takes in memory, and what moving it costs."""
 
     slm_id: str
     bytes_by_node: Mapping[str, int]  # declared bytes of its replicas while they are hot
-    tier: Residency = Residency.ASLEEP
-    wake_s: float = 1.0  # from the order to wake until it answers
+    observed: Residency = Residency.ASLEEP
+    wake_s: float = 1.0  # from the decision to wake it until it answers
     wake_j: float = 0.0
     answer_s: float = 1.0  # one typical answer: how long draining takes
     pinned: bool = False
     may_go_cold: bool = False
-    running: int = 0  # requests that it is answering
+    running: int = 0  # requests in its replicas
 
     @property
     def bytes(self) -> int:
@@ -37,82 +36,93 @@ class ModelFootprint:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What was asked for since the last step, and what waits now."""
+    """Requests since the last step, and requests queued for a wake-up now."""
 
     arrivals: Sequence[str] = ()  # preferred SLM of each request, in order, as if all were hot
-    held: Mapping[str, int] = field(default_factory=dict)  # requests that wait for an SLM
+    queued: Mapping[str, int] = field(default_factory=dict)  # SLM -> requests that wait for it
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tiers to reach: HOT, ASLEEP or COLD for each SLM."""
+    """What a planner decided."""
 
-    tiers: Mapping[str, Residency]
-    wakes: tuple[str, ...]  # SLMs to be woken, in this order, as soon as there is room
-    waits: Mapping[str, float]  # seconds until an SLM that is not hot could answer; inf: never
+    desired: Mapping[str, Residency]  # HOT, ASLEEP or COLD for each SLM
+    wake_order: tuple[str, ...]  # SLMs to wake, in this order, as soon as their bytes are free
+    wait_s: Mapping[str, float]  # until an SLM that is not hot could answer; inf: never
 
 
 class MemoryBudget:
-    """Declared bytes per node against a budget."""
+    """Declared bytes in use per node, against one limit that holds for each node."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
-        self.used: dict[str, int] = {}
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes: dict[str, int] = {}
 
-    def add(self, occupant: ModelFootprint, times: int = 1) -> None:
-        """Take the occupant's bytes; `times` -1 gives them back."""
-        for node, size in occupant.bytes_by_node.items():
-            self.used[node] = self.used.get(node, 0) + times * size
+    def add(self, footprint: ModelFootprint) -> None:
+        """Count the footprint's bytes as used, whether they fit or not."""
+        for node, size in footprint.bytes_by_node.items():
+            self._used_bytes[node] = self._used_bytes.get(node, 0) + size
+
+    def remove(self, footprint: ModelFootprint) -> None:
+        """Free the bytes of a footprint that was added."""
+        for node, size in footprint.bytes_by_node.items():
+            self._used_bytes[node] = self._used_bytes.get(node, 0) - size
 
     def copy(self) -> MemoryBudget:
-        """The same room, to try things in."""
-        other = MemoryBudget(self._budget)
-        other.used = dict(self.used)
+        """An independent copy, to try changes on."""
+        other = MemoryBudget(self._limit_bytes)
+        other._used_bytes = dict(self._used_bytes)
         return other
 
-    def fits(self, occupant: ModelFootprint) -> bool:
-        """Whether the occupant's bytes are free on every node of its replicas."""
+    def fits(self, footprint: ModelFootprint) -> bool:
+        """Whether the footprint's bytes are free on every node of its replicas."""
         return all(
-            self.used.get(node, 0) + size <= self._budget
-            for node, size in occupant.bytes_by_node.items()
+            self._used_bytes.get(node, 0) + size <= self._limit_bytes
+            for node, size in footprint.bytes_by_node.items()
         )
 
     @property
-    def overfull(self) -> bool:
-        """Whether any node is above the budget."""
-        return any(used > self._budget for used in self.used.values())
+    def exceeded(self) -> bool:
+        """Whether any node is above the limit."""
+        return any(used > self._limit_bytes for used in self._used_bytes.values())
 
 
-def publishable(
+def within_budget(
     plan: Plan,
-    occupants: Sequence[ModelFootprint],
+    footprints: Sequence[ModelFootprint],
     published: Mapping[str, Residency],
     budget_bytes: int,
 ) -> dict[str, Residency]:
-    """The tiers that may be ordered now without the hot ones ever exceeding the budget.
+    """The part of a plan that can be published now without exceeding the budget on the way.
 
-    Sleep is ordered at once; a wake-up only when its bytes are free, which they are when the SLMs
-    that gave way have reported that they sleep or are gone. `published` are the orders so far: an
-    SLM that was told to wake counts as hot already, and is not told otherwise before it woke,
-    because nobody could tell then which of the two orders its report was about.
+    Sleep is published at once. A wake-up is published only when its bytes are free, that is when
+    the evicted SLMs have reported that they sleep, or are gone; until then it stays ASLEEP.
+
+    Args:
+        plan: what the planner wants to reach.
+        footprints: every SLM as observed now.
+        published: the desired residency published so far. An SLM published as HOT counts as in
+            memory, and one that still sleeps stays HOT until it has woken: its next report could
+            otherwise not be attributed to either of two changes.
+        budget_bytes: limit per node.
     """
-    room = MemoryBudget(budget_bytes)
-    tiers = dict(plan.tiers)
+    budget = MemoryBudget(budget_bytes)
+    desired = dict(plan.desired)
     waiting: list[ModelFootprint] = []
-    for occupant in occupants:
-        wanted = tiers[occupant.slm_id] is Residency.HOT
-        ordered = published.get(occupant.slm_id) is Residency.HOT
-        if ordered and occupant.tier is Residency.ASLEEP:
-            tiers[occupant.slm_id] = Residency.HOT
-            room.add(occupant)
-        elif occupant.tier in OCCUPYING or (wanted and ordered):
-            room.add(occupant)
-        elif wanted:
-            waiting.append(occupant)
-            tiers[occupant.slm_id] = Residency.ASLEEP
-    waiting.sort(key=lambda o: plan.wakes.index(o.slm_id))
-    for occupant in waiting:
-        if room.fits(occupant):
-            room.add(occupant)
-            tiers[occupant.slm_id] = Residency.HOT
-    return tiers
+    for footprint in footprints:
+        planned_hot = desired[footprint.slm_id] is Residency.HOT
+        published_hot = published.get(footprint.slm_id) is Residency.HOT
+        if published_hot and footprint.observed is Residency.ASLEEP:
+            desired[footprint.slm_id] = Residency.HOT
+            budget.add(footprint)
+        elif footprint.observed in IN_MEMORY or (planned_hot and published_hot):
+            budget.add(footprint)
+        elif planned_hot:
+            waiting.append(footprint)
+            desired[footprint.slm_id] = Residency.ASLEEP
+    waiting.sort(key=lambda f: plan.wake_order.index(f.slm_id))
+    for footprint in waiting:
+        if budget.fits(footprint):
+            budget.add(footprint)
+            desired[footprint.slm_id] = Residency.HOT
+    return desired

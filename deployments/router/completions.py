@@ -44,13 +44,13 @@ class CompletionsEndpoint:
         args: ServeArgs,
         loop: ModelSelector,
         view: FleetView,
-        residency: WakeupQueue,
+        queue: WakeupQueue,
         dispatcher: dispatch.Dispatcher,
         record: Record,
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
-        self._loop, self._view, self._residency = loop, view, residency
+        self._loop, self._view, self._wakeup_queue = loop, view, queue
         self._dispatcher, self._record = dispatcher, record
 
     async def chat(self, request: Request) -> Response:
@@ -92,10 +92,12 @@ class CompletionsEndpoint:
             async with asyncio.timeout(self._args.router.request_timeout_s):
                 opening = self._dispatcher.open(call, method, body, hints)
                 if parsed.stream and call.state.residency is not Residency.HOT:
-                    waking = await wakeup_queue.within(opening, wakeup_queue.QUIET_S)
+                    waking = await wakeup_queue.wait_briefly(
+                        opening, wakeup_queue.KEEPALIVE_AFTER_S
+                    )
                     if not waking.done():
-                        stream = wakeup_queue.abandoned_with(
-                            self._held(call, waking, finish), waking
+                        stream = wakeup_queue.cancel_with(
+                            self._keep_alive(call, waking, finish), waking
                         )
                         return StreamingResponse(stream, 200, headers, EVENTS)
                     answer = waking.result()
@@ -125,9 +127,9 @@ class CompletionsEndpoint:
         spec = self._loop.specs[decision.slm_id]
         state = self._view.state(spec)
         call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
-        if self._view.tiers.active:
+        if self._view.residency.active:
             preferred = self._view.state(self._loop.specs[decision.preferred])
-            self._residency.wanted(call, hit=preferred.residency is Residency.HOT)
+            self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)
         return call
 
     def _follow_failover(self, call: dispatch.Call) -> None:
@@ -137,17 +139,19 @@ class CompletionsEndpoint:
             call.state = self._view.state(spec)
             call.load = live_load(call.decision.context, spec, call.state)
 
-    async def _held(
+    async def _keep_alive(
         self,
         call: dispatch.Call,
         opening: asyncio.Future[AsyncIterator[bytes] | ErrorReply],
         finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
-        """A stream whose status line is out before its SLM is awake; errors come as events."""
+        """A stream that began before its SLM was awake: comments first; errors come as events."""
         try:
             left_s = self._args.router.request_timeout_s - call.elapsed_s
             async with asyncio.timeout(left_s):
-                async for comment in wakeup_queue.comments(opening, wakeup_queue.PERIOD_S):
+                async for comment in wakeup_queue.keepalives(
+                    opening, wakeup_queue.KEEPALIVE_PERIOD_S
+                ):
                     yield comment
             answer = opening.result()
             self._follow_failover(call)
@@ -166,7 +170,7 @@ class CompletionsEndpoint:
             raise
         finally:
             if call.final is None:
-                wakeup_queue.give_up(opening)
+                wakeup_queue.discard(opening)
             finish()
 
     async def _stream(

@@ -63,7 +63,7 @@ class Router:
         self._limit_bytes = int(args.router.max_body_bytes)
         replica = serve.get_replica_context().replica_id.unique_id
         self._view = FleetView(fleet)
-        self._residency = WakeupQueue(self._view.tiers, args.router, replica)
+        self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
         self._handles = Handles(handles)
         self._loop = ModelSelector(
             fleet,
@@ -76,7 +76,7 @@ class Router:
             self._handles.get,
             retries=args.router.retries,
             attempt_failed=self._view.attempt_failed,
-            admit=self._residency.admit,
+            admit=self._wakeup_queue.admit,
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
@@ -93,11 +93,11 @@ class Router:
             self._outcomes,
         )
         answering = CompletionsEndpoint(
-            args, self._loop, self._view, self._residency, dispatcher, self.record
+            args, self._loop, self._view, self._wakeup_queue, dispatcher, self.record
         )
         goals = GoalsEndpoint(self._loop, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
-        residency = ResidencyEndpoint(self._loop, self._view.tiers, self._knowledge)
+        residency = ResidencyEndpoint(self._loop, self._view.residency, self._knowledge)
         self._routes: dict[tuple[str, str], Endpoint] = {
             ("POST", "/v1/chat/completions"): answering.chat,
             ("POST", "/v1/completions"): answering.complete,
@@ -120,7 +120,7 @@ class Router:
             asyncio.create_task(self._refresh()),
             asyncio.create_task(self._steer()),
             asyncio.create_task(
-                self._residency.run(self._knowledge.report_demand, lambda: self._loop.fleet)
+                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._loop.fleet)
             ),
         ]
 
@@ -168,7 +168,7 @@ class Router:
         self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
     ) -> None:
         """Write the outcome of a finished call to windows, metrics and knowledge."""
-        self._residency.left(call)
+        self._wakeup_queue.release(call)
         self._loop.complete(call.decision, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
         shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)

@@ -32,7 +32,8 @@ log = logging.getLogger("ray.serve")
 # whatever type was raised in the replica, so no list of types would be complete.
 REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
 RETRY_AFTER_S = 1.0
-ORDERS_S = 0.02  # a router hears of the residency planner's orders about this long after a replica
+# A router receives the desired residency about this long after the replicas.
+RESIDENCY_LAG_S = 0.02
 
 
 @dataclass(slots=True)
@@ -50,9 +51,9 @@ class Call:
     http_status: int = 500
     final: ReplyEnd | None = None
     predicted_replica: str = ""
-    inside: str = ""  # SLM that counts it as running
-    held: bool = False  # it waited for an SLM to wake
-    preferred_hot: bool | None = None  # None where residency is not watched
+    running_on: str = ""  # SLM that counts it as running
+    queued_for_wakeup: bool = False  # it waited for an SLM to wake
+    preferred_hot: bool | None = None  # None without a memory budget
 
     @property
     def elapsed_s(self) -> float:
@@ -86,7 +87,7 @@ class Dispatcher:
     ) -> None:
         """`admit` returns when an SLM may be sent a call, or raises AsleepError.
 
-        It returns the version of the residency orders that say so, None where there are none.
+        It returns the version of desired residency that it acted on, None without a budget.
         """
         self._handle = handle
         self._admit = admit
@@ -150,8 +151,8 @@ class Dispatcher:
     ) -> tuple[AsyncIterator[Any], Any]:
         """Send the call when its SLM is awake; return the answer's items and the first of them."""
         while True:
-            if self._admit is not None and (orders := await self._admit(call, call.slm_id)):
-                hints = {**hints, "orders": orders}
+            if self._admit is not None and (version := await self._admit(call, call.slm_id)):
+                hints = {**hints, "residency_version": version}
             items = self._items(call.slm_id, method, body, hints)
             try:
                 first = await anext(items)
@@ -161,9 +162,9 @@ class Dispatcher:
                 raise
             if not isinstance(first, ErrorReply) or not first.asleep:
                 return items, first
-            # The replica heard of an order that is on its way to this router too.
-            call.held = True
-            await asyncio.sleep(ORDERS_S)
+            # The replica knows that it is to sleep; this router will receive that in a moment.
+            call.queued_for_wakeup = True
+            await asyncio.sleep(RESIDENCY_LAG_S)
 
     def _plan(self, decision: Decision) -> list[str]:
         """SLMs to try in order: the chosen one twice (another replica), then the next best."""

@@ -38,7 +38,7 @@ class FleetView:
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
         self.watch = MonitorView()
-        self.tiers = ResidencyView()
+        self.residency = ResidencyView()
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Follow SLMs that came or went."""
@@ -53,7 +53,7 @@ class FleetView:
 
     def set_reports(self, reports: Mapping[str, Mapping[str, ReplicaReport]]) -> None:
         """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
-        for slm_id, replica_id in self.tiers.set_reports(reports):
+        for slm_id, replica_id in self.residency.set_reports(reports):
             VIEW.index(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
         self._reports = {
@@ -65,9 +65,9 @@ class FleetView:
             if report.state == "ready" and (start_s := report.ready_s.get("total")):
                 self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
 
-    def set_tiers(self, desired: DesiredResidency, revision: int) -> None:
-        """Take the residency planner's orders."""
-        self.tiers.set_desired(desired, revision)
+    def set_desired_residency(self, desired: DesiredResidency, revision: int) -> None:
+        """Take the desired residency that the knowledge actor published."""
+        self.residency.set_desired(desired, revision)
         self._states.clear()
 
     def set_watch(self, found: MonitorFindings) -> None:
@@ -84,7 +84,7 @@ class FleetView:
             return kept[1]
         replicas = self._live(spec)
         state = self._monitor.state(spec, replicas, now, self._absent(spec))
-        state = self.tiers.state(state, replicas)
+        state = self.residency.with_residency(state, replicas)
         self._states[spec.id] = (now, state)
         return state
 
@@ -119,13 +119,13 @@ class FleetView:
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
             **self.watch.fleet(),
-            **self._residency(),
+            **self._residency_summary(),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
 
-    def _residency(self) -> dict[str, Any]:
-        summary = self.tiers.summary
-        if not self.tiers.active:
+    def _residency_summary(self) -> dict[str, Any]:
+        summary = self.residency.summary
+        if not self.residency.active:
             return {}
         return {"residency": {} if summary is None else asdict(summary)}
 
@@ -165,12 +165,12 @@ class FleetView:
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
             "detail": report.detail,
             **self.watch.row(spec.id),
-            **self.tiers.row(spec, state),
+            **self.residency.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
         }
 
     def _live(self, spec: SLMSpec) -> tuple[ReplicaState, ...]:
-        return self.tiers.as_reported(VIEW.replicas(deployment_name(spec.id)))
+        return self.residency.without_stale_load(VIEW.replicas(deployment_name(spec.id)))
 
     def _replica(self, replica: ReplicaState) -> dict[str, Any]:
         return {

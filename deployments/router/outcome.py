@@ -103,7 +103,9 @@ def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None)
             e2e_s=e2e_s,
             tpot_s=tpot_s,
             decision_s=decision.decided_in_s,
-            cold=call.held or call.state.residency is not Residency.HOT or not call.state.replicas,
+            cold=call.queued_for_wakeup
+            or call.state.residency is not Residency.HOT
+            or not call.state.replicas,
         ),
         engine=facts,
         signals=call.final.signals if call.final else (),

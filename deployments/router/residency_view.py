@@ -1,6 +1,6 @@
-"""Residency as one router knows it: what was ordered, what replicas said, how long waking takes.
+"""What one router knows of residency: desired tiers, reported states, how long a wake-up takes.
 
-Without a memory budget nothing is ordered, and every SLM with a replica is hot.
+Without a memory budget there is no desired residency, and every SLM with a replica is hot.
 """
 
 from __future__ import annotations
@@ -19,58 +19,62 @@ _NOT_AWAKE = ("asleep", "waking")
 
 
 class ResidencyView:
-    """Tiers of the fleet. Single-threaded; `state` is on the hot path."""
+    """Desired and reported residency of the fleet. Single-threaded.
+
+    `with_residency` and `is_desired_hot` are on the hot path.
+    """
 
     def __init__(self) -> None:
         self.options = ResidencyOptions()
         self.summary: ResidencySummary | None = None
-        self.waits: dict[str, float] = {}  # SLM -> seconds until it could answer
+        self.wait_s: dict[str, float] = {}  # SLM -> seconds until it could answer
         self.version = 0  # revision of the desired residency
-        self._ordered: dict[str, Residency] = {}
+        self._desired: dict[str, Residency] = {}
         self._reported: dict[str, str] = {}  # replica -> the state it reported
-        self._wake_s: dict[str, float] = {}  # the last wake-up that a replica measured
-        self._woke_in_s: dict[str, float] = {}  # the same, by replica
+        self._wake_s: dict[str, float] = {}  # SLM -> its last measured wake-up
+        self._replica_wake_s: dict[str, float] = {}  # the same, by replica
         self._changed = asyncio.Event()
 
     @property
     def active(self) -> bool:
         """Whether there is a memory budget."""
-        return bool(self._ordered)
+        return bool(self._desired)
 
     def set_desired(self, desired: DesiredResidency, revision: int) -> None:
-        """Take what the residency coordinator published; an SLM that is not named is to be hot."""
+        """Take what the residency coordinator published; an SLM that it leaves out is hot."""
         self.version = revision
-        self._ordered = dict(desired.tiers)
+        self._desired = dict(desired.tiers)
         self.options = desired.options
-        if not self._ordered:
-            self.summary, self.waits = None, {}
+        if not self._desired:
+            self.summary, self.wait_s = None, {}
         self._changed.set()
         self._changed = asyncio.Event()
 
     def set_reports(
         self, reports: Mapping[str, Mapping[str, ReplicaReport]]
     ) -> list[tuple[str, str]]:
-        """Take what replicas say, SLM to replica to report.
+        """Take the replicas' last reports, SLM to replica to report.
 
-        Returns (SLM, replica) of those that have slept since the last time: their cache is gone.
+        Returns (SLM, replica) of those that have slept since the last call: their prefix cache is
+        empty.
         """
         before, self._reported, slept = self._reported, {}, []
-        woke, self._woke_in_s = self._woke_in_s, {}
+        wake_s_before, self._replica_wake_s = self._replica_wake_s, {}
         for slm_id, by_replica in reports.items():
             for replica_id, report in by_replica.items():
                 state = self._reported[replica_id] = report.state
                 wake_s = report.ready_s.get("wake")
                 if wake_s is not None:
-                    self._wake_s[slm_id] = self._woke_in_s[replica_id] = wake_s
-                # The board keeps the last report alone: another wake-up was another sleep too.
+                    self._wake_s[slm_id] = self._replica_wake_s[replica_id] = wake_s
+                # Only last reports are published. A new wake-up time shows a sleep in between.
                 if before.get(replica_id) not in _NOT_AWAKE and (
-                    state in _NOT_AWAKE or wake_s != woke.get(replica_id)
+                    state in _NOT_AWAKE or wake_s != wake_s_before.get(replica_id)
                 ):
                     slept.append((slm_id, replica_id))
         return slept
 
-    def as_reported(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
-        """The replicas, those that sleep without the load of their last answers."""
+    def without_stale_load(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
+        """The replicas; those asleep without the load that came with their last answers."""
         if not any(self._reported.get(r.replica_id) == "asleep" for r in replicas):
             return replicas
         return tuple(
@@ -80,17 +84,17 @@ class ResidencyView:
             for r in replicas
         )
 
-    def ordered(self) -> dict[str, str]:
-        """SLM to the tier that it was ordered to; {} without a memory budget."""
-        return {slm_id: str(tier) for slm_id, tier in self._ordered.items()}
+    def desired(self) -> dict[str, str]:
+        """SLM to its desired tier; {} without a memory budget."""
+        return {slm_id: str(residency) for slm_id, residency in self._desired.items()}
 
-    def is_ordered_hot(self, slm_id: str) -> bool:
-        """Whether the SLM may be sent requests: it is awake or has been told to wake."""
-        return self._ordered.get(slm_id, Residency.HOT) is Residency.HOT
+    def is_desired_hot(self, slm_id: str) -> bool:
+        """Whether the SLM may be sent requests: it is awake or is to wake."""
+        return self._desired.get(slm_id, Residency.HOT) is Residency.HOT
 
-    async def until_ordered_hot(self, slm_id: str) -> None:
+    async def until_desired_hot(self, slm_id: str) -> None:
         """Return when the SLM may be sent requests."""
-        while not self.is_ordered_hot(slm_id):
+        while not self.is_desired_hot(slm_id):
             await self._changed.wait()
 
     async def until_active(self) -> None:
@@ -98,25 +102,26 @@ class ResidencyView:
         while not self.active:
             await self._changed.wait()
 
-    def state(self, state: SLMState, replicas: Sequence[ReplicaState]) -> SLMState:
+    def with_residency(self, state: SLMState, replicas: Sequence[ReplicaState]) -> SLMState:
         """The state with its residency, and with the time until it could answer as `wake_s`."""
-        if not self._ordered or not replicas:
+        if not self._desired or not replicas:
             return state
         slm_id = state.slm_id
-        if not self.is_ordered_hot(slm_id):
-            tier = Residency.ASLEEP
+        if not self.is_desired_hot(slm_id):
+            residency = Residency.ASLEEP
         elif all(self._reported.get(r.replica_id) in _NOT_AWAKE for r in replicas):
-            tier = Residency.STARTING
+            residency = Residency.STARTING
         else:
             return state
-        wake_s = self.waits.get(slm_id, self._wake_s.get(slm_id, state.wake_s))
-        return replace(state, residency=tier, wake_s=min(wake_s, max(self.options.hold_s, 1.0)))
+        wake_s = self.wait_s.get(slm_id, self._wake_s.get(slm_id, state.wake_s))
+        longest_s = max(self.options.hold_s, 1.0)
+        return replace(state, residency=residency, wake_s=min(wake_s, longest_s))
 
     def row(self, spec: SLMSpec, state: SLMState) -> dict[str, Any]:
-        """What `/v1/fleet` says of one SLM."""
+        """The SLM's part of `/v1/fleet`."""
         return {
             "tier": str(state.residency),
-            "wanted_tier": str(self._ordered.get(spec.id, Residency.HOT)),
+            "desired_tier": str(self._desired.get(spec.id, Residency.HOT)),
             "declared_bytes": spec.declared_bytes,
             "wake_s": self._wake_s.get(spec.id),
         }

@@ -69,7 +69,7 @@ class Subscriptions:
             case Topic.REPLICAS:
                 self._view.set_reports(record)
             case Topic.RESIDENCY:
-                self._view.set_tiers(record, update.revision)
+                self._view.set_desired_residency(record, update.revision)
             case Topic.MONITOR:
                 self._view.set_watch(record)
             case Topic.ENERGY:

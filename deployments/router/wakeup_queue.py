@@ -1,7 +1,8 @@
-"""A router's side of residency: it counts what is wanted, holds what cannot be sent, and tells.
+"""Router side of residency: reports demand, and queues requests whose SLM is asleep.
 
-Requests for an SLM that sleeps wait here, not in its replica, whose engine would wake for them
-whatever the budget. Nothing here is on the way of a request whose SLM is hot but two dictionary
+`WakeupQueue` keeps requests for a sleeping SLM in the router, because its replica would wake for
+them whatever the memory budget. The functions below it keep a queued stream alive: its client gets
+a comment now and then until the SLM is awake. A request whose SLM is hot pays two dictionary
 look-ups.
 """
 
@@ -26,122 +27,129 @@ from deployments.wire import deployment_name
 
 log = logging.getLogger("ray.serve")
 
-BUSY_PERIOD_S = 0.25  # between two words while there is something to say
+BUSY_PERIOD_S = 0.25  # between two reports while there are arrivals or queued requests
 IDLE_PERIOD_S = 1.0
-MAX_WANTED = 1024  # arrivals between two words; the oldest are forgotten
-LONGEST_RETRY_S = 600.0
-GRACE_S = 2.0  # for a client that was told to come again
+MAX_ARRIVALS = 1024  # kept between two reports; the oldest are dropped
+MAX_RETRY_AFTER_S = 600.0
+RETRY_GRACE_S = 2.0  # an SLM is kept for a refused client so long after the announced time
 
-Ask = Callable[[str, DemandReport], Awaitable[DemandReply]]
+KEEPALIVE_AFTER_S = 1.0  # a stream waits this long before its headers go out without an answer
+KEEPALIVE_PERIOD_S = 1.0
+KEEPALIVE = b": waking\n\n"  # server-sent events: clients ignore lines that begin with a colon
+
+ReportDemand = Callable[[str, DemandReport], Awaitable[DemandReply]]
+T = TypeVar("T")
 
 
 class WakeupQueue:
-    """Demand of one router process. Single-threaded."""
+    """Demand and queued requests of one router process. Single-threaded."""
 
-    def __init__(self, tiers: ResidencyView, router: RouterOptions, router_id: str) -> None:
-        self._timeout_s = router.request_timeout_s
-        self._tiers, self._router_id = tiers, router_id
-        self._wanted: deque[str] = deque(maxlen=MAX_WANTED)
-        self._held: Counter[str] = Counter()
-        self._expected: dict[str, float] = {}  # SLM -> until when refused clients may come again
+    def __init__(self, view: ResidencyView, router: RouterOptions, router_id: str) -> None:
+        self._request_timeout_s = router.request_timeout_s
+        self._view, self._router_id = view, router_id
+        self._arrivals: deque[str] = deque(maxlen=MAX_ARRIVALS)
+        self._queued: Counter[str] = Counter()
+        self._retry_until: dict[str, float] = {}  # SLM -> end of its refused clients' retries
         self._running: Counter[str] = Counter()
         self._hits = self._misses = 0
-        self._urgent = asyncio.Event()
+        self._report_now = asyncio.Event()
 
-    def wanted(self, call: Call, *, hit: bool) -> None:
-        """Count a decision: its preferred SLM was hot, or was not."""
-        self._wanted.append(call.decision.preferred)
+    def count_demand(self, call: Call, *, hit: bool) -> None:
+        """Count a decision; `hit` says whether its preferred SLM was hot."""
+        self._arrivals.append(call.decision.preferred)
         self._hits += hit
         self._misses += not hit
         call.preferred_hot = hit
 
     async def admit(self, call: Call, slm_id: str) -> int | None:
-        """Return when the SLM may be sent the request, with the orders' version if there are any.
+        """Return when the call may be sent to the SLM, with the version of desired residency.
 
-        Raises AsleepError when that is too late.
+        None is the version without a memory budget. Raises AsleepError when the SLM will not be
+        awake in time.
         """
-        if not self._tiers.active:
+        if not self._view.active:
             return None
-        if call.held or not self._tiers.is_ordered_hot(slm_id):
-            await self._hold(call, slm_id)
-        self.left(call)
-        call.inside = slm_id
+        if call.queued_for_wakeup or not self._view.is_desired_hot(slm_id):
+            await self._wait_until_hot(call, slm_id)
+        self.release(call)
+        call.running_on = slm_id
         self._running[slm_id] += 1
-        return self._tiers.version
+        return self._view.version
 
-    def left(self, call: Call) -> None:
-        """The call has nothing to do with its SLM any more."""
-        if call.inside:
-            self._running[call.inside] -= 1
-            call.inside = ""
+    def release(self, call: Call) -> None:
+        """Count the call as running on its SLM no longer; fine to repeat."""
+        if call.running_on:
+            self._running[call.running_on] -= 1
+            call.running_on = ""
 
-    async def run(self, ask: Ask, fleet: Callable[[], Fleet]) -> None:
-        """Tell the knowledge actor, for ever; `ask` is KnowledgeClient.report_demand."""
+    async def run(self, report: ReportDemand, fleet: Callable[[], Fleet]) -> None:
+        """Report demand to the knowledge actor, for ever; `report` is KnowledgeClient.report_demand."""
         while True:
-            await self._tiers.until_active()
-            self._urgent.clear()
-            said = self._say(fleet())
+            await self._view.until_active()
+            self._report_now.clear()
+            demand = self._take_demand(fleet())
             try:
-                reply = await ask(self._router_id, said)
-                self._tiers.waits, self._tiers.summary = reply.waits, reply.summary
+                reply = await report(self._router_id, demand)
+                self._view.wait_s, self._view.summary = reply.waits, reply.summary
             except KnowledgeError as error:
                 log.warning("residency: %s", error)
-                self._take_back(said)
-            period_s = BUSY_PERIOD_S if self._held or said.queued else IDLE_PERIOD_S
+                self._put_back(demand)
+            period_s = BUSY_PERIOD_S if self._queued or demand.queued else IDLE_PERIOD_S
             await self._pause(period_s)
 
     async def _pause(self, period_s: float) -> None:
-        """Wait, but not where somebody must be woken, and not long where there are arrivals."""
+        """Wait, but not while an SLM has to be woken, and not long while there are arrivals."""
         ends = time.monotonic() + period_s
         while (left_s := ends - time.monotonic()) > 0.0:
             try:
-                await asyncio.wait_for(self._urgent.wait(), min(left_s, BUSY_PERIOD_S))
+                await asyncio.wait_for(self._report_now.wait(), min(left_s, BUSY_PERIOD_S))
                 return
             except TimeoutError:
-                if self._wanted:
+                if self._arrivals:
                     return
 
-    async def _hold(self, call: Call, slm_id: str) -> None:
-        call.held = True
-        left_s = self._limit_s(call.decision) - call.elapsed_s
-        expected_s = self._tiers.waits.get(slm_id, 0.0)
+    async def _wait_until_hot(self, call: Call, slm_id: str) -> None:
+        call.queued_for_wakeup = True
+        left_s = self._longest_wait_s(call.decision) - call.elapsed_s
+        expected_s = self._view.wait_s.get(slm_id, 0.0)
         if expected_s > left_s:
-            if expected_s < LONGEST_RETRY_S:
-                # Told to come again, so it is woken as if somebody waited.
-                self._expected[slm_id] = time.monotonic() + expected_s + GRACE_S
-                self._urgent.set()
+            if expected_s < MAX_RETRY_AFTER_S:
+                # The client is told to retry, so the SLM is woken as for a queued request.
+                self._retry_until[slm_id] = time.monotonic() + expected_s + RETRY_GRACE_S
+                self._report_now.set()
             raise self._too_late(slm_id)
-        self._held[slm_id] += 1
-        if self._held[slm_id] == 1:
-            self._urgent.set()
+        self._queued[slm_id] += 1
+        if self._queued[slm_id] == 1:
+            self._report_now.set()
         try:
             async with asyncio.timeout(left_s):
-                await self._tiers.until_ordered_hot(slm_id)
+                await self._view.until_desired_hot(slm_id)
         except TimeoutError:
             raise self._too_late(slm_id) from None
         finally:
-            self._held[slm_id] -= 1
-            if not self._held[slm_id]:
-                del self._held[slm_id]
+            self._queued[slm_id] -= 1
+            if not self._queued[slm_id]:
+                del self._queued[slm_id]
 
-    def _limit_s(self, decision: Decision) -> float:
-        longest_s = min(self._tiers.options.hold_s, self._timeout_s)
+    def _longest_wait_s(self, decision: Decision) -> float:
+        longest_s = min(self._view.options.hold_s, self._request_timeout_s)
         deadline_s = decision.context.slo.deadline_s
         return min(longest_s, deadline_s) if deadline_s else longest_s
 
     def _too_late(self, slm_id: str) -> AsleepError:
-        wait_s = min(max(self._tiers.waits.get(slm_id, 1.0), 1.0), LONGEST_RETRY_S)
+        wait_s = min(max(self._view.wait_s.get(slm_id, 1.0), 1.0), MAX_RETRY_AFTER_S)
         return AsleepError(
             f"SLM {slm_id!r} is asleep and not awake in time; about {wait_s:.0f} s from now",
             retry_after_s=wait_s,
         )
 
-    def _say(self, fleet: Fleet) -> DemandReport:
+    def _take_demand(self, fleet: Fleet) -> DemandReport:
+        """The report of demand since the last one; see ResidencyCoordinator.report_demand."""
         now = time.monotonic()
-        self._expected = {i: t for i, t in self._expected.items() if t > now}
-        said = DemandReport(
-            wanted=tuple(self._wanted),
-            queued={**dict.fromkeys(self._expected, 1), **self._held},
+        self._retry_until = {i: t for i, t in self._retry_until.items() if t > now}
+        demand = DemandReport(
+            wanted=tuple(self._arrivals),
+            queued={**dict.fromkeys(self._retry_until, 1), **self._queued},
             running={i: n for i, n in self._running.items() if n > 0},
             replicas={
                 s.id: {r.replica_id: r.node_id for r in VIEW.replicas(deployment_name(s.id))}
@@ -150,51 +158,45 @@ class WakeupQueue:
             hits=self._hits,
             misses=self._misses,
         )
-        self._wanted.clear()
+        self._arrivals.clear()
         self._hits = self._misses = 0
-        return said
+        return demand
 
-    def _take_back(self, said: DemandReport) -> None:
-        self._wanted.extendleft(reversed(said.wanted))
-        self._hits += said.hits
-        self._misses += said.misses
-
-
-QUIET_S = 1.0  # a stream waits this long before its headers go out without an answer
-PERIOD_S = 1.0
-COMMENT = b": waking\n\n"  # server-sent events: lines that begin with a colon are ignored
-
-T = TypeVar("T")
+    def _put_back(self, demand: DemandReport) -> None:
+        """Keep the demand of a report that was not received, for the next one."""
+        self._arrivals.extendleft(reversed(demand.wanted))
+        self._hits += demand.hits
+        self._misses += demand.misses
 
 
-async def within(opening: Awaitable[T], quiet_s: float) -> asyncio.Future[T]:
-    """Start `opening`, wait for it for `quiet_s` and return it, done or not.
+async def wait_briefly(opening: Awaitable[T], limit_s: float) -> asyncio.Future[T]:
+    """Start `opening`, wait for it for `limit_s` seconds and return it, done or not.
 
     Cancelled together with the caller.
     """
     task = asyncio.ensure_future(opening)
     try:
-        await asyncio.wait({task}, timeout=quiet_s)
+        await asyncio.wait({task}, timeout=limit_s)
     except asyncio.CancelledError:
         task.cancel()
         raise
     return task
 
 
-def abandoned_with(stream: AsyncIterator[T], opening: asyncio.Future[Any]) -> AsyncIterator[T]:
-    """The stream; `opening` is cancelled with it, should nobody ever begin to read."""
-    weakref.finalize(stream, give_up, opening).atexit = False
+def cancel_with(stream: AsyncIterator[T], opening: asyncio.Future[Any]) -> AsyncIterator[T]:
+    """The stream; `opening` is cancelled when it is garbage-collected, even if never read."""
+    weakref.finalize(stream, discard, opening).atexit = False
     return stream
 
 
-def give_up(opening: asyncio.Future[Any]) -> None:
-    """Stop an opening, or the answer that came of it and that nobody will read."""
+def discard(opening: asyncio.Future[Any]) -> None:
+    """Cancel an opening, or the answer that it has opened already."""
     if not opening.cancel() and not opening.cancelled() and opening.exception() is None:
         cancel(opening.result())
 
 
-async def comments(opening: asyncio.Future[T], period_s: float) -> AsyncIterator[bytes]:
+async def keepalives(opening: asyncio.Future[T], period_s: float) -> AsyncIterator[bytes]:
     """A comment now and in each period, until `opening` is done."""
     while not opening.done():
-        yield COMMENT
+        yield KEEPALIVE
         await asyncio.wait({opening}, timeout=period_s)

@@ -1,14 +1,14 @@
-"""The cold tier: the residency planner's word on replica counts, through Serve's autoscaling.
+"""Cold tier: the residency planner's influence on replica counts, through Serve's autoscaling.
 
     applications:
       - name: calm
         autoscaling_policy:
           policy_function: deployments.slm.autoscaling:ColdTierPolicy
 
-Needed only with `residency.cold_after_s`. Serve runs it in its controller, ten times a second, for
-all deployments that have an `autoscaling_config`. It must never block there, and an exception would
-stop the scaling of every application. So a thread reads the knowledge actor's board, and whatever
-goes wrong leaves everything as it is.
+Needed only with `residency.cold_after_s`. Serve runs the policy in its controller, ten times a
+second, for all deployments that have an `autoscaling_config`. It must never block there, and an
+exception would stop the scaling of every application. So a thread follows the desired residency
+that the knowledge actor publishes, and any failure leaves all replica counts as they are.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ States = dict[Any, dict[str, Any]]
 
 
 class ColdTierPolicy:
-    """0 replicas for an SLM that is cold, at least one for any other, and what its load asks for.
+    """No replica for an SLM that is to be cold; for others what their load needs, at least one.
 
     Bounds and delays are Serve's, from each SLM's `scaling`. An SLM without replicas is started
-    only when the planner has room for it; one that sleeps keeps the replicas that it has.
+    only when the planner has memory for it; one that sleeps keeps the replicas that it has.
     """
 
     def __init__(self, app_name: str = "calm", follow: bool = True) -> None:
-        """`follow` starts the thread that reads the board."""
+        """`follow` starts the thread that follows the desired residency."""
         self._app_name = app_name
-        self._tiers: Mapping[str, str] = {}
+        self._desired: Mapping[str, str] = {}
         if follow:
-            threading.Thread(target=self._follow, daemon=True, name="residency-orders").start()
+            threading.Thread(target=self._follow, daemon=True, name="desired-residency").start()
 
-    def set_orders(self, tiers: Mapping[str, str]) -> None:
-        """Take the board's tiers."""
-        self._tiers = tiers
+    def set_desired(self, desired: Mapping[str, str]) -> None:
+        """Take the desired residency, SLM to tier; {} without a memory budget."""
+        self._desired = desired
 
     def __call__(self, contexts: dict[Any, Any]) -> tuple[Counts, States]:
         """Deployment id to replicas; those left out stay as they are."""
         try:
             found = {i: self._replicas(i.name, context) for i, context in contexts.items()}
-        except Exception:  # Serve would scale nothing any more, in any application
+        except Exception:  # Serve would stop scaling every application
             log.exception("the residency policy failed; replica counts stay as they are")
             return {}, {}
         return {i: count for i, count in found.items() if count is not None}, {}
 
     def _replicas(self, deployment: str, context: Any) -> int | None:
         by_load = -(-context.total_num_requests // context.config.get_target_ongoing_requests())
-        if not self._tiers or not deployment.startswith(_PREFIX):
+        if not self._desired or not deployment.startswith(_PREFIX):
             return int(by_load)
-        tier = self._tiers.get(deployment.removeprefix(_PREFIX), Residency.HOT)
-        if tier != Residency.HOT and not context.current_num_replicas:
+        desired = self._desired.get(deployment.removeprefix(_PREFIX), Residency.HOT)
+        if desired != Residency.HOT and not context.current_num_replicas:
             return None  # left out: otherwise Serve starts one for any trace of a request
-        if tier == Residency.COLD:
+        if desired == Residency.COLD:
             return 0
-        if tier == Residency.ASLEEP:
+        if desired == Residency.ASLEEP:
             return None
         return max(int(by_load), 1)
 
@@ -87,7 +87,7 @@ class ColdTierPolicy:
                 updates = ray.get(followed, timeout=2 * POLL_S)
                 if update := updates.get(Topic.RESIDENCY):
                     seen = {Topic.RESIDENCY: update.revision}
-                    self.set_orders(decode(Topic.RESIDENCY, update).tiers)
+                    self.set_desired(decode(Topic.RESIDENCY, update).tiers)
             except (RayError, ValueError, KnowledgeError) as error:
-                log.info("no residency orders: %s", error)
+                log.info("no desired residency: %s", error)
                 time.sleep(RETRY_S)

@@ -1,4 +1,4 @@
-"""One SLM: a Serve deployment around a vLLM engine, with its LoRA adapters multiplexed."""
+"""One SLM: a Serve deployment around a vLLM engine, with multiplexed LoRA adapters."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from calm_serve.types import EngineFacts, QualitySignal
 from calm_serve.validation import validate
 from deployments.slm.adapters import ResidentAdapter
 from deployments.slm.energy import ReplicaEnergy
-from deployments.slm.sleep import Tier, follow_orders
+from deployments.slm.sleep import ReplicaResidency, follow_desired_residency
 from deployments.slm.state_reporter import StateReporter
 from deployments.wire import ErrorReply, Hints, ReplyEnd
 
 log = logging.getLogger("ray.serve")
 
 TICK_S = 1.0
-MAX_KEPT_CHARS = 65_537  # one more than the validators take, so that a cut answer fails
-# Statistics are rounded: each change of the dict makes Serve re-announce every replica.
+MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a cut answer fails
+# Statistics are rounded: each change of the dict makes Serve broadcast every replica again.
 ROUND_RATIO, ROUND_BYTES = 0.05, 32 << 20
 
 
 class SLM:
-    """A replica: starts the engine, warms it up, answers, reports what happened."""
+    """A replica: starts the engine, warms it up, answers, reports its state and its energy."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self, spec: SLMSpec, app_name: str
@@ -46,16 +46,16 @@ class SLM:
         started = time.perf_counter()
         try:
             await self._start()
-        except Exception as error:  # every reason is shown to the operator before Serve retries
+        except Exception as error:  # reported to the operator before Serve retries
             self._reporter.report("failed", detail=f"{type(error).__name__}: {error}")
             raise
         self._times["total"] = time.perf_counter() - started
         self._reporter.report("ready", self._times)
         log.info("SLM %s ready: %s", spec.id, self._times)
-        self._tier = Tier(self._engine, self._report_tier)
+        self._residency = ReplicaResidency(self._engine, self._report_residency)
         self._tasks = [
             asyncio.create_task(self._tick()),
-            asyncio.create_task(follow_orders(app_name, spec.id, self._tier)),
+            asyncio.create_task(follow_desired_residency(app_name, spec.id, self._residency)),
         ]
 
     async def _start(self) -> None:
@@ -76,8 +76,8 @@ class SLM:
         with self._timed("engine"):
             self._engine = await Engine.start(self._spec)
         self._processes = [psutil.Process(), *(psutil.Process(p) for p in self._engine.pids())]
-        self._books = ReplicaEnergy(self._spec.resources, lambda: self._processes)
-        self._energy = self._books.account
+        self._replica_energy = ReplicaEnergy(self._spec.resources, lambda: self._processes)
+        self._energy = self._replica_energy.account
         self._memory_bytes = 0
         self._reporter.report("warming up", self._times)
         with self._timed("warmup"):
@@ -113,15 +113,14 @@ class SLM:
             yield item
 
     async def describe(self) -> dict[str, Any]:
-        """Start-up times in seconds and this replica's id; also proof that it serves."""
+        """Start-up times in seconds and this replica's id; an answer shows that it serves."""
         return {"replica_id": self._replica_id, "ready_s": self._times}
 
     async def _answer(self, body: dict[str, Any], hints: Hints, call: Any) -> AsyncIterator[Any]:
         adapter = hints.get("adapter", "")
         try:
-            async with self._tier.awake(
-                hints.get("orders")
-            ):  # loading an adapter needs the engine's memory too
+            # Loading an adapter needs the engine's memory too.
+            async with self._residency.awake(hints.get("residency_version")):
                 if not adapter:
                     async for item in self._serve({**body, "model": self._spec.id}, hints, call):
                         yield item
@@ -141,7 +140,7 @@ class SLM:
         self._energy.start(key)
         counted, last = 0, b""
         finished = False
-        # What comes after the engine's last token comes at once, and goes out with the facts.
+        # The chunks after the last token come at once; they go out with the facts, in one message.
         stream = bool(body.get("stream"))
         try:
             async for chunk in call(body, facts):
@@ -161,7 +160,7 @@ class SLM:
                 log.info("request %s ended early", hints.get("decision_id", "?"))
         signals: tuple[QualitySignal, ...] = ()
         if kinds:
-            # In a thread: a client's schema may take a while to check.
+            # In a thread: checking against a client's schema may take a while.
             signals = await asyncio.to_thread(self._signals, facts, hints, kinds, _limit(body))
         yield ReplyEnd(last, self._facts(facts, energy), signals)
 
@@ -185,7 +184,9 @@ class SLM:
         self, facts: Any, hints: Hints, kinds: set[str], limit_tokens: int | None
     ) -> tuple[QualitySignal, ...]:
         if limit_tokens is not None and facts.output_tokens >= limit_tokens:
-            kinds = kinds & {hints.get("validate")}  # cut by the client, so not the SLM's fault
+            kinds = kinds & {
+                hints.get("validate")
+            }  # cut by the client's limit, not the SLM's fault
         text = "".join(facts.text)[:MAX_KEPT_CHARS]
         signals = []
         for kind in sorted(kinds):
@@ -222,17 +223,17 @@ class SLM:
 
     async def check_health(self) -> None:
         """Raise when the engine is dead or does not wake; Serve then replaces the replica."""
-        self._tier.check_health()
+        self._residency.check_health()
         await self._engine.check_health()
 
-    def _report_tier(self, state: str, times: Mapping[str, float], detail: str) -> None:
+    def _report_residency(self, state: str, times: Mapping[str, float], detail: str) -> None:
         self._times |= times
         self._reporter.report(state, self._times, detail)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if report := self._books.tick():
+            if report := self._replica_energy.tick():
                 self._reporter.energy(report)
             self._memory_bytes = sum(_memory_bytes(p) for p in self._processes)
 
@@ -273,5 +274,5 @@ def _memory_bytes(process: psutil.Process) -> int:
         memory = process.memory_info()
     except psutil.NoSuchProcess:
         return 0
-    # Resident minus shared: what would come free if the process ended (forks share the imports).
+    # Resident minus shared: what ending the process would free (forks share the imports).
     return int(memory.rss - memory.shared)

@@ -1,4 +1,4 @@
-"""The energy account of one replica: the best meter there is, its books, and a check from outside.
+"""Energy of one replica: the best meter available, its attribution to requests, and a check.
 
 GPU and CPU joules are different kinds and are never added: a replica with GPUs reports its GPUs'
 counter, one without reports RAPL where that can be read, else an estimate from CPU time.
@@ -36,7 +36,7 @@ REPORT_S = 10.0
 class ProcessesCpu:
     """Cumulative CPU seconds of the processes that `processes` names at the time.
 
-    One that is new counts from its own start, one that is gone keeps what it had.
+    A new process counts from its own start; one that has ended keeps its part of the total.
     """
 
     def __init__(self, processes: Callable[[], Sequence[psutil.Process]]) -> None:
@@ -59,14 +59,16 @@ class ProcessesCpu:
 
 
 class ReplicaEnergy:
-    """Books of one replica. `account` charges requests; `tick` once a second.
+    """Meter and energy account of one replica.
+
+    `account` attributes energy to requests; call `tick` once a second.
 
     Args:
         resources: what the replica may use.
-        processes: its processes now, itself included.
+        processes: returns its processes, itself included.
         clock: monotonic seconds.
-        environ: where CUDA_VISIBLE_DEVICES is.
-        powercap: where the processors' counters are.
+        environ: has CUDA_VISIBLE_DEVICES.
+        powercap: directory of the processors' RAPL counters.
     """
 
     def __init__(
@@ -82,13 +84,13 @@ class ReplicaEnergy:
             ProcessesCpu(processes), host_cpu_s, powercap=powercap
         )
         self.account = TokenShareAttributor(meter)
-        # Found anew by asking the kernel for our descendants, so it sees what `processes` misses.
+        # Asks the kernel for all descendants, so it counts what `processes` misses.
         self._tree_cpu_s = ProcessTreeCpu(clock)
         self._first_cpu_s = self._tree_cpu_s()
         self._report_at = clock() + REPORT_S
 
     def tick(self) -> EnergyReport | None:
-        """Charge what was spent; every REPORT_S return the report for the knowledge actor."""
+        """Attribute the energy since the last tick; every REPORT_S return a report, else None."""
         self.account.tick()
         now = self._clock()
         if now < self._report_at:
@@ -97,10 +99,10 @@ class ReplicaEnergy:
         return self.report()
 
     def report(self) -> EnergyReport:
-        """Joules since the start: charged, idle, total, and the total as the check sees it.
+        """Joules since the start: of requests, idle, total, and a check of the total.
 
-        For an estimate the check is the CPU time of the whole process tree at the same power;
-        counters have no second opinion, so there it is the counter.
+        For an estimate the check is the CPU time of the whole process tree at the same power. For
+        a counter there is no second source, so it is the counter itself.
         """
         account = self.account
         check_j = account.total_j
@@ -116,12 +118,12 @@ class ReplicaEnergy:
 
 
 def gpu_meter(num_gpus: float, environ: Mapping[str, str]) -> EnergyMeter | None:
-    """The counter of the GPUs that this process may use; None, with the reason logged, if none."""
+    """The meter of the GPUs that this process may use; None, with the reason logged, if none."""
     if num_gpus <= 0.0:
         return None
     gpus = visible_gpus(environ.get("CUDA_VISIBLE_DEVICES"), num_gpus)
     try:
-        import pynvml  # only where GPUs are: extra `gpu`
+        import pynvml  # optional: extra `gpu`
 
         return NvmlMeter(pynvml, gpus, min(num_gpus / max(len(gpus), 1), 1.0))
     except (ImportError, ComponentError) as error:

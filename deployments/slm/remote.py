@@ -20,7 +20,7 @@ from deployments.wire import STREAM_END, ErrorReply, Hints, ReplyEnd
 
 
 class RemoteSLM:
-    """Forwards bodies and bytes; counts what the upstream's usage says."""
+    """Forwards bodies and bytes; takes token counts from the upstream's usage."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self,
@@ -71,7 +71,7 @@ class RemoteSLM:
             upstream = {**body, "model": self._spec.model}
             async with self._client.stream("POST", path, json=upstream) as response:
                 if response.status_code in (401, 403):
-                    # Our key was refused, not the client's, who can do nothing about it.
+                    # Our key was refused; the client can do nothing about that.
                     yield self._upstream_failed(f"refused our key ({response.status_code})")
                     return
                 if response.status_code >= 400:
@@ -86,7 +86,7 @@ class RemoteSLM:
                         last += chunk
         except httpx.HTTPError as error:
             if stream and first:
-                raise  # the client has bytes already: the router ends the stream with an error
+                raise  # the client has bytes already, so the router ends the stream with an error
             yield self._upstream_failed(type(error).__name__)
             return
         finally:
@@ -112,7 +112,7 @@ class RemoteSLM:
 
 
 def usage_of(tail: bytes) -> tuple[int, int]:
-    """(prompt tokens, output tokens) from the end of an answer; zeros when it names none."""
+    """(prompt tokens, output tokens) from the end of an answer; zeros when it has none."""
     start = tail.rfind(b'"usage"')
     brace = tail.find(b"{", start)
     if start < 0 or brace < 0:

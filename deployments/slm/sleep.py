@@ -1,4 +1,9 @@
-"""Whether a replica's engine is awake: orders, requests and failures brought into one line."""
+"""Sleep and wake-up of one SLM replica, as the knowledge actor desires and as requests need.
+
+`ReplicaResidency` is the state machine around the engine: it brings together the desired residency,
+the requests that are running, and an engine that fails to sleep or wake.
+`follow_desired_residency` long-polls the knowledge actor for the desired residency of the SLM.
+"""
 
 from __future__ import annotations
 
@@ -20,46 +25,52 @@ from deployments.knowledge.address import NAMESPACE, actor_name
 log = logging.getLogger("ray.serve")
 
 LINGER_S = 1.0
-"""Seconds without a request before a replica that a request woke against its order sleeps again."""
+"""Idle seconds before a replica that a request woke against the desired residency sleeps again."""
 
 RETRY_S = 5.0
 """Seconds before an engine that could not sleep tries again."""
+
+POLL_S = 30.0
+POLL_RETRY_S = 1.0
 
 
 class Sleeper(Protocol):
     """What is put to sleep: an engine."""
 
     async def sleep(self) -> None:
-        """Give memory back. Raises when it cannot, and is awake then."""
+        """Give memory back. An engine that raises here stays awake."""
 
     async def wake(self) -> None:
-        """Take memory again. Raises when it cannot, and is lost then."""
+        """Take memory again. An engine that raises here is lost."""
 
 
 class Timer(Protocol):
-    """A call that is due later."""
+    """A scheduled call."""
 
     def cancel(self) -> object:
-        """Forget it."""
+        """Do not make the call."""
 
 
 def _call_later(seconds: float, call: Callable[[], None]) -> Timer:
     return asyncio.get_running_loop().call_later(seconds, call)
 
 
-class Tier:
-    """The residency tier of one replica. Used on one event loop.
+class ReplicaResidency:
+    """Residency of one replica. Used on one event loop.
 
-    One change at a time, and after it the newest word counts, so the last order wins. Requests are
-    never cut: sleep waits until nothing runs. One that arrives while the engine sleeps wakes it and
-    waits, unless its sender had not heard of the order to sleep: that one is sent back to hear it.
+    Changes run one at a time; after each, the newest desired residency counts. Requests are never
+    cut: sleep waits until none runs. A request that arrives while the engine sleeps wakes it and
+    waits, unless its router did not know yet that the SLM is to sleep: that one is refused with
+    AsleepError, for the router to queue it.
+
+    `state` is "ready", "falling asleep", "asleep", "waking" or "failed".
 
     Args:
         engine: what sleeps and wakes.
-        report: told "asleep", "waking", "ready" or "failed", with the seconds of the last "sleep"
-            and "wake" so far, and a reason.
-        clock: seconds, for the times that are reported.
-        call_later: runs a call after so many seconds.
+        report: called with "asleep", "waking", "ready" or "failed", the seconds of the last
+            "sleep" and "wake" so far, and a reason.
+        clock: seconds, for the reported times.
+        call_later: schedules a call after so many seconds.
     """
 
     def __init__(
@@ -72,11 +83,11 @@ class Tier:
         self._engine = engine
         self._report = report
         self._clock, self._call_later = clock, call_later
-        self._ordered_awake = True
-        self._version = 0  # of the last order
+        self._desired_awake = True
+        self._version = 0  # of the desired residency
         self._requests = 0
-        self._against_order = False  # a request woke it
-        self._pause: Timer | None = None  # no sleep before it is over
+        self._woken_by_request = False  # although the desired residency is to sleep
+        self._stay_awake: Timer | None = None  # no sleep before it ends
         self._change: asyncio.Task[None] | None = None
         self._awake = asyncio.Event()
         self._awake.set()
@@ -84,93 +95,98 @@ class Tier:
         self._times: dict[str, float] = {}
         self.state = "ready"
 
-    def order(self, tier: str, version: int = 0) -> None:
-        """Follow the planner: hot is awake, anything else asleep as soon as nothing runs.
+    def set_desired(self, residency: str, version: int = 0) -> None:
+        """Be awake for "hot"; for any other tier sleep as soon as no request runs.
 
-        `version` grows with every order.
+        `version` grows with every publication of desired residency.
         """
         self._version = version
-        if (tier == Residency.HOT) != self._ordered_awake:
-            self._ordered_awake = not self._ordered_awake
-            self._against_order = False
-            self._end_pause()
-            self._settle()
+        if (residency == Residency.HOT) != self._desired_awake:
+            self._desired_awake = not self._desired_awake
+            self._woken_by_request = False
+            self._end_stay_awake()
+            self._start_change()
 
     @contextlib.asynccontextmanager
-    async def awake(self, orders: int | None = None) -> AsyncIterator[None]:
-        """Hold the engine awake for one request, after waking it if need be.
+    async def awake(self, known_version: int | None = None) -> AsyncIterator[None]:
+        """Keep the engine awake for one request, after waking it if necessary.
 
-        `orders` is the version that the sender knew. One that had not heard yet of the order to
-        sleep is told so by AsleepError: waking for it could exceed the memory budget. One that
-        knows a newer order than this replica has heard is right. None is nobody's order: wake.
+        Args:
+            known_version: version of the desired residency that the router acted on. If it is not
+                newer than this replica's and the replica is to sleep, waking could exceed the
+                memory budget: raises AsleepError. A newer one says that the replica is to wake.
+                None (no memory budget) always wakes.
+
         Raises ComponentError when the engine does not wake.
         """
         self._requests += 1
         try:
             while self.state != "ready":
-                self._refuse_if_failed()
-                if orders is not None and not self._ordered_awake and orders <= self._version:
-                    raise AsleepError("asleep by order")
-                self._against_order = not self._ordered_awake
-                self._settle()
+                self.check_health()
+                newer = known_version is None or known_version > self._version
+                if not newer and not self._desired_awake:
+                    raise AsleepError("asleep, as the residency planner desires")
+                self._woken_by_request = not self._desired_awake
+                self._start_change()
                 await self._awake.wait()
             yield
         finally:
             self._requests -= 1
             if not self._requests:
-                self._idle()
+                self._on_idle()
 
     def check_health(self) -> None:
         """Raise ComponentError when the engine did not wake."""
-        self._refuse_if_failed()
+        if self.state == "failed":
+            raise ComponentError(f"the engine {self._failure}")
 
-    def repeat(self) -> None:
-        """Report the present state again, to somebody who has forgotten it."""
-        self._tell(self._failure)
+    def report_again(self) -> None:
+        """Repeat the last report, for a knowledge actor that has restarted."""
+        self._send_report(self._failure)
 
     def stop(self) -> None:
-        """Change nothing any more."""
-        self._end_pause()
+        """Make no further change."""
+        self._end_stay_awake()
         if self._change is not None:
             self._change.cancel()
 
-    def _idle(self) -> None:
-        if self._ordered_awake or self.state == "failed":
+    def _on_idle(self) -> None:
+        if self._desired_awake or self.state == "failed":
             return
-        if self._against_order:
-            self._start_pause(LINGER_S)
-        self._settle()
+        if self._woken_by_request:
+            self._start_stay_awake(LINGER_S)
+        self._start_change()
 
-    def _start_pause(self, seconds: float) -> None:
-        self._end_pause()
-        self._pause = self._call_later(seconds, self._pause_over)
+    def _start_stay_awake(self, seconds: float) -> None:
+        self._end_stay_awake()
+        self._stay_awake = self._call_later(seconds, self._on_stay_awake_over)
 
-    def _pause_over(self) -> None:
-        self._pause = None
+    def _on_stay_awake_over(self) -> None:
+        self._stay_awake = None
         if not self._requests:
-            self._against_order = False
-        self._settle()
+            self._woken_by_request = False
+        self._start_change()
 
-    def _end_pause(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
+    def _end_stay_awake(self) -> None:
+        if self._stay_awake is not None:
+            self._stay_awake.cancel()
+            self._stay_awake = None
 
     @property
-    def _wanted_awake(self) -> bool:
-        return bool(self._ordered_awake or self._requests or self._pause is not None)
+    def _should_be_awake(self) -> bool:
+        return bool(self._desired_awake or self._requests or self._stay_awake is not None)
 
     @property
     def _settled(self) -> bool:
-        return self.state == "failed" or (self.state == "ready") == self._wanted_awake
+        return self.state == "failed" or (self.state == "ready") == self._should_be_awake
 
-    def _settle(self) -> None:
+    def _start_change(self) -> None:
         if not self._settled and (self._change is None or self._change.done()):
-            self._change = asyncio.create_task(self._follow())
+            self._change = asyncio.create_task(self._run_changes())
 
-    async def _follow(self) -> None:
+    async def _run_changes(self) -> None:
         while not self._settled:
-            if self._wanted_awake:
+            if self._should_be_awake:
                 await self._wake()
             else:
                 await self._sleep()
@@ -181,54 +197,44 @@ class Tier:
         started = self._clock()
         try:
             await self._engine.sleep()
-        except Exception as error:  # noqa: BLE001  # whatever it was, the engine is still awake
+        except Exception as error:  # noqa: BLE001  # of any type: the engine is still awake
             log.error("does not sleep, stays awake: %r", error)
-            self._start_pause(RETRY_S)
-            self._become("ready", f"does not sleep: {error!r}")
+            self._start_stay_awake(RETRY_S)
+            self._enter("ready", f"does not sleep: {error!r}")
             return
         self._times["sleep"] = self._clock() - started
-        self._become("asleep")
+        self._enter("asleep")
 
     async def _wake(self) -> None:
-        self._become("waking")
+        self._enter("waking")
         started = self._clock()
         try:
             await self._engine.wake()
-        except Exception as error:  # noqa: BLE001  # whatever it was, the replica is replaced
+        except Exception as error:  # noqa: BLE001  # of any type: Serve replaces the replica
             self._failure = f"does not wake: {error!r}"
             log.error("%s", self._failure)
-            self._become("failed", self._failure)
+            self._enter("failed", self._failure)
             return
         self._times["wake"] = self._clock() - started
-        self._become("ready")
+        self._enter("ready")
 
-    def _become(self, state: str, detail: str = "") -> None:
+    def _enter(self, state: str, detail: str = "") -> None:
         self.state = state
         if state in ("ready", "failed"):
             self._awake.set()
-        self._tell(detail)
+        self._send_report(detail)
 
-    def _tell(self, detail: str = "") -> None:
-        # Until it sleeps it takes its memory, which is what others want to know.
+    def _send_report(self, detail: str = "") -> None:
+        # Memory is what the residency coordinator needs to know of: it is taken until "asleep".
         state = "ready" if self.state == "falling asleep" else self.state
         self._report(state, self._times, detail)
 
-    def _refuse_if_failed(self) -> None:
-        if self.state == "failed":
-            raise ComponentError(f"the engine {self._failure}")
 
+async def follow_desired_residency(app_name: str, slm_id: str, residency: ReplicaResidency) -> None:
+    """Pass the SLM's desired residency on to `residency`, for ever; hot when none is published.
 
-log = logging.getLogger("ray.serve")
-
-POLL_S = 30.0
-POLL_RETRY_S = 1.0
-
-
-async def follow_orders(app_name: str, slm_id: str, tier: Tier) -> None:
-    """Pass on to `tier`, for ever, what the board orders for the SLM; no word means hot.
-
-    While the actor is away the last order stays. One that restarted has forgotten what its replicas
-    reported, so they say it again.
+    While the knowledge actor is unreachable the last desired residency stays. A restarted actor
+    has lost the replicas' reports, so the replica repeats its own.
     """
     actor: Any = None
     seen: dict[str, int] = {}
@@ -239,17 +245,17 @@ async def follow_orders(app_name: str, slm_id: str, tier: Tier) -> None:
             actor = actor or ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
             updates: dict[str, Update] = await actor.follow.remote(seen, POLL_S, topics)
         except (RayActorError, RayTaskError, ValueError) as error:
-            log.warning("no orders for SLM %s, it stays as it is: %s", slm_id, error)
+            log.warning("SLM %s: no desired residency, stays as it is: %s", slm_id, error)
             actor = None
             await asyncio.sleep(POLL_RETRY_S)
             continue
         seen |= {topic: update.revision for topic, update in updates.items()}
         if Topic.SLMS in updates:
-            tier.repeat()
+            residency.report_again()
         if update := updates.get(Topic.RESIDENCY):
             try:
                 desired: DesiredResidency = decode(Topic.RESIDENCY, update)
             except KnowledgeError as error:
                 log.error("SLM %s stays as it is: %s", slm_id, error)
                 continue
-            tier.order(desired.tiers.get(slm_id, Residency.HOT), update.revision)
+            residency.set_desired(desired.tiers.get(slm_id, Residency.HOT), update.revision)

@@ -1,4 +1,4 @@
-"""How an SLM replica reports its state to the knowledge actor: best effort, never waiting."""
+"""How an SLM replica reports its state to the knowledge actor: best effort, without waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deployments.knowledge.address import NAMESPACE, actor_name
 
 
 class StateReporter:
-    """An SLM replica's way to say how its start goes; best effort, fire and forget."""
+    """Reports state and energy of one SLM replica; a report that is lost is not repeated."""
 
     def __init__(self, app_name: str, slm_id: str, replica_id: str) -> None:
         self._name = actor_name(app_name)
@@ -36,7 +36,7 @@ class StateReporter:
         actor.report_state.remote(self._slm_id, self._replica_id, REPLICA_REPORT.encode(report))
 
     def energy(self, report: EnergyReport) -> None:
-        """Report the replica's energy."""
+        """Report the replica's energy so far; see `ReplicaEnergy.report`."""
         with contextlib.suppress(ValueError):  # no knowledge actor
             actor = ray.get_actor(self._name, namespace=NAMESPACE)
             actor.report_energy.remote(self._slm_id, self._replica_id, ENERGY_REPORT.encode(report))

@@ -22,7 +22,7 @@ os.environ |= process_environment(spec)
 
 from vllm.model_executor.layers import utils
 from deployments.slm.engine.engine import Engine, RequestFacts
-from deployments.slm.sleep import Tier
+from deployments.slm.sleep import ReplicaResidency
 
 if kernel == "onednn":  # what CPUs without matrix units run
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
@@ -42,7 +42,7 @@ async def main():
         facts, parts = RequestFacts(), []
         messages = [{"role": "user", "content": prompt}]
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 48}
-        async with tier.awake():
+        async with residency.awake():
             async for chunk in engine.chat(body, facts):
                 parts.append(chunk)
         message = json.loads(b"".join(parts))["choices"][0]["message"]
@@ -57,11 +57,14 @@ async def main():
         return memory.rss - memory.shared
 
     async def reach(state):
-        while tier.state != state:
+        while residency.state != state:
             await asyncio.sleep(0.01)
 
     reports = []
-    tier = Tier(engine, lambda state, times, detail: reports.append((state, dict(times), detail)))
+    def report(state, times, detail):
+        reports.append((state, dict(times), detail))
+
+    residency = ReplicaResidency(engine, report)
     await answers()
     before = [text for text, _ in await answers()]
     found = {"answers": len(set(before)), "equal": [], "cached": [], "freed": [], "taken": []}
@@ -70,12 +73,12 @@ async def main():
             fill = [answer(f"{i + j} filling the cache " * 80, slm) for j in range(8)]
             await asyncio.gather(*fill)
         awake = private_bytes()
-        tier.order("asleep")
+        residency.set_desired("asleep")
         await reach("asleep")
         asleep = private_bytes()
         held = [asyncio.create_task(answer(PROMPTS[0], slm)) for _ in range(4)]  # they wake it
         texts = [text for text, _ in await asyncio.gather(*held)]
-        tier.order("hot")
+        residency.set_desired("hot")
         found["taken"].append(private_bytes() - asleep)
         found["freed"].append(awake - asleep)
         after = await answers()

@@ -1,4 +1,4 @@
-"""Half of the fleet's memory serves the whole fleet: SLMs sleep and wake in turns."""
+"""Half of the fleet's memory serves the whole fleet: SLMs sleep and wake."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def budget(fleet: ServedFleet) -> Iterator[int]:
     yield half
     put(fleet, {}).raise_for_status()
     eventually(
-        "everybody is awake",
+        "every SLM is awake",
         lambda: all(
             s["state"] == "hot"
             for url in fleet.router_urls()
@@ -57,16 +57,16 @@ def test_every_slm_answers_within_half_of_the_memory(fleet: ServedFleet, budget:
         answer = fleet.chat("list all files", slm_id, max_tokens=4)
         assert (answer.status_code, answer.headers["x-calm-model"]) == (200, slm_id)
         assert fleet.get("/v1/fleet")["residency"]["hot_bytes"] <= budget
-    # All at once: requests of an SLM wait together, and nobody is turned away.
+    # All at once: requests of an SLM wait together, and none is refused.
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(fleet.chat, "list files", IDS[n % 6], max_tokens=4) for n in range(36)]
         assert [f.result().status_code for f in asked] == [200] * 36
 
-    def told() -> dict[str, Any] | None:
+    def counted() -> dict[str, Any] | None:
         found: dict[str, Any] = fleet.get("/v1/fleet")["residency"]
         return found if found["hits"] + found["misses"] >= 48 else None
 
-    residency = eventually("every request was counted", told, 10.0)
+    residency = eventually("every request was counted", counted, 10.0)
     assert residency["peak_bytes"] <= budget
     assert residency["swaps"] >= 6
     assert 0.0 < residency["hit_ratio"] < 1.0

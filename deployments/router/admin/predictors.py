@@ -20,7 +20,7 @@ class PredictorsEndpoint:
         self._knowledge = knowledge
 
     async def get(self, request: Request) -> Response:
-        """Stored predictors with metrics and state, the shadow, the live comparison, the last change."""
+        """Stored predictors with metrics and state, shadow, live comparison, last change."""
         del request
         return http.json_response(await self._knowledge.predictors())
 

@@ -1,4 +1,4 @@
-"""`/v1/residency`: the memory budget and who shares it, and changing that without a restart."""
+"""`/v1/residency`: shows the memory budget and its use, and changes it without a restart."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MAX_BODY_BYTES = 65_536
 
 
 class ResidencyEndpoint:
-    """GET and PUT. A change lasts until the next deployment, whose configuration then counts."""
+    """GET and PUT. A change lasts until the next deployment brings its own configuration."""
 
     def __init__(
-        self, loop: ModelSelector, tiers: ResidencyView, knowledge: KnowledgeClient
+        self, loop: ModelSelector, view: ResidencyView, knowledge: KnowledgeClient
     ) -> None:
-        self._loop, self._tiers, self._knowledge = loop, tiers, knowledge
+        self._loop, self._view, self._knowledge = loop, view, knowledge
 
     async def get(self, request: Request) -> Response:
-        """The settings, what they made of memory and requests so far, and each SLM's tier."""
+        """The settings, memory use, hits and swaps so far, and each SLM's desired tier."""
         del request
         return http.json_response(self._document())
 
@@ -45,9 +45,9 @@ class ResidencyEndpoint:
         return http.json_response({"residency": options.model_dump(mode="json")})
 
     def _document(self) -> dict[str, Any]:
-        summary = self._tiers.summary
+        summary = self._view.summary
         return {
-            "residency": self._tiers.options.model_dump(mode="json"),
+            "residency": self._view.options.model_dump(mode="json"),
             **({} if summary is None else asdict(summary)),
-            "tiers": self._tiers.ordered(),
+            "tiers": self._view.desired(),
         }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from calm_serve.config import ResidencyOptions, SLMSpec
-from calm_serve.residency import Demand, ModelFootprint, build, publishable
+from calm_serve.residency import Demand, ModelFootprint, build, within_budget
 from calm_serve.routing import ModelSelector
 from calm_serve.testing import FakeClock
 from calm_serve.types import Residency, SLMState
@@ -98,18 +98,18 @@ class Memory:
         now = self._host.clock.now_s
         arrivals, self._arrivals = tuple(self._arrivals), []
         held = {i: len(w) for i, w in self._waiting.items() if w}
-        plan = self.planner.step(now, Demand(arrivals, held), self._occupants())
-        self._waits = dict(plan.waits)
+        plan = self.planner.step(now, Demand(arrivals, held), self._footprints())
+        self._waits = dict(plan.wait_s)
         if not self._tiers:  # before the first request: whatever the planner wants is awake
-            self._tiers = dict(plan.tiers)
-            self._published = dict(plan.tiers)
+            self._tiers = dict(plan.desired)
+            self._published = dict(plan.desired)
             return
         # Twice, because what falls asleep at once makes room for what wakes.
         for _ in range(2):
-            orders = publishable(plan, self._occupants(), self._published, self._budget)
-            for slm_id, tier in orders.items():
+            desired = within_budget(plan, self._footprints(), self._published, self._budget)
+            for slm_id, tier in desired.items():
                 self._obey(slm_id, tier, now)
-            self._published = orders
+            self._published = desired
         self._host.forget_states()
         if held and not self._polling:
             self._polling = True
@@ -155,7 +155,7 @@ class Memory:
                 self._host.give_up(call)
                 return
 
-    def _occupants(self) -> list[ModelFootprint]:
+    def _footprints(self) -> list[ModelFootprint]:
         found = []
         for slm_id, spec in self._host.loop.specs.items():
             speed = self._host.answers.speeds[slm_id]
@@ -163,7 +163,7 @@ class Memory:
                 ModelFootprint(
                     slm_id,
                     {NODE: spec.declared_bytes},
-                    tier=self._tiers.get(slm_id, Residency.ASLEEP),
+                    observed=self._tiers.get(slm_id, Residency.ASLEEP),
                     wake_s=speed.wake_s,
                     wake_j=speed.wake_j,
                     answer_s=speed.first_s + speed.tpot_s * spec.priors.output_tokens,

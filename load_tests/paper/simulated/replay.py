@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_serve.residency import (
-    OCCUPYING,
+    IN_MEMORY,
     Demand,
     ModelFootprint,
     Planner,
-    publishable,
+    within_budget,
 )
 from calm_serve.types import Residency
 
@@ -44,13 +44,13 @@ class _Cache:
     def __init__(
         self,
         planner: Planner,
-        occupants: Sequence[ModelFootprint],
+        footprints: Sequence[ModelFootprint],
         budget_bytes: int,
         hold_s: float,
     ) -> None:
         self._planner, self._budget, self._hold_s = planner, budget_bytes, hold_s
-        self._occupants = {o.slm_id: o for o in occupants}
-        self._tiers = {o.slm_id: o.tier for o in occupants}
+        self._footprints = {o.slm_id: o for o in footprints}
+        self._tiers = {o.slm_id: o.observed for o in footprints}
         self._published: dict[str, Residency] = {}
         self.waiting: dict[str, list[float]] = {}
         self.waited_s = 0.0
@@ -64,9 +64,9 @@ class _Cache:
         before = dict(self._tiers)
         plan = self._planner.step(now, demand, self._now())
         for _ in range(2):  # what sleeps first makes room for what wakes
-            orders = publishable(plan, self._now(), self._published, self._budget)
-            self._published, self._tiers = orders, dict(orders)
-            hot = [self._occupants[i] for i, t in orders.items() if t in OCCUPYING]
+            desired = within_budget(plan, self._now(), self._published, self._budget)
+            self._published, self._tiers = desired, dict(desired)
+            hot = [self._footprints[i] for i, t in desired.items() if t in IN_MEMORY]
             self.peak_bytes = max(self.peak_bytes, sum(o.bytes for o in hot))
         for slm_id, since in self.waiting.items():
             if self.is_hot(slm_id):
@@ -95,19 +95,19 @@ class _Cache:
                 o.pinned,
                 o.may_go_cold,
             )
-            for o in self._occupants.values()
+            for o in self._footprints.values()
         ]
 
 
 def replay(
     trace: Trace,
     planner: Planner,
-    occupants: Sequence[ModelFootprint],
+    footprints: Sequence[ModelFootprint],
     budget_bytes: int,
     hold_s: float = 30.0,
 ) -> Replayed:
-    """Run `planner` over the trace from the occupants' tiers; see Replayed."""
-    cache = _Cache(planner, occupants, budget_bytes, hold_s)
+    """Run `planner` over the trace from the footprints' tiers; see Replayed."""
+    cache = _Cache(planner, footprints, budget_bytes, hold_s)
     hits, clock = 0, trace[0][0] if trace else 0.0
     cache.step(clock)
     for at, slm_id in trace:
@@ -132,6 +132,6 @@ def ids_of(trace: Trace) -> list[str]:
     return [slm_id for _, slm_id in trace]
 
 
-def sizes_of(occupants: Sequence[ModelFootprint]) -> Mapping[str, int]:
+def sizes_of(footprints: Sequence[ModelFootprint]) -> Mapping[str, int]:
     """Declared bytes per SLM."""
-    return {o.slm_id: o.bytes for o in occupants}
+    return {o.slm_id: o.bytes for o in footprints}

@@ -53,9 +53,9 @@ def _equal(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
     # The same with the right not to load what is asked for: what prefetch can be compared with.
     found: Figures = {"belady": best}
     for policy in POLICIES:
-        occupants = [_occupant(answers, i, 1, n < places) for n, i in enumerate(ids)]
+        footprints = [_footprint(answers, i, 1, n < places) for n, i in enumerate(ids)]
         planner = build(options_of(policy, places), latency_per_s=0.1, energy_per_j=0.002)
-        hits = replay(trace, planner, occupants, places)
+        hits = replay(trace, planner, footprints, places)
         found[f"{policy}.hit_rate"] = hits.hit_ratio
         found[f"{policy}.hit_ratio_belady"] = hits.hit_ratio / best
         found[f"{policy}.swaps_per_request"] = hits.swaps / len(trace)
@@ -71,16 +71,16 @@ def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
         if size <= left:
             first.append(slm_id)
             left -= size
-    occupants = [_occupant(answers, i, size, i in first) for i, size in sizes.items()]
+    footprints = [_footprint(answers, i, size, i in first) for i, size in sizes.items()]
     planner = build(
         options_of(ResidencyPolicyName.CALM, budget), latency_per_s=0.1, energy_per_j=0.002
     )
-    hits = replay(trace, planner, occupants, budget)
+    hits = replay(trace, planner, footprints, budget)
     bound = belady_bound(ids_of(trace), sizes, budget, first) / len(trace)
     return {"bytes.calm.hit_rate": hits.hit_ratio, "bytes.belady_bound": bound}
 
 
-def _occupant(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootprint:
+def _footprint(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootprint:
     speed = answers.speeds[slm_id]
     tier = Residency.HOT if hot else Residency.ASLEEP
     return ModelFootprint(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)

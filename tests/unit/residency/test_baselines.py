@@ -26,7 +26,7 @@ IDS = "abcdef"
 SLOTS = 3
 
 
-def occupants(sizes: dict[str, int] | None = None) -> list[ModelFootprint]:
+def footprints(sizes: dict[str, int] | None = None) -> list[ModelFootprint]:
     sizes = sizes or dict.fromkeys(IDS, 1)
     return [
         ModelFootprint(i, {"node": n}, Residency.ASLEEP, wake_s=0.3, wake_j=0.3, answer_s=0.3)
@@ -41,7 +41,7 @@ def run(
         memory_budget_bytes=budget, policy=ResidencyPolicyName(policy), **fields
     )
     planner = build(options, latency_per_s=0.2, energy_per_j=0.02)
-    return replay(trace, planner, occupants(), budget)
+    return replay(trace, planner, footprints(), budget)
 
 
 def at_rate(rate: float, ids: list[str], seed: int = 1) -> list[tuple[float, str]]:
@@ -90,14 +90,14 @@ def test_static_never_moves() -> None:
 
 def test_belady_on_traces_with_a_known_optimum() -> None:
     assert belady("abcabcabc", 3, "abc") == 9
-    assert belady("abcd" * 3, 3, "abc") == 9  # each miss drops whoever was used last
+    assert belady("abcd" * 3, 3, "abc") == 9  # each miss evicts the SLM that was used last
     assert belady("aXaYaZa", 1, "a", bypass=True) == 4
     assert belady("aXaYaZa", 1, "a") == 1
     assert belady("", 3) == 0
 
 
 @given(st.lists(st.sampled_from(IDS), max_size=60), st.integers(1, 5))
-def test_nobody_who_loads_on_a_miss_beats_belady(ids: list[str], slots: int) -> None:
+def test_no_policy_that_loads_on_a_miss_beats_belady(ids: list[str], slots: int) -> None:
     trace = [(float(n), i) for n, i in enumerate(ids)]
     start = IDS[:slots]
     best = belady(ids, slots, start)
@@ -113,7 +113,7 @@ def test_nobody_who_loads_on_a_miss_beats_belady(ids: list[str], slots: int) -> 
     st.integers(4, 9),
 )
 def test_the_bound_for_unequal_sizes_holds(ids: list[str], sizes: list[int], budget: int) -> None:
-    slms = occupants(dict(zip(IDS, sizes, strict=True)))
+    slms = footprints(dict(zip(IDS, sizes, strict=True)))
     options = ResidencyOptions(memory_budget_bytes=budget, policy=ResidencyPolicyName.LRU)
     planner = build(options, latency_per_s=0.2, energy_per_j=0.02)
     trace = [(float(n), i) for n, i in enumerate(ids)]
@@ -133,12 +133,12 @@ def test_the_bound_for_unequal_sizes_holds(ids: list[str], sizes: list[int], bud
     [(SKEWED, 0.02), (CHANGING, 0.01), (BURSTY, -0.01)],
     ids=["skewed", "phases that change", "bursts"],
 )
-def test_ours_hits_more_often_than_lru(ids: list[str], better_by: float, rate: float) -> None:
+def test_calm_hits_more_often_than_lru(ids: list[str], better_by: float, rate: float) -> None:
     trace = at_rate(rate, ids)
-    ours, lru = run("calm", trace), run("lru", trace)
-    assert ours.hit_ratio >= lru.hit_ratio + better_by
-    assert ours.refused == lru.refused == 0
-    assert ours.peak_bytes <= SLOTS
+    calm, lru = run("calm", trace), run("lru", trace)
+    assert calm.hit_ratio >= lru.hit_ratio + better_by
+    assert calm.refused == lru.refused == 0
+    assert calm.peak_bytes <= SLOTS
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,18 @@ def test_ours_hits_more_often_than_lru(ids: list[str], better_by: float, rate: f
     [(SKEWED, -0.01), (CHANGING, 0.1), (BURSTY, -0.01)],
     ids=["skewed", "phases that change", "bursts"],
 )
-def test_ours_follows_changes_that_lfu_sleeps_through(ids: list[str], better_by: float) -> None:
+def test_calm_follows_changes_that_lfu_misses(ids: list[str], better_by: float) -> None:
     trace = at_rate(0.5, ids)
     assert run("calm", trace).hit_ratio >= run("lfu", trace).hit_ratio + better_by
 
 
-def test_ours_comes_close_to_the_optimum_where_demand_is_skewed_or_bursty() -> None:
+def test_calm_comes_close_to_the_optimum_where_demand_is_skewed_or_bursty() -> None:
     for ids in (SKEWED, CHANGING, BURSTY):
         best = belady(ids, SLOTS, "abc") / len(ids)
         assert run("calm", at_rate(0.5, ids)).hit_ratio >= 0.94 * best
 
 
-def test_turns_are_foreseen_and_beat_everybody_who_loads_on_a_miss() -> None:
+def test_a_cycle_is_foreseen_and_beats_the_optimum_of_loading_on_a_miss() -> None:
     ids = list(IDS * 60)
     trace = [(2.0 * n, i) for n, i in enumerate(ids)]
     assert run("lru", trace).hit_ratio < 0.02

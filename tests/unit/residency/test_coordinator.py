@@ -1,4 +1,4 @@
-"""The residency desk: what routers and replicas say becomes orders, never more than the budget."""
+"""The residency coordinator: reports become desired residency, within the budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from calm_serve.config import ResidencyOptions
 from calm_serve.residency.coordinator import (
     GONE_AFTER_S,
-    OWED_PATIENCE_S,
+    MISSING_REPLICA_PATIENCE_S,
     RESIDENCY_KEY,
     RESTART_PATIENCE_S,
     ROUTER_EXPIRY_S,
@@ -27,23 +27,23 @@ def spec(slm_id: str, **fields: Any) -> Any:
 
 
 class Fleet:
-    """Replicas that obey, and one router, around a desk."""
+    """A coordinator, one router and one replica per SLM, which report what a test says."""
 
     def __init__(self, budget: int | None = 2 * SIZE, store: Store | None = None) -> None:
         self.clock, self.store = FakeClock(), store or Store()
-        self.orders: list[dict[str, str]] = []
-        self.desk = ResidencyCoordinator(
-            self.store, lambda v: self.orders.append(v["tiers"]), self.clock
+        self.published: list[dict[str, str]] = []
+        self.coordinator = ResidencyCoordinator(
+            self.store, lambda v: self.published.append(v["tiers"]), self.clock
         )
-        self.desk.set_slms([spec(i) for i in IDS])
+        self.coordinator.set_slms([spec(i) for i in IDS])
         self.options = ResidencyOptions(memory_budget_bytes=budget, min_resident_s=0.5)
 
     def deploy(self) -> Fleet:
-        self.store.texts[RESIDENCY_KEY] = self.desk.configure(self.options, 0.2, 0.02)
+        self.store.texts[RESIDENCY_KEY] = self.coordinator.configure(self.options, 0.2, 0.02)
         return self
 
     def up(self) -> Fleet:
-        """Every replica has started and obeyed its first order; a and b are hot."""
+        """Every replica has started and followed its first desired residency; a and b are hot."""
         self.deploy()
         for slm_id in IDS:
             self.report(slm_id, "ready")
@@ -53,7 +53,7 @@ class Fleet:
         return self
 
     def report(self, slm_id: str, state: str, **times: float) -> None:
-        self.desk.report(slm_id, f"{slm_id}-1", state, times)
+        self.coordinator.report(slm_id, f"{slm_id}-1", state, times)
 
     def want(
         self, *wanted: str, held: dict[str, int] | None = None, gone: str = "", **more: Any
@@ -67,7 +67,7 @@ class Fleet:
             "misses": 0,
             **more,
         }
-        return self.desk.want("router", said)
+        return self.coordinator.want("router", said)
 
     def later(self, seconds: float) -> None:
         for _ in range(round(seconds * 2)):
@@ -76,7 +76,7 @@ class Fleet:
 
     @property
     def hot(self) -> set[str]:
-        return {i for i, tier in self.orders[-1].items() if tier == "hot"}
+        return {i for i, tier in self.published[-1].items() if tier == "hot"}
 
 
 class Store:
@@ -87,18 +87,18 @@ class Store:
         return self.texts.get(key)
 
 
-def test_without_a_budget_the_desk_is_silent() -> None:
+def test_without_a_budget_nothing_is_published() -> None:
     fleet = Fleet(None).deploy()
     fleet.report("a", "ready")
     assert fleet.want("a") == {"waits": {}}
-    assert fleet.orders == []
+    assert fleet.published == []
 
 
-def test_the_first_orders_are_there_before_any_replica() -> None:
+def test_desired_residency_is_published_before_any_replica_is_up() -> None:
     assert Fleet().deploy().hot == {"a", "b"}
 
 
-def test_a_wake_up_waits_for_the_report_of_the_one_that_gives_way() -> None:
+def test_a_wake_up_waits_for_the_report_of_the_evicted_replica() -> None:
     fleet = Fleet().up()
     fleet.want("a", "c", held={"c": 1})
     assert fleet.hot == {"a"}
@@ -108,10 +108,10 @@ def test_a_wake_up_waits_for_the_report_of_the_one_that_gives_way() -> None:
     assert fleet.want()["hot_bytes"] <= 2 * SIZE
 
 
-def test_a_replica_that_died_and_is_not_replaced_makes_room_like_one_that_sleeps() -> None:
+def test_a_dead_replica_without_replacement_frees_its_memory() -> None:
     fleet = Fleet().up()
     may_go = {"residency": "on_demand", "scaling": {"min_replicas": 0}}
-    fleet.desk.set_slms([spec(i, **may_go) for i in IDS])
+    fleet.coordinator.set_slms([spec(i, **may_go) for i in IDS])
     fleet.want("a", "c", held={"c": 1})
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
@@ -119,7 +119,7 @@ def test_a_replica_that_died_and_is_not_replaced_makes_room_like_one_that_sleeps
     assert fleet.hot == {"a", "c"}
 
 
-def test_a_replica_that_woke_without_an_order_keeps_others_asleep() -> None:
+def test_a_replica_that_a_request_woke_keeps_others_asleep() -> None:
     fleet = Fleet().up()
     fleet.want("a", "c", held={"c": 1})
     fleet.report("b", "waking")
@@ -147,11 +147,11 @@ def test_a_first_start_is_no_wake_up() -> None:
     assert fleet.want()["waits"]["c"] < 5.0
 
 
-def test_after_a_restart_nobody_is_ordered_before_the_replicas_have_spoken() -> None:
+def test_after_a_restart_nothing_is_published_before_the_replicas_report() -> None:
     store = Fleet().up().store
     fleet = Fleet(store=store)
     fleet.want(held={"a": 1})
-    assert fleet.orders == []
+    assert fleet.published == []
     fleet.report("b", "ready")
     fleet.report("c", "ready")
     fleet.report("a", "asleep")
@@ -159,7 +159,7 @@ def test_after_a_restart_nobody_is_ordered_before_the_replicas_have_spoken() -> 
     assert fleet.hot == {"b", "c"}
 
 
-def test_after_a_restart_silence_is_taken_for_hot() -> None:
+def test_after_a_restart_replicas_that_do_not_report_count_as_hot() -> None:
     fleet = Fleet(store=Fleet().up().store)
     fleet.want()
     fleet.clock.advance(RESTART_PATIENCE_S + 0.1)
@@ -168,21 +168,21 @@ def test_after_a_restart_silence_is_taken_for_hot() -> None:
     assert len(fleet.hot) == 2
 
 
-def test_a_deployment_without_a_budget_wakes_everybody() -> None:
+def test_a_deployment_without_a_budget_wakes_every_slm() -> None:
     fleet = Fleet().up()
     fleet.options = ResidencyOptions()
     fleet.deploy()
-    assert fleet.orders[-1] == {}
+    assert fleet.published[-1] == {}
     assert json.loads(fleet.store.texts[RESIDENCY_KEY])["options"]["memory_budget_bytes"] is None
 
 
-def test_a_router_that_fell_silent_waits_for_nothing() -> None:
+def test_queues_of_a_router_that_stopped_reporting_are_dropped() -> None:
     fleet = Fleet().up()
     fleet.want(held={"c": 3})
-    assert fleet.desk.summary()["held_requests"] == 3
+    assert fleet.coordinator.summary()["held_requests"] == 3
     fleet.clock.advance(ROUTER_EXPIRY_S + 0.1)
-    fleet.desk.step()
-    assert fleet.desk.summary()["held_requests"] == 0
+    fleet.coordinator.step()
+    assert fleet.coordinator.summary()["held_requests"] == 0
 
 
 def test_hits_of_all_routers_are_counted() -> None:
@@ -193,7 +193,7 @@ def test_hits_of_all_routers_are_counted() -> None:
     assert answer["recent_hit_ratio"] == pytest.approx(0.8)
 
 
-def test_starting_up_above_the_budget_is_no_peak() -> None:
+def test_the_start_above_the_budget_is_no_peak() -> None:
     fleet = Fleet().deploy()
     for slm_id in IDS:
         fleet.report(slm_id, "warming up")
@@ -206,36 +206,38 @@ def test_starting_up_above_the_budget_is_no_peak() -> None:
 def test_a_remote_slm_is_not_planned() -> None:
     fleet = Fleet().deploy()
     remote = {"locality": "remote", "remote": {"base_url": "http://far/v1"}}
-    fleet.desk.set_slms([spec("a"), make_spec("far", **remote)])
-    assert set(fleet.orders[-1]) == {"a"}
+    fleet.coordinator.set_slms([spec("a"), make_spec("far", **remote)])
+    assert set(fleet.published[-1]) == {"a"}
 
 
 def test_an_slm_on_two_nodes_counts_on_both() -> None:
     fleet = Fleet(SIZE)
-    fleet.desk.set_slms([spec("a", scaling={"min_replicas": 2, "max_replicas": 2}), spec("b")])
+    fleet.coordinator.set_slms(
+        [spec("a", scaling={"min_replicas": 2, "max_replicas": 2}), spec("b")]
+    )
     fleet.deploy()
     replicas = {"a": {"a-1": "one", "a-2": "two"}, "b": {"b-1": "two"}}
     for replica_id in ("a-1", "a-2"):
-        fleet.desk.report("a", replica_id, "ready", {})
-    fleet.desk.report("b", "b-1", "asleep", {})
+        fleet.coordinator.report("a", replica_id, "ready", {})
+    fleet.coordinator.report("b", "b-1", "asleep", {})
     answer = fleet.want(replicas=replicas)
     assert answer["hot_bytes"] == SIZE
     assert len(fleet.hot) == 1
 
 
-def test_a_replica_counts_from_when_it_is_ordered() -> None:
+def test_a_missing_replica_counts_as_starting() -> None:
     fleet = Fleet().up()
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
         answer = fleet.want(gone="a")  # a has died, and Serve starts another one
     assert answer["hot_bytes"] == 2 * SIZE  # with b
-    fleet.clock.advance(OWED_PATIENCE_S)
+    fleet.clock.advance(MISSING_REPLICA_PATIENCE_S)
     assert fleet.want(gone="a")["hot_bytes"] == SIZE
-    fleet.desk.report("a", "a-2", "importing", {})
+    fleet.coordinator.report("a", "a-2", "importing", {})
     assert fleet.want(gone="a")["hot_bytes"] == 2 * SIZE
 
 
-def test_nobody_is_woken_into_the_memory_of_a_replica_that_starts() -> None:
+def test_no_slm_is_woken_into_the_memory_of_a_starting_replica() -> None:
     fleet = Fleet().up()
     fleet.want("a", "c", held={"c": 1})
     fleet.report("b", "asleep")
@@ -248,4 +250,6 @@ def test_nobody_is_woken_into_the_memory_of_a_replica_that_starts() -> None:
         fleet.clock.advance(0.5)
         fleet.want("b", held={"b": 1}, gone="b")
         assert len(fleet.hot) <= 2
-        assert fleet.desk.summary()["hot_bytes"] == 3 * SIZE  # as a fact: it loads before it sleeps
+        assert (
+            fleet.coordinator.summary()["hot_bytes"] == 3 * SIZE
+        )  # observed: it loads before it sleeps

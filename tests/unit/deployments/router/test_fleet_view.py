@@ -177,7 +177,7 @@ def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_said(
     view: FleetView, live: LiveView
 ) -> None:
     set_replicas(live, "hot", make_replica("a", running=1, waiting=2, kv_usage_ratio=0.3))
-    view.set_tiers({"tiers": {"hot": "asleep"}, "options": {}}, 1)
+    view.set_desired_residency({"tiers": {"hot": "asleep"}, "options": {}}, 1)
     view.set_reports(said("ready"))
     assert row(view, "hot")["running"] == 1  # it still answers
     view.set_reports(said("asleep"))

@@ -1,4 +1,4 @@
-"""The router and SLMs that sleep: requests are held, kept informed, refused honestly, not lost."""
+"""The router and sleeping SLMs: requests are queued, kept alive, refused in time, not lost."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
     monkeypatch.setattr(deployment, "KnowledgeClient", Knowledge)
     monkeypatch.setattr(deployment, "RouterMetrics", Metrics)
     monkeypatch.setattr(deployment, "REFRESH_S", 0.0)
-    monkeypatch.setattr(wakeup_queue, "QUIET_S", 0.001)
-    monkeypatch.setattr(wakeup_queue, "PERIOD_S", 0.001)
+    monkeypatch.setattr(wakeup_queue, "KEEPALIVE_AFTER_S", 0.001)
+    monkeypatch.setattr(wakeup_queue, "KEEPALIVE_PERIOD_S", 0.001)
     return view
 
 
@@ -50,8 +50,8 @@ def asleep(folder: Path, *items: Any) -> Service:
     return Service(folder, *items)
 
 
-def order(service: Service, tiers: dict[str, str]) -> None:
-    service.router._view.set_tiers({"tiers": tiers, "options": BUDGET}, 1)
+def desire(service: Service, tiers: dict[str, str]) -> None:
+    service.router._view.set_desired_residency({"tiers": tiers, "options": BUDGET}, 1)
 
 
 def stream_of(response: Any) -> AsyncIterator[bytes]:
@@ -64,16 +64,16 @@ async def turns(count: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_stream_hears_comments_until_its_slm_is_awake(
+async def test_a_stream_gets_comments_until_its_slm_is_awake(
     view: LiveView, tmp_path: Path
 ) -> None:
     async with asleep(tmp_path, b"data: 1\n\n", END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
-        assert [await anext(stream) for _ in range(3)] == [wakeup_queue.COMMENT] * 3
-        order(service, {"small": "hot"})
-        rest = [part async for part in stream if part != wakeup_queue.COMMENT]
+        assert [await anext(stream) for _ in range(3)] == [wakeup_queue.KEEPALIVE] * 3
+        desire(service, {"small": "hot"})
+        rest = [part async for part in stream if part != wakeup_queue.KEEPALIVE]
         (outcome,) = await service.outcomes()
     assert rest == [b"data: 1\n\n", END.payload]
     assert response.headers["x-calm-model"] == "small"
@@ -81,13 +81,13 @@ async def test_a_stream_hears_comments_until_its_slm_is_awake(
     assert outcome.extra["preferred_hot"] is False
 
 
-async def test_an_answer_in_one_piece_just_waits(view: LiveView, tmp_path: Path) -> None:
+async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> None:
     async with asleep(tmp_path, ReplyEnd(b"{}", make_facts("r1"))) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         waiting = asyncio.create_task(service.post(CHAT))
         await turns()
         assert not waiting.done()
-        order(service, {"small": "hot"})
+        desire(service, {"small": "hot"})
         response = await waiting
         (outcome,) = await service.outcomes()
     assert (response.status_code, bytes(response.body)) == (200, b"{}")
@@ -101,11 +101,11 @@ async def test_what_fails_after_comments_is_an_error_event(
     view: LiveView, tmp_path: Path, items: Any
 ) -> None:
     async with asleep(tmp_path, *items) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
-        assert await anext(stream) == wakeup_queue.COMMENT
-        order(service, {"small": "hot"})
+        assert await anext(stream) == wakeup_queue.KEEPALIVE
+        desire(service, {"small": "hot"})
         last = [part async for part in stream][-1]
         (outcome,) = await service.outcomes()
     assert last.startswith(b'data: {"error"')
@@ -113,30 +113,26 @@ async def test_what_fails_after_comments_is_an_error_event(
     assert outcome.status in ("error", "rejected")
 
 
-async def test_a_client_that_leaves_while_it_waits_is_not_waited_for(
-    view: LiveView, tmp_path: Path
-) -> None:
+async def test_a_client_that_leaves_leaves_the_queue(view: LiveView, tmp_path: Path) -> None:
     async with asleep(tmp_path, b"data: 1\n\n", END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         stream: Any = stream_of(response)
-        assert await anext(stream) == wakeup_queue.COMMENT
+        assert await anext(stream) == wakeup_queue.KEEPALIVE
         await stream.aclose()
         await turns()
-        assert not service.router._residency._held
+        assert not service.router._wakeup_queue._queued
         (outcome,) = await service.outcomes()
     assert (outcome.status, outcome.http_status) == ("cancelled", 499)
 
 
-async def test_a_stream_that_is_never_read_is_not_waited_for(
-    view: LiveView, tmp_path: Path
-) -> None:
+async def test_a_stream_that_is_never_read_leaves_the_queue(view: LiveView, tmp_path: Path) -> None:
     async with asleep(tmp_path, b"data: 1\n\n", END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         response: Any = await service.post({**CHAT, "stream": True})
         del response
         await turns()
-        assert not service.router._residency._held
+        assert not service.router._wakeup_queue._queued
         (outcome,) = await service.outcomes()
     assert outcome.status == "cancelled"
 
@@ -147,19 +143,19 @@ async def test_a_wait_that_is_too_long_is_refused_with_retry_after(
 ) -> None:
     monkeypatch.setattr(Knowledge, "waits", {"small": 41.5})
     async with asleep(tmp_path, END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         await turns()
         response = await service.post({**CHAT, "stream": stream})
         (outcome,) = await service.outcomes()
     assert (response.status_code, response.headers["retry-after"]) == (503, "42")
     assert b"model_asleep" in bytes(response.body)
-    # Nothing against the SLM: its breaker stays closed.
+    # No failure of the SLM: its breaker stays closed.
     assert (outcome.status, outcome.http_status) == ("rejected", 503)
 
 
 async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path) -> None:
     async with asleep(tmp_path, b"data: 1\n\n", END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         response: Any = await service.post({**CHAT, "model": "large", "stream": True})
         parts = [part async for part in stream_of(response)]
         (outcome,) = await service.outcomes()
@@ -169,7 +165,7 @@ async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path
 
 async def test_the_budget_is_shown_and_changed_at_run_time(view: LiveView, tmp_path: Path) -> None:
     async with asleep(tmp_path, END) as service:
-        order(service, ASLEEP)
+        desire(service, ASLEEP)
         shown = await service.request("GET", "/v1/residency")
         body = json.dumps({"memory_budget_bytes": "2GiB", "policy": "lru"}).encode()
         changed = await service.request("PUT", "/v1/residency", body)

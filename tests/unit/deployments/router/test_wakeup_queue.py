@@ -1,4 +1,4 @@
-"""A router's side of residency: who waits, for how long, and what the client hears meanwhile."""
+"""Router side of residency: which requests queue, for how long, and what their clients get."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ VERSION = 7
 OPTIONS = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
 
 
-def order(tiers: ResidencyView, orders: dict[str, str]) -> None:
-    tiers.set_orders({"tiers": orders, "options": OPTIONS.model_dump(mode="json")}, VERSION)
+def desire(view: ResidencyView, tiers: dict[str, str]) -> None:
+    view.set_desired({"tiers": tiers, "options": OPTIONS.model_dump(mode="json")}, VERSION)
 
 
 def call(slm_id: str = "small", deadline_s: float | None = None) -> Call:
@@ -40,16 +40,16 @@ def call(slm_id: str = "small", deadline_s: float | None = None) -> Call:
 
 
 @pytest.fixture
-def tiers() -> ResidencyView:
-    tiers = ResidencyView()
-    order(tiers, {"small": "asleep", "large": "hot"})
-    return tiers
+def view() -> ResidencyView:
+    view = ResidencyView()
+    desire(view, {"small": "asleep", "large": "hot"})
+    return view
 
 
 @pytest.fixture
-def client(tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch) -> WakeupQueue:
+def queue(view: ResidencyView, monkeypatch: pytest.MonkeyPatch) -> WakeupQueue:
     monkeypatch.setattr(wakeup_queue, "VIEW", LiveView(lambda: 0.0))
-    return WakeupQueue(tiers, RouterOptions(), "router")
+    return WakeupQueue(view, RouterOptions(), "router")
 
 
 async def turns(count: int = 5) -> None:
@@ -57,128 +57,128 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_request_for_a_hot_slm_goes_at_once(client: WakeupQueue) -> None:
+async def test_a_request_for_a_hot_slm_is_admitted_at_once(queue: WakeupQueue) -> None:
     one = call("large")
-    await client.admit(one, "large")
-    assert (one.held, one.inside) == (False, "large")
+    await queue.admit(one, "large")
+    assert (one.queued_for_wakeup, one.running_on) == (False, "large")
 
 
 async def test_a_request_for_a_sleeping_slm_waits_until_it_may_be_woken(
-    client: WakeupQueue, tiers: ResidencyView
+    queue: WakeupQueue, view: ResidencyView
 ) -> None:
     one = call()
-    waiting = asyncio.create_task(client.admit(one, "small"))
+    waiting = asyncio.create_task(queue.admit(one, "small"))
     await turns()
-    assert client._say(make_fleet())["held"] == {"small": 1}
-    order(tiers, {"small": "hot", "large": "asleep"})
+    assert queue._take_demand(make_fleet())["held"] == {"small": 1}
+    desire(view, {"small": "hot", "large": "asleep"})
     await waiting
-    assert one.held
-    assert client._say(make_fleet())["held"] == {}
-    assert client._say(make_fleet())["running"] == {"small": 1}
-    client.left(one)
-    client.left(one)
-    assert client._say(make_fleet())["running"] == {}
+    assert one.queued_for_wakeup
+    assert queue._take_demand(make_fleet())["held"] == {}
+    assert queue._take_demand(make_fleet())["running"] == {"small": 1}
+    queue.release(one)
+    queue.release(one)
+    assert queue._take_demand(make_fleet())["running"] == {}
 
 
-async def test_a_client_that_leaves_releases_its_hold(client: WakeupQueue) -> None:
-    waiting = asyncio.create_task(client.admit(call(), "small"))
+async def test_a_client_that_leaves_leaves_the_queue(queue: WakeupQueue) -> None:
+    waiting = asyncio.create_task(queue.admit(call(), "small"))
     await turns()
     waiting.cancel()
     await turns()
-    assert client._say(make_fleet())["held"] == {}
+    assert queue._take_demand(make_fleet())["held"] == {}
 
 
 @pytest.mark.parametrize(
     ("expected_s", "deadline_s"), [(30.0, None), (5.0, 2.0), (float("inf"), None)]
 )
-async def test_a_wait_beyond_the_limit_is_refused_at_once_with_an_honest_estimate(
-    client: WakeupQueue, tiers: ResidencyView, expected_s: float, deadline_s: float | None
+async def test_a_wait_beyond_the_limit_is_refused_at_once_with_the_estimate(
+    queue: WakeupQueue, view: ResidencyView, expected_s: float, deadline_s: float | None
 ) -> None:
-    tiers.waits = {"small": expected_s}
+    view.wait_s = {"small": expected_s}
     with pytest.raises(AsleepError) as refused:
-        await client.admit(call(deadline_s=deadline_s), "small")
+        await queue.admit(call(deadline_s=deadline_s), "small")
     assert refused.value.http_status == 503
-    longest = wakeup_queue.LONGEST_RETRY_S
+    longest = wakeup_queue.MAX_RETRY_AFTER_S
     assert refused.value.retry_after_s == min(expected_s, longest)
-    # Who was told to come again is expected, unless that would be never.
+    # A client that was told to retry counts as queued, unless the wait has no end.
     expected = {"small": 1} if expected_s < longest else {}
-    assert client._say(make_fleet())["held"] == expected
+    assert queue._take_demand(make_fleet())["held"] == expected
 
 
-async def test_a_hold_ends_at_its_limit(client: WakeupQueue) -> None:
+async def test_a_wait_ends_at_its_limit(queue: WakeupQueue) -> None:
     one = call(deadline_s=0.01)
     with pytest.raises(AsleepError):
-        await client.admit(one, "small")
-    assert client._say(make_fleet())["held"] == {}
+        await queue.admit(one, "small")
+    assert queue._take_demand(make_fleet())["held"] == {}
 
 
-async def test_demand_is_told_once_and_not_lost_when_nobody_listens(
-    client: WakeupQueue, tiers: ResidencyView
+async def test_demand_is_reported_once_and_kept_when_the_actor_does_not_answer(
+    queue: WakeupQueue, view: ResidencyView
 ) -> None:
-    said: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     answers: list[Any] = [KnowledgeError("away"), {"waits": {"small": 3.0}, "swaps": 1}]
 
-    async def ask(_router: str, what: Any) -> Any:
-        said.append(dict(what))
+    async def report(_router: str, demand: Any) -> Any:
+        reports.append(dict(demand))
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    client.wanted(call("small"), hit=False)
-    client.wanted(call("large"), hit=True)
-    client._pause = lambda _s: asyncio.sleep(0)  # type: ignore[method-assign]
-    with pytest.raises(IndexError):  # nobody is left to answer a third word
-        await client.run(ask, make_fleet)
-    del said[2:]
-    assert [s["wanted"] for s in said] == [["small", "large"]] * 2
-    assert [(s["hits"], s["misses"]) for s in said] == [(1, 1)] * 2
-    assert (tiers.waits, tiers.summary) == ({"small": 3.0}, {"swaps": 1})
-    assert client._say(make_fleet())["wanted"] == []
+    queue.count_demand(call("small"), hit=False)
+    queue.count_demand(call("large"), hit=True)
+    queue._pause = lambda _s: asyncio.sleep(0)  # type: ignore[method-assign]
+    with pytest.raises(IndexError):  # there is no answer to a third report
+        await queue.run(report, make_fleet)
+    del reports[2:]
+    assert [r["wanted"] for r in reports] == [["small", "large"]] * 2
+    assert [(r["hits"], r["misses"]) for r in reports] == [(1, 1)] * 2
+    assert (view.wait_s, view.summary) == ({"small": 3.0}, {"swaps": 1})
+    assert queue._take_demand(make_fleet())["wanted"] == []
 
 
-async def test_a_first_hold_is_told_without_waiting_for_the_next_word(
-    client: WakeupQueue,
+async def test_the_first_queued_request_is_reported_at_once(
+    queue: WakeupQueue,
 ) -> None:
-    pause = asyncio.create_task(client._pause(60.0))
+    pause = asyncio.create_task(queue._pause(60.0))
     await turns()
-    waiting = asyncio.create_task(client.admit(call(), "small"))
+    waiting = asyncio.create_task(queue.admit(call(), "small"))
     await turns()
     assert pause.done()
     waiting.cancel()
 
 
-async def test_a_router_without_a_budget_holds_nothing_and_says_nothing() -> None:
+async def test_without_a_budget_nothing_is_queued_or_reported() -> None:
     plain = ResidencyView()
-    client = WakeupQueue(plain, RouterOptions(), "router")
-    told = asyncio.create_task(client.run(None, make_fleet))  # type: ignore[arg-type]
+    queue = WakeupQueue(plain, RouterOptions(), "router")
+    running = asyncio.create_task(queue.run(None, make_fleet))  # type: ignore[arg-type]
     await turns()
-    assert not told.done()
-    told.cancel()
+    assert not running.done()
+    running.cancel()
     one = call()
-    await client.admit(one, "small")
-    assert one.inside == ""
+    await queue.admit(one, "small")
+    assert one.running_on == ""
 
 
-def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(tiers: ResidencyView) -> None:
+def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(view: ResidencyView) -> None:
     small, replicas = make_state("small", wake_s=15.0), [make_replica("r1")]
-    assert tiers.state(make_state("large"), replicas) == make_state("large")
-    assert tiers.state(small, replicas).residency is Residency.ASLEEP
-    tiers.set_reports({"small": {"r1": {"state": "asleep", "ready_s": {"wake": 0.3}}}})
-    assert tiers.state(small, replicas).wake_s == 0.3
-    tiers.waits = {"small": 1.5}
-    assert tiers.state(small, replicas).wake_s == 1.5
-    order(tiers, {"small": "hot"})
-    assert tiers.state(small, replicas).residency is Residency.STARTING
-    # A dead replica's last word says nothing of the living.
-    assert tiers.state(small, [make_replica("r2")]) is small
-    tiers.set_reports({"small": {"r1": {"state": "ready", "ready_s": {}}}})
-    assert tiers.state(small, replicas) is small
+    assert view.with_residency(make_state("large"), replicas) == make_state("large")
+    assert view.with_residency(small, replicas).residency is Residency.ASLEEP
+    view.set_reports({"small": {"r1": {"state": "asleep", "ready_s": {"wake": 0.3}}}})
+    assert view.with_residency(small, replicas).wake_s == 0.3
+    view.wait_s = {"small": 1.5}
+    assert view.with_residency(small, replicas).wake_s == 1.5
+    desire(view, {"small": "hot"})
+    assert view.with_residency(small, replicas).residency is Residency.STARTING
+    # A dead replica's last report does not count for the others.
+    assert view.with_residency(small, [make_replica("r2")]) is small
+    view.set_reports({"small": {"r1": {"state": "ready", "ready_s": {}}}})
+    assert view.with_residency(small, replicas) is small
 
 
-def test_an_slm_without_replicas_is_not_asleep(tiers: ResidencyView) -> None:
+def test_an_slm_without_replicas_is_not_asleep(view: ResidencyView) -> None:
     cold = make_state("small", residency=Residency.COLD, replicas=0)
-    assert tiers.state(cold, []) is cold
+    assert view.with_residency(cold, []) is cold
 
 
 class Scripted:
@@ -187,13 +187,13 @@ class Scripted:
     def __init__(self, *items: Any) -> None:
         self.items = list(items) or [ReplyEnd(b"done", make_facts("r1"))]
         self.calls = 0
-        self.orders: list[int | None] = []
+        self.versions: list[int | None] = []
 
     def options(self, **_options: Any) -> Scripted:
         return self
 
     def remote(self, _body: Any, *, hints: Any) -> Any:
-        self.orders.append(hints.get("orders"))
+        self.versions.append(hints.get("residency_version"))
         self.calls += 1
         item = self.items.pop(0) if len(self.items) > 1 else self.items[0]
 
@@ -203,61 +203,61 @@ class Scripted:
         return play()
 
 
-async def open_call(client: WakeupQueue, handles: dict[str, Scripted], one: Call) -> Any:
+async def open_call(queue: WakeupQueue, handles: dict[str, Scripted], one: Call) -> Any:
     dispatcher = dispatch.Dispatcher(
         handles.__getitem__,  # type: ignore[arg-type]
         retries=2,
         attempt_failed=lambda _slm: None,
-        admit=client.admit,
+        admit=queue.admit,
     )
     return await dispatcher.open(one, "chat", {}, {})
 
 
-async def test_a_sleeping_slm_is_sent_nothing_before_its_time(
-    client: WakeupQueue, tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch
+async def test_a_sleeping_slm_is_sent_nothing_before_it_may_wake(
+    queue: WakeupQueue, view: ResidencyView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
     handles = {"small": Scripted(), "large": Scripted()}
-    opening = asyncio.create_task(open_call(client, handles, call()))
+    opening = asyncio.create_task(open_call(queue, handles, call()))
     await turns()
     assert handles["small"].calls == 0
-    order(tiers, {})
+    desire(view, {})
     await opening
     assert (handles["small"].calls, handles["large"].calls) == (1, 0)
 
 
-async def test_what_would_wake_too_late_is_answered_by_the_next_best(
-    client: WakeupQueue, tiers: ResidencyView, monkeypatch: pytest.MonkeyPatch
+async def test_a_request_whose_slm_wakes_too_late_goes_to_the_next_best(
+    queue: WakeupQueue, view: ResidencyView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
-    tiers.waits = {"small": 100.0}
+    view.wait_s = {"small": 100.0}
     handles = {"small": Scripted(), "large": Scripted()}
     one = Call(make_decision("small", "large"), make_state("small"), ())
-    await open_call(client, handles, one)
+    await open_call(queue, handles, one)
     assert (handles["small"].calls, handles["large"].calls, one.slm_id) == (0, 1, "large")
     with pytest.raises(AsleepError):
-        await open_call(client, handles, call())
+        await open_call(queue, handles, call())
 
 
-async def test_what_crosses_an_order_to_sleep_is_held_and_sent_again(
-    client: WakeupQueue, monkeypatch: pytest.MonkeyPatch
+async def test_a_request_refused_as_asleep_is_queued_and_sent_again(
+    queue: WakeupQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
-    monkeypatch.setattr(dispatch, "ORDERS_S", 0.0)
+    monkeypatch.setattr(dispatch, "RESIDENCY_LAG_S", 0.0)
     asleep = ErrorReply(503, b"{}", asleep=True)
     large = Scripted(asleep, asleep, ReplyEnd(b"done", make_facts("r1")))
     one = call("large")
-    answer = await open_call(client, {"large": large}, one)
+    answer = await open_call(queue, {"large": large}, one)
     assert [part async for part in answer] == [b"done"]
-    assert (large.calls, large.orders) == (3, [VERSION] * 3)
-    assert one.held
+    assert (large.calls, large.versions) == (3, [VERSION] * 3)
+    assert one.queued_for_wakeup
     assert one.retries == 0
 
 
-def test_an_outcome_tells_what_was_preferred_and_whether_it_was_hot() -> None:
+def test_an_outcome_has_the_preferred_slm_and_whether_it_was_hot() -> None:
     one = call()
     assert "preferred" not in outcome_of(one, at=1.0, task="", prompt=None).extra
-    one.preferred_hot, one.held = False, True
+    one.preferred_hot, one.queued_for_wakeup = False, True
     outcome = outcome_of(one, at=1.0, task="", prompt=None)
     assert outcome.timing.cold
     assert (outcome.extra["preferred"], outcome.extra["preferred_hot"]) == ("small", False)
@@ -265,27 +265,27 @@ def test_an_outcome_tells_what_was_preferred_and_whether_it_was_hot() -> None:
 
 async def test_comments_are_sent_until_the_answer_is_there() -> None:
     opening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    heard = wakeup_queue.comments(opening, period_s=0.001)
-    assert await anext(heard) == wakeup_queue.COMMENT
-    assert await anext(heard) == wakeup_queue.COMMENT
+    comments = wakeup_queue.keepalives(opening, period_s=0.001)
+    assert await anext(comments) == wakeup_queue.KEEPALIVE
+    assert await anext(comments) == wakeup_queue.KEEPALIVE
     opening.set_result("answer")
-    assert [c async for c in heard] == []
+    assert [c async for c in comments] == []
 
 
-async def test_an_opening_that_nobody_reads_is_given_up() -> None:
+async def test_the_opening_of_a_stream_that_is_never_read_is_cancelled() -> None:
     opening = asyncio.ensure_future(asyncio.Event().wait())
 
     async def stream() -> Any:
         yield b""
 
-    abandoned = wakeup_queue.abandoned_with(stream(), opening)
+    abandoned = wakeup_queue.cancel_with(stream(), opening)
     await turns()
     del abandoned
     await turns()
     assert opening.cancelled()
 
 
-async def test_an_opening_ends_with_its_caller() -> None:
+async def test_an_opening_is_cancelled_with_its_caller() -> None:
     started = asyncio.Event()
     ended = asyncio.Event()
 
@@ -296,7 +296,7 @@ async def test_an_opening_ends_with_its_caller() -> None:
         finally:
             ended.set()
 
-    caller = asyncio.create_task(wakeup_queue.within(opening(), 60.0))
+    caller = asyncio.create_task(wakeup_queue.wait_briefly(opening(), 60.0))
     await started.wait()
     caller.cancel()
     await ended.wait()

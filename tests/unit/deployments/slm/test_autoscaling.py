@@ -18,9 +18,9 @@ def context(requests: float = 0.0, replicas: int = 1) -> Any:
     )
 
 
-def counts(tiers: dict[str, str], **requests: float) -> dict[str, int]:
+def counts(desired: dict[str, str], **requests: float) -> dict[str, int]:
     policy = ColdTierPolicy(follow=False)
-    policy.set_orders(tiers)
+    policy.set_desired(desired)
     contexts = {DeploymentID(f"slm-{i}", "calm"): context(n) for i, n in requests.items()}
     found, states = policy(contexts)
     assert states == {}
@@ -34,7 +34,7 @@ def test_a_cold_slm_has_no_replica_whatever_its_load() -> None:
 @pytest.mark.parametrize("tier", ["cold", "asleep"])
 def test_an_slm_that_is_not_to_be_hot_is_not_started(tier: str) -> None:
     policy = ColdTierPolicy(follow=False)
-    policy.set_orders({"a": tier})
+    policy.set_desired({"a": tier})
     assert policy({DeploymentID("slm-a", "calm"): context(1.0, replicas=0)}) == ({}, {})
 
 
@@ -50,11 +50,11 @@ def test_a_hot_slm_has_one_replica_or_what_its_load_asks_for(
     assert counts({"other": "cold"}, a=requests) == {"a": replicas}
 
 
-def test_without_orders_load_alone_decides() -> None:
+def test_without_desired_residency_load_alone_decides() -> None:
     assert counts({}, a=0.0, b=5.0) == {"a": 0, "b": 2}
 
 
-def test_whatever_goes_wrong_changes_nothing() -> None:
+def test_a_failure_changes_no_replica_count() -> None:
     policy = ColdTierPolicy(follow=False)
-    policy.set_orders({"a": "hot"})
+    policy.set_desired({"a": "hot"})
     assert policy({DeploymentID("slm-a", "calm"): None}) == ({}, {})

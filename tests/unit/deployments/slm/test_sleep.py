@@ -1,4 +1,4 @@
-"""A replica sleeps and wakes by order, never cuts an answer, and never refuses for a race."""
+"""A replica sleeps and wakes as desired, and never cuts an answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 from calm_serve.errors import AsleepError, ComponentError
 from calm_serve.testing import FakeClock
-from deployments.slm.sleep import LINGER_S, RETRY_S, Tier
+from deployments.slm.sleep import LINGER_S, RETRY_S, ReplicaResidency
 
 
 class Engine:
-    """Sleeps and wakes when `gate` is open; counts what it is told."""
+    """Sleeps and wakes when `gate` is open; keeps the calls."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -50,7 +50,7 @@ class Timer:
 
 
 class World:
-    """A tier over an engine, what it reported, and requests."""
+    """A replica's residency over an engine, its reports, and requests."""
 
     def __init__(self) -> None:
         clock = FakeClock()
@@ -59,7 +59,7 @@ class World:
         self.reports: list[str] = []
         self.times: dict[str, float] = {}
         self.detail = ""
-        self.tier = Tier(self.engine, self._report, clock, self._call_later)
+        self.residency = ReplicaResidency(self.engine, self._report, clock, self._call_later)
 
     def _call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         self.timers.append(Timer(seconds, call))
@@ -79,7 +79,7 @@ class World:
 
     async def answer(self, until: asyncio.Event | None = None) -> bool:
         """Run one request to its end; return whether the engine was awake all the time."""
-        async with self.tier.awake():
+        async with self.residency.awake():
             awake = not self.engine.asleep
             if until is not None:
                 await until.wait()
@@ -91,30 +91,30 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_order_puts_an_idle_replica_to_sleep_and_wakes_it_again() -> None:
+async def test_an_idle_replica_sleeps_and_wakes_as_desired() -> None:
     world = World()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     assert world.engine.asleep
-    world.tier.order("hot")
+    world.residency.set_desired("hot")
     await settle()
     assert world.reports == ["asleep", "waking", "ready"]
     assert world.times == {"sleep": 0.25, "wake": 0.25}
     assert await world.answer()
 
 
-async def test_without_an_order_nothing_changes() -> None:
+async def test_without_a_change_nothing_happens() -> None:
     world = World()
     assert await world.answer()
-    world.tier.order("hot")
+    world.residency.set_desired("hot")
     await settle()
     assert world.engine.calls == []
     assert world.reports == []
 
 
-async def test_a_cold_order_gives_the_memory_back_at_once() -> None:
+async def test_a_replica_that_is_to_go_cold_gives_its_memory_back_at_once() -> None:
     world = World()
-    world.tier.order("cold")
+    world.residency.set_desired("cold")
     await settle()
     assert world.engine.asleep
 
@@ -123,9 +123,9 @@ async def test_sleep_waits_until_the_last_answer_has_ended() -> None:
     world, end = World(), asyncio.Event()
     first, second = (asyncio.create_task(world.answer(end)) for _ in range(2))
     await settle()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
-    late = asyncio.create_task(world.answer())  # sent by a router that had not heard the order
+    late = asyncio.create_task(world.answer())  # sent by a router that does not know it yet
     await settle()
     assert world.engine.calls == []
     end.set()
@@ -134,22 +134,22 @@ async def test_sleep_waits_until_the_last_answer_has_ended() -> None:
     assert world.engine.calls == ["sleep"]
 
 
-async def test_a_request_that_meets_a_sleeping_replica_wakes_it_and_is_answered() -> None:
+async def test_a_request_wakes_a_sleeping_replica_and_is_answered() -> None:
     world = World()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     assert await world.answer()
     assert await world.answer()
     await settle()
-    assert world.engine.calls == ["sleep", "wake"]  # it waits a moment for more of them
+    assert world.engine.calls == ["sleep", "wake"]  # it lingers for more of them
     assert await world.time_out() == LINGER_S
-    assert world.engine.calls == ["sleep", "wake", "sleep"]  # the order still stands
+    assert world.engine.calls == ["sleep", "wake", "sleep"]  # still desired
 
 
-async def test_a_request_during_falling_asleep_is_held_and_answered() -> None:
+async def test_a_request_while_the_engine_falls_asleep_waits_and_is_answered() -> None:
     world = World()
     world.engine.gate.clear()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     requests = [asyncio.create_task(world.answer()) for _ in range(3)]
     await settle()
@@ -160,25 +160,25 @@ async def test_a_request_during_falling_asleep_is_held_and_answered() -> None:
     assert world.engine.calls == ["sleep", "wake"]
 
 
-async def test_the_last_of_several_orders_wins() -> None:
+async def test_the_newest_desired_residency_wins() -> None:
     world = World()
     world.engine.gate.clear()
-    for order in ("asleep", "hot", "asleep", "hot"):
-        world.tier.order(order)
+    for desired in ("asleep", "hot", "asleep", "hot"):
+        world.residency.set_desired(desired)
         await settle()
     world.engine.gate.set()
     await settle()
     assert world.engine.calls == ["sleep", "wake"]
     assert not world.engine.asleep
-    for order in ("asleep", "hot", "asleep"):
-        world.tier.order(order)
+    for desired in ("asleep", "hot", "asleep"):
+        world.residency.set_desired(desired)
     await settle()
     assert world.engine.calls == ["sleep", "wake", "sleep"]
 
 
-async def test_a_held_request_that_gives_up_leaves_the_order_in_force() -> None:
+async def test_a_waiting_request_that_is_cancelled_lets_the_replica_sleep_again() -> None:
     world = World()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     world.engine.gate.clear()
     request = asyncio.create_task(world.answer())
@@ -194,12 +194,12 @@ async def test_a_held_request_that_gives_up_leaves_the_order_in_force() -> None:
 async def test_an_engine_that_cannot_sleep_stays_awake_and_tries_again() -> None:
     world = World()
     world.engine.failure = OSError("disk full")
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     assert world.reports[0] == "ready"
     assert "disk full" in world.detail
     assert await world.answer()
-    world.tier.check_health()
+    world.residency.check_health()
     world.engine.failure = None
     assert await world.time_out() == RETRY_S
     assert world.engine.asleep
@@ -208,57 +208,59 @@ async def test_an_engine_that_cannot_sleep_stays_awake_and_tries_again() -> None
 
 async def test_an_engine_that_does_not_wake_fails_what_waits_and_the_health_check() -> None:
     world = World()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
     world.engine.failure = RuntimeError("no memory")
     requests = [asyncio.create_task(world.answer()) for _ in range(2)]
     results = await asyncio.gather(*requests, return_exceptions=True)
     assert [type(r) for r in results] == [ComponentError] * 2
     with pytest.raises(ComponentError, match="no memory"):
-        world.tier.check_health()
+        world.residency.check_health()
     with pytest.raises(ComponentError, match="no memory"):
         await world.answer()
-    world.tier.order("hot")
+    world.residency.set_desired("hot")
     await settle()
     assert world.engine.calls == ["sleep", "wake"]
     assert (world.reports[-1], "no memory" in world.detail) == ("failed", True)
 
 
-async def test_a_state_is_reported_again_to_somebody_who_forgot_it() -> None:
+async def test_the_last_report_is_repeated_when_asked_for() -> None:
     world = World()
-    world.tier.order("asleep")
+    world.residency.set_desired("asleep")
     await settle()
-    world.tier.repeat()
+    world.residency.report_again()
     assert world.reports == ["asleep", "asleep"]
 
 
 @pytest.mark.parametrize("known", [4, 5])
-async def test_a_sender_that_had_not_heard_of_the_order_to_sleep_wakes_nobody(known: int) -> None:
+async def test_a_router_that_does_not_know_that_the_replica_is_to_sleep_is_refused(
+    known: int,
+) -> None:
     world = World()
-    world.tier.order("asleep", 5)
+    world.residency.set_desired("asleep", 5)
     await settle()
     with pytest.raises(AsleepError):
-        async with world.tier.awake(known):
+        async with world.residency.awake(known):
             raise AssertionError("not reached")
     assert world.engine.calls == ["sleep"]
 
 
-async def test_a_sender_that_has_heard_of_a_newer_order_wakes_the_engine() -> None:
+async def test_a_router_that_knows_a_newer_desired_residency_wakes_the_engine() -> None:
     world = World()
-    world.tier.order("asleep", 5)
+    world.residency.set_desired("asleep", 5)
     await settle()
-    async with world.tier.awake(6):
+    async with world.residency.awake(6):
         assert not world.engine.asleep
-    world.tier.order("hot", 6)
+    world.residency.set_desired("hot", 6)
     await settle()
     assert world.engine.calls == ["sleep", "wake"]
 
 
-async def test_what_comes_before_the_engine_has_fallen_asleep_is_answered() -> None:
+async def test_a_request_before_the_engine_falls_asleep_is_answered() -> None:
     world = World()
-    async with world.tier.awake(4):
-        world.tier.order("asleep", 5)
-        async with world.tier.awake(4):
+    async with world.residency.awake(4):
+        world.residency.set_desired("asleep", 5)
+        async with world.residency.awake(4):
             assert not world.engine.asleep
     await settle()
     assert world.engine.asleep
