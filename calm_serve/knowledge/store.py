@@ -19,13 +19,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from calm_serve.errors import KnowledgeError
+from calm_serve.knowledge import migrations
 from calm_serve.knowledge.columns import from_columns, to_columns
-from calm_serve.knowledge.schema import GOAL_CHANGES, META, METADATA, OUTCOMES, SIGNALS
+from calm_serve.knowledge.schema import GOAL_CHANGES, META, OUTCOMES, SIGNALS
 from calm_serve.learning import quality_label
 from calm_serve.protocol.topics import GoalChange
 from calm_serve.types import Outcome, QualitySignal
 
-SCHEMA_VERSION = "1"
 BUSY_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_S = 10
 MAX_GOAL_CHANGES = 10_000  # the audit trail's length
@@ -36,20 +36,26 @@ class OutcomeStore:
     """Outcomes and what was said about their quality. Every method raises KnowledgeError."""
 
     def __init__(self, url: str) -> None:
-        """Open or create the tables. `url` is an SQLAlchemy URL; `postgresql://` uses psycopg."""
+        """Open a store, create it, or bring an older one to the present schema.
+
+        `url` is an SQLAlchemy URL; `postgresql://` uses psycopg.
+        """
         self._name = "store"
         with self._guard("open"):
             parsed = sa.make_url(url)
             if parsed.drivername in ("postgresql", "postgres"):
                 parsed = parsed.set(drivername="postgresql+psycopg")
             self._name = parsed.render_as_string(hide_password=True)
+            try:
+                migrations.refuse_newer(parsed)
+            except KnowledgeError as error:
+                raise KnowledgeError(f"{self._name}: {error.message}") from error
             self._engine = _engine(parsed)
             postgres = self._engine.dialect.name == "postgresql"
             self._insert: Callable[[sa.Table], Any] = (
                 postgresql.insert if postgres else sqlite.insert
             )
-            METADATA.create_all(self._engine)
-        self._check_schema()
+            migrations.upgrade(self._engine)
 
     def append(self, rows: Sequence[Outcome]) -> set[str]:
         """Store outcomes in one transaction; return the ids that were new."""
@@ -172,16 +178,6 @@ class OutcomeStore:
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
-
-    def _check_schema(self) -> None:
-        found = self.meta("schema_version")
-        if found is None:
-            self.set_meta("schema_version", SCHEMA_VERSION)
-        elif found != SCHEMA_VERSION:
-            self.close()
-            raise KnowledgeError(
-                f"{self._name}: schema version {found}, this program needs {SCHEMA_VERSION}"
-            )
 
     def _write_signals(
         self, connection: sa.Connection, said: Sequence[tuple[str, QualitySignal]]

@@ -83,7 +83,7 @@ class WakeupQueue:
             call.running_on = ""
 
     async def run(self, report: ReportDemand, fleet: Callable[[], Fleet]) -> None:
-        """Report demand to the knowledge actor, for ever; `report` is KnowledgeClient.report_demand."""
+        """Report demand to the knowledge actor for ever, by KnowledgeClient.report_demand."""
         while True:
             await self._view.until_active()
             self._report_now.clear()

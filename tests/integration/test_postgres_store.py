@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -18,6 +19,7 @@ from calm_serve.learning.retraining import RetrainJob
 from calm_serve.types import QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 from tests.postgres_server import postgres_server
+from tests.stored_content import assert_brought_forward, dump_of_schema_1
 
 GOOD = QualitySignal("feedback", 1.0, 5.0)
 
@@ -32,6 +34,8 @@ def url() -> Iterator[str]:
 def store(url: str) -> Iterator[OutcomeStore]:
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     METADATA.drop_all(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE IF EXISTS alembic_version")
     engine.dispose()
     opened = OutcomeStore(url)
     yield opened
@@ -50,7 +54,8 @@ def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
         ttft_s=0.1 + 0.2,
         energy_j=None,
         prompt_text="¿qué?",
-        extra={"k": [1]},
+        preferred="a",
+        preferred_hot=False,
     )
     outcome = replace(outcome, signals=(GOOD, QualitySignal("validator:json", 0.0, 4.0)))
     store.append([outcome])
@@ -58,10 +63,54 @@ def test_an_outcome_comes_back_exactly_as_it_was(store: OutcomeStore) -> None:
 
 
 def test_a_prompt_with_characters_no_database_takes_is_stored(store: OutcomeStore) -> None:
-    store.append([make_outcome("a", prompt_text="zero\0 and half \ud800", extra={"x": "\0"})])
+    store.append([make_outcome("a", prompt_text="zero\0 and half \ud800")])
     found = store.get("a")
     assert found is not None
     assert found.prompt_text == "zero\ufffd and half ?"
+
+
+@pytest.fixture
+def empty(url: str) -> Iterator[str]:
+    """The server's database without any table."""
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    engine.dispose()
+    yield url
+
+
+def restore(url: str, dump: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(dump.encode())
+
+
+def test_a_store_from_before_migrations_is_brought_forward_whole(empty: str) -> None:
+    restore(empty, dump_of_schema_1())
+    store = OutcomeStore(empty)
+    assert_brought_forward(store)
+    store.append([make_outcome("new")])
+    assert store.get("new") is not None
+    store.close()
+
+
+def test_two_programs_that_open_an_old_store_at_once_migrate_it_once(empty: str) -> None:
+    restore(empty, dump_of_schema_1())
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(OutcomeStore, [empty, empty]))
+    for store in stores:
+        assert_brought_forward(store)
+        store.close()
+
+
+def test_a_store_of_a_newer_program_is_refused_untouched(empty: str) -> None:
+    restore(empty, dump_of_schema_1())
+    restore(empty, "UPDATE public.meta SET value = '3' WHERE key = 'schema_version'")
+    with pytest.raises(KnowledgeError, match="schema 3, which a newer program wrote"):
+        OutcomeStore(empty)
+    with psycopg.connect(empty) as connection:
+        columns = "SELECT column_name FROM information_schema.columns WHERE table_name = 'outcomes'"
+        names = {row[0] for row in connection.execute(columns)}
+    assert "extra" in names and "terms" not in names
 
 
 def test_a_repeated_batch_adds_nothing(store: OutcomeStore) -> None:
@@ -84,7 +133,7 @@ def test_two_writers_of_the_same_batch_store_it_once(url: str, store: OutcomeSto
 
 def test_a_batch_that_cannot_be_stored_leaves_nothing_behind(store: OutcomeStore) -> None:
     with pytest.raises(KnowledgeError, match="cannot append"):
-        store.append([make_outcome("fine"), make_outcome("bad", extra={"x": float("nan")})])
+        store.append([make_outcome("fine"), make_outcome("bad", numbers=(float("nan"),))])
     assert store.count() == 0
 
 

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from calm_serve.knowledge.codec import decode_outcome
 
 from calm_serve.config import Goals
+from calm_serve.knowledge.columns import from_columns, to_columns
 from calm_serve.learning.decision_log import (
     MAX_LOGGED,
-    log_fields,
+    decision_terms,
     read_decision,
     redecide,
     rescore,
@@ -23,7 +23,7 @@ from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.scoring import weights_of
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import change_outcome, decision_for, make_decision, make_prediction
-from calm_serve.types import Candidate, DecisionPath, Weights
+from calm_serve.types import Candidate, DecisionPath, Outcome, ServiceLevel, Weights
 from tests.knowledge_data import (
     CODER,
     TALKER,
@@ -38,6 +38,12 @@ from tests.logged_decisions import serve
 WEIGHTS = Weights(0.1, 0.002, 0.05)
 
 
+def stored(outcome: Outcome) -> Outcome:
+    """The outcome as the store keeps and returns it."""
+    columns = json.loads(json.dumps(to_columns(outcome)))
+    return from_columns(columns, outcome.signals)
+
+
 def learned() -> LightGBMPredictor:
     training = train(
         make_world(300), (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0
@@ -46,7 +52,9 @@ def learned() -> LightGBMPredictor:
 
 
 @pytest.mark.parametrize("goals", [Goals(), Goals(exploration_ratio=0.3, quality_floor=0.4)])
-@pytest.mark.parametrize("context", [{}, {"slo_ttft_ms": 100.0}, {"quality_floor": 0.6}])
+@pytest.mark.parametrize(
+    "context", [{}, {"slo": ServiceLevel(ttft_ms=100.0)}, {"quality_floor": 0.6}]
+)
 def test_the_same_goals_and_predictions_choose_the_same(
     goals: Goals, context: dict[str, Any]
 ) -> None:
@@ -55,14 +63,6 @@ def test_the_same_goals_and_predictions_choose_the_same(
         assert logged is not None
         again = redecide(logged, rescore(logged), goals.quality_floor, goals.exploration_ratio)
         assert again == logged.chosen == outcome.slm_id
-
-
-def test_a_record_from_before_spreads_were_logged_still_replays() -> None:
-    for outcome in serve(20, Goals(), learned(), slo_ttft_ms=100.0):
-        rows = [row[:8] for row in outcome.extra["candidates"]]
-        logged = read_decision(change_outcome(outcome, extra={**outcome.extra, "candidates": rows}))
-        assert logged is not None
-        assert {c.slm_id for c in rescore(logged)} == {row[0] for row in rows}
 
 
 def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
@@ -124,9 +124,9 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
         ),
         weights=WEIGHTS,
     )
-    terms = log_fields(decision)
+    terms = decision_terms(decision)
     (outcome,) = serve(1, Goals())
-    logged = read_decision(change_outcome(outcome, extra=terms))
+    logged = read_decision(change_outcome(outcome, terms=terms))
     assert logged is not None
     assert {c.slm_id: c.quality for c in rescore(logged)} == {"a": 0.2, "b": 0.8}
     halved = rescore(logged, values={"a": (0.4, None)})
@@ -135,7 +135,7 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
 
 @pytest.mark.parametrize("path", [DecisionPath.PINNED, DecisionPath.RULE])
 def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: DecisionPath) -> None:
-    assert log_fields(make_decision("a", "b", path=path, weights=WEIGHTS)) == {}
+    assert decision_terms(make_decision("a", "b", path=path, weights=WEIGHTS)) is None
 
 
 @pytest.mark.parametrize(
@@ -143,33 +143,32 @@ def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: Decisio
 )
 def test_all_weights_that_a_controller_may_set_are_logged(weights: Weights) -> None:
     (outcome,) = serve(1, Goals())
-    extra = log_fields(make_decision("a", "b", weights=weights))
-    logged = read_decision(change_outcome(outcome, extra=json.loads(json.dumps(extra))))
+    terms = decision_terms(make_decision("a", "b", weights=weights))
+    logged = read_decision(stored(change_outcome(outcome, terms=terms)))
     assert logged is not None and logged.weights == weights
 
 
 def test_a_prediction_that_is_not_finite_costs_its_row_and_not_the_batch() -> None:
     endless = Candidate("a", prediction=make_prediction("a", ttft_s=float("inf")))
-    assert log_fields(make_decision("a", candidates=(endless,), weights=WEIGHTS)) == {}
+    assert decision_terms(make_decision("a", candidates=(endless,), weights=WEIGHTS)) is None
 
 
 def test_the_log_is_bounded_and_says_so() -> None:
     names = [f"slm-{i}" for i in range(MAX_LOGGED + 8)]
     decision = make_decision(names[-1], *names[:-1], weights=WEIGHTS)
-    terms = log_fields(decision)
-    assert len(terms["candidates"]) == MAX_LOGGED
-    assert terms["candidates"][0][0] == names[-1]
+    terms = decision_terms(decision)
+    assert terms is not None
+    assert len(terms.candidates) == MAX_LOGGED
+    assert terms.candidates[0].prediction.slm_id == names[-1]
     (outcome,) = serve(1, Goals())
-    logged = read_decision(change_outcome(outcome, extra=terms))
+    logged = read_decision(change_outcome(outcome, terms=terms))
     assert logged is not None and not logged.complete
 
 
-def test_a_logged_choice_survives_the_wire_and_stays_small() -> None:
+def test_a_logged_choice_survives_the_store_and_stays_small() -> None:
     (outcome,) = serve(1, Goals(), learned())
-    text = json.dumps(outcome.extra)
-    assert len(text) < 80 * 2 + 120
-    again = decode_outcome(change_outcome(outcome, extra=json.loads(text)))
-    assert read_decision(again) == read_decision(outcome)
+    assert len(json.dumps(to_columns(outcome)["terms"])) < 110 * 2 + 420
+    assert read_decision(stored(outcome)) == read_decision(outcome)
 
 
 def test_an_outcome_of_before_is_no_logged_choice() -> None:
@@ -178,6 +177,8 @@ def test_an_outcome_of_before_is_no_logged_choice() -> None:
 
 def test_the_loops_own_record_is_what_is_logged() -> None:
     decision = decision_for(ModelSelector(make_fleet(), Goals()), make_context(code=True))
-    rows = log_fields(decision)["candidates"]
-    assert rows[0][0] == decision.slm_id
-    assert {row[0] for row in rows} == {CODER, TALKER}
+    terms = decision_terms(decision)
+    assert terms is not None
+    names = [c.prediction.slm_id for c in terms.candidates]
+    assert names[0] == decision.slm_id
+    assert set(names) == {CODER, TALKER}
