@@ -124,7 +124,10 @@ async def test_demand_is_reported_once_and_kept_when_the_actor_does_not_answer(
 ) -> None:
     reports: list[DemandReport] = []
     summary = ResidencySummary("calm", 10, 6, 8, 1, 1, 1, 0.5, None, held_requests=0)
-    answers = [KnowledgeError("away"), DemandReply({"small": 3.0}, summary)]
+    answers: list[KnowledgeError | DemandReply] = [
+        KnowledgeError("away"),
+        DemandReply({"small": 3.0}, summary),
+    ]
 
     async def report(_router: str, demand: DemandReport) -> DemandReply:
         reports.append(demand)
