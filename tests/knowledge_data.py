@@ -73,8 +73,9 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
 
 def make_outcome(outcome_id: str, **changes: Any) -> Outcome:
     """One answered request of the coder."""
+    slm_id = changes.get("slm_id", CODER)
     values: dict[str, Any] = {
-        "slm_id": CODER,
+        "slm_id": slm_id,
         "propensity": 0.9,
         "predicted_replica": "a",
         "replica_id": "b",
@@ -82,7 +83,7 @@ def make_outcome(outcome_id: str, **changes: Any) -> Outcome:
         "decision_s": 0.0005,
         "energy_j": 1.5,
         "buckets": (3, CODE),
-        "predicted": Prediction(CODER, 0.5, 64.0, 0.05, 0.01, 6.4),
+        "predicted": Prediction(slm_id, 0.5, 64.0, 0.05, 0.01, 6.4),
         "versions": Versions(PredictorVersion("prior"), "g1", "f1"),
     }
     return testing.make_outcome(outcome_id, **{**values, **changes})

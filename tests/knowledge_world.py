@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from calm_serve.config import Learning
 from calm_serve.knowledge.service import KnowledgeService
 from calm_serve.knowledge.training_process import retrain_from_store
 from calm_serve.learning.retraining import RetrainJob, RetrainResult
+from calm_serve.protocol.outcomes import encode_batch
+from calm_serve.protocol.topics import Topic, decode
+from calm_serve.types import Outcome
 from tests.knowledge_data import make_fleet
 
 
@@ -68,4 +71,20 @@ class World:
 
 async def settled(service: KnowledgeService) -> None:
     """Wait for a training that started by itself."""
-    await service._training.settled()
+    await service._learner.retraining.settled()
+
+
+async def log(service: KnowledgeService, batch_id: str, rows: Sequence[Outcome]) -> list[str]:
+    """Send outcomes as a router does; return the ids that are acknowledged."""
+    return await service.log(batch_id, encode_batch(rows))
+
+
+async def published(service: KnowledgeService, topic: Topic) -> Any:
+    """The topic's newest record as a follower reads it, None before there was one."""
+    update = (await service.follow({}, 0.0)).get(topic)
+    return None if update is None else decode(topic, update)
+
+
+async def revisions(service: KnowledgeService) -> dict[str, int]:
+    """Topic -> revision of everything that is published now."""
+    return {topic: update.revision for topic, update in (await service.follow({}, 0.0)).items()}

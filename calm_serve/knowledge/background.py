@@ -55,6 +55,3 @@ class Ticker:
                 await asyncio.wait_for(self._stopping.wait(), self._period_s)
             except TimeoutError:
                 await self._tick()
-
-
-SETTINGS_KEY = "settings"

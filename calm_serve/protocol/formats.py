@@ -46,7 +46,7 @@ class RecordFormat(Generic[T]):
         """One JSON document without a line break."""
         plain = self._adapter.dump_python(record)
         document = {"format": self.name, "version": self.version, "record": plain}
-        return pydantic_core.to_json(document, inf_nan_mode="constants")
+        return to_json(document)
 
     def decode(self, data: bytes | str) -> T:
         """Read what `encode` wrote, here or in an older program. Raises KnowledgeError."""
@@ -82,7 +82,7 @@ class RecordFormat(Generic[T]):
                 raise KnowledgeError(f"{self.name}: version {version} is too old to be read")
             try:
                 plain = upgrade(plain)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise KnowledgeError(
                     f"malformed {self.name} of version {version}: {error!r}"
                 ) from error
@@ -98,3 +98,25 @@ class RecordFormat(Generic[T]):
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:
         return TypeAdapter(self._record)  # milliseconds, so not at import
+
+
+def to_json(document: Any) -> bytes:
+    """Records as JSON; infinity and NaN are written as the constants that `from_json` reads.
+
+    A lone surrogate, which UTF-8 cannot hold, becomes "?": one text must not stop a whole batch.
+    """
+    try:
+        return pydantic_core.to_json(document, inf_nan_mode="constants")
+    except pydantic_core.PydanticSerializationError:
+        plain = pydantic_core.to_jsonable_python(document, inf_nan_mode="constants")
+        return pydantic_core.to_json(_without_surrogates(plain), inf_nan_mode="constants")
+
+
+def _without_surrogates(plain: Any) -> Any:
+    if isinstance(plain, str):
+        return plain.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(plain, list):
+        return [_without_surrogates(item) for item in plain]
+    if isinstance(plain, dict):
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in plain.items()}
+    return plain

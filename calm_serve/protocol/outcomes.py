@@ -12,10 +12,11 @@ from typing import Any
 import pydantic_core
 
 from calm_serve.errors import KnowledgeError
-from calm_serve.protocol.formats import RecordFormat
+from calm_serve.protocol.formats import RecordFormat, to_json
 from calm_serve.types import Outcome
 
 VERSION = 2
+BATCH = "outcomes"  # a batch's name in front of it
 
 
 def outcome_from_v1(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,8 +168,7 @@ def check(outcome: Outcome) -> Outcome:
 
 def encode_batch(outcomes: Iterable[Outcome]) -> bytes:
     """Outcomes as one JSON document; about 20 us each, so a batch does not hold up a router."""
-    document = {"format": "outcomes", "version": VERSION, "record": list(outcomes)}
-    return pydantic_core.to_json(document, inf_nan_mode="constants")
+    return to_json({"format": BATCH, "version": VERSION, "record": list(outcomes)})
 
 
 def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
@@ -178,12 +178,14 @@ def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
     """
     try:
         document = pydantic_core.from_json(data)
-        rows, version = document["record"], document["version"]
+        name, version, rows = (document[key] for key in ("format", "version", "record"))
     except (ValueError, KeyError, TypeError) as error:
-        raise KnowledgeError(f"outcomes: not a batch: {error!r}") from error
-    if not isinstance(version, int) or version > VERSION:
+        raise KnowledgeError(f"{BATCH}: not a batch: {error!r}") from error
+    if name != BATCH or not isinstance(version, int) or version < 1 or not isinstance(rows, list):
+        raise KnowledgeError(f"{BATCH}: not a batch: {name!r}, version {version!r}")
+    if version > VERSION:
         raise KnowledgeError(
-            f"outcomes: version {version} was written by a newer program; this one reads versions "
+            f"{BATCH}: version {version} was written by a newer program; this one reads versions "
             f"up to {VERSION}"
         )
     outcomes: list[Outcome] = []

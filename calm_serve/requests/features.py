@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_serve.requests.openai import ChatRequest
 from calm_serve.requests.tokens import Hashes, Words, ends, pair_hashes, read_words, word_hashes
-from calm_serve.types import WORD_BUCKETS, OutputShape, RoutingContext
+from calm_serve.types import WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
 
 FOCUS_CHARS = 512
 BUCKETS = 2 * WORD_BUCKETS
@@ -67,8 +67,9 @@ def fill_features(context: RoutingContext, request: ChatRequest) -> None:
         return
     focus = ends(request.last_user, FOCUS_CHARS)
     words = read_words(focus)
-    object.__setattr__(context, "numbers", _numbers(request, context, focus, words))
-    object.__setattr__(context, "buckets", word_buckets(words.hashes))
+    numbers = _numbers(request, context, focus, words)
+    features = PromptFeatures(numbers, word_buckets(words.hashes))
+    object.__setattr__(context, "features", features)
 
 
 def word_buckets(hashes: Hashes) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ def word_buckets(hashes: Hashes) -> tuple[int, ...]:
 
 
 def text_buckets(text: str) -> tuple[int, ...]:
-    """What `RoutingContext.buckets` would be for a prompt of this text."""
+    """What `PromptFeatures.buckets` would be for a prompt of this text."""
     return word_buckets(read_words(ends(text, FOCUS_CHARS)).hashes)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from calm_serve.errors import ComponentError
 from calm_serve.knowledge.energy_ledger import MAX_REPLICAS, EnergyLedger
+from calm_serve.protocol.reports import EnergyReport
 from calm_serve.telemetry.nvml import NvmlMeter, visible_gpus
 from calm_serve.testing import FakeClock, make_spec
 from deployments.slm.energy import (
@@ -98,7 +99,7 @@ def test_a_replica_takes_the_counter_of_its_gpu_and_else_the_next_best_meter(
     assert gpu_meter(1.0, visible) is None
     resources = make_spec(resources={"num_gpus": 1.0}).resources
     books = ReplicaEnergy(resources, lambda: [psutil.Process()], FakeClock(), visible)
-    assert books.report()["source"] in ("rapl", "estimate")
+    assert books.report().source in ("rapl", "estimate")
 
 
 def process(pid: int, cpu_s: float) -> Any:
@@ -133,19 +134,15 @@ def test_a_replica_reports_every_few_seconds_and_its_books_agree_with_the_proces
     clock.advance(REPORT_S)
     report = books.tick()
     assert report is not None
-    assert report["requests_j"] > 1.0
-    assert report["requests_j"] + report["idle_j"] == pytest.approx(report["total_j"])
-    assert report["check_j"] == pytest.approx(report["total_j"], abs=0.3)  # 5 ticks of 10 ms
+    assert report.requests_j > 1.0
+    assert report.requests_j + report.idle_j == pytest.approx(report.total_j)
+    assert report.check_j == pytest.approx(report.total_j, abs=0.3)  # 5 ticks of 10 ms
 
 
-def energy(requests_j: float, idle_j: float, check_j: float, source: str = "estimate") -> Any:
-    return {
-        "requests_j": requests_j,
-        "idle_j": idle_j,
-        "total_j": requests_j + idle_j,
-        "check_j": check_j,
-        "source": source,
-    }
+def energy(
+    requests_j: float, idle_j: float, check_j: float, source: str = "estimate"
+) -> EnergyReport:
+    return EnergyReport(requests_j, idle_j, requests_j + idle_j, check_j, source)
 
 
 def test_the_ledger_adds_replicas_and_compares_with_the_check() -> None:
@@ -155,20 +152,20 @@ def test_the_ledger_adds_replicas_and_compares_with_the_check() -> None:
     ledger.report("small", "r2", energy(10.0, 5.0, 12.0))
     ledger.report("gpu", "r3", energy(10.0, 5.0, 15.0, "counter"))
     row = ledger.rows()["small"]
-    assert (row["requests_j"], row["idle_j"], row["total_j"]) == (70.0, 25.0, 95.0)
-    assert row["attribution_error_ratio"] == pytest.approx(0.05)
-    assert (row["source"], row["estimated"], row["at"]) == ("estimate", True, 7.0)
-    assert ledger.rows()["gpu"]["estimated"] is False
+    assert (row.requests_j, row.idle_j, row.total_j) == (70.0, 25.0, 95.0)
+    assert row.attribution_error_ratio == pytest.approx(0.05)
+    assert (row.source, row.estimated, row.at) == ("estimate", True, 7.0)
+    assert ledger.rows()["gpu"].estimated is False
 
 
 def test_energy_of_replicas_long_gone_stays_in_the_sum() -> None:
     ledger = EnergyLedger(FakeClock())
     for number in range(3 * MAX_REPLICAS):
         ledger.report("small", f"r{number}", energy(1.0, 0.5, 1.5))
-    assert ledger.rows()["small"]["total_j"] == pytest.approx(1.5 * 3 * MAX_REPLICAS)
+    assert ledger.rows()["small"].total_j == pytest.approx(1.5 * 3 * MAX_REPLICAS)
 
 
 def test_there_is_no_error_ratio_before_there_is_something_to_compare() -> None:
     ledger = EnergyLedger(FakeClock())
     ledger.report("small", "r1", energy(0.1, 0.1, 0.3))
-    assert ledger.rows()["small"]["attribution_error_ratio"] is None
+    assert ledger.rows()["small"].attribution_error_ratio is None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import pytest
 
 from calm_serve.errors import RequestError
 from calm_serve.knowledge import service as service_module
-from calm_serve.knowledge.service import Ticker, take_steps
+from calm_serve.knowledge.background import Ticker, take_steps
 from calm_serve.learning.shadow import ShadowTally
 from calm_serve.learning.training import train
-from calm_serve.types import QualitySignal
+from calm_serve.testing import change_outcome
+from calm_serve.types import QualitySignal, ShadowChoice
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_spec, make_world
-from tests.knowledge_world import World, settled
+from tests.knowledge_world import World, log, settled
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ async def test_outcomes_that_are_durable_are_acknowledged_whatever_fails_afterwa
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = world.start()
-    service._watch.observe = broken  # type: ignore[method-assign]
+    service._learner._monitor.observe = broken  # type: ignore[method-assign, assignment]
     with caplog.at_level(logging.WARNING):
-        assert await service.log("b", [make_outcome("a")]) == ["a"]
+        assert await log(service, "b", [make_outcome("a")]) == ["a"]
         assert await service.feedback("a", [QualitySignal("feedback", 1.0, 1.0)]) is True
     assert (await service.status())["labelled"] == 1
     assert "cannot do this" in caplog.text
@@ -47,11 +48,11 @@ async def test_outcomes_that_are_durable_are_acknowledged_whatever_fails_afterwa
 
 async def test_one_failing_part_does_not_stop_the_others(world: World) -> None:
     service = world.start(min_outcomes=60)
-    service._newcomers.observe = broken  # type: ignore[method-assign]
-    await service.log("b", make_world(70))
+    service._learner._cold_start.observe = broken  # type: ignore[method-assign, assignment]
+    await log(service, "b", make_world(70))
     await settled(service)
     assert len(world.jobs) == 1
-    service._promotion.tick = broken  # type: ignore[assignment, method-assign]
+    service._learner.promotion.tick = broken  # type: ignore[assignment, method-assign]
     await service.register(make_spec("later").model_dump_json(), "app2")
     world.clock.now += 60.0
     await service.tick()
@@ -69,8 +70,8 @@ async def test_background_work_goes_on_after_a_tick_that_failed(
             again.set()
         broken()
 
-    service._promotion.tick = fail_twice  # type: ignore[assignment, method-assign]
-    await service.log("b", [make_outcome("a")])
+    service._learner.promotion.tick = fail_twice  # type: ignore[assignment, method-assign]
+    await log(service, "b", [make_outcome("a")])
     async with asyncio.timeout(10.0):
         await again.wait()
 
@@ -93,27 +94,28 @@ async def test_a_ticker_that_was_never_started_stops() -> None:
 
 async def test_an_outcome_that_is_sent_again_is_counted_once(world: World) -> None:
     service = world.start()
-    tally = service._promotion._tally = ShadowTally("v1", 0.0, 0.0)
-    shadow = {"version": "v1", "slm_id": CODER, "agrees": True, "success": 0.5, "gain": 0.0}
-    rows = [replace(o, extra={"shadow": shadow}) for o in make_world(3)]
-    await service.log("b1", [rows[0], rows[0]])
-    await service.log("b1", rows)
+    tally = service._learner.promotion._tally = ShadowTally("v1", 0.0, 0.0)
+    shadow = ShadowChoice("v1", CODER, agrees=True, success_ratio=0.5, gain=0.0)
+    rows = [change_outcome(o, shadow=shadow) for o in make_world(3)]
+    await log(service, "b1", [rows[0], rows[0]])
+    await log(service, "b1", rows)
     assert tally.requests == 3
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"extra": {"gain": float("nan")}},
-        {"signals": [{"source": "feedback", "value": float("nan"), "at": 1.0}]},
+        {"shadow": ShadowChoice("v1", CODER, agrees=True, success_ratio=0.5, gain=math.nan)},
+        {"signals": (QualitySignal("feedback", math.nan, 1.0),)},
+        {"energy_j": math.inf},
     ],
 )
 async def test_a_row_that_no_store_takes_does_not_cost_its_batch(
     world: World, bad: dict[str, Any]
 ) -> None:
     service = world.start()
-    row = {**asdict(make_outcome("bad")), **bad}
-    assert set(await service.log("b", [row, make_outcome("good")])) == {"bad", "good"}
+    rows = [make_outcome("bad", **bad), make_outcome("good")]
+    assert set(await log(service, "b", rows)) == {"bad", "good"}
     status = await service.status()
     assert (status["outcomes"], status["refused_rows"]) == (1, 1)
 
@@ -124,7 +126,7 @@ async def test_a_restarted_actor_goes_on_with_what_was_configured_last(world: Wo
     learning = service._learning.model_copy(update={"min_outcomes": 50})
     await service.configure(grown, learning)
     again = world.start(min_outcomes=1000, resume=True)  # with the arguments of its first start
-    await again.log("b", make_world(60))
+    await log(again, "b", make_world(60))
     await settled(again)
     assert [job.slm_ids for job in world.jobs] == [(CODER, TALKER, "third")]
 
@@ -154,7 +156,7 @@ async def test_a_redeployed_fleet_brings_its_own_predictor(world: World, tmp_pat
     grown = make_fleet(predictor=str(tmp_path / "new"))
     await service.configure(grown, service._learning)
     status = await service.status()
-    assert (status["predictor"], status["models"]["previous"]) == (new.version, old.version)
+    assert (status["predictor"], status["predictors"].previous) == (new.version, old.version)
     await service.change_predictor("pin", old.version)
     await service.configure(grown, service._learning)
     assert (await service.status())["predictor"] == old.version
@@ -180,11 +182,11 @@ async def test_a_training_that_won_against_a_champion_now_gone_changes_nothing(
     world: World,
 ) -> None:
     service, rows = world.start(min_outcomes=1000), make_world(300)
-    await service.log("b1", rows)
+    await log(service, "b1", rows)
     meanwhile = train(rows[:200], (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=world.clock)
 
     async def publish_another() -> None:
-        await service._promotion.offer(meanwhile.artifact.to_bytes())
+        await service._learner.promotion.offer(meanwhile.artifact.to_bytes())
 
     world.before_training = publish_another
     verdict = await service.retrain(force=True)
@@ -200,6 +202,6 @@ async def test_the_last_verdict_says_that_a_training_could_not_begin(world: Worl
         raise OSError("cannot allocate memory")
 
     world.before_training = no_memory
-    await service.log("b", make_world(70))
+    await log(service, "b", make_world(70))
     await settled(service)
     assert (await service.status())["last_verdict"]["detail"] == "cannot allocate memory"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,10 @@ import pytest
 from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.learning.model_registry import CHAMPION_FILE
 from calm_serve.learning.training import train
+from calm_serve.protocol.outcomes import OUTCOME, encode_batch
+from calm_serve.protocol.topics import Topic, decode
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_world
-from tests.knowledge_world import World, settled
+from tests.knowledge_world import World, log, published, revisions, settled
 
 
 @pytest.fixture
@@ -26,27 +28,41 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 async def test_logged_outcomes_are_acknowledged_and_survive_a_kill(world: World) -> None:
     rows = make_world(10)
-    assert await world.start().log("b1", rows) == [o.outcome_id for o in rows]
+    assert await log(world.start(), "b1", rows) == [o.outcome_id for o in rows]
     again = world.start()  # the first one is not closed, as after a kill
     assert (await again.status())["outcomes"] == 10
-    assert await again.outcome("o3") == rows[3]
+    found = await again.outcome("o3")
+    assert found is not None
+    assert OUTCOME.decode(found) == rows[3]
+    assert await again.outcome("unknown") is None
 
 
-async def test_outcomes_may_travel_as_dicts_and_twice(world: World) -> None:
+async def test_outcomes_may_travel_twice(world: World) -> None:
     service, rows = world.start(), make_world(5)
-    await service.log("b1", [asdict(o) for o in rows])
-    await service.log("b1", rows)
+    await log(service, "b1", rows)
+    await log(service, "b1", rows)
     assert (await service.status())["outcomes"] == 5
-    assert await service.outcome("o1") == rows[1]
+
+
+async def test_a_batch_of_a_newer_program_is_refused_and_nothing_of_it_is_stored(
+    world: World,
+) -> None:
+    service = world.start()
+    batch = json.loads(encode_batch(make_world(2)))
+    batch["version"] += 1
+    with pytest.raises(KnowledgeError, match="newer program"):
+        await service.log("b1", json.dumps(batch).encode())
+    assert (await service.status())["outcomes"] == 0
 
 
 async def test_a_malformed_row_is_dropped_and_counted_without_losing_its_batch(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = world.start()
-    bad = {**asdict(make_outcome("bad")), "at": "yesterday"}
+    batch = json.loads(encode_batch([make_outcome("bad"), make_outcome("good")]))
+    batch["record"][0]["at"] = "yesterday"
     with caplog.at_level(logging.WARNING):
-        assert set(await service.log("b9", [bad, make_outcome("good")])) == {"bad", "good"}
+        assert set(await service.log("b9", json.dumps(batch).encode())) == {"bad", "good"}
     status = await service.status()
     assert (status["outcomes"], status["refused_rows"]) == (1, 1)
     assert "b9" in caplog.text
@@ -56,7 +72,7 @@ async def test_feedback_finds_its_outcome_in_either_order(world: World) -> None:
     service = world.start()
     said = [{"source": "feedback", "value": 1.0, "at": 5.0}]
     assert await service.feedback("a", said) is False
-    await service.log("b", [make_outcome("a")])
+    await log(service, "b", [make_outcome("a")])
     assert await service.feedback("a", said) is True
     assert (await service.status())["labelled"] == 1
 
@@ -68,40 +84,41 @@ async def test_malformed_feedback_is_refused(world: World) -> None:
 
 async def test_too_few_outcomes_are_not_trained_on(world: World) -> None:
     service = world.start(min_outcomes=200)
-    await service.log("b", make_world(100))
+    await log(service, "b", make_world(100))
     assert (await service.retrain())["reason"] == "too_few_outcomes"
     assert world.jobs == []
 
 
 async def test_force_trains_below_the_minimum(world: World) -> None:
     service = world.start(min_outcomes=1000)
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     found = await service.retrain(force=True)
     assert found["publish"] is True
     assert found["against"] == "base_rate"
 
 
-async def test_training_starts_by_itself_and_publishes_to_the_board(world: World) -> None:
+async def test_training_starts_by_itself_and_is_published(world: World) -> None:
     service = world.start()
-    have = {k: e["version"] for k, e in (await service.board({}, 0.0)).items()}
-    await service.log("b1", make_world(59))
-    assert not service._training.running
-    await service.log("b2", make_world(300)[59:])
+    seen = await revisions(service)
+    await log(service, "b1", make_world(59))
+    assert not service._learner.retraining.running
+    await log(service, "b2", make_world(300)[59:])
     await settled(service)
-    published = (await service.board(have, 5.0))["predictor"]["value"]
-    assert published["source"] == "trained"
-    assert published["version"] == (await service.status())["predictor"]
+    updates = await service.follow(seen, 5.0)
+    predictor = decode(Topic.PREDICTOR, updates[Topic.PREDICTOR])
+    assert predictor.source == "trained"
+    assert predictor.version == (await service.status())["predictor"]
     assert world.jobs[0].slm_ids == (CODER, TALKER)
 
 
 async def test_the_next_training_waits_for_enough_new_labels(world: World) -> None:
     service, rows = world.start(), make_world(340)
-    await service.log("b1", rows[:300])
+    await log(service, "b1", rows[:300])
     await settled(service)
-    await service.log("b2", rows[300:339])
+    await log(service, "b2", rows[300:339])
     await settled(service)
     assert len(world.jobs) == 1
-    await service.log("b3", rows[339:])
+    await log(service, "b3", rows[339:])
     await settled(service)
     assert len(world.jobs) == 2
     assert world.jobs[1].champion is not None
@@ -110,7 +127,7 @@ async def test_the_next_training_waits_for_enough_new_labels(world: World) -> No
 async def test_feedback_alone_can_start_a_training(world: World) -> None:
     service = world.start()
     rows = make_world(60)
-    await service.log("b1", [make_outcome(o.outcome_id) for o in rows])
+    await log(service, "b1", [make_outcome(o.outcome_id) for o in rows])
     for row in rows:
         assert world.jobs == []
         await service.feedback(row.outcome_id, row.signals)
@@ -125,9 +142,9 @@ async def test_a_failed_training_is_reported_and_not_repeated_at_once(world: Wor
         raise KnowledgeError("out of luck")
 
     world.before_training = fail
-    await service.log("b1", make_world(70))
+    await log(service, "b1", make_world(70))
     await settled(service)
-    await service.log("b2", make_world(80)[70:])
+    await log(service, "b2", make_world(80)[70:])
     await settled(service)
     assert len(world.jobs) == 1
     assert (await service.status())["last_verdict"]["detail"] == "out of luck"
@@ -138,7 +155,7 @@ async def test_a_failed_training_is_reported_and_not_repeated_at_once(world: Wor
 async def test_a_second_call_joins_the_training_that_runs(world: World) -> None:
     service, gate = world.start(min_outcomes=1000), asyncio.Event()
     world.before_training = gate.wait
-    await service.log("b", make_world(200))
+    await log(service, "b", make_world(200))
     first = asyncio.create_task(service.retrain(force=True))
     second = asyncio.create_task(service.retrain(force=True))
     await world.training.wait()
@@ -151,7 +168,7 @@ async def test_a_second_call_joins_the_training_that_runs(world: World) -> None:
 async def test_a_caller_who_gives_up_does_not_end_the_training(world: World) -> None:
     service, gate = world.start(min_outcomes=1000), asyncio.Event()
     world.before_training = gate.wait
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     caller = asyncio.create_task(service.retrain(force=True))
     await world.training.wait()
     caller.cancel()
@@ -162,18 +179,18 @@ async def test_a_caller_who_gives_up_does_not_end_the_training(world: World) -> 
 
 async def test_the_champion_survives_a_kill(world: World) -> None:
     service = world.start()
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     await settled(service)
-    before = (await service.board({}, 0.0))["predictor"]["value"]
-    assert (await world.start().board({}, 0.0))["predictor"]["value"] == before
+    before = await published(service, Topic.PREDICTOR)
+    assert await published(world.start(), Topic.PREDICTOR) == before
 
 
 async def test_a_restart_does_not_train_again_on_the_same_outcomes(world: World) -> None:
     service, rows = world.start(), make_world(301)
-    await service.log("b", rows[:300])
+    await log(service, "b", rows[:300])
     await settled(service)
     again = world.start()
-    await again.log("b2", rows[300:])
+    await log(again, "b2", rows[300:])
     await settled(again)
     assert len(world.jobs) == 1
 
@@ -194,15 +211,15 @@ def ship(folder: Path, *, lies: bool = False) -> str:
 
 async def test_a_shipped_predictor_is_the_first_champion(world: World, tmp_path: Path) -> None:
     service = world.start(predictor=ship(tmp_path / "shipped"))
-    assert (await service.board({}, 0.0))["predictor"]["value"]["source"] == "shipped"
-    await service.log("b", make_world(60))
+    assert (await published(service, Topic.PREDICTOR)).source == "shipped"
+    await log(service, "b", make_world(60))
     await settled(service)
     assert world.jobs[0].champion == (tmp_path / "shipped" / "predictor.bin").read_bytes()
 
 
 async def test_a_trained_champion_goes_before_the_shipped_one(world: World, tmp_path: Path) -> None:
     service = world.start()
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     await settled(service)
     again = world.start(predictor=ship(tmp_path / "shipped"))
     assert (await again.status())["predictor_source"] == "trained"
@@ -224,7 +241,7 @@ async def test_a_redeployment_changes_thresholds_but_not_where_the_log_lives(
 ) -> None:
     service = world.start(min_outcomes=1000)
     learning = service._learning
-    await service.log("b", make_world(100))
+    await log(service, "b", make_world(100))
     await service.configure(make_fleet(), learning.model_copy(update={"min_outcomes": 50}))
     assert (await service.retrain())["reason"] != "too_few_outcomes"
     with pytest.raises(ConfigError, match="state_dir"):
@@ -233,7 +250,7 @@ async def test_a_redeployment_changes_thresholds_but_not_where_the_log_lives(
 
 async def test_retention_is_bounded(world: World) -> None:
     service = world.start(max_rows=1000, min_outcomes=10_000)
-    await service.log("b", make_world(1010))
+    await log(service, "b", make_world(1010))
     assert await service.prune() == 10
     assert (await service.status())["outcomes"] == 1000
 
@@ -242,30 +259,28 @@ async def test_a_shipped_champion_is_challenged_in_the_shadow_first(
     world: World, tmp_path: Path
 ) -> None:
     service = world.start(predictor=ship(tmp_path / "shipped", lies=True))
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     await settled(service)
-    board = await service.board({}, 0.0)
-    assert board["predictor"]["value"]["source"] == "shipped"
-    challenger = board["challenger"]["value"]["version"]
+    assert (await published(service, Topic.PREDICTOR)).source == "shipped"
+    challenger = (await published(service, Topic.CHALLENGER)).version
     status = await service.status()
     assert status["last_verdict"]["then"] == "shadow"
-    assert status["models"]["challenger"] == challenger
+    assert status["predictors"].challenger == challenger
     world.clock.now += 60.0
     await service.tick()
-    assert (await service.board({}, 0.0))["predictor"]["value"]["version"] == challenger
+    assert (await published(service, Topic.PREDICTOR)).version == challenger
 
 
 async def test_an_operators_action_answers_with_the_list_and_is_published(
     world: World, tmp_path: Path
 ) -> None:
     service = world.start(predictor=ship(tmp_path / "shipped", lies=True), shadow_requests=0)
-    await service.log("b", make_world(300))
+    await log(service, "b", make_world(300))
     await settled(service)
     trained = (await service.predictors())["data"][0]["version"]
     rolled = await service.change_predictor("rollback")
     assert {m["version"]: m["state"] for m in rolled["data"]}[trained] == "rolled_back"
-    board = await service.board({}, 0.0)
-    assert board["predictor"]["value"]["source"] == "shipped"
-    assert board["models"]["value"]["last_change"]["before"] == trained
+    assert (await published(service, Topic.PREDICTOR)).source == "shipped"
+    assert (await published(service, Topic.PREDICTORS)).last_change.before == trained
     again = world.start(predictor=str(tmp_path / "shipped"))
     assert (await again.status())["predictor_source"] == "shipped"

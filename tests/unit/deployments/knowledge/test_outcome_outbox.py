@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,9 +232,7 @@ async def test_the_spool_is_bounded(
 
 def test_a_spooled_row_comes_back_as_it_was(sender: OutcomeOutbox, tmp_path: Path) -> None:
     signals = (QualitySignal("feedback", 1.0, 5.0), QualitySignal("validator:json", 0.0))
-    row = replace(
-        make_outcome(extra={"a": 1}, prompt='quoted "\n\u2028 text'), signals=signals, ttft_s=None
-    )
+    row = make_outcome(prompt_text='quoted "\n\u2028 text', signals=signals, ttft_s=None)
     sender._spill([row])
     assert read_spool(tmp_path / "spool" / "me.jsonl") == [row]
 

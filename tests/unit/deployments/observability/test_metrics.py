@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from calm_serve.types import Outcome, PredictorVersion, Versions
+from calm_serve.testing import change_outcome, make_outcome
+from calm_serve.types import EngineFacts, PromptFeatures, Timing
 from deployments.observability.catalogue import (
     BY_NAME,
     METRICS,
@@ -23,37 +23,17 @@ from deployments.observability.exporters import (
 )
 from deployments.observability.host import HostMonitor, HostUsage, ProcessTreeCpu
 
-OUTCOME = Outcome(
-    outcome_id="d1",
-    at=0.0,
+OUTCOME = make_outcome(
+    "d1",
     slm_id="code",
-    adapter="",
     path="rule",
     reason="rule_match",
     rule="sql",
-    propensity=1.0,
-    status="ok",
-    http_status=200,
     retries=1,
-    predicted_replica="",
-    replica_id="",
-    cold=True,
-    ttft_s=0.03,
-    e2e_s=0.4,
-    tpot_s=0.004,
-    decision_s=3e-4,
-    prompt_tokens=100,
-    cached_tokens=48,
-    output_tokens=20,
-    energy_j=2.5,
-    energy_source="rapl",
-    task="",
-    numbers=(),
-    buckets=(),
-    load=(),
     predicted=None,
-    versions=Versions(PredictorVersion("p"), "g", "f"),
-    queue_s=0.002,
+    features=PromptFeatures(),
+    timing=Timing(ttft_s=0.03, e2e_s=0.4, tpot_s=0.004, decision_s=3e-4, cold=True),
+    engine=EngineFacts("", 100, 48, 20, queue_s=0.002, energy_j=2.5, energy_source="rapl"),
 )
 HOST = HostUsage(cpu_ratio=0.5, memory_used_bytes=100, memory_total_bytes=400)
 SNAPSHOT = {
@@ -86,7 +66,6 @@ SNAPSHOT = {
             "ready_s": {"import": 6.0, "engine": 9.0, "warmup": 1.0, "total": 16.0},
             "wake_s": 0.2,
             "calibration_factor": 0.4,
-            "calibration": {"e2e_s": {"p50": 1.0, "p95": 2.0, "coverage_ratio": 0.94}},
             "energy": {
                 "source": "estimate",
                 "idle_j": 12.5,
@@ -180,7 +159,7 @@ def test_one_outcome_reaches_ray_and_the_exposition_alike() -> None:
 def test_exposition_accumulates_counters_and_buckets() -> None:
     metrics, _ = router_metrics()
     for ttft_s in (0.005, 0.006, 0.5, 999.0):
-        metrics.observe(replace(OUTCOME, ttft_s=ttft_s))
+        metrics.observe(change_outcome(OUTCOME, ttft_s=ttft_s))
     shown = samples(render_fleet_metrics(metrics.aggregates, {}))
     below = {le: shown[key("calm_ttft_seconds_bucket", **SPLIT, le=le)] for le in BUCKETS}
     assert below == {"0.005": 1, "0.01": 2, "0.35": 2, "0.5": 3, "60.0": 3, "+Inf": 4}
@@ -193,7 +172,7 @@ BUCKETS = ("0.005", "0.01", "0.35", "0.5", "60.0", "+Inf")
 def test_unknown_times_and_zero_counts_are_not_recorded() -> None:
     metrics, recorder = router_metrics()
     metrics.observe(
-        replace(
+        change_outcome(
             OUTCOME,
             status="error",
             ttft_s=None,
@@ -216,7 +195,7 @@ def test_labels_a_client_could_invent_become_other() -> None:
     metrics, recorder = router_metrics()
     for n in range(500):
         metrics.observe(
-            replace(
+            change_outcome(
                 OUTCOME,
                 slm_id=f"slm-{n}",
                 path=f"path-{n}",
@@ -234,13 +213,13 @@ def test_an_slm_that_joined_later_has_series_of_its_own() -> None:
     metrics, recorder = router_metrics()
     joined = {**SNAPSHOT, "slms": [*SNAPSHOT["slms"], {"id": "joined", "state": "hot"}]}
     metrics.refresh(joined, HOST)
-    metrics.observe(replace(OUTCOME, slm_id="joined"))
+    metrics.observe(change_outcome(OUTCOME, slm_id="joined"))
     assert recorder.of("calm_requests")[0][1]["slm"] == "joined"
     metrics.refresh(joined, HOST)
     rates = {r["slm"]: v for v, r in recorder.of("calm_requests_per_second")}
     assert rates["joined"] > 0.0
     metrics.refresh(SNAPSHOT, HOST)
-    metrics.observe(replace(OUTCOME, slm_id="joined"))
+    metrics.observe(change_outcome(OUTCOME, slm_id="joined"))
     assert recorder.of("calm_requests")[-1][1]["slm"] == "other"
 
 
@@ -251,7 +230,9 @@ def test_an_slm_that_joined_later_has_series_of_its_own() -> None:
 def test_cache_class_is_the_cached_share_of_the_prompt(
     prompt: int, cached: int, expected: str
 ) -> None:
-    assert cache_class(replace(OUTCOME, prompt_tokens=prompt, cached_tokens=cached)) == expected
+    assert (
+        cache_class(change_outcome(OUTCOME, prompt_tokens=prompt, cached_tokens=cached)) == expected
+    )
 
 
 def test_refresh_sets_the_fleet_gauges_in_ray() -> None:
@@ -296,7 +277,6 @@ def test_exposition_shows_alarms_that_are_on_and_zero_for_those_that_are_off() -
     assert shown[key("calm_alarm", kind="quality", slm="code")] == 1.0
     assert shown[key("calm_alarm", kind="speed", slm="code")] == 0.0
     assert shown[key("calm_alarm", kind="prompt_mix", slm="")] == 0.0
-    assert shown[key("calm_prediction_coverage_ratio", slm="code", kind="e2e_s")] == 0.94
     assert shown[key("calm_energy_idle_joules", slm="code", source="estimate")] == 12.5
     assert shown[key("calm_choice_gain", against="share_matched")] == 0.1
 
@@ -305,7 +285,7 @@ def test_exposition_exports_the_series_names_the_table_promises() -> None:
     metrics, _ = router_metrics()
     metrics.observe(OUTCOME)
     for hot in (True, False):
-        metrics.observe(replace(OUTCOME, extra={"preferred": "chat", "preferred_hot": hot}))
+        metrics.observe(change_outcome(OUTCOME, preferred="chat", preferred_hot=hot))
     metrics.refresh(SNAPSHOT, HOST)
     full = SNAPSHOT | {"slms": [SNAPSHOT["slms"][0] | {"cached_prefix_ratio": 0.1}]}
     names = {name for name, _ in samples(render_fleet_metrics(metrics.aggregates, full))}
@@ -316,7 +296,7 @@ def test_exposition_exports_the_series_names_the_table_promises() -> None:
 def test_residency_hits_are_counted_for_the_preferred_slm() -> None:
     metrics, _ = router_metrics()
     for preferred, hot in (("chat", True), ("chat", False), ("chat", True), ("nobody", True)):
-        metrics.observe(replace(OUTCOME, extra={"preferred": preferred, "preferred_hot": hot}))
+        metrics.observe(change_outcome(OUTCOME, preferred=preferred, preferred_hot=hot))
     shown = samples(render_fleet_metrics(metrics.aggregates, SNAPSHOT))
     assert shown[key("calm_residency_hits_total", slm="chat")] == 2.0
     assert shown[key("calm_residency_misses_total", slm="chat")] == 1.0

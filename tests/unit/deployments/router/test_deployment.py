@@ -236,4 +236,4 @@ async def test_a_scored_choice_can_be_made_again_from_its_outcome(
     logged = read_decision(scored)
     assert logged is not None
     assert redecide(logged, rescore(logged)) == scored.slm_id
-    assert "candidates" not in pinned.extra
+    assert pinned.decision.terms is None

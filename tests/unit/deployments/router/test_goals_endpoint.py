@@ -1,45 +1,46 @@
-"""`/v1/goals`, and how a router takes the goals that the board has."""
+"""`/v1/goals`: showing, changing and refusing goals."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-from typing import Any, cast
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from calm_serve.config import Goals, Learning
+from calm_serve.config import Goals
 from calm_serve.errors import RequestError
 from calm_serve.goals.controller import GoalController
-from calm_serve.knowledge.goal_history import GoalChange
+from calm_serve.protocol.topics import GoalChange
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
-from deployments.knowledge.client import KnowledgeClient
 from deployments.observability.catalogue import BY_NAME
 from deployments.observability.exporters import fleet_samples
 from deployments.router.admin.goals import GoalsEndpoint, goals_section
 
 
-class Keeper:
-    """A knowledge client that hands every change straight back to the loop."""
+class Knowledge:
+    """Knowledge client and subscriptions in one: a change comes back at once, or not at all."""
 
     def __init__(self, loop: ModelSelector) -> None:
         self.loop = loop
-        self.goals_change: dict[str, Any] = {}
+        self.goals_change: GoalChange | None = None
         self.history: list[dict[str, Any]] = []
-        self.hears = True
+        self.reachable = True
 
-    async def set_goals(self, goals: Goals, by: str) -> dict[str, Any]:
-        revision = len(self.history) + 1
-        change = {"at": 5.0, "by": by, "revision": revision, "old": None, "new": {}}
-        self.history.insert(0, change)
-        if self.hears:
+    async def set_goals(self, goals: Goals, by: str) -> GoalChange:
+        change = GoalChange(5.0, by, None, {}, revision=len(self.history) + 1)
+        self.history.insert(0, asdict(change))
+        if self.reachable:
             self.goals_change = change
             self.loop.set_goals(goals)
         return change
+
+    async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
+        assert timeout_s > 0.0
+        return self.goals_change is not None and self.goals_change.revision >= revision
 
     async def goal_history(self, limit: int) -> list[dict[str, Any]]:
         return self.history[:limit]
@@ -73,13 +74,13 @@ def loop() -> ModelSelector:
 
 
 @pytest.fixture
-def keeper(loop: ModelSelector) -> Keeper:
-    return Keeper(loop)
+def knowledge(loop: ModelSelector) -> Knowledge:
+    return Knowledge(loop)
 
 
 @pytest.fixture
-def endpoint(loop: ModelSelector, keeper: Keeper) -> GoalsEndpoint:
-    return GoalsEndpoint(loop, keeper)
+def endpoint(loop: ModelSelector, knowledge: Knowledge) -> GoalsEndpoint:
+    return GoalsEndpoint(loop, knowledge, knowledge)
 
 
 async def test_goals_weights_and_targets_are_shown(
@@ -113,7 +114,7 @@ async def test_goals_weights_and_targets_are_shown(
 
 
 async def test_a_put_replaces_all_goals_and_is_signed(
-    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint
+    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
 ) -> None:
     loop.set_goals(make_goals(min_quality=0.5))
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
@@ -123,13 +124,14 @@ async def test_a_put_replaces_all_goals_and_is_signed(
     assert document["changed"] == {"at": 5.0, "by": "ann", "revision": 1}
     assert loop.goals == Goals(ttft_p95_s=0.5)
     await endpoint.put(request({}))
-    assert keeper.goals_change["by"] == "10.0.0.7"
+    assert knowledge.goals_change is not None
+    assert knowledge.goals_change.by == "10.0.0.7"
 
 
-async def test_a_change_that_this_router_has_not_heard_of_yet_is_accepted_not_done(
-    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint
+async def test_a_change_that_this_router_has_not_received_yet_is_accepted_not_done(
+    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
 ) -> None:
-    before, keeper.hears = loop.goals, False
+    before, knowledge.reachable = loop.goals, False
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
     assert response.status_code == 202
     document = data(response)
@@ -156,14 +158,14 @@ async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) ->
     ],
 )
 async def test_wrong_goals_are_refused_and_change_nothing(
-    loop: ModelSelector, keeper: Keeper, endpoint: GoalsEndpoint, body: Any, message: str
+    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint, body: Any, message: str
 ) -> None:
     before = loop.goals
     with pytest.raises(RequestError, match=message) as caught:
         await endpoint.put(request(body))
     assert caught.value.http_status == 400
     assert loop.goals is before
-    assert keeper.history == []
+    assert knowledge.history == []
 
 
 async def test_a_refused_field_is_named_as_the_param(endpoint: GoalsEndpoint) -> None:
@@ -201,64 +203,3 @@ def test_gauges_show_targets_measurements_and_weights(loop: ModelSelector) -> No
     assert found["calm_weight", "quality"] == 1.0
     assert ("calm_weight", "late_ttft_after_s") not in found
     assert all(name in BY_NAME for name, *_ in found)
-
-
-def client() -> KnowledgeClient:
-    return KnowledgeClient("calm", Learning(), make_fleet())
-
-
-def change(revision: int, **goals: Any) -> dict[str, Any]:
-    return {"at": 1.0, "by": "ann", "old": None, "new": goals, "revision": revision}
-
-
-def test_published_goals_replace_the_configured_ones(loop: ModelSelector) -> None:
-    mine = client()
-    mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
-    assert loop.goals == Goals(ttft_p95_s=2.0)
-    assert (mine.goals_change["by"], mine.goals_change["revision"]) == ("ann", 1)
-
-
-def test_the_same_goals_again_leave_the_weights_where_they_are(loop: ModelSelector) -> None:
-    mine = client()
-    mine.apply_goals(change(1, ttft_p95_s=2.0), loop)
-    before = loop.goals
-    mine.apply_goals(change(2, ttft_p95_s=2.0), loop)
-    assert loop.goals is before
-
-
-def test_published_goals_that_make_no_sense_are_refused(
-    loop: ModelSelector, caplog: pytest.LogCaptureFixture
-) -> None:
-    before, mine = loop.goals, client()
-    with caplog.at_level(logging.ERROR):
-        mine.apply_goals(change(1, gone_field=2.0), loop)
-    assert loop.goals is before
-    assert mine.goals_change == {}
-    assert "gone_field" in caplog.text
-
-
-async def test_a_change_returns_when_this_router_has_heard_of_it(loop: ModelSelector) -> None:
-    mine = client()
-
-    async def ask(method: str, *args: Any) -> Any:
-        assert method == "set_goals"
-        return GoalChange(1.0, args[1], None, {"ttft_p95_s": 2.0}, revision=7)
-
-    mine._ask = ask  # type: ignore[method-assign]
-    waiting = asyncio.create_task(mine.set_goals(Goals(ttft_p95_s=2.0), "ann"))
-    for _ in range(3):
-        await asyncio.sleep(0)
-    mine.apply_goals(change(6, ttft_p95_s=1.0), loop)
-    for _ in range(3):
-        await asyncio.sleep(0)
-    assert not waiting.done()
-    mine.apply_goals(change(7, ttft_p95_s=2.0), loop)
-    assert (await waiting)["revision"] == 7
-    assert loop.goals == Goals(ttft_p95_s=2.0)
-
-
-def test_the_board_key_reaches_the_loop(loop: ModelSelector) -> None:
-    mine = client()
-    nobody = cast(Any, None)
-    asyncio.run(mine._apply("goals", change(1, min_quality=0.5), loop, nobody, nobody))
-    assert loop.goals.min_quality == 0.5

@@ -222,7 +222,7 @@ def test_hints_carry_what_replica_selection_reads() -> None:
         candidates=(),
         ranking=("slm",),
         context=context,
-        versions=Versions("", "", ""),
+        versions=Versions(),
     )
     assert hints_of(decision) == {
         "decision_id": "d",

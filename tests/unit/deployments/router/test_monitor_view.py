@@ -1,12 +1,10 @@
-"""What a router shows of the watch: /v1/fleet, explanations, corrected decisions."""
+"""What a router makes of the findings: /v1/fleet, calibrated decisions."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
-import pytest
-
+from calm_serve.protocol.topics import Alarm, MonitorFindings, SLMEnergy
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.telemetry.content_gain import MIN_DECISIONS
 from calm_serve.testing import (
@@ -23,27 +21,33 @@ from calm_serve.testing import (
 from calm_serve.types import Candidate, DecisionPath
 from deployments.router.fleet_view import FleetView, MonitorView
 
-FOUND: dict[str, Any] = {
-    "calibration_factors": {"small": 0.4},
-    "calibration": {"small": {"e2e_s": {"p50": 0.9, "p95": 2.0, "coverage_ratio": 0.95}}},
-    "calibration_error": 0.03,
-    "alarms": [{"kind": "quality", "slm": "small", "size": -0.8, "since": 1.0}],
-}
+FINDINGS = MonitorFindings(
+    calibration_factors={"small": 0.4},
+    calibration_error=0.03,
+    alarms=(Alarm("quality", "small", size=-0.8, since=1.0),),
+)
 
 
 def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_energy() -> None:
     clock = FakeClock(100.0)
     view = FleetView(make_fleet())
     view.watch = MonitorView(clock)
-    view.set_watch(FOUND)
-    view.watch.set_energy({"small": {"requests_j": 5.0, "idle_j": 1.0, "at": 90.0}})
+    view.set_watch(FINDINGS)
+    view.watch.set_energy({"small": SLMEnergy(5.0, 1.0, 6.0, "counter", False, None, at=90.0)})
     document = view.snapshot({})
-    assert document["alarms"] == FOUND["alarms"]
+    assert document["alarms"] == [asdict(a) for a in FINDINGS.alarms]
     assert document["choices"]["calibration_error"] == 0.03
     small, large = document["slms"]
     assert small["calibration_factor"] == 0.4
-    assert small["calibration"]["e2e_s"]["coverage_ratio"] == 0.95
-    assert small["energy"] == {"requests_j": 5.0, "idle_j": 1.0, "age_s": 10.0}
+    assert small["energy"] == {
+        "requests_j": 5.0,
+        "idle_j": 1.0,
+        "total_j": 6.0,
+        "source": "counter",
+        "estimated": False,
+        "attribution_error_ratio": None,
+        "age_s": 10.0,
+    }
     assert (large["calibration_factor"], large["energy"]) == (1.0, {})
 
 
@@ -68,16 +72,6 @@ def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() 
     for number in range(MIN_DECISIONS):
         choose(*sides[number % 2])
     assert watch.fleet()["alarms"] == []
-
-
-def test_an_explained_decision_has_quantiles_where_they_are_known() -> None:
-    watch = MonitorView(FakeClock())
-    watch.set(FOUND)
-    explained = watch.explain(asdict(make_decision("small", "large")))
-    small, large = explained["candidates"]
-    e2e_s = make_prediction().e2e_s
-    assert small["quantiles"]["e2e_s"] == pytest.approx({"p50": 0.9 * e2e_s, "p95": 2.0 * e2e_s})
-    assert "quantiles" not in large
 
 
 def loop(factors: dict[str, float]) -> ModelSelector:

@@ -8,26 +8,30 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from calm_serve.errors import RequestError, UnknownModelError
 from calm_serve.goals.controller import GoalController
+from calm_serve.protocol.topics import PredictorStatus
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
     decision_for,
     make_context,
     make_fleet,
     make_goals,
+    make_outcome,
     make_replica,
     make_spec,
 )
-from calm_serve.types import QualitySignal
+from calm_serve.types import Outcome, QualitySignal
 from deployments.router import fleet_view
 from deployments.router.admin.operations import Operations
 from deployments.router.fleet_view import FleetView
 from deployments.router.live_state import LiveView
 from deployments.wire import deployment_name
 
+OUTCOMES = TypeAdapter(Outcome)
 FLEET = make_fleet(
     make_spec("small", adapters=[{"name": "sql", "path": "x", "description": "SQL only"}]),
     make_spec("large", context_tokens=4096, description="Knows more."),
@@ -37,9 +41,7 @@ FLEET = make_fleet(
 class Knowledge:
     """A knowledge client that keeps feedback and knows one stored outcome."""
 
-    predictor_source = "shipped"
     reachable = True
-    models = {"challenger": "lgbm-2"}
 
     def __init__(self) -> None:
         self.signals: list[tuple[str, tuple[QualitySignal, ...]]] = []
@@ -47,11 +49,16 @@ class Knowledge:
     async def feedback(self, outcome_id: str, signals: tuple[QualitySignal, ...]) -> None:
         self.signals.append((outcome_id, signals))
 
-    async def outcome(self, outcome_id: str) -> dict[str, Any] | None:
-        return {"outcome_id": "old"} if outcome_id == "old" else None
+    async def outcome(self, outcome_id: str) -> Outcome | None:
+        return make_outcome("old") if outcome_id == "old" else None
 
 
-class Sender:
+class Subscriptions:
+    predictor_source = "shipped"
+    predictors: PredictorStatus | None = None
+
+
+class Outbox:
     pending_rows = 3
     lost_rows = 2
 
@@ -61,13 +68,14 @@ class Desk:
 
     def __init__(self) -> None:
         self.loop = ModelSelector(FLEET, make_goals(), controller=GoalController(make_goals()))
-        self.knowledge = Knowledge()
+        self.knowledge, self.subscriptions = Knowledge(), Subscriptions()
         self.operations = Operations(
             self.loop,
             FleetView(FLEET, lambda: 0.0),
             cast(Any, self.knowledge),
+            cast(Any, self.subscriptions),
             cast(Any, None),
-            cast(Any, Sender()),
+            cast(Any, Outbox()),
         )
 
 
@@ -104,13 +112,24 @@ async def test_health_is_503_with_the_states_until_every_hot_slm_has_been_up(
 
 async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) -> None:
     document = data(await desk.operations.fleet(cast(Any, None)))
-    assert document["predictor"] == {
+    at_first = {
         "version": "prior",
         "source": "shipped",
         "outcomes_pending": 3,
         "outcomes_lost": 2,
         "knowledge_reachable": True,
+    }
+    assert document["predictor"] == at_first
+    desk.subscriptions.predictors = PredictorStatus(challenger="lgbm-2")
+    document = data(await desk.operations.fleet(cast(Any, None)))
+    assert document["predictor"] == {
+        **at_first,
+        "previous": "",
         "challenger": "lgbm-2",
+        "pinned": "",
+        "shadow": None,
+        "post_promotion": None,
+        "last_change": None,
     }
     assert [s["id"] for s in document["slms"]] == ["small", "large"]
 
@@ -138,7 +157,8 @@ async def test_a_recent_decision_comes_from_memory_and_an_old_one_from_the_store
     decision = decision_for(desk.loop, make_context(request_id="new"))
     desk.loop._log["new"] = decision
     assert data(await desk.operations.decision("new"))["slm_id"] == decision.slm_id
-    assert data(await desk.operations.decision("old")) == {"outcome_id": "old"}
+    old = data(await desk.operations.decision("old"))
+    assert OUTCOMES.validate_python(old) == make_outcome("old")
     with pytest.raises(RequestError, match="'lost' not found") as caught:
         await desk.operations.decision("lost")
     assert caught.value.http_status == 404

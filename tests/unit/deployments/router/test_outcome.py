@@ -14,7 +14,14 @@ from calm_serve.testing import (
     make_prediction,
     make_state,
 )
-from calm_serve.types import Candidate, Decision, DecisionPath, QualitySignal
+from calm_serve.types import (
+    Candidate,
+    Decision,
+    DecisionPath,
+    LoadAtDecision,
+    PromptFeatures,
+    QualitySignal,
+)
 from deployments.router.dispatch import Call
 from deployments.router.outcome import outcome_of
 from deployments.wire import ReplyEnd
@@ -33,7 +40,7 @@ def finished(call: Call, **facts: Any) -> Call:
 
 def test_the_outcome_repeats_decision_facts_and_signals() -> None:
     decision = make_decision(
-        "a", "b", context=make_context(request_id="d1", numbers=(1.0,), buckets=(2,))
+        "a", "b", context=make_context(request_id="d1", features=PromptFeatures((1.0,), (2,)))
     )
     call = finished(started(replace(decision, propensity=0.3)), cached_tokens=64, queue_s=0.2)
     call.predicted_replica = "r0"
@@ -55,7 +62,8 @@ def test_the_outcome_repeats_decision_facts_and_signals() -> None:
         (2,),
         (1.0, 2.0),
     )
-    assert outcome.decision.predicted == (0.5, 64.0, 0.05, 0.01, 6.4)
+    assert outcome.decision.predicted == make_prediction("a")
+    assert outcome.decision.versions == decision.versions
     assert (outcome.engine.cached_tokens, outcome.engine.queue_s, outcome.engine.energy_j) == (
         64,
         0.2,
@@ -68,7 +76,7 @@ def test_the_outcome_tells_the_load_that_the_request_met_with_itself() -> None:
     call = finished(started(make_decision("a")))
     call.state = make_state("a", running=4, waiting=2, replicas=2, in_flight=11, ttft_ratio=1.25)
     outcome = outcome_of(call, at=0.0, task="", prompt=None)
-    assert outcome.extra["load_at_decision"] == [4.0, 12, 1.25]
+    assert outcome.decision.load == LoadAtDecision(running=4.0, in_flight=12, ttft_ratio=1.25)
 
 
 def test_the_first_token_of_a_stream_is_timed_here_and_of_one_piece_in_the_engine() -> None:
@@ -95,9 +103,9 @@ def test_a_call_that_never_reached_an_slm_still_has_an_outcome() -> None:
 
 def test_an_slm_without_a_prediction_leaves_it_empty() -> None:
     ruled = make_decision("a", candidates=(Candidate("a"),), path=DecisionPath.RULE)
-    assert outcome_of(started(ruled), at=0.0, task="", prompt=None).decision.predicted == ()
+    assert outcome_of(started(ruled), at=0.0, task="", prompt=None).decision.predicted is None
     other = make_decision("a", candidates=(Candidate("b", prediction=make_prediction("b")),))
-    assert outcome_of(started(other), at=0.0, task="", prompt=None).decision.predicted == ()
+    assert outcome_of(started(other), at=0.0, task="", prompt=None).decision.predicted is None
 
 
 @pytest.mark.parametrize(("replicas", "cold"), [(0, True), (1, False)])

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from calm_serve.config import ResidencyOptions
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.testing import make_facts, make_replica
+from calm_serve.types import Residency
 from deployments.router import (
     deployment,
     dispatch,
@@ -25,8 +28,9 @@ from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
 END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
-BUDGET = {"memory_budget_bytes": 1, "hold_s": 20.0}
-ASLEEP = {"small": "asleep", "large": "hot"}
+BUDGET = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
+ASLEEP = {"small": Residency.ASLEEP, "large": Residency.HOT}
+AWAKE = {"small": Residency.HOT}
 
 
 @pytest.fixture
@@ -50,8 +54,8 @@ def asleep(folder: Path, *items: Any) -> Service:
     return Service(folder, *items)
 
 
-def desire(service: Service, tiers: dict[str, str]) -> None:
-    service.router._view.set_desired_residency({"tiers": tiers, "options": BUDGET}, 1)
+def desire(service: Service, tiers: dict[str, Residency]) -> None:
+    service.router._view.set_desired_residency(DesiredResidency(tiers, BUDGET), 1)
 
 
 def stream_of(response: Any) -> AsyncIterator[bytes]:
@@ -72,13 +76,13 @@ async def test_a_stream_gets_comments_until_its_slm_is_awake(
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
         assert [await anext(stream) for _ in range(3)] == [wakeup_queue.KEEPALIVE] * 3
-        desire(service, {"small": "hot"})
+        desire(service, AWAKE)
         rest = [part async for part in stream if part != wakeup_queue.KEEPALIVE]
         (outcome,) = await service.outcomes()
     assert rest == [b"data: 1\n\n", END.payload]
     assert response.headers["x-calm-model"] == "small"
     assert (outcome.status, outcome.http_status, outcome.timing.cold) == ("ok", 200, True)
-    assert outcome.extra["preferred_hot"] is False
+    assert outcome.decision.preferred_hot is False
 
 
 async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> None:
@@ -87,7 +91,7 @@ async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> N
         waiting = asyncio.create_task(service.post(CHAT))
         await turns()
         assert not waiting.done()
-        desire(service, {"small": "hot"})
+        desire(service, AWAKE)
         response = await waiting
         (outcome,) = await service.outcomes()
     assert (response.status_code, bytes(response.body)) == (200, b"{}")
@@ -105,7 +109,7 @@ async def test_what_fails_after_comments_is_an_error_event(
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
         assert await anext(stream) == wakeup_queue.KEEPALIVE
-        desire(service, {"small": "hot"})
+        desire(service, AWAKE)
         last = [part async for part in stream][-1]
         (outcome,) = await service.outcomes()
     assert last.startswith(b'data: {"error"')
@@ -160,7 +164,7 @@ async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path
         parts = [part async for part in stream_of(response)]
         (outcome,) = await service.outcomes()
     assert parts == [b"data: 1\n\n", END.payload]
-    assert (outcome.timing.cold, outcome.extra["preferred_hot"]) == (False, True)
+    assert (outcome.timing.cold, outcome.decision.preferred_hot) == (False, True)
 
 
 async def test_the_budget_is_shown_and_changed_at_run_time(view: LiveView, tmp_path: Path) -> None:
