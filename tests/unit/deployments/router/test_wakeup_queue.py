@@ -26,12 +26,12 @@ from deployments.router.residency_view import ResidencyView
 from deployments.router.wakeup_queue import WakeupQueue
 from deployments.wire import ErrorReply, ReplyEnd
 
-VERSION = 7
+REVISION = 7
 OPTIONS = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
 
 
 def desire(view: ResidencyView, tiers: dict[str, str]) -> None:
-    view.set_desired({"tiers": tiers, "options": OPTIONS.model_dump(mode="json")}, VERSION)
+    view.set_desired({"tiers": tiers, "options": OPTIONS.model_dump(mode="json")}, REVISION)
 
 
 def call(slm_id: str = "small", deadline_s: float | None = None) -> Call:
@@ -187,13 +187,13 @@ class Scripted:
     def __init__(self, *items: Any) -> None:
         self.items = list(items) or [ReplyEnd(b"done", make_facts("r1"))]
         self.calls = 0
-        self.versions: list[int | None] = []
+        self.revisions: list[int | None] = []
 
     def options(self, **_options: Any) -> Scripted:
         return self
 
     def remote(self, _body: Any, *, hints: Any) -> Any:
-        self.versions.append(hints.get("residency_version"))
+        self.revisions.append(hints.get("residency_revision"))
         self.calls += 1
         item = self.items.pop(0) if len(self.items) > 1 else self.items[0]
 
@@ -249,7 +249,7 @@ async def test_a_request_refused_as_asleep_is_queued_and_sent_again(
     one = call("large")
     answer = await open_call(queue, {"large": large}, one)
     assert [part async for part in answer] == [b"done"]
-    assert (large.calls, large.versions) == (3, [VERSION] * 3)
+    assert (large.calls, large.revisions) == (3, [REVISION] * 3)
     assert one.queued_for_wakeup
     assert one.retries == 0
 
