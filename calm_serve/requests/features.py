@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_serve.requests.openai import ChatRequest
 from calm_serve.requests.tokens import Hashes, Words, ends, pair_hashes, read_words, word_hashes
-from calm_serve.types import WORD_BUCKETS, OutputShape, RoutingContext
+from calm_serve.types import WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
 
 FOCUS_CHARS = 512
 BUCKETS = 2 * WORD_BUCKETS
@@ -67,8 +67,8 @@ def fill_features(context: RoutingContext, request: ChatRequest) -> None:
         return
     focus = ends(request.last_user, FOCUS_CHARS)
     words = read_words(focus)
-    object.__setattr__(context, "numbers", _numbers(request, context, focus, words))
-    object.__setattr__(context, "buckets", word_buckets(words.hashes))
+    numbers = _numbers(request, context, focus, words)
+    object.__setattr__(context, "features", PromptFeatures(numbers, word_buckets(words.hashes)))
 
 
 def word_buckets(hashes: Hashes) -> tuple[int, ...]:
