@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from calm_serve.config import ServeArgs
-from calm_serve.learning.shadow import Shadow
+from calm_serve.protocol.reports import DemandReply, DemandReport
 from calm_serve.testing import make_fleet
 from calm_serve.types import Outcome
 from deployments.router import deployment
@@ -62,11 +62,8 @@ class Handle:
 class Knowledge:
     """A knowledge client that keeps what it is sent."""
 
-    predictor_source = "none"
     reachable = True
-    models: dict[str, Any] = {}
     waits: dict[str, float] = {}
-    shadow = Shadow(lambda: 0.0)
 
     def __init__(self, *_args: Any) -> None:
         self.rows: list[Outcome] = []
@@ -77,8 +74,8 @@ class Knowledge:
     async def set_residency(self, options: Any, *_weights: float) -> None:
         self.residency = options
 
-    async def want(self, _router: str, _said: Any) -> dict[str, Any]:
-        return {"waits": dict(self.waits)}
+    async def report_demand(self, _router: str, _report: DemandReport) -> DemandReply:
+        return DemandReply(dict(self.waits))
 
     async def follow(self, *_args: Any) -> None:
         await asyncio.Event().wait()

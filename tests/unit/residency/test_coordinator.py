@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from calm_serve.config import ResidencyOptions
+from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySummary
 from calm_serve.residency.coordinator import (
     GONE_AFTER_S,
     MISSING_REPLICA_PATIENCE_S,
@@ -17,6 +18,7 @@ from calm_serve.residency.coordinator import (
     ResidencyCoordinator,
 )
 from calm_serve.testing import FakeClock, make_spec
+from calm_serve.types import Residency
 
 SIZE = 100
 IDS = ("a", "b", "c")
@@ -31,9 +33,9 @@ class Fleet:
 
     def __init__(self, budget: int | None = 2 * SIZE, store: Store | None = None) -> None:
         self.clock, self.store = FakeClock(), store or Store()
-        self.published: list[dict[str, str]] = []
+        self.published: list[dict[str, Residency]] = []
         self.coordinator = ResidencyCoordinator(
-            self.store, lambda v: self.published.append(v["tiers"]), self.clock
+            self.store, lambda desired: self.published.append(desired.tiers), self.clock
         )
         self.coordinator.set_slms([spec(i) for i in IDS])
         self.options = ResidencyOptions(memory_budget_bytes=budget, min_resident_s=0.5)
@@ -57,17 +59,15 @@ class Fleet:
 
     def report_demand(
         self, *arrivals: str, queued: dict[str, int] | None = None, gone: str = "", **more: Any
-    ) -> dict[str, Any]:
-        report = {
-            "wanted": arrivals,
-            "held": queued or {},
-            "running": {},
-            "replicas": {i: {f"{i}-1": "node"} for i in IDS if i != gone},
-            "hits": 0,
-            "misses": 0,
-            **more,
-        }
-        return self.coordinator.want("router", report)
+    ) -> DemandReply:
+        replicas = {i: {f"{i}-1": "node"} for i in IDS if i != gone}
+        report = DemandReport(arrivals, queued or {}, **{"replicas": replicas, **more})
+        return self.coordinator.report_demand("router", report)
+
+    def summary(self) -> ResidencySummary:
+        summary = self.coordinator.summary()
+        assert summary is not None
+        return summary
 
     def later(self, seconds: float) -> None:
         for _ in range(round(seconds * 2)):
@@ -90,7 +90,7 @@ class Store:
 def test_without_a_budget_nothing_is_published() -> None:
     fleet = Fleet(None).deploy()
     fleet.report("a", "ready")
-    assert fleet.report_demand("a") == {"waits": {}}
+    assert fleet.report_demand("a") == DemandReply()
     assert fleet.published == []
 
 
@@ -105,7 +105,7 @@ def test_a_wake_up_waits_for_the_report_of_the_evicted_replica() -> None:
     fleet.clock.advance(0.02)
     fleet.report("b", "asleep", sleep=0.02)
     assert fleet.hot == {"a", "c"}
-    assert fleet.report_demand()["hot_bytes"] <= 2 * SIZE
+    assert fleet.summary().hot_bytes <= 2 * SIZE
 
 
 def test_a_dead_replica_without_replacement_frees_its_memory() -> None:
@@ -135,7 +135,7 @@ def test_the_time_to_wake_is_measured_from_the_plan_to_the_report() -> None:
     fleet.report("b", "asleep")
     fleet.clock.advance(0.3)
     fleet.report("c", "ready", wake=0.3)
-    waits = fleet.report_demand()["waits"]
+    waits = fleet.report_demand().waits
     assert waits["b"] == pytest.approx(0.4)  # as measured on c: a may leave at once
 
 
@@ -144,7 +144,7 @@ def test_a_first_start_is_no_wake_up() -> None:
     fleet.clock.advance(20.0)
     fleet.report("a", "ready", total=20.0)
     fleet.report("b", "ready", total=20.0)
-    assert fleet.report_demand()["waits"]["c"] < 5.0
+    assert fleet.report_demand().waits["c"] < 5.0
 
 
 def test_after_a_restart_nothing_is_published_before_the_replicas_report() -> None:
@@ -163,8 +163,8 @@ def test_after_a_restart_replicas_that_do_not_report_count_as_hot() -> None:
     fleet = Fleet(store=Fleet().up().store)
     fleet.report_demand()
     fleet.clock.advance(RESTART_PATIENCE_S + 0.1)
-    answer = fleet.report_demand()
-    assert answer["hot_bytes"] == 3 * SIZE
+    fleet.report_demand()
+    assert fleet.summary().hot_bytes == 3 * SIZE
     assert len(fleet.hot) == 2
 
 
@@ -179,28 +179,31 @@ def test_a_deployment_without_a_budget_wakes_every_slm() -> None:
 def test_queues_of_a_router_that_stopped_reporting_are_dropped() -> None:
     fleet = Fleet().up()
     fleet.report_demand(queued={"c": 3})
-    assert fleet.coordinator.summary()["held_requests"] == 3
+    assert fleet.summary().held_requests == 3
     fleet.clock.advance(ROUTER_EXPIRY_S + 0.1)
     fleet.coordinator.step()
-    assert fleet.coordinator.summary()["held_requests"] == 0
+    assert fleet.summary().held_requests == 0
 
 
 def test_hits_of_all_routers_are_counted() -> None:
     fleet = Fleet().up()
     fleet.report_demand(hits=3, misses=1)
-    answer = fleet.report_demand(hits=1, misses=0)
-    assert (answer["hits"], answer["misses"], answer["hit_ratio"]) == (4, 1, 0.8)
-    assert answer["recent_hit_ratio"] == pytest.approx(0.8)
+    fleet.report_demand(hits=1, misses=0)
+    found = fleet.summary()
+    assert (found.hits, found.misses, found.hit_ratio) == (4, 1, 0.8)
+    assert found.recent_hit_ratio == pytest.approx(0.8)
 
 
 def test_the_start_above_the_budget_is_no_peak() -> None:
     fleet = Fleet().deploy()
     for slm_id in IDS:
         fleet.report(slm_id, "warming up")
-    assert fleet.report_demand()["peak_bytes"] == 0
+    fleet.report_demand()
+    assert fleet.summary().peak_bytes == 0
     for slm_id, state in zip(IDS, ("ready", "ready", "asleep"), strict=True):
         fleet.report(slm_id, state)
-    assert fleet.report_demand()["peak_bytes"] == 2 * SIZE
+    fleet.report_demand()
+    assert fleet.summary().peak_bytes == 2 * SIZE
 
 
 def test_a_remote_slm_is_not_planned() -> None:
@@ -220,8 +223,8 @@ def test_an_slm_on_two_nodes_counts_on_both() -> None:
     for replica_id in ("a-1", "a-2"):
         fleet.coordinator.report("a", replica_id, "ready", {})
     fleet.coordinator.report("b", "b-1", "asleep", {})
-    answer = fleet.report_demand(replicas=replicas)
-    assert answer["hot_bytes"] == SIZE
+    fleet.report_demand(replicas=replicas)
+    assert fleet.summary().hot_bytes == SIZE
     assert len(fleet.hot) == 1
 
 
@@ -229,12 +232,14 @@ def test_a_missing_replica_counts_as_starting() -> None:
     fleet = Fleet().up()
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
-        answer = fleet.report_demand(gone="a")  # a has died, and Serve starts another one
-    assert answer["hot_bytes"] == 2 * SIZE  # with b
+        fleet.report_demand(gone="a")  # a has died, and Serve starts another one
+    assert fleet.summary().hot_bytes == 2 * SIZE  # with b
     fleet.clock.advance(MISSING_REPLICA_PATIENCE_S)
-    assert fleet.report_demand(gone="a")["hot_bytes"] == SIZE
+    fleet.report_demand(gone="a")
+    assert fleet.summary().hot_bytes == SIZE
     fleet.coordinator.report("a", "a-2", "importing", {})
-    assert fleet.report_demand(gone="a")["hot_bytes"] == 2 * SIZE
+    fleet.report_demand(gone="a")
+    assert fleet.summary().hot_bytes == 2 * SIZE
 
 
 def test_no_slm_is_woken_into_the_memory_of_a_starting_replica() -> None:
@@ -250,6 +255,4 @@ def test_no_slm_is_woken_into_the_memory_of_a_starting_replica() -> None:
         fleet.clock.advance(0.5)
         fleet.report_demand("b", queued={"b": 1}, gone="b")
         assert len(fleet.hot) <= 2
-        assert (
-            fleet.coordinator.summary()["hot_bytes"] == 3 * SIZE
-        )  # observed: it loads before it sleeps
+        assert fleet.summary().hot_bytes == 3 * SIZE  # observed: it loads before it sleeps

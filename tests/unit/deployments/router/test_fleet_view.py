@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from calm_serve.protocol.reports import ReplicaReport
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.telemetry.circuit_breaker import BreakerLimits
 from calm_serve.testing import FakeClock, make_fleet, make_outcome, make_replica, make_spec
 from calm_serve.types import Residency
@@ -136,8 +138,8 @@ def test_the_newest_start_up_report_of_an_slm_is_shown(view: FleetView) -> None:
     view.set_reports(
         {
             "hot": {
-                "a": {"at": 2.0, "state": "warming up", "ready_s": {"engine": 3.0}, "detail": ""},
-                "b": {"at": 1.0, "state": "failed", "ready_s": {}, "detail": "out of memory"},
+                "a": ReplicaReport("warming up", {"engine": 3.0}, at=2.0),
+                "b": ReplicaReport("failed", detail="out of memory", at=1.0),
             },
             "cold": {},
         }
@@ -148,7 +150,7 @@ def test_the_newest_start_up_report_of_an_slm_is_shown(view: FleetView) -> None:
 
 
 def test_a_failed_start_shows_its_reason(view: FleetView) -> None:
-    view.set_reports({"hot": {"a": {"at": 1.0, "state": "failed", "detail": "no weights"}}})
+    view.set_reports({"hot": {"a": ReplicaReport("failed", detail="no weights", at=1.0)}})
     shown = row(view, "hot")
     assert (shown["state"], shown["detail"]) == ("failed", "no weights")
 
@@ -169,18 +171,21 @@ def test_the_fleet_document_has_the_predictor_it_is_given(view: FleetView) -> No
     assert (document["ready"], document["predictor"]) == (False, {"version": "v"})
 
 
-def said(state: str, **ready_s: float) -> dict[str, Any]:
-    return {"hot": {"a": {"at": 1.0, "state": state, "ready_s": ready_s}}}
+Reports = dict[str, dict[str, ReplicaReport]]
 
 
-def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_said(
+def reported(state: str, **ready_s: float) -> Reports:
+    return {"hot": {"a": ReplicaReport(state, ready_s, at=1.0)}}
+
+
+def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_reported(
     view: FleetView, live: LiveView
 ) -> None:
     set_replicas(live, "hot", make_replica("a", running=1, waiting=2, kv_usage_ratio=0.3))
-    view.set_desired_residency({"tiers": {"hot": "asleep"}, "options": {}}, 1)
-    view.set_reports(said("ready"))
+    view.set_desired_residency(DesiredResidency({"hot": Residency.ASLEEP}), 1)
+    view.set_reports(reported("ready"))
     assert row(view, "hot")["running"] == 1  # it still answers
-    view.set_reports(said("asleep"))
+    view.set_reports(reported("asleep"))
     shown = row(view, "hot")
     assert (shown["running"], shown["waiting"], shown["kv_usage_ratio"]) == (0, 0, 0.0)
     assert shown["per_replica"][0]["running"] == 0
@@ -189,13 +194,16 @@ def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_said(
 @pytest.mark.parametrize(
     "reports",
     [
-        [said("ready"), said("asleep", wake=0.2)],
-        [said("ready"), said("waking")],
-        [said("ready", wake=0.2), said("ready", wake=0.3)],  # the sleep between was overwritten
+        [reported("ready"), reported("asleep", wake=0.2)],
+        [reported("ready"), reported("waking")],
+        [
+            reported("ready", wake=0.2),
+            reported("ready", wake=0.3),
+        ],  # the sleep between was overwritten
     ],
 )
 def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
-    view: FleetView, live: LiveView, reports: list[dict[str, Any]]
+    view: FleetView, live: LiveView, reports: list[Reports]
 ) -> None:
     set_replicas(live, "hot", make_replica("a"))
     view.set_reports(reports[0])
@@ -209,9 +217,9 @@ def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
 
 def test_prefixes_that_were_served_since_waking_are_kept(view: FleetView, live: LiveView) -> None:
     set_replicas(live, "hot", make_replica("a"))
-    view.set_reports(said("asleep"))
+    view.set_reports(reported("asleep"))
     index = live.index(deployment_name("hot"))
     index.add((1, 2, 3), "a")
-    view.set_reports(said("waking"))
-    view.set_reports(said("ready", wake=0.3))
+    view.set_reports(reported("waking"))
+    view.set_reports(reported("ready", wake=0.3))
     assert index.match((1, 2, 3)) == {"a": 3}

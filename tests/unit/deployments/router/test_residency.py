@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from calm_serve.config import ResidencyOptions
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.testing import make_facts, make_replica
+from calm_serve.types import Residency
 from deployments.router import (
     deployment,
     dispatch,
@@ -25,7 +28,7 @@ from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
 END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
-BUDGET = {"memory_budget_bytes": 1, "hold_s": 20.0}
+BUDGET = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
 ASLEEP = {"small": "asleep", "large": "hot"}
 
 
@@ -51,7 +54,8 @@ def asleep(folder: Path, *items: Any) -> Service:
 
 
 def desire(service: Service, tiers: dict[str, str]) -> None:
-    service.router._view.set_desired_residency({"tiers": tiers, "options": BUDGET}, 1)
+    desired = {slm_id: Residency(tier) for slm_id, tier in tiers.items()}
+    service.router._view.set_desired_residency(DesiredResidency(desired, BUDGET), 1)
 
 
 def stream_of(response: Any) -> AsyncIterator[bytes]:
@@ -78,7 +82,7 @@ async def test_a_stream_gets_comments_until_its_slm_is_awake(
     assert rest == [b"data: 1\n\n", END.payload]
     assert response.headers["x-calm-model"] == "small"
     assert (outcome.status, outcome.http_status, outcome.timing.cold) == ("ok", 200, True)
-    assert outcome.extra["preferred_hot"] is False
+    assert outcome.decision.preferred_hot is False
 
 
 async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ async def test_a_hot_slm_streams_without_comments(view: LiveView, tmp_path: Path
         parts = [part async for part in stream_of(response)]
         (outcome,) = await service.outcomes()
     assert parts == [b"data: 1\n\n", END.payload]
-    assert (outcome.timing.cold, outcome.extra["preferred_hot"]) == (False, True)
+    assert (outcome.timing.cold, outcome.decision.preferred_hot) == (False, True)
 
 
 async def test_the_budget_is_shown_and_changed_at_run_time(view: LiveView, tmp_path: Path) -> None:

@@ -9,6 +9,13 @@ import pytest
 
 from calm_serve.config import ResidencyOptions, RouterOptions
 from calm_serve.errors import AsleepError, KnowledgeError
+from calm_serve.protocol.reports import (
+    DemandReply,
+    DemandReport,
+    ReplicaReport,
+    ResidencySummary,
+)
+from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.testing import (
     make_context,
     make_decision,
@@ -17,7 +24,7 @@ from calm_serve.testing import (
     make_replica,
     make_state,
 )
-from calm_serve.types import Residency
+from calm_serve.types import Residency, ServiceLevel
 from deployments.router import dispatch, wakeup_queue
 from deployments.router.dispatch import Call
 from deployments.router.live_state import LiveView
@@ -31,11 +38,12 @@ OPTIONS = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
 
 
 def desire(view: ResidencyView, tiers: dict[str, str]) -> None:
-    view.set_desired({"tiers": tiers, "options": OPTIONS.model_dump(mode="json")}, REVISION)
+    desired = {slm_id: Residency(tier) for slm_id, tier in tiers.items()}
+    view.set_desired(DesiredResidency(desired, OPTIONS), REVISION)
 
 
 def call(slm_id: str = "small", deadline_s: float | None = None) -> Call:
-    context = make_context(deadline_s=deadline_s)
+    context = make_context(slo=ServiceLevel(deadline_s=deadline_s))
     return Call(make_decision(slm_id, preferred=slm_id, context=context), make_state(slm_id), ())
 
 
@@ -69,15 +77,15 @@ async def test_a_request_for_a_sleeping_slm_waits_until_it_may_be_woken(
     one = call()
     waiting = asyncio.create_task(queue.admit(one, "small"))
     await turns()
-    assert queue._take_demand(make_fleet())["held"] == {"small": 1}
+    assert queue._take_demand(make_fleet()).queued == {"small": 1}
     desire(view, {"small": "hot", "large": "asleep"})
     await waiting
     assert one.queued_for_wakeup
-    assert queue._take_demand(make_fleet())["held"] == {}
-    assert queue._take_demand(make_fleet())["running"] == {"small": 1}
+    assert queue._take_demand(make_fleet()).queued == {}
+    assert queue._take_demand(make_fleet()).running == {"small": 1}
     queue.release(one)
     queue.release(one)
-    assert queue._take_demand(make_fleet())["running"] == {}
+    assert queue._take_demand(make_fleet()).running == {}
 
 
 async def test_a_client_that_leaves_leaves_the_queue(queue: WakeupQueue) -> None:
@@ -85,7 +93,7 @@ async def test_a_client_that_leaves_leaves_the_queue(queue: WakeupQueue) -> None
     await turns()
     waiting.cancel()
     await turns()
-    assert queue._take_demand(make_fleet())["held"] == {}
+    assert queue._take_demand(make_fleet()).queued == {}
 
 
 @pytest.mark.parametrize(
@@ -102,24 +110,25 @@ async def test_a_wait_beyond_the_limit_is_refused_at_once_with_the_estimate(
     assert refused.value.retry_after_s == min(expected_s, longest)
     # A client that was told to retry counts as queued, unless the wait has no end.
     expected = {"small": 1} if expected_s < longest else {}
-    assert queue._take_demand(make_fleet())["held"] == expected
+    assert queue._take_demand(make_fleet()).queued == expected
 
 
 async def test_a_wait_ends_at_its_limit(queue: WakeupQueue) -> None:
     one = call(deadline_s=0.01)
     with pytest.raises(AsleepError):
         await queue.admit(one, "small")
-    assert queue._take_demand(make_fleet())["held"] == {}
+    assert queue._take_demand(make_fleet()).queued == {}
 
 
 async def test_demand_is_reported_once_and_kept_when_the_actor_does_not_answer(
     queue: WakeupQueue, view: ResidencyView
 ) -> None:
-    reports: list[dict[str, Any]] = []
-    answers: list[Any] = [KnowledgeError("away"), {"waits": {"small": 3.0}, "swaps": 1}]
+    reports: list[DemandReport] = []
+    summary = ResidencySummary("calm", 1, 1, 1, 1, 1, 1, 0.5, 0.5, 0)
+    answers: list[Any] = [KnowledgeError("away"), DemandReply({"small": 3.0}, summary)]
 
-    async def report(_router: str, demand: Any) -> Any:
-        reports.append(dict(demand))
+    async def report(_router: str, demand: DemandReport) -> Any:
+        reports.append(demand)
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -131,10 +140,10 @@ async def test_demand_is_reported_once_and_kept_when_the_actor_does_not_answer(
     with pytest.raises(IndexError):  # there is no answer to a third report
         await queue.run(report, make_fleet)
     del reports[2:]
-    assert [r["wanted"] for r in reports] == [["small", "large"]] * 2
-    assert [(r["hits"], r["misses"]) for r in reports] == [(1, 1)] * 2
-    assert (view.wait_s, view.summary) == ({"small": 3.0}, {"swaps": 1})
-    assert queue._take_demand(make_fleet())["wanted"] == []
+    assert [r.wanted for r in reports] == [("small", "large")] * 2
+    assert [(r.hits, r.misses) for r in reports] == [(1, 1)] * 2
+    assert (view.wait_s, view.summary) == ({"small": 3.0}, summary)
+    assert queue._take_demand(make_fleet()).wanted == ()
 
 
 async def test_the_first_queued_request_is_reported_at_once(
@@ -164,7 +173,7 @@ def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(view: Residen
     small, replicas = make_state("small", wake_s=15.0), [make_replica("r1")]
     assert view.with_residency(make_state("large"), replicas) == make_state("large")
     assert view.with_residency(small, replicas).residency is Residency.ASLEEP
-    view.set_reports({"small": {"r1": {"state": "asleep", "ready_s": {"wake": 0.3}}}})
+    view.set_reports({"small": {"r1": ReplicaReport("asleep", {"wake": 0.3})}})
     assert view.with_residency(small, replicas).wake_s == 0.3
     view.wait_s = {"small": 1.5}
     assert view.with_residency(small, replicas).wake_s == 1.5
@@ -172,7 +181,7 @@ def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(view: Residen
     assert view.with_residency(small, replicas).residency is Residency.STARTING
     # A dead replica's last report does not count for the others.
     assert view.with_residency(small, [make_replica("r2")]) is small
-    view.set_reports({"small": {"r1": {"state": "ready", "ready_s": {}}}})
+    view.set_reports({"small": {"r1": ReplicaReport("ready")}})
     assert view.with_residency(small, replicas) is small
 
 
@@ -256,11 +265,11 @@ async def test_a_request_refused_as_asleep_is_queued_and_sent_again(
 
 def test_an_outcome_has_the_preferred_slm_and_whether_it_was_hot() -> None:
     one = call()
-    assert "preferred" not in outcome_of(one, at=1.0, task="", prompt=None).extra
+    assert outcome_of(one, at=1.0, task="", prompt=None).decision.preferred == ""
     one.preferred_hot, one.queued_for_wakeup = False, True
     outcome = outcome_of(one, at=1.0, task="", prompt=None)
     assert outcome.timing.cold
-    assert (outcome.extra["preferred"], outcome.extra["preferred_hot"]) == ("small", False)
+    assert (outcome.decision.preferred, outcome.decision.preferred_hot) == ("small", False)
 
 
 async def test_comments_are_sent_until_the_answer_is_there() -> None:
