@@ -26,7 +26,7 @@ class Hints(TypedDict, total=False):
     validate: str  # check that the client asked for
     schema: dict[str, Any] | None
     labels: tuple[str, ...]
-    residency_version: int  # of the desired residency that the router knew; absent without a budget
+    residency_revision: int  # of the router's desired residency; absent without a memory budget
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 from calm_serve.config import ResidencyOptions
 from calm_serve.residency.forecast import Forecast
@@ -44,6 +45,7 @@ class Planner(ABC):
         self._hot_since: dict[str, float] = {}
         self._demanded_at: dict[str, float] = {}  # last arrival or queued request
         self._queued_since: dict[str, float] = {}
+        self._swap_of: dict[str, int] = {}  # SLM -> number of the swap that woke it last; 0: none
         self.swaps = 0  # wake-ups decided so far
 
     def step(self, now: float, demand: Demand, footprints: Sequence[ModelFootprint]) -> Plan:
@@ -61,7 +63,7 @@ class Planner(ABC):
         self._prefetch(now, demand)
         self._let_go_cold(now)
         waking = [i for i in self._desired if self._is_waking(self._footprints[i])]
-        waking.sort(key=lambda i: queue.index(i) if i in queue else len(queue))
+        waking.sort(key=lambda i: (queue.index(i) if i in queue else len(queue), self._swap_of[i]))
         return Plan(dict(self._desired), tuple(waking), self._estimate_waits(now, queue))
 
     # Hooks: what a policy decides.
@@ -130,6 +132,7 @@ class Planner(ABC):
             self._desired[victim.slm_id] = Residency.ASLEEP
         self._desired[footprint.slm_id] = Residency.HOT
         self.swaps += 1
+        self._swap_of[footprint.slm_id] = self.swaps
         self._on_wake(now)
 
     def _evictable(self, now: float) -> list[ModelFootprint]:
@@ -146,7 +149,7 @@ class Planner(ABC):
         """Take in SLMs that joined or left, and those that have just become hot."""
         for slm_id in [i for i in self._desired if i not in self._footprints]:
             del self._desired[slm_id]
-            for known in (self._hot_since, self._demanded_at, self._queued_since):
+            for known in (self._hot_since, self._demanded_at, self._queued_since, self._swap_of):
                 known.pop(slm_id, None)
         budget = self._desired_use()
         new = [f for i, f in self._footprints.items() if i not in self._desired]
@@ -158,7 +161,7 @@ class Planner(ABC):
                 budget.add(footprint)
             else:
                 self._desired[footprint.slm_id] = Residency.COLD if cold else Residency.ASLEEP
-            self._demanded_at[footprint.slm_id] = now
+            self._demanded_at[footprint.slm_id], self._swap_of[footprint.slm_id] = now, 0
         for slm_id, desired in self._desired.items():
             footprint = self._footprints[slm_id]
             if desired is Residency.HOT and footprint.observed is Residency.HOT:
@@ -349,7 +352,10 @@ class ForecastPlanner(Planner):
         """Quality points that being hot saves until the horizon."""
         if not self._expected_arrivals:
             self._rate_per_s = self._forecast.rate_per_s(now)
-            residence_s = self._options.min_resident_s + footprint.wake_s
+            # One horizon for all SLMs, whichever is valued first. The median, because a cold SLM,
+            # which takes a whole start to wake, must not stretch the horizon of the others.
+            wake_s = median(f.wake_s for f in self._footprints.values())
+            residence_s = self._options.min_resident_s + wake_s
             self._horizon_arrivals = max(self._rate_per_s * residence_s, MIN_HORIZON_ARRIVALS)
             self._expected_arrivals = self._forecast.expected(self._horizon_arrivals)
         return self._expected_arrivals.get(footprint.slm_id, 0.0) * self._wake_cost(footprint)

@@ -87,7 +87,7 @@ class Dispatcher:
     ) -> None:
         """`admit` returns when an SLM may be sent a call, or raises AsleepError.
 
-        It returns the version of desired residency that it acted on, None without a budget.
+        It returns the revision of desired residency that it acted on, None without a budget.
         """
         self._handle = handle
         self._admit = admit
@@ -151,8 +151,8 @@ class Dispatcher:
     ) -> tuple[AsyncIterator[Any], Any]:
         """Send the call when its SLM is awake; return the answer's items and the first of them."""
         while True:
-            if self._admit is not None and (version := await self._admit(call, call.slm_id)):
-                hints = {**hints, "residency_version": version}
+            if self._admit is not None and (revision := await self._admit(call, call.slm_id)):
+                hints = {**hints, "residency_revision": revision}
             items = self._items(call.slm_id, method, body, hints)
             try:
                 first = await anext(items)

@@ -28,7 +28,7 @@ class ResidencyView:
         self.options = ResidencyOptions()
         self.summary: ResidencySummary | None = None
         self.wait_s: dict[str, float] = {}  # SLM -> seconds until it could answer
-        self.version = 0  # revision of the desired residency
+        self.revision = 0  # of the desired residency, as published
         self._desired: dict[str, Residency] = {}
         self._reported: dict[str, str] = {}  # replica -> the state it reported
         self._wake_s: dict[str, float] = {}  # SLM -> its last measured wake-up
@@ -40,11 +40,10 @@ class ResidencyView:
         """Whether there is a memory budget."""
         return bool(self._desired)
 
-    def set_desired(self, desired: DesiredResidency, revision: int) -> None:
+    def set_desired(self, published: DesiredResidency, revision: int) -> None:
         """Take what the residency coordinator published; an SLM that it leaves out is hot."""
-        self.version = revision
-        self._desired = dict(desired.tiers)
-        self.options = desired.options
+        self.revision = revision
+        self._desired, self.options = dict(published.tiers), published.options
         if not self._desired:
             self.summary, self.wait_s = None, {}
         self._changed.set()

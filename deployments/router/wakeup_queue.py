@@ -62,9 +62,9 @@ class WakeupQueue:
         call.preferred_hot = hit
 
     async def admit(self, call: Call, slm_id: str) -> int | None:
-        """Return when the call may be sent to the SLM, with the version of desired residency.
+        """Return when the call may be sent to the SLM, with the revision of desired residency.
 
-        None is the version without a memory budget. Raises AsleepError when the SLM will not be
+        None is the revision without a memory budget. Raises AsleepError when the SLM will not be
         awake in time.
         """
         if not self._view.active:
@@ -74,7 +74,7 @@ class WakeupQueue:
         self.release(call)
         call.running_on = slm_id
         self._running[slm_id] += 1
-        return self._view.version
+        return self._view.revision
 
     def release(self, call: Call) -> None:
         """Count the call as running on its SLM no longer; fine to repeat."""
@@ -83,7 +83,7 @@ class WakeupQueue:
             call.running_on = ""
 
     async def run(self, report: ReportDemand, fleet: Callable[[], Fleet]) -> None:
-        """Report demand to the knowledge actor for ever, by KnowledgeClient.report_demand."""
+        """Call `report`, KnowledgeClient.report_demand, for ever, at once for a new queue."""
         while True:
             await self._view.until_active()
             self._report_now.clear()
@@ -144,7 +144,7 @@ class WakeupQueue:
         )
 
     def _take_demand(self, fleet: Fleet) -> DemandReport:
-        """The report of demand since the last one; see ResidencyCoordinator.report_demand."""
+        """The report of demand since the last one."""
         now = time.monotonic()
         self._retry_until = {i: t for i, t in self._retry_until.items() if t > now}
         demand = DemandReport(

@@ -1,4 +1,4 @@
-"""A LoRA adapter that an SLM replica holds in memory."""
+"""A LoRA adapter that is resident in an SLM replica."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import threading
 from typing import Any
 
-# An adapter that is still answering is waited for this long before its slot is taken by force.
+# An adapter with running requests is unloaded after this long even if they have not ended.
 UNLOAD_PATIENCE_S = 120.0
 
 
@@ -25,7 +25,7 @@ class ResidentAdapter:
 
     @contextlib.contextmanager
     def in_use(self) -> Any:
-        """Hold the adapter in memory for the length of one request."""
+        """Keep the adapter in memory for one request."""
         self._running += 1
         self._idle.clear()
         try:
@@ -36,13 +36,13 @@ class ResidentAdapter:
                 self._idle.set()
 
     def __del__(self) -> None:
-        # Serve calls this in a thread when the LRU drops the adapter; the collector calls it again.
+        # Serve calls this in a thread when its LRU drops the adapter, and the collector once more.
         if self._unloaded or self._loop.is_closed():
             return
         self._unloaded = True
         with contextlib.suppress(RuntimeError):
             if asyncio.get_running_loop() is self._loop:
-                return  # collected on the loop itself: the engine is going away with us
+                return  # collected on the loop itself: the replica and its engine are being deleted
         self._idle.wait(UNLOAD_PATIENCE_S)
         asyncio.run_coroutine_threadsafe(self._engine.unload_adapter(self.name), self._loop).result(
             UNLOAD_PATIENCE_S

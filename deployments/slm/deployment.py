@@ -120,7 +120,7 @@ class SLM:
         adapter = hints.get("adapter", "")
         try:
             # Loading an adapter needs the engine's memory too.
-            async with self._residency.awake(hints.get("residency_version")):
+            async with self._residency.awake(hints.get("residency_revision")):
                 if not adapter:
                     async for item in self._serve({**body, "model": self._spec.id}, hints, call):
                         yield item

@@ -1,4 +1,4 @@
-"""Environment of an SLM's process; apart from the engine, because whoever sets it has no vLLM."""
+"""Environment of an SLM's process. Apart from the engine: applications are built without vLLM."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def process_environment(spec: SLMSpec) -> dict[str, str]:
             "OMP_NUM_THREADS": str(spec.resources.threads),
         }
     if Path(spec.model).is_dir():
-        values["HF_HUB_OFFLINE"] = "1"  # never ask a hub about weights that lie on the disk
+        values["HF_HUB_OFFLINE"] = "1"  # the weights are on disk: ask no hub about them
     return values | spec.env

@@ -84,7 +84,7 @@ class ReplicaResidency:
         self._report = report
         self._clock, self._call_later = clock, call_later
         self._desired_awake = True
-        self._version = 0  # of the desired residency
+        self._revision = 0  # of the desired residency
         self._requests = 0
         self._woken_by_request = False  # although the desired residency is to sleep
         self._stay_awake: Timer | None = None  # no sleep before it ends
@@ -95,12 +95,12 @@ class ReplicaResidency:
         self._times: dict[str, float] = {}
         self.state = "ready"
 
-    def set_desired(self, residency: str, version: int = 0) -> None:
+    def set_desired(self, residency: str, revision: int = 0) -> None:
         """Be awake for "hot"; for any other tier sleep as soon as no request runs.
 
-        `version` grows with every publication of desired residency.
+        `revision` grows with every publication of desired residency.
         """
-        self._version = version
+        self._revision = revision
         if (residency == Residency.HOT) != self._desired_awake:
             self._desired_awake = not self._desired_awake
             self._woken_by_request = False
@@ -108,11 +108,11 @@ class ReplicaResidency:
             self._start_change()
 
     @contextlib.asynccontextmanager
-    async def awake(self, known_version: int | None = None) -> AsyncIterator[None]:
+    async def awake(self, known_revision: int | None = None) -> AsyncIterator[None]:
         """Keep the engine awake for one request, after waking it if necessary.
 
         Args:
-            known_version: version of the desired residency that the router acted on. If it is not
+            known_revision: of the desired residency that the router acted on. If it is not
                 newer than this replica's and the replica is to sleep, waking could exceed the
                 memory budget: raises AsleepError. A newer one says that the replica is to wake.
                 None (no memory budget) always wakes.
@@ -123,7 +123,7 @@ class ReplicaResidency:
         try:
             while self.state != "ready":
                 self.check_health()
-                newer = known_version is None or known_version > self._version
+                newer = known_revision is None or known_revision > self._revision
                 if not newer and not self._desired_awake:
                     raise AsleepError("asleep, as the residency planner desires")
                 self._woken_by_request = not self._desired_awake
@@ -238,7 +238,7 @@ async def follow_desired_residency(app_name: str, slm_id: str, residency: Replic
     """
     actor: Any = None
     seen: dict[str, int] = {}
-    # An actor that has restarted publishes the SLMs again, with another revision.
+    # A restarted actor publishes the SLMs again, with another revision.
     topics = [Topic.RESIDENCY, Topic.SLMS]
     while True:
         try:

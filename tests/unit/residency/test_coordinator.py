@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from calm_serve.config import ResidencyOptions
+from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySummary
 from calm_serve.residency.coordinator import (
     GONE_AFTER_S,
     MISSING_REPLICA_PATIENCE_S,
@@ -17,6 +18,7 @@ from calm_serve.residency.coordinator import (
     ResidencyCoordinator,
 )
 from calm_serve.testing import FakeClock, make_spec
+from calm_serve.types import Residency
 
 SIZE = 100
 IDS = ("a", "b", "c")
@@ -31,9 +33,9 @@ class Fleet:
 
     def __init__(self, budget: int | None = 2 * SIZE, store: Store | None = None) -> None:
         self.clock, self.store = FakeClock(), store or Store()
-        self.published: list[dict[str, str]] = []
+        self.published: list[dict[str, Residency]] = []
         self.coordinator = ResidencyCoordinator(
-            self.store, lambda v: self.published.append(v["tiers"]), self.clock
+            self.store, lambda desired: self.published.append(desired.tiers), self.clock
         )
         self.coordinator.set_slms([spec(i) for i in IDS])
         self.options = ResidencyOptions(memory_budget_bytes=budget, min_resident_s=0.5)
@@ -48,31 +50,29 @@ class Fleet:
         for slm_id in IDS:
             self.report(slm_id, "ready")
         self.report("c", "asleep")
-        self.want()
+        self.report_demand()
         self.later(5.0)
         return self
 
     def report(self, slm_id: str, state: str, **times: float) -> None:
         self.coordinator.report(slm_id, f"{slm_id}-1", state, times)
 
-    def want(
-        self, *wanted: str, held: dict[str, int] | None = None, gone: str = "", **more: Any
-    ) -> dict[str, Any]:
-        said = {
-            "wanted": wanted,
-            "held": held or {},
-            "running": {},
-            "replicas": {i: {f"{i}-1": "node"} for i in IDS if i != gone},
-            "hits": 0,
-            "misses": 0,
-            **more,
-        }
-        return self.coordinator.want("router", said)
+    def report_demand(
+        self, *arrivals: str, queued: dict[str, int] | None = None, gone: str = "", **more: Any
+    ) -> DemandReply:
+        replicas = {i: {f"{i}-1": "node"} for i in IDS if i != gone}
+        report = DemandReport(arrivals, queued or {}, **{"replicas": replicas, **more})
+        return self.coordinator.report_demand("router", report)
+
+    def summary(self) -> ResidencySummary:
+        summary = self.coordinator.summary()
+        assert summary is not None
+        return summary
 
     def later(self, seconds: float) -> None:
         for _ in range(round(seconds * 2)):
             self.clock.advance(0.5)
-            self.want()
+            self.report_demand()
 
     @property
     def hot(self) -> set[str]:
@@ -90,7 +90,7 @@ class Store:
 def test_without_a_budget_nothing_is_published() -> None:
     fleet = Fleet(None).deploy()
     fleet.report("a", "ready")
-    assert fleet.want("a") == {"waits": {}}
+    assert fleet.report_demand("a") == DemandReply()
     assert fleet.published == []
 
 
@@ -100,42 +100,42 @@ def test_desired_residency_is_published_before_any_replica_is_up() -> None:
 
 def test_a_wake_up_waits_for_the_report_of_the_evicted_replica() -> None:
     fleet = Fleet().up()
-    fleet.want("a", "c", held={"c": 1})
+    fleet.report_demand("a", "c", queued={"c": 1})
     assert fleet.hot == {"a"}
     fleet.clock.advance(0.02)
     fleet.report("b", "asleep", sleep=0.02)
     assert fleet.hot == {"a", "c"}
-    assert fleet.want()["hot_bytes"] <= 2 * SIZE
+    assert fleet.summary().hot_bytes <= 2 * SIZE
 
 
 def test_a_dead_replica_without_replacement_frees_its_memory() -> None:
     fleet = Fleet().up()
     may_go = {"residency": "on_demand", "scaling": {"min_replicas": 0}}
     fleet.coordinator.set_slms([spec(i, **may_go) for i in IDS])
-    fleet.want("a", "c", held={"c": 1})
+    fleet.report_demand("a", "c", queued={"c": 1})
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
-        fleet.want(held={"c": 1}, gone="b")
+        fleet.report_demand(queued={"c": 1}, gone="b")
     assert fleet.hot == {"a", "c"}
 
 
 def test_a_replica_that_a_request_woke_keeps_others_asleep() -> None:
     fleet = Fleet().up()
-    fleet.want("a", "c", held={"c": 1})
+    fleet.report_demand("a", "c", queued={"c": 1})
     fleet.report("b", "waking")
     fleet.clock.advance(0.1)
-    fleet.want(held={"c": 1})
+    fleet.report_demand(queued={"c": 1})
     assert fleet.hot == {"a"}
 
 
 def test_the_time_to_wake_is_measured_from_the_plan_to_the_report() -> None:
     fleet = Fleet().up()
-    fleet.want("c", held={"c": 1})
+    fleet.report_demand("c", queued={"c": 1})
     fleet.clock.advance(0.1)
     fleet.report("b", "asleep")
     fleet.clock.advance(0.3)
     fleet.report("c", "ready", wake=0.3)
-    waits = fleet.want()["waits"]
+    waits = fleet.report_demand().waits
     assert waits["b"] == pytest.approx(0.4)  # as measured on c: a may leave at once
 
 
@@ -144,27 +144,27 @@ def test_a_first_start_is_no_wake_up() -> None:
     fleet.clock.advance(20.0)
     fleet.report("a", "ready", total=20.0)
     fleet.report("b", "ready", total=20.0)
-    assert fleet.want()["waits"]["c"] < 5.0
+    assert fleet.report_demand().waits["c"] < 5.0
 
 
 def test_after_a_restart_nothing_is_published_before_the_replicas_report() -> None:
     store = Fleet().up().store
     fleet = Fleet(store=store)
-    fleet.want(held={"a": 1})
+    fleet.report_demand(queued={"a": 1})
     assert fleet.published == []
     fleet.report("b", "ready")
     fleet.report("c", "ready")
     fleet.report("a", "asleep")
-    fleet.want()
+    fleet.report_demand()
     assert fleet.hot == {"b", "c"}
 
 
 def test_after_a_restart_replicas_that_do_not_report_count_as_hot() -> None:
     fleet = Fleet(store=Fleet().up().store)
-    fleet.want()
+    fleet.report_demand()
     fleet.clock.advance(RESTART_PATIENCE_S + 0.1)
-    answer = fleet.want()
-    assert answer["hot_bytes"] == 3 * SIZE
+    fleet.report_demand()
+    assert fleet.summary().hot_bytes == 3 * SIZE
     assert len(fleet.hot) == 2
 
 
@@ -178,29 +178,32 @@ def test_a_deployment_without_a_budget_wakes_every_slm() -> None:
 
 def test_queues_of_a_router_that_stopped_reporting_are_dropped() -> None:
     fleet = Fleet().up()
-    fleet.want(held={"c": 3})
-    assert fleet.coordinator.summary()["held_requests"] == 3
+    fleet.report_demand(queued={"c": 3})
+    assert fleet.summary().held_requests == 3
     fleet.clock.advance(ROUTER_EXPIRY_S + 0.1)
     fleet.coordinator.step()
-    assert fleet.coordinator.summary()["held_requests"] == 0
+    assert fleet.summary().held_requests == 0
 
 
 def test_hits_of_all_routers_are_counted() -> None:
     fleet = Fleet().up()
-    fleet.want(hits=3, misses=1)
-    answer = fleet.want(hits=1, misses=0)
-    assert (answer["hits"], answer["misses"], answer["hit_ratio"]) == (4, 1, 0.8)
-    assert answer["recent_hit_ratio"] == pytest.approx(0.8)
+    fleet.report_demand(hits=3, misses=1)
+    fleet.report_demand(hits=1, misses=0)
+    found = fleet.summary()
+    assert (found.hits, found.misses, found.hit_ratio) == (4, 1, 0.8)
+    assert found.recent_hit_ratio == pytest.approx(0.8)
 
 
 def test_the_start_above_the_budget_is_no_peak() -> None:
     fleet = Fleet().deploy()
     for slm_id in IDS:
         fleet.report(slm_id, "warming up")
-    assert fleet.want()["peak_bytes"] == 0
+    fleet.report_demand()
+    assert fleet.summary().peak_bytes == 0
     for slm_id, state in zip(IDS, ("ready", "ready", "asleep"), strict=True):
         fleet.report(slm_id, state)
-    assert fleet.want()["peak_bytes"] == 2 * SIZE
+    fleet.report_demand()
+    assert fleet.summary().peak_bytes == 2 * SIZE
 
 
 def test_a_remote_slm_is_not_planned() -> None:
@@ -220,8 +223,8 @@ def test_an_slm_on_two_nodes_counts_on_both() -> None:
     for replica_id in ("a-1", "a-2"):
         fleet.coordinator.report("a", replica_id, "ready", {})
     fleet.coordinator.report("b", "b-1", "asleep", {})
-    answer = fleet.want(replicas=replicas)
-    assert answer["hot_bytes"] == SIZE
+    fleet.report_demand(replicas=replicas)
+    assert fleet.summary().hot_bytes == SIZE
     assert len(fleet.hot) == 1
 
 
@@ -229,27 +232,27 @@ def test_a_missing_replica_counts_as_starting() -> None:
     fleet = Fleet().up()
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
-        answer = fleet.want(gone="a")  # a has died, and Serve starts another one
-    assert answer["hot_bytes"] == 2 * SIZE  # with b
+        fleet.report_demand(gone="a")  # a has died, and Serve starts another one
+    assert fleet.summary().hot_bytes == 2 * SIZE  # with b
     fleet.clock.advance(MISSING_REPLICA_PATIENCE_S)
-    assert fleet.want(gone="a")["hot_bytes"] == SIZE
+    fleet.report_demand(gone="a")
+    assert fleet.summary().hot_bytes == SIZE
     fleet.coordinator.report("a", "a-2", "importing", {})
-    assert fleet.want(gone="a")["hot_bytes"] == 2 * SIZE
+    fleet.report_demand(gone="a")
+    assert fleet.summary().hot_bytes == 2 * SIZE
 
 
 def test_no_slm_is_woken_into_the_memory_of_a_starting_replica() -> None:
     fleet = Fleet().up()
-    fleet.want("a", "c", held={"c": 1})
+    fleet.report_demand("a", "c", queued={"c": 1})
     fleet.report("b", "asleep")
     fleet.report("c", "ready", wake=0.1)
     assert fleet.hot == {"a", "c"}
     for _ in range(round(GONE_AFTER_S / 0.5) + 1):
         fleet.clock.advance(0.5)
-        fleet.want(gone="b")  # b was asleep and has died
+        fleet.report_demand(gone="b")  # b was asleep and has died
     for _ in range(4):
         fleet.clock.advance(0.5)
-        fleet.want("b", held={"b": 1}, gone="b")
+        fleet.report_demand("b", queued={"b": 1}, gone="b")
         assert len(fleet.hot) <= 2
-        assert (
-            fleet.coordinator.summary()["hot_bytes"] == 3 * SIZE
-        )  # observed: it loads before it sleeps
+        assert fleet.summary().hot_bytes == 3 * SIZE  # observed: it loads before it sleeps

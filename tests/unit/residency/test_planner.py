@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -290,6 +291,35 @@ def test_wake_ups_are_published_in_the_order_of_the_queue() -> None:
     plan = Plan({"a": HOT, "b": HOT, "c": ASLEEP}, ("b", "a"), {})
     desired = within_budget(plan, [slm("a"), slm("b"), slm("c")], {}, 1)
     assert desired == {"a": ASLEEP, "b": HOT, "c": ASLEEP}
+
+
+def plans_on_random_demand(seed: int, order: str) -> list[dict[str, Residency]]:
+    """Plans for six SLMs with different wake-up times, listed in `order`; three fit."""
+    rng, budget, now = Random(seed), 3, 0.0
+    wake_s = {i: rng.uniform(0.05, 2.0) for i in "abcdef"}
+    weights = [rng.random() for _ in "abcdef"]
+    hot = rng.sample("abcdef", budget)
+    planner = ForecastPlanner(options(budget, min_resident_s=0.5))
+    slms = {i: slm(i, HOT if i in hot else ASLEEP, wake_s=wake_s[i]) for i in order}
+    published: dict[str, Residency] = {}
+    plans = []
+    for _ in range(400):
+        now += rng.expovariate(6.0)
+        (arrival,) = rng.choices("abcdef", weights)
+        queued = {} if slms[arrival].observed is HOT else {arrival: 1}
+        plan = planner.step(now, Demand((arrival,), queued), list(slms.values()))
+        published = within_budget(plan, list(slms.values()), published, budget)
+        slms = {i: replace(f, observed=published[i]) for i, f in slms.items()}
+        plans.append(dict(plan.desired))
+    return plans
+
+
+@pytest.mark.parametrize("seed", [0, 7, 13, 15, 16])  # of 20, those whose plans once differed
+def test_the_order_of_the_fleet_file_does_not_change_the_plans(seed: int) -> None:
+    plans = plans_on_random_demand(seed, "abcdef")
+    assert plans_on_random_demand(seed, "fedcba") == plans
+    shuffled = "".join(Random(1000 + seed).sample("abcdef", 6))
+    assert plans_on_random_demand(seed, shuffled) == plans
 
 
 events = st.lists(

@@ -171,7 +171,10 @@ def test_the_fleet_document_has_the_predictor_it_is_given(view: FleetView) -> No
     assert (document["ready"], document["predictor"]) == (False, {"version": "v"})
 
 
-def reported(state: str, **ready_s: float) -> dict[str, dict[str, ReplicaReport]]:
+Reports = dict[str, dict[str, ReplicaReport]]
+
+
+def reported(state: str, **ready_s: float) -> Reports:
     return {"hot": {"a": ReplicaReport(state, ready_s, at=1.0)}}
 
 
@@ -200,7 +203,7 @@ def test_an_slm_that_sleeps_runs_nothing_whatever_its_last_answer_reported(
     ],
 )
 def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
-    view: FleetView, live: LiveView, reports: list[dict[str, dict[str, ReplicaReport]]]
+    view: FleetView, live: LiveView, reports: list[Reports]
 ) -> None:
     set_replicas(live, "hot", make_replica("a"))
     view.set_reports(reports[0])

@@ -29,8 +29,7 @@ from tests.router_harness import Knowledge, Metrics, Service
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
 END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
 BUDGET = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
-ASLEEP = {"small": Residency.ASLEEP, "large": Residency.HOT}
-AWAKE = {"small": Residency.HOT}
+ASLEEP = {"small": "asleep", "large": "hot"}
 
 
 @pytest.fixture
@@ -54,8 +53,9 @@ def asleep(folder: Path, *items: Any) -> Service:
     return Service(folder, *items)
 
 
-def desire(service: Service, tiers: dict[str, Residency]) -> None:
-    service.router._view.set_desired_residency(DesiredResidency(tiers, BUDGET), 1)
+def desire(service: Service, tiers: dict[str, str]) -> None:
+    desired = {slm_id: Residency(tier) for slm_id, tier in tiers.items()}
+    service.router._view.set_desired_residency(DesiredResidency(desired, BUDGET), 1)
 
 
 def stream_of(response: Any) -> AsyncIterator[bytes]:
@@ -76,7 +76,7 @@ async def test_a_stream_gets_comments_until_its_slm_is_awake(
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
         assert [await anext(stream) for _ in range(3)] == [wakeup_queue.KEEPALIVE] * 3
-        desire(service, AWAKE)
+        desire(service, {"small": "hot"})
         rest = [part async for part in stream if part != wakeup_queue.KEEPALIVE]
         (outcome,) = await service.outcomes()
     assert rest == [b"data: 1\n\n", END.payload]
@@ -91,7 +91,7 @@ async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> N
         waiting = asyncio.create_task(service.post(CHAT))
         await turns()
         assert not waiting.done()
-        desire(service, AWAKE)
+        desire(service, {"small": "hot"})
         response = await waiting
         (outcome,) = await service.outcomes()
     assert (response.status_code, bytes(response.body)) == (200, b"{}")
@@ -109,7 +109,7 @@ async def test_what_fails_after_comments_is_an_error_event(
         response: Any = await service.post({**CHAT, "stream": True})
         stream = stream_of(response)
         assert await anext(stream) == wakeup_queue.KEEPALIVE
-        desire(service, AWAKE)
+        desire(service, {"small": "hot"})
         last = [part async for part in stream][-1]
         (outcome,) = await service.outcomes()
     assert last.startswith(b'data: {"error"')

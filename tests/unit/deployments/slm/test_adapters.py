@@ -12,7 +12,7 @@ from deployments.slm.adapters import ResidentAdapter
 
 
 class Engine:
-    """Keeps the names it was told to unload."""
+    """Keeps the names of unloaded adapters."""
 
     def __init__(self) -> None:
         self.unloaded: list[str] = []
@@ -22,7 +22,7 @@ class Engine:
 
 
 class Idle(threading.Event):
-    """An event that says when somebody has begun to wait for it."""
+    """An event that shows when a thread has begun to wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
