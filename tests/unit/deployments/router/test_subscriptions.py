@@ -144,7 +144,7 @@ async def test_desired_residency_reaches_the_view_with_its_revision(router: Rout
     await router.publish(Topic.RESIDENCY, desired, revision=41)
     residency = router.view.residency
     assert residency.desired() == {"small": "asleep"}
-    assert (residency.version, residency.options) == (41, options)
+    assert (residency.revision, residency.options) == (41, options)
 
 
 async def test_findings_of_the_monitor_reach_the_view(router: Router) -> None:
