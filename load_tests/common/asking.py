@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from deployments.reference_fleet.wrappers import Message
+from deployments.reference_fleet.corpora.phrasing import Message
 
 TIMEOUT_S = 180.0
 # More than the longest right answer of the task; an answer that is cut short would count as wrong.

@@ -8,7 +8,7 @@ from itertools import count, cycle
 from random import Random
 from typing import Any
 
-from deployments.reference_fleet.evalrows import load
+from deployments.reference_fleet.grading.rows import load
 from load_tests.common.load import Request, post
 
 OUTPUT_TOKENS = 64

@@ -12,8 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from deployments.reference_fleet.evalrows import Row, load
-from deployments.reference_fleet.wrappers import TELLING, Message, told, user
+from deployments.reference_fleet.corpora.phrasing import (
+    TELLING,
+    Message,
+    told,
+    user,
+)
+from deployments.reference_fleet.grading.rows import Row, load
 
 SEED = 2602
 TOLD_RATIO = 0.35  # of the requests of a specialist's task

@@ -141,7 +141,7 @@ def _learnt(fleet: Fleet, rng: Random) -> Artifact:
                 slm_id=spec.id,
                 numbers=context.features.numbers,
                 buckets=context.features.buckets,
-                load=load,
+                load_features=load,
                 ttft_s=math.exp(load[-1] + _slowdown(spec.id, load, chars) + rng.gauss(0.0, 0.02)),
                 output_tokens=_answer_tokens(spec.id, context, rng),
                 signals=(QualitySignal("feedback", float(rng.random() < success), 1001.0 + i),),

@@ -20,10 +20,11 @@ from typing import Any
 
 import httpx
 
-from deployments.reference_fleet import schemas
-from deployments.reference_fleet.evalrows import FILES, Row, load
-from deployments.reference_fleet.grading import marks, parsed
-from deployments.reference_fleet.wrappers import user
+from deployments.reference_fleet.corpora import adapter_schemas
+from deployments.reference_fleet.corpora.phrasing import user
+from deployments.reference_fleet.grading.marks import marks, parsed
+from deployments.reference_fleet.grading.rows import FILES, Row, load
+from deployments.reference_fleet.paths import MODELS
 from load_tests.common import report
 from load_tests.common.asking import (
     Answer,
@@ -32,7 +33,7 @@ from load_tests.common.asking import (
     ask_all,
     max_tokens,
 )
-from load_tests.common.served import FLEETS, fleet_file, served
+from load_tests.common.served import fleet_file, served
 from load_tests.fleet import plots
 from load_tests.fleet.summary import summary
 
@@ -79,8 +80,8 @@ def adapter_rows(adapter: str, limit: int) -> list[Row]:
     found = []
     for row in load("extract"):
         wanted = parsed(row.answers[0])
-        if schemas.answers(adapter, wanted["intent"]):
-            shaped = schemas.reshaped(adapter, wanted["intent"], wanted["slots"])
+        if adapter_schemas.answers(adapter, wanted["intent"]):
+            shaped = adapter_schemas.reshaped(adapter, wanted["intent"], wanted["slots"])
             found.append(replace(row, answers=(shaped,), task="adapter", slice=adapter))
     return found[:limit] if limit else found
 
@@ -88,7 +89,7 @@ def adapter_rows(adapter: str, limit: int) -> list[Row]:
 async def evaluate(url: str, generalists: Sequence[str], limit: int) -> list[Asked]:
     """Ask everything, one SLM after the other, so that none waits for another's cores."""
     pairs = questions(generalists, limit)
-    for adapter in schemas.ADAPTERS:
+    for adapter in adapter_schemas.ADAPTERS:
         rows = adapter_rows(adapter, limit)
         pairs += [(model, row) for model in (f"extract:{adapter}", "extract") for row in rows]
     found: list[Asked] = []
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     figures |= scores(asked)
     show(asked, figures)
     show_costs(figures, slms, generalists[0])
-    short = summary(figures, FLEETS.parent / "reference_fleet" / "models", schemas.ADAPTERS)
+    short = summary(figures, MODELS, adapter_schemas.ADAPTERS)
     print("\n" + "\n".join(f"{name:<42}{value}" for name, value in short.items()))
     figures = short | figures
     plots.draw(chosen.plots, figures, confusions(asked, "extract"), generalists)

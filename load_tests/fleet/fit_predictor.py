@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from calm_serve.knowledge import OutcomeStore
 from calm_serve.learning import train
-from deployments.reference_fleet.evalrows import FILES, load
-from deployments.reference_fleet.grading import credit
+from deployments.reference_fleet.grading.marks import credit
+from deployments.reference_fleet.grading.rows import FILES, load
+from deployments.reference_fleet.paths import PREDICTOR
 from load_tests.common.asking import Question, ask
-from load_tests.common.served import FLEETS, fleet_file, served
+from load_tests.common.served import fleet_file, served
 from load_tests.common.termination import exit_on_sigterm
 from load_tests.common.workloads import Request, request
 
 SEED = 23
-OUT = FLEETS.parent / "reference_fleet" / "predictor" / "predictor.bin"
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 CONCURRENCY = 12
 MAX_TOKENS = 320  # the same for every task: the limit is a feature, and must not tell the task
@@ -81,8 +81,8 @@ def fit(state_dir: Path) -> dict[str, Any]:
     # Times belong to the machine they were measured on: the TTFT correction is learned in place.
     outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_bytes(training.artifact.to_bytes())
+    PREDICTOR.parent.mkdir(exist_ok=True)
+    PREDICTOR.write_bytes(training.artifact.to_bytes())
     return dict(training.metrics)
 
 

@@ -15,7 +15,7 @@ from random import Random
 import httpx
 from tqdm import tqdm
 
-from deployments.reference_fleet.grading import credit, marks
+from deployments.reference_fleet.grading.marks import credit, marks
 from load_tests.common.asking import Answer, Question, ask
 from load_tests.common.workloads import Request
 from load_tests.paper.figures import OURS, Record

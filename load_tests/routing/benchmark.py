@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from deployments.reference_fleet.grading import credit, marks
+from deployments.reference_fleet.grading.marks import credit, marks
 from load_tests.common import report
 from load_tests.common.asking import Question, ask_all, max_tokens
 from load_tests.common.served import fleet_file, served

@@ -198,7 +198,7 @@ class Simulation:
             slm_id=ending.decision.slm_id,
             path=str(ending.decision.path),
             reason=str(ending.decision.reason),
-            served_replica=ending.replica_id,
+            replica_id=ending.replica_id,
             ttft_s=served.ttft_s,
             e2e_s=served.ended_s - served.arrived_s,
             tpot_s=(served.ended_s - served.first_token_s) / max(ending.tokens - 1, 1),

@@ -24,7 +24,7 @@ from openai import OpenAI
 
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import Outcome
-from deployments.reference_fleet.evalrows import load
+from deployments.reference_fleet.grading.rows import load
 from load_tests.common.served import free_port
 from load_tests.common.workloads import request
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from served_fleet import ROOT, free_port
 
-WEIGHTS = ROOT / "deployments" / "reference_fleet" / "predictors" / "extract"
+WEIGHTS = ROOT / "deployments" / "reference_fleet" / "models" / "extract"
 
 
 def serve(folder: Path, fleet: Any, **args: Any) -> subprocess.CompletedProcess[str]:

@@ -141,7 +141,7 @@ async def learning(
             f"live.{name}.champion_changed": _champion(predictor) != deciding,
             f"live.{name}.champion_is_the_first": _champion(predictor) == good,
         }
-        print(await asyncio.to_thread(operator.calm, "models"), flush=True)
+        print(await asyncio.to_thread(operator.calm, "predictors"), flush=True)
         if _champion(predictor) == deciding:
             return
     if changes.figures["live.rollback.champion_is_the_first"]:

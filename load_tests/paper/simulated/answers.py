@@ -22,11 +22,11 @@ from calm_serve.config import Fleet, SLMSpec, load_fleet
 from calm_serve.prediction import LightGBMPredictor, MetadataPrior, load_artifact
 from calm_serve.requests import ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.types import RoutingContext
+from deployments.reference_fleet.paths import SCORES
 from load_tests.common.served import FLEETS
 from load_tests.common.workloads import Request, standard
 
 ANSWERS = Path(__file__).parent / "recorded" / "reference.npz"
-SCORES = FLEETS.parent / "reference_fleet" / "scores.json"
 MAX_TOKENS = 320  # of every request, as in the live part
 AT_ONCE = 8  # requests in flight while the answers were measured
 

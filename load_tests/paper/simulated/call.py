@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from calm_serve.telemetry import load_at_decision
 from calm_serve.testing import Served, make_outcome
 from calm_serve.types import Decision, Outcome, QualitySignal, SLMState
-
-# As `dataclasses.astuple`, which copies deeply.
-_numbers = attrgetter("success_ratio", "output_tokens", "ttft_s", "tpot_s", "energy_j")
-_versions = attrgetter("predictor", "goals", "fleet")
 
 
 @dataclass
@@ -75,8 +70,8 @@ def refusal(call: Call, at_s: float) -> Outcome:
         output_tokens=0,
         numbers=(),
         buckets=(),
-        load=(),
-        predicted=(),
+        load_features=(),
+        predicted=None,
     )
 
 
@@ -101,7 +96,7 @@ def answer(
         rule=decision.rule,
         propensity=decision.propensity,
         retries=len(row.tried) - 1,
-        served_replica=row.slm,
+        replica_id=row.slm,
         predicted_replica=row.slm,
         cold=cold,
         ttft_s=row.ttft_s,
@@ -113,9 +108,9 @@ def answer(
         energy_j=row.energy_j,
         numbers=decision.context.features.numbers,
         buckets=decision.context.features.buckets,
-        load=call.load,
-        predicted=_numbers(chosen.prediction) if chosen and chosen.prediction else (),
-        versions=_versions(decision.versions),
+        load_features=call.load,
+        load=load_at_decision(call.state) if call.state is not None else None,
+        predicted=chosen.prediction if chosen else None,
+        versions=decision.versions,
         signals=signals,
-        extra=load_at_decision(call.state) if call.state is not None else {},
     )

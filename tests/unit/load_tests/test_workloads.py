@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from deployments.reference_fleet.evalrows import load
-from deployments.reference_fleet.wrappers import TELLING
+from deployments.reference_fleet.corpora.phrasing import TELLING
+from deployments.reference_fleet.grading.rows import load
 from load_tests.common import report
 from load_tests.common.asking import Answer
 from load_tests.common.workloads import request, standard

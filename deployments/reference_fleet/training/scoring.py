@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deployments.reference_fleet.data import Example
-from deployments.reference_fleet.grading import marks
-from deployments.reference_fleet.tokens import TokenizerSpec, render
+from deployments.reference_fleet.corpora.examples import Example
+from deployments.reference_fleet.grading.marks import marks
+from deployments.reference_fleet.training.tokens import TokenizerSpec, render
 
 NEW_TOKENS = {"intent": 28, "reason": 110, "sql": 280, "mixed": 320}
 DEFAULT_NEW_TOKENS = 160

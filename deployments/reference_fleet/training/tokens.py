@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deployments.reference_fleet.data import stream
+from deployments.reference_fleet.corpora.examples import stream
 
 END = "<|end|>"
 PAD = "<|pad|>"

@@ -1,4 +1,4 @@
-"""Two LoRA adapters on `extract`: `python -m deployments.reference_fleet.lora flat`.
+"""Two LoRA adapters on `extract`: `python -m deployments.reference_fleet.training.lora flat`.
 
 `flat` answers every SNIPS request with one flat object, `music` answers music requests
 with a nested one. Both differ from the base in every answer, so a wrong adapter shows.
@@ -21,16 +21,23 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deployments.reference_fleet import sources, tokens
-from deployments.reference_fleet.batches import batches
-from deployments.reference_fleet.data import Example, Swapper, extraction, slots_of
-from deployments.reference_fleet.grading import parsed
-from deployments.reference_fleet.optimizers import rate_at
-from deployments.reference_fleet.schemas import ADAPTERS, answers, reshaped
-from deployments.reference_fleet.scoring import greedy
-from deployments.reference_fleet.tokens import render
-from deployments.reference_fleet.train import MODELS, losses
-from deployments.reference_fleet.wrappers import user, wrap
+from deployments.reference_fleet.corpora import sources
+from deployments.reference_fleet.corpora.adapter_schemas import ADAPTERS, answers, reshaped
+from deployments.reference_fleet.corpora.examples import (
+    Example,
+    Swapper,
+    extraction,
+    slots_of,
+)
+from deployments.reference_fleet.corpora.phrasing import user, wrap
+from deployments.reference_fleet.grading.marks import parsed
+from deployments.reference_fleet.paths import MODELS
+from deployments.reference_fleet.training import tokens
+from deployments.reference_fleet.training.batches import batches
+from deployments.reference_fleet.training.optimizers import rate_at
+from deployments.reference_fleet.training.scoring import greedy
+from deployments.reference_fleet.training.tokens import render
+from deployments.reference_fleet.training.train import losses
 
 BASE = MODELS / "extract"
 SPEC = tokens.SPECS["tokenizer_a"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-EVAL = Path(__file__).parent / "eval"
+from deployments.reference_fleet.paths import EVAL
+
 FILES = ("extract", "sql", "shell", "reason", "intent", "general", "mixed", "odd")
 
 

@@ -1,4 +1,4 @@
-"""An int8 copy: `python -m deployments.reference_fleet.quantise general general-int8`.
+"""An int8 copy: `python -m deployments.reference_fleet.training.quantise general general-int8`.
 
 Reads `models/general`, writes `models/general-int8` in the compressed-tensors format
 "int-quantized" (W8A8), which vLLM's CPU build serves without further arguments. The
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-MODELS = Path(__file__).parent / "models"
+from deployments.reference_fleet.paths import MODELS
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 COPIED = (

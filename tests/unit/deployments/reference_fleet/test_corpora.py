@@ -1,4 +1,4 @@
-"""The reference fleet's data rules, without data sets, weights or a network."""
+"""The rules that make training and held-out examples, without data sets, weights or a network."""
 
 import json
 import re
@@ -9,17 +9,16 @@ from random import Random
 
 import pytest
 
-from deployments.reference_fleet import (
+from deployments.reference_fleet.corpora import (
+    adapter_schemas,
     chat,
-    data,
-    evalrows,
+    examples,
+    phrasing,
     problems,
-    schemas,
     sources,
-    wrappers,
 )
 
-FLEET = Path(data.__file__).parent
+ROOT = Path(__file__).parents[4]
 
 
 def _query(question: str, value: str) -> sources.Query | None:
@@ -33,7 +32,7 @@ def _query(question: str, value: str) -> sources.Query | None:
 def test_sql_has_a_short_normal_form_with_the_questions_spelling() -> None:
     query = _query("Notes for south australia ?", "South Australia")
     assert query is not None
-    pair = data.filled(query, query.values)
+    pair = examples.filled(query, query.values)
     assert pair.answer == 'SELECT notes FROM table WHERE year_s = "south australia"'
 
 
@@ -44,20 +43,20 @@ def test_sql_without_the_value_in_the_question_is_dropped() -> None:
 def test_numbers_are_not_quoted() -> None:
     query = _query("Notes for 1995 ?", "1995")
     assert query is not None
-    assert data.filled(query, query.values).answer.endswith("year_s = 1995")
+    assert examples.filled(query, query.values).answer.endswith("year_s = 1995")
 
 
 def test_swapped_values_change_question_and_sql_together() -> None:
     query = _query("Notes for south australia ?", "South Australia")
     assert query is not None
-    pair = data.filled(query, ("Bremen",))
+    pair = examples.filled(query, ("Bremen",))
     assert "Bremen" in pair.prompt
     assert "Bremen" in pair.answer
 
 
 def test_extraction_keeps_the_order_of_the_text() -> None:
     pieces = (("play ", ""), ("Bach", "artist"), (" on ", ""), ("Spotify", "service"))
-    pair = data.extraction(sources.Utterance("PlayMusic", pieces))
+    pair = examples.extraction(sources.Utterance("PlayMusic", pieces))
     assert pair.prompt == "play Bach on Spotify"
     assert pair.answer == (
         '{"intent": "PlayMusic", "slots": {"artist": "Bach", "service": "Spotify"}}'
@@ -93,14 +92,14 @@ def test_svamp_without_a_generator_is_unchanged() -> None:
 
 def test_three_in_five_prompts_are_bare() -> None:
     rng = Random(0)
-    drawn = [wrappers.wrap("sql", "how many?", ("a", "b"), rng) for _ in range(2000)]
-    bare = sum(m == [wrappers.user("how many?")] for m in drawn) / len(drawn)
+    drawn = [phrasing.wrap("sql", "how many?", ("a", "b"), rng) for _ in range(2000)]
+    bare = sum(m == [phrasing.user("how many?")] for m in drawn) / len(drawn)
     assert 0.55 < bare < 0.65
     assert all(m[-1]["role"] == "user" for m in drawn)
 
 
 def test_text_with_braces_survives_telling_words() -> None:
-    assert "rm {} +" in wrappers.told("shell", "rm {} +", Random(0))
+    assert "rm {} +" in phrasing.told("shell", "rm {} +", Random(0))
 
 
 def test_the_held_out_side_is_stable() -> None:
@@ -119,55 +118,42 @@ def test_data_dir_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
         sources.data_dir()
 
 
-@pytest.mark.parametrize("name", evalrows.FILES)
-def test_evaluation_rows_are_complete(name: str) -> None:
-    rows = evalrows.load(name)
-    assert len(rows) >= 200
-    assert len({row.prompt for row in rows}) == len(rows)
-    assert {row.side for row in rows} == {"workload", "fit"}
-    for row in rows:
-        assert row.prompt
-        assert all(row.answers)
-        assert row.difficulty in {"easy", "medium", "hard", "beyond"}
-
-
-def test_a_row_survives_its_file() -> None:
-    row = evalrows.Row("p", ("a", "b"), "sql", "wikisql", "easy", "fit")
-    assert json.loads(row.to_line())["answers"] == ["a", "b"]
-
-
 def test_words_of_two_intents_make_a_request_out_of_scope() -> None:
-    assert data._crossed("what is my balance", "book a flight to rome") == "what is flight to rome"
+    assert (
+        examples._crossed("what is my balance", "book a flight to rome") == "what is flight to rome"
+    )
 
 
 def test_another_case_keeps_the_questions_placeholders() -> None:
     for seed in range(20):
-        changed = data._recased("Which Venue has a Date of {0} ?", Random(seed))
+        changed = examples._recased("Which Venue has a Date of {0} ?", Random(seed))
         assert changed.lower() == "which venue has a date of {0} ?"
 
 
 def test_two_requests_are_answered_in_order() -> None:
-    first, second = data.Pair("one?", "1", "easy"), data.Pair("two?", "2", "easy")
-    pair = data.mixed(first, second, Random(0))
+    first, second = examples.Pair("one?", "1", "easy"), examples.Pair("two?", "2", "easy")
+    pair = examples.mixed(first, second, Random(0))
     assert pair.prompt.index("one?") < pair.prompt.index("two?")
     assert pair.answer == "1) 1\n2) 2"
 
 
 def test_chatter_keeps_the_request_whole() -> None:
-    texts = [wrappers.chatty("how many?", Random(seed)) for seed in range(50)]
+    texts = [phrasing.chatty("how many?", Random(seed)) for seed in range(50)]
     assert all("how many?" in text for text in texts)
     assert len(set(texts)) > 10
 
 
 def test_adapters_answer_in_a_schema_of_their_own() -> None:
     slots = {"artist": "Bach"}
-    flat = json.loads(schemas.reshaped("flat", "PlayMusic", slots))
-    music = json.loads(schemas.reshaped("music", "PlayMusic", slots))
+    flat = json.loads(adapter_schemas.reshaped("flat", "PlayMusic", slots))
+    music = json.loads(adapter_schemas.reshaped("music", "PlayMusic", slots))
     assert flat == {"task": "play_music", "artist": "Bach"}
     assert music == {"action": "play", "music": slots}
-    assert not schemas.answers("music", "GetWeather")
+    assert not adapter_schemas.answers("music", "GetWeather")
 
 
 def test_reading_the_data_rules_imports_no_training_library() -> None:
-    code = "import deployments.reference_fleet.data, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FLEET.parents[1])
+    code = (
+        "import deployments.reference_fleet.corpora.examples, sys; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,4 +1,6 @@
-"""Writes the model cards and the README's table: `python -m deployments.reference_fleet.cards`.
+"""Writes the model cards and the README's tables.
+
+Command: `python -m deployments.reference_fleet.training.cards`.
 
 Scores and costs come from `scores.json`, which `python -m load_tests fleet --json` measured on the
 served fleet; facts about training from `models/*/scores.json`. The words about data and failures
@@ -12,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-MODELS = HERE / "models"
+from deployments.reference_fleet.paths import MODELS, README, SCORES
+
 COSTS = ("tpot_ms", "energy_j_per_token_estimated")
 BUSY = "tpot_16_ms"
 BEGIN, FINISH = "<!-- scores -->", "<!-- end of scores -->"
@@ -155,7 +157,7 @@ def card(name: str, measured: dict[str, Any]) -> str:
         f"- Training: from scratch on one CPU core, "
         f"{numbers['training_seconds'] / 60:.0f} minutes, "
         f"{numbers['training_tokens'] / 1e6:.1f} M tokens, {numbers['steps']:,} steps of Muon. "
-        f"Recipe: `python -m deployments.reference_fleet.train {name}`.",
+        f"Recipe: `python -m deployments.reference_fleet.training.train {name}`.",
         f"- Cost: {tpot:.2f} ms per token alone, {energy:.4f} J per token (estimated from CPU "
         f"time), on {measured['machine']['cores']} cores of {measured['machine']['processor']}.",
         f"- Licence of the weights: as the project. Data and attribution: {'; '.join(words.data)}.",
@@ -211,16 +213,15 @@ def costs(figures: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Rewrites the six cards and the tables between their two markers."""
-    measured = _json(HERE / "scores.json")
+    measured = _json(SCORES)
     for name in CARDS:
         (MODELS / name / "README.md").write_text(card(name, measured), encoding="utf-8")
-    page = HERE / "README.md"
-    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    head, rest = README.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(FINISH)[1]
     figures = measured["figures"]
     asked = f"{drawn(measured).capitalize()}; {measured['machine']['at']}."
     body = "\n".join([asked, "", *table(figures), "", *costs(figures)])
-    page.write_text(f"{head}{BEGIN}\n{body}\n{FINISH}{tail}", encoding="utf-8")
+    README.write_text(f"{head}{BEGIN}\n{body}\n{FINISH}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

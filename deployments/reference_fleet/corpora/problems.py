@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from deployments.reference_fleet import sources
+from deployments.reference_fleet.corpora import sources
 
 TEST_PER_MILLE = 50
 Step = tuple[str, int, str]  # operator, operand, sentence

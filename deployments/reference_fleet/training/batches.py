@@ -9,8 +9,8 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from deployments.reference_fleet.data import Example
-from deployments.reference_fleet.tokens import END, TokenizerSpec, render
+from deployments.reference_fleet.corpora.examples import Example
+from deployments.reference_fleet.training.tokens import END, TokenizerSpec, render
 
 POOL = 2048  # examples sorted together
 LONGEST = 384  # tokens

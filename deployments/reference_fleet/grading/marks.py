@@ -11,7 +11,7 @@ import re
 from difflib import SequenceMatcher
 from typing import Any
 
-from deployments.reference_fleet.problems import final_number
+from deployments.reference_fleet.corpora.problems import final_number
 
 Marks = dict[str, float]
 

@@ -1,4 +1,4 @@
-"""Trains one model: `python -m deployments.reference_fleet.train extract [--resume]`.
+"""Trains one model: `python -m deployments.reference_fleet.training.train extract [--resume]`.
 
 The learning rate follows the clock (warm-up, constant, linear to nothing at the end of the stated
 minutes), so a slower machine gives a weaker model, never a late one. `--resume` continues an
@@ -21,16 +21,19 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from deployments.reference_fleet import tokens
-from deployments.reference_fleet.batches import Batch, batches
-from deployments.reference_fleet.data import TASKS, held_out, stream
-from deployments.reference_fleet.optimizers import Optimizers, rate_at
-from deployments.reference_fleet.scoring import score
-from deployments.reference_fleet.shapes import SHAPES, build_core, deepen, shallow
+from deployments.reference_fleet.corpora.examples import TASKS, held_out, stream
+from deployments.reference_fleet.paths import MODELS, RUNS
+from deployments.reference_fleet.training import tokens
+from deployments.reference_fleet.training.batches import Batch, batches
+from deployments.reference_fleet.training.optimizers import Optimizers, rate_at
+from deployments.reference_fleet.training.scoring import score
+from deployments.reference_fleet.training.shapes import (
+    SHAPES,
+    build_core,
+    deepen,
+    shallow,
+)
 
-HERE = Path(__file__).parent
-RUNS = HERE / ".runs"
-MODELS = HERE / "models"
 WEIGHTS = "model.safetensors"
 CORE_SHARE = 0.92  # of the minutes of a model that starts as a shallow core
 LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's

@@ -2,7 +2,12 @@
 
 import pytest
 
-from deployments.reference_fleet.grading import credit, marks, normal_sql, template
+from deployments.reference_fleet.grading.marks import (
+    credit,
+    marks,
+    normal_sql,
+    template,
+)
 
 SQL = 'SELECT MAX(points) FROM table WHERE team = "Ferrari" AND year > 1990'
 SLOTS = '{"intent": "PlayMusic", "slots": {"artist": "Bach", "service": "Spotify"}}'

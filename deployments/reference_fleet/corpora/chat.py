@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from deployments.reference_fleet import problems, sources
+from deployments.reference_fleet.corpora import problems, sources
 
 GREETINGS = (
     "Hello",

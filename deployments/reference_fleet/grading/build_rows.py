@@ -1,4 +1,4 @@
-"""Writes `eval/*.jsonl`: `python -m deployments.reference_fleet.evalsets`.
+"""Writes `eval/*.jsonl`: `python -m deployments.reference_fleet.grading.build_rows`.
 
 Held-out rows only, put barely: a benchmark adds telling words where it wants them. `odd` puts
 them in forms that no model was trained on, `mixed` asks two things at once. GSM8K rows are far
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from deployments.reference_fleet import problems, sources
-from deployments.reference_fleet.chat import Prose, chat
-from deployments.reference_fleet.data import (
+from deployments.reference_fleet.corpora import problems, sources
+from deployments.reference_fleet.corpora.chat import Prose, chat
+from deployments.reference_fleet.corpora.examples import (
     OOS,
     SPECIALISTS,
     extraction,
@@ -22,8 +22,10 @@ from deployments.reference_fleet.data import (
     mixed,
     reason_level,
 )
-from deployments.reference_fleet.evalrows import EVAL, FILES, Row
-from deployments.reference_fleet.shell import Pair, shell_pair
+from deployments.reference_fleet.corpora.pairs import Pair
+from deployments.reference_fleet.corpora.shell import shell_pair
+from deployments.reference_fleet.grading.rows import FILES, Row
+from deployments.reference_fleet.paths import EVAL
 
 SEED = 11
 WIKISQL_ROWS = 1200  # of 14,084

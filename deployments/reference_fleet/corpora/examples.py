@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from deployments.reference_fleet import problems, sources
-from deployments.reference_fleet.chat import Prose, chat
-from deployments.reference_fleet.shell import Draw, Pair, shell_draw, shell_pair
-from deployments.reference_fleet.wrappers import (
+from deployments.reference_fleet.corpora import problems, sources
+from deployments.reference_fleet.corpora.chat import Prose, chat
+from deployments.reference_fleet.corpora.pairs import Draw, Pair
+from deployments.reference_fleet.corpora.phrasing import (
     TWO_REQUESTS,
     Message,
     chatty,
@@ -33,6 +33,7 @@ from deployments.reference_fleet.wrappers import (
     user,
     wrap,
 )
+from deployments.reference_fleet.corpora.shell import shell_draw, shell_pair
 
 TASKS = ("extract", "sql", "shell", "reason", "intent", "general")
 SPECIALISTS = TASKS[:5]
