@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-context.configure(connection=context.config.attributes["connection"], transactional_ddl=False)
-context.run_migrations()
+# Outside of Alembic the context has no configuration, and importing does nothing.
+if (config := getattr(context, "config", None)) is not None:
+    context.configure(connection=config.attributes["connection"], transactional_ddl=False)
+    context.run_migrations()
