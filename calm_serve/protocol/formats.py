@@ -108,15 +108,16 @@ def to_json(document: Any) -> bytes:
     try:
         return pydantic_core.to_json(document, inf_nan_mode="constants")
     except pydantic_core.PydanticSerializationError:
-        plain = pydantic_core.to_jsonable_python(document, inf_nan_mode="constants")
-        return pydantic_core.to_json(_without_surrogates(plain), inf_nan_mode="constants")
+        return pydantic_core.to_json(_without_surrogates(document), inf_nan_mode="constants")
 
 
-def _without_surrogates(plain: Any) -> Any:
-    if isinstance(plain, str):
-        return plain.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(plain, list):
-        return [_without_surrogates(item) for item in plain]
-    if isinstance(plain, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in plain.items()}
-    return plain
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_surrogates(item) for item in value]
+    if (names := getattr(type(value), "__dataclass_fields__", None)) is not None:
+        return {name: _without_surrogates(getattr(value, name)) for name in names}
+    return value

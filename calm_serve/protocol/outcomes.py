@@ -206,7 +206,7 @@ def _not_finite(value: Any, name: str = "outcome") -> str:
         return "" if math.isfinite(value) else name
     if isinstance(value, tuple):
         if value and isinstance(value[0], float):
-            return "" if math.isfinite(math.fsum(value)) else name
+            return "" if all(map(math.isfinite, value)) else name
         return next((found for item in value if (found := _not_finite(item, name))), "")
     fields = getattr(type(value), "__dataclass_fields__", None)
     if fields is None:
