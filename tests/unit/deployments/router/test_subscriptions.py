@@ -265,7 +265,7 @@ def snapshot(router: Router) -> Any:
         subscriptions.goals_change,
         subscriptions.shadow.challenger,
         router.view.snapshot({}),
-        router.view.residency.version,
+        router.view.residency.revision,
         dict(router.handles.added),
     )
 
