@@ -45,6 +45,7 @@ class ErrorReply:
     http_status: int
     body: bytes  # OpenAI's error document
     asleep: bool = False  # the router did not know yet that the SLM sleeps: it queues the request
+    dead_replica: str = ""  # id of the replica that sent this, when its engine has died
 
 
 def deployment_name(slm_id: str) -> str:

@@ -4,6 +4,7 @@ knowledge actor reads along). Never blocks, but for the energy meters' system ca
 
 from calm_serve.telemetry.alarms import Alarms
 from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, LevelChange, PopulationShift
+from calm_serve.telemetry.circuit_breaker import BreakerState
 from calm_serve.telemetry.content_gain import ContentGainMonitor
 from calm_serve.telemetry.energy import (
     DEFAULT_WATTS_PER_CORE,
@@ -24,6 +25,7 @@ __all__ = [
     "PSI_ALARM",
     "PSI_CLEAR",
     "Alarms",
+    "BreakerState",
     "ContentGainMonitor",
     "DecayedRate",
     "EnergyMeter",

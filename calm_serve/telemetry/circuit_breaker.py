@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,13 +30,18 @@ class BreakerLimits:
 
 
 class CircuitBreaker:
-    """Opens on consecutive failures or on the recent failure ratio; closes on one good probe."""
+    """Opens on consecutive failures or on the recent failure ratio; closes on one good probe.
 
-    __slots__ = ("_cool_down_s", "_limits", "_opened_at", "_ratio", "consecutive")
+    A probe is a request that was sent after the opening. Answers to requests sent before it show
+    how the SLM was, not how it is.
+    """
+
+    __slots__ = ("_cool_down_s", "_limits", "_opened_at", "_ratio", "_since", "consecutive")
 
     def __init__(self, limits: BreakerLimits) -> None:
         self._limits = limits
         self._opened_at: float | None = None
+        self._since = -math.inf  # requests sent before this do not count
         self._cool_down_s = limits.cool_down_s
         self._ratio = Ewma(limits.half_life_s)
         self.consecutive = 0
@@ -64,14 +70,14 @@ class CircuitBreaker:
             return state is BreakerState.OPEN
         return in_flight > 0 and now < self._opened_at + 2.0 * self._cool_down_s
 
-    def record(self, failed: bool, now: float) -> None:
-        """Count one request. Answers to requests sent before the opening change nothing."""
+    def record(self, failed: bool, now: float, sent_at: float) -> None:
+        """Count one request that has ended; one sent before the opening changes nothing."""
         state = self.state(now)
-        if state is BreakerState.OPEN:
+        if state is BreakerState.OPEN or sent_at < self._since:
             return
         if state is BreakerState.HALF_OPEN:
             if failed:
-                self._opened_at = now
+                self._open(now)
                 self._cool_down_s = min(2.0 * self._cool_down_s, self._limits.max_cool_down_s)
             else:
                 self._close()
@@ -79,13 +85,21 @@ class CircuitBreaker:
         self.consecutive = self.consecutive + 1 if failed else 0
         self._ratio.add(float(failed), now)
         if failed and self._tripped(now):
-            self._opened_at = now
+            self._open(now)
+
+    def restart(self, now: float) -> None:
+        """Close, and ignore requests sent before `now`: other replicas answer from now on."""
+        self._close()
+        self._since = now
 
     def _tripped(self, now: float) -> bool:
         if self.consecutive >= self._limits.consecutive:
             return True
         enough = self._ratio.weight(now) >= self._limits.min_requests
         return enough and self.failure_ratio >= self._limits.failure_ratio
+
+    def _open(self, now: float) -> None:
+        self._opened_at = self._since = now
 
     def _close(self) -> None:
         self._opened_at = None

@@ -64,17 +64,19 @@ class SLMStats:
         self._output_tokens = DecayedRate(HALF_LIFE_S, now)
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = CircuitBreaker(limits or BreakerLimits())
+        self._replica_ids: frozenset[str] = frozenset()  # those that the breaker's evidence covers
         self.effect = LoadEffect()
         self.wake_s: float | None = None
         self.calibration_factor = 1.0
 
-    def observe(self, outcome: Outcome) -> None:
-        """Count one finished request (any status)."""
+    def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
+        """Count one finished request (any status); see `FleetStats.observe`."""
         now = self._clock()
         self._seen_at = now
         self._requests += 1
         self._arrivals.add(1.0, now)
-        self._count_attempt(outcome, now)
+        took_s = outcome.timing.e2e_s if took_s is None else took_s
+        self._count_attempt(outcome, now, now - (took_s or 0.0))
         self._cold_starts += outcome.timing.cold
         self.effect.observe(outcome)
         # The wait for a cold start is predicted from `wake_s`; in the mean it would make an SLM
@@ -93,10 +95,15 @@ class SLMStats:
                 per_token = outcome.engine.energy_j / outcome.engine.output_tokens
                 self._energy_j_per_token.add(per_token, now, weight=outcome.engine.output_tokens)
 
-    def attempt_failed(self) -> None:
+    def attempt_failed(self, took_s: float) -> None:
         """Count an attempt that failed before its first byte and was served elsewhere."""
+        now = self._clock()
         self._failures += 1
-        self._breaker.record(True, self._clock())
+        self._breaker.record(True, now, now - took_s)
+
+    def breaker(self, now: float) -> BreakerState:
+        """The circuit breaker's state at `now`."""
+        return self._breaker.state(now)
 
     def snapshot(self, now: float) -> SLMStatsSnapshot:
         """Return everything this window knows at `now`; sorts, so not for the hot path."""
@@ -133,6 +140,7 @@ class SLMStats:
         elsewhere: int = 0,
     ) -> SLMState:
         """Return the live state; see `FleetStats.state`."""
+        self._follow_replicas(replicas, now)
         running, waiting = _load(replicas, spec.limits.max_num_seqs)
         sent = sum(r.queue_length for r in replicas)
         count = max(len(replicas), 1)
@@ -164,13 +172,21 @@ class SLMStats:
             e2e_spread=effect.e2e_spread.value,
         )
 
-    def _count_attempt(self, outcome: Outcome, now: float) -> None:
+    def _follow_replicas(self, replicas: Sequence[ReplicaState], now: float) -> None:
+        ids = frozenset(r.replica_id for r in replicas)
+        if not self._replica_ids <= ids:
+            # Failures are counted per SLM, not per replica, so the share of those that have gone is
+            # unknown: the rest and their successors start without any.
+            self._breaker.restart(now)
+        self._replica_ids = ids
+
+    def _count_attempt(self, outcome: Outcome, now: float, sent_at: float) -> None:
         # A client that hangs up, a full queue and a malformed request say nothing of the SLM.
         if outcome.status == "error" and not 400 <= outcome.http_status < 500:
             self._failures += 1
-            self._breaker.record(True, now)
+            self._breaker.record(True, now, sent_at)
         elif outcome.status == "ok":
-            self._breaker.record(False, now)
+            self._breaker.record(False, now, sent_at)
 
 
 class FleetStats:
@@ -198,22 +214,30 @@ class FleetStats:
         self._windows.pop(slm_id, None)
         self._in_flight -= self._inside.pop(slm_id, 0)
 
-    def observe(self, outcome: Outcome) -> None:
-        """Count one finished request; an SLM that is not watched is ignored."""
+    def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
+        """Count one finished request; an SLM that is not watched is ignored.
+
+        `took_s` is the time since the request was sent to the SLM, which may be less than
+        `e2e_s`: it may have waited, or failed elsewhere, before. None: `e2e_s` is used.
+        """
         if (predictor := outcome.decision.versions.predictor) != self._predictor:
             self._predictor = predictor
             for window in self._windows.values():
                 window.effect.ttft.reset()
         if found := self._windows.get(outcome.slm_id):
-            found.observe(outcome)
+            found.observe(outcome, took_s)
 
-    def attempt_failed(self, slm_id: str) -> None:
-        """Count an attempt at `slm_id` that failed and went on elsewhere.
+    def attempt_failed(self, slm_id: str, took_s: float = 0.0) -> None:
+        """Count an attempt at `slm_id`, sent `took_s` ago, that failed and went on elsewhere.
 
         The outcome names only the SLM that answered, so the breaker learns of the others here.
         """
         if window := self._windows.get(slm_id):
-            window.attempt_failed()
+            window.attempt_failed(took_s)
+
+    def breaker(self, slm_id: str) -> BreakerState:
+        """The state of an SLM's circuit breaker; KeyError when it is not watched."""
+        return self._windows[slm_id].breaker(self._clock())
 
     def woke(self, slm_id: str, wake_s: float) -> None:
         """Remember a measured time from start to ready, in seconds."""
@@ -240,7 +264,8 @@ class FleetStats:
 
         Args:
             spec: the SLM; one that is not watched yet is added.
-            replicas: the replicas that can answer now.
+            replicas: the replicas that can answer now. When one has gone since the last call, the
+                circuit breaker starts anew.
             now: seconds on the monitor's clock.
             absent: residency to report when there are no replicas.
         """

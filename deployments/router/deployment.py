@@ -174,7 +174,7 @@ class Router:
         shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)
         if shadow is not None:
             outcome = replace(outcome, decision=replace(outcome.decision, shadow=shadow))
-        self._view.observe(outcome)
+        self._view.observe(outcome, call.took_s)
         self._view.watch.chose(call.decision)
         self._loop.learn(call.decision, outcome)
         self._metrics.observe(outcome)

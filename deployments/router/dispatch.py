@@ -44,6 +44,7 @@ class Call:
     state: SLMState  # of the chosen SLM, when it was chosen
     load: tuple[float, ...]  # the same as the predictor saw it
     started: float = field(default_factory=time.perf_counter)
+    sent: float = field(default_factory=time.perf_counter)  # to the SLM `slm_id`
     slm_id: str = ""
     retries: int = 0
     first_byte_s: float | None = None
@@ -59,6 +60,11 @@ class Call:
     def elapsed_s(self) -> float:
         """Seconds since the call began."""
         return time.perf_counter() - self.started
+
+    @property
+    def took_s(self) -> float:
+        """Seconds since it was sent to the SLM `slm_id`."""
+        return time.perf_counter() - self.sent
 
     @property
     def fell_back(self) -> bool:
@@ -82,12 +88,13 @@ class Dispatcher:
         handle: Callable[[str], DeploymentHandle],
         *,
         retries: int,
-        attempt_failed: Callable[[str], None],
+        attempt_failed: Callable[[str, float], None],
         admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
     ) -> None:
-        """`admit` returns when an SLM may be sent a call, or raises AsleepError.
+        """`attempt_failed` gets the SLM and the seconds since it was sent the call.
 
-        It returns the revision of desired residency that it acted on, None without a budget.
+        `admit` returns when an SLM may be sent a call, or raises AsleepError. It returns the
+        revision of desired residency that it acted on, None without a budget.
         """
         self._handle = handle
         self._admit = admit
@@ -107,13 +114,10 @@ class Dispatcher:
         full: list[str] = []
         late: AsleepError | None = None
         for position, slm_id in enumerate(plan):
-            if slm_id in full:
-                continue  # its queue is not shorter a moment later
+            # A queue that was full is not shorter a moment later.
+            if slm_id in full or not self._may_answer(slm_id, again=slm_id in plan[:position]):
+                continue
             call.slm_id, call.retries = slm_id, position
-            try:
-                self._handle(slm_id)
-            except KeyError:
-                continue  # the SLM has left the fleet since the decision
             try:
                 items, first = await self._first(call, method, body, hints)
             except AsleepError as error:
@@ -125,14 +129,15 @@ class Dispatcher:
                 continue
             except REPLICA_FAILURES as error:
                 log.warning("SLM %s failed before its first byte: %r", slm_id, error)
-                self._attempt_failed(slm_id)
+                self._attempt_failed(slm_id, call.took_s)
                 continue
             finally:
                 call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
                 hints = {**hints, "avoid": call.predicted_replica}
             if isinstance(first, ErrorReply):
+                _forget_dead_replica(slm_id, first)
                 if first.http_status >= 500:
-                    self._attempt_failed(slm_id)
+                    self._attempt_failed(slm_id, call.took_s)
                     if position + 1 < len(plan):
                         continue
                 return first
@@ -153,6 +158,7 @@ class Dispatcher:
         while True:
             if self._admit is not None and (revision := await self._admit(call, call.slm_id)):
                 hints = {**hints, "residency_revision": revision}
+            call.sent = time.perf_counter()
             items = self._items(call.slm_id, method, body, hints)
             try:
                 first = await anext(items)
@@ -165,6 +171,14 @@ class Dispatcher:
             # The replica knows that it is to sleep; this router will receive that in a moment.
             call.queued_for_wakeup = True
             await asyncio.sleep(RESIDENCY_LAG_S)
+
+    def _may_answer(self, slm_id: str, *, again: bool) -> bool:
+        try:
+            self._handle(slm_id)
+        except KeyError:
+            return False  # the SLM has left the fleet since the decision
+        # Without a live replica, Serve would make the call wait for a new one.
+        return not again or bool(VIEW.replicas(deployment_name(slm_id)))
 
     def _plan(self, decision: Decision) -> list[str]:
         """SLMs to try in order: the chosen one twice (another replica), then the next best."""
@@ -205,6 +219,7 @@ class _Answer:
             self._finish(item)
             return item.payload
         if isinstance(item, ErrorReply):
+            _forget_dead_replica(self._call.slm_id, item)
             raise SLMUnavailableError(f"SLM {self._call.slm_id!r} failed while answering")
         payload: bytes = item
         return payload
@@ -213,6 +228,11 @@ class _Answer:
         call = self._call
         call.final, call.status, call.http_status = item, "ok", 200
         VIEW.observe(deployment_name(call.slm_id), item.facts)
+
+
+def _forget_dead_replica(slm_id: str, reply: ErrorReply) -> None:
+    if reply.dead_replica:
+        VIEW.died(deployment_name(slm_id), reply.dead_replica)
 
 
 def cancel(answer: object) -> None:

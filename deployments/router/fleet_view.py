@@ -11,7 +11,7 @@ from typing import Any
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import DesiredResidency, MonitorFindings, SLMEnergy
-from calm_serve.telemetry import Alarms, ContentGainMonitor, FleetStats, ReplicaStats
+from calm_serve.telemetry import Alarms, BreakerState, ContentGainMonitor, FleetStats, ReplicaStats
 from calm_serve.types import Decision, Outcome, ReplicaState, Residency, SLMState
 from deployments.router.live_state import VIEW
 from deployments.router.residency_view import ResidencyView
@@ -52,7 +52,11 @@ class FleetView:
         self.fleet = fleet
 
     def set_reports(self, reports: Mapping[str, Mapping[str, ReplicaReport]]) -> None:
-        """Take the start-up reports, SLM to replica to report; the newest of an SLM is shown."""
+        """Take the replicas' reports, SLM to replica to report; the newest of an SLM is shown."""
+        for slm_id, by_replica in reports.items():
+            for replica_id, report in by_replica.items():
+                if report.state == "failed":  # it does not recover; Serve replaces it
+                    VIEW.died(deployment_name(slm_id), replica_id)
         for slm_id, replica_id in self.residency.set_reports(reports):
             VIEW.index(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
@@ -88,15 +92,15 @@ class FleetView:
         self._states[spec.id] = (now, state)
         return state
 
-    def observe(self, outcome: Outcome) -> None:
-        """Feed the windows and the circuit breaker."""
+    def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
+        """Feed the windows and the circuit breaker; see `FleetMonitor.observe`."""
         if any(s.id == outcome.slm_id for s in self.fleet.slms):
-            self._monitor.observe(outcome)
+            self._monitor.observe(outcome, took_s)
             self._replicas.observe(outcome)
 
-    def attempt_failed(self, slm_id: str) -> None:
-        """A replica of the SLM failed before its first byte."""
-        self._monitor.attempt_failed(slm_id)
+    def attempt_failed(self, slm_id: str, took_s: float = 0.0) -> None:
+        """A replica of the SLM failed before its first byte, `took_s` after it got the request."""
+        self._monitor.attempt_failed(slm_id, took_s)
         self._states.pop(slm_id, None)
 
     def refresh_ready(self) -> bool:
@@ -187,7 +191,9 @@ class FleetView:
     def _word(self, spec: SLMSpec) -> str:
         if VIEW.replicas(deployment_name(spec.id)):
             state = self.state(spec)
-            return "degraded" if state.breaker_open else str(state.residency)
+            # Half-open: a probe may be sent, but none has succeeded yet.
+            closed = self._monitor.breaker(spec.id) is BreakerState.CLOSED
+            return str(state.residency) if closed else "degraded"
         if spec.id in self._seen_up and spec.residency != "on_demand":
             return str(Residency.DEAD)
         reported = (self._reports.get(spec.id) or NO_REPORT).state

@@ -32,6 +32,7 @@ CACHED_RATIO_GAIN = 0.1
 MAX_BLOCKS = 65_536
 MAX_DEPLOYMENTS = 256
 MAX_ROUTED = 8_192
+MAX_DEAD = 8_192
 
 
 def hints_of(decision: Decision) -> Hints:
@@ -78,9 +79,10 @@ class LiveView:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._lock = Lock()  # guards the two ordered maps, which evict
+        self._lock = Lock()  # guards the ordered maps, which evict
         self._deployments: OrderedDict[str, _Deployment] = OrderedDict()
         self._routed: OrderedDict[str, str] = OrderedDict()
+        self._dead: OrderedDict[str, None] = OrderedDict()  # replica ids, oldest first
 
     def __reduce__(self) -> str:
         # Serve pickles deployment classes by value, with the globals they use: let them carry
@@ -118,6 +120,7 @@ class LiveView:
     def replicas(self, deployment: str) -> tuple[ReplicaState, ...]:
         """Return the deployment's replicas with their load as of now; () when it has none.
 
+        Replicas known to be dead are left out, even while the controller still lists them.
         Queue lengths come from the attached reader; where that knows nothing, the engine's
         running and waiting requests stand in.
         """
@@ -128,6 +131,7 @@ class LiveView:
         return tuple(
             _merge(state, record.heard.get(state.replica_id), record.queue_length, now_s)
             for state in record.states
+            if state.replica_id not in self._dead
         )
 
     def observe(self, deployment: str, facts: EngineFacts) -> None:
@@ -164,9 +168,21 @@ class LiveView:
         return self._of(deployment).index
 
     def died(self, deployment: str, replica_id: str) -> None:
-        """Forget a replica before the controller has noticed its death."""
-        states = self._of(deployment).states
-        self.update_replicas(deployment, (s for s in states if s.replica_id != replica_id))
+        """Forget a replica for good, before the controller has noticed its death.
+
+        Replica ids are not used twice, so a later list that still contains it is out of date.
+        """
+        with self._lock:
+            if replica_id in self._dead:
+                return
+            self._dead[replica_id] = None
+            while len(self._dead) > MAX_DEAD:
+                self._dead.popitem(last=False)
+        self.index(deployment).emptied(replica_id)
+
+    def is_dead(self, replica_id: str) -> bool:
+        """Whether the replica is known to be dead, even if the controller still lists it."""
+        return replica_id in self._dead
 
     def _of(self, deployment: str) -> _Deployment:
         record = self._deployments.get(deployment)

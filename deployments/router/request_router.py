@@ -59,7 +59,14 @@ class ReplicaRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return every candidate once, in groups, best first."""
+        """Return every candidate once, in groups, best first.
+
+        A replica that is known to be dead is left out: Serve lists it until its health checks have
+        failed for seconds. With no other one it stays, because it refuses at once, while Serve
+        would make the request wait for a new one.
+        """
+        alive = [r for r in candidate_replicas if not self._view.is_dead(r.replica_id.unique_id)]
+        candidate_replicas = alive or candidate_replicas
         if pending_request is None:
             return [candidate_replicas]
         context = pending_request.routing_context

@@ -26,6 +26,7 @@ from deployments.wire import ErrorReply, Hints, ReplyEnd
 log = logging.getLogger("ray.serve")
 
 TICK_S = 1.0
+ENGINE_CHECK_S = 0.1  # Serve's own health checks take seconds to find that an engine is dead
 MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a cut answer fails
 # Statistics are rounded: each change of the dict makes Serve broadcast every replica again.
 ROUND_RATIO, ROUND_BYTES = 0.05, 32 << 20
@@ -55,6 +56,7 @@ class SLM:
         self._residency = ReplicaResidency(self._engine, self._report_residency)
         self._tasks = [
             asyncio.create_task(self._tick()),
+            asyncio.create_task(self._check_engine_until_dead()),
             asyncio.create_task(follow_desired_residency(app_name, spec.id, self._residency)),
         ]
 
@@ -130,8 +132,13 @@ class SLM:
                     async for item in self._serve({**body, "model": resident.name}, hints, call):
                         yield item
         except CalmError as error:
-            asleep = isinstance(error, AsleepError)
-            yield ErrorReply(error.http_status, self._error_body(error), asleep)
+            await self._check_engine()
+            yield ErrorReply(
+                error.http_status,
+                self._error_body(error),
+                asleep=isinstance(error, AsleepError),
+                dead_replica=self._replica_id if self._residency.state == "failed" else "",
+            )
 
     async def _serve(self, body: dict[str, Any], hints: Hints, call: Any) -> AsyncIterator[Any]:
         kinds = {hints.get("validate", ""), self._spec.validator} - {""}
@@ -225,6 +232,17 @@ class SLM:
         """Raise when the engine is dead or does not wake; Serve then replaces the replica."""
         self._residency.check_health()
         await self._engine.check_health()
+
+    async def _check_engine_until_dead(self) -> None:
+        while self._residency.state != "failed":
+            await self._check_engine()
+            await asyncio.sleep(ENGINE_CHECK_S)
+
+    async def _check_engine(self) -> None:
+        try:
+            await self._engine.check_health()
+        except self._dead_error as error:
+            self._residency.on_engine_death(str(error))
 
     def _report_residency(self, state: str, times: Mapping[str, float], detail: str) -> None:
         self._times |= times

@@ -135,8 +135,12 @@ class ReplicaResidency:
             if not self._requests:
                 self._on_idle()
 
+    def on_engine_death(self, reason: str) -> None:
+        """Report that the engine has died; requests that wait or arrive raise ComponentError."""
+        self._fail(f"died: {reason}")
+
     def check_health(self) -> None:
-        """Raise ComponentError when the engine did not wake."""
+        """Raise ComponentError when the engine died or did not wake."""
         if self.state == "failed":
             raise ComponentError(f"the engine {self._failure}")
 
@@ -211,14 +215,20 @@ class ReplicaResidency:
         try:
             await self._engine.wake()
         except Exception as error:  # noqa: BLE001  # of any type: Serve replaces the replica
-            self._failure = f"does not wake: {error!r}"
-            log.error("%s", self._failure)
-            self._enter("failed", self._failure)
+            self._fail(f"does not wake: {error!r}")
             return
         self._times["wake"] = self._clock() - started
         self._enter("ready")
 
+    def _fail(self, failure: str) -> None:
+        if self.state != "failed":
+            self._failure = failure
+            log.error("the engine %s", failure)
+            self._enter("failed", failure)
+
     def _enter(self, state: str, detail: str = "") -> None:
+        if self.state == "failed":
+            return  # final: a change that was under way when the engine died ends here
         self.state = state
         if state in ("ready", "failed"):
             self._awake.set()

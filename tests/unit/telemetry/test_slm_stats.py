@@ -121,32 +121,58 @@ def test_quantiles_forget_what_is_too_old() -> None:
 def opened(limits: BreakerLimits) -> CircuitBreaker:
     breaker = CircuitBreaker(limits)
     for _ in range(limits.consecutive):
-        breaker.record(True, 0.0)
+        breaker.record(True, 0.0, 0.0)
     return breaker
 
 
 def test_breaker_opens_on_failures_in_a_row() -> None:
     breaker = CircuitBreaker(BreakerLimits(consecutive=3))
-    breaker.record(True, 0.0)
-    breaker.record(True, 0.0)
+    breaker.record(True, 0.0, 0.0)
+    breaker.record(True, 0.0, 0.0)
     assert breaker.state(0.0) is BreakerState.CLOSED
-    breaker.record(True, 0.0)
+    breaker.record(True, 0.0, 0.0)
     assert breaker.state(0.0) is BreakerState.OPEN
 
 
 def test_breaker_opens_on_the_ratio_only_with_enough_recent_requests() -> None:
     breaker = CircuitBreaker(BreakerLimits(consecutive=100, failure_ratio=0.5, min_requests=10))
     for turn in range(9):
-        breaker.record(turn % 2 == 0, 0.0)
+        breaker.record(turn % 2 == 0, 0.0, 0.0)
     assert breaker.state(0.0) is BreakerState.CLOSED
-    breaker.record(True, 0.0)
+    breaker.record(True, 0.0, 0.0)
     assert breaker.state(0.0) is BreakerState.OPEN
 
 
-def test_breaker_ignores_answers_to_requests_sent_before_it_opened() -> None:
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("now", [1.0, 6.0], ids=["open", "half open"])
+def test_breaker_ignores_answers_to_requests_sent_before_it_opened(
+    now: float, failed: bool
+) -> None:
     breaker = opened(BreakerLimits(cool_down_s=5.0))
-    breaker.record(False, 1.0)
-    assert breaker.state(1.0) is BreakerState.OPEN
+    breaker.record(failed, now, sent_at=-1.0)
+    assert breaker.state(4.9) is BreakerState.OPEN
+    assert breaker.state(6.0) is BreakerState.HALF_OPEN
+
+
+def test_late_answers_count_neither_once_a_probe_has_closed_the_breaker() -> None:
+    breaker = opened(BreakerLimits(cool_down_s=5.0))
+    breaker.record(False, 6.0, sent_at=5.5)
+    for _ in range(5):
+        breaker.record(True, 30.0, sent_at=-1.0)
+    assert breaker.state(30.0) is BreakerState.CLOSED
+    assert breaker.consecutive == 0
+
+
+def test_a_breaker_that_starts_anew_counts_only_what_is_sent_from_then_on() -> None:
+    breaker = opened(BreakerLimits(consecutive=2))
+    breaker.restart(1.0)
+    assert breaker.state(1.0) is BreakerState.CLOSED
+    for _ in range(5):
+        breaker.record(True, 2.0, sent_at=0.5)
+    assert (breaker.consecutive, breaker.failure_ratio) == (0, 0.0)
+    for _ in range(2):
+        breaker.record(True, 2.0, sent_at=1.5)
+    assert breaker.state(2.0) is BreakerState.OPEN
 
 
 def test_half_open_breaker_lets_one_probe_through_at_a_time() -> None:
@@ -163,17 +189,17 @@ def test_half_open_breaker_does_not_wait_for_ever_for_a_lost_probe() -> None:
 
 def test_good_probe_closes_the_breaker_and_forgets_the_failures() -> None:
     breaker = opened(BreakerLimits(cool_down_s=5.0))
-    breaker.record(False, 5.0)
+    breaker.record(False, 5.0, 5.0)
     assert breaker.state(5.0) is BreakerState.CLOSED
     assert breaker.failure_ratio == 0.0
 
 
 def test_failed_probes_double_the_cool_down_up_to_its_bound() -> None:
     breaker = opened(BreakerLimits(cool_down_s=5.0, max_cool_down_s=15.0))
-    breaker.record(True, 5.0)
+    breaker.record(True, 5.0, 5.0)
     assert breaker.state(14.9) is BreakerState.OPEN
     assert breaker.state(15.0) is BreakerState.HALF_OPEN
-    breaker.record(True, 15.0)
+    breaker.record(True, 15.0, 15.0)
     assert breaker.state(29.9) is BreakerState.OPEN
     assert breaker.state(30.0) is BreakerState.HALF_OPEN
 
@@ -265,6 +291,49 @@ def test_half_open_state_depends_on_this_process_requests_in_flight() -> None:
     clock.now += BreakerLimits().cool_down_s
     assert not monitor.state(SPEC, [ReplicaState("r1")], clock.now).breaker_open
     assert monitor.state(SPEC, [ReplicaState("r1", queue_length=1)], clock.now).breaker_open
+
+
+def test_evidence_against_a_replica_that_is_gone_does_not_count_against_the_next() -> None:
+    clock = Clock()
+    monitor = FleetStats(["small"], clock)
+    monitor.state(SPEC, [ReplicaState("old")], clock.now)
+    for _ in range(5):
+        monitor.attempt_failed("small")
+    assert monitor.state(SPEC, [ReplicaState("old")], clock.now).breaker_open
+    clock.now += 1.0
+    assert not monitor.state(SPEC, [], clock.now).breaker_open
+    clock.now += 20.0
+    for _ in range(5):  # streams of the old one, that Serve has killed at last
+        monitor.observe(change_outcome(FAILED, e2e_s=30.0))
+    monitor.state(SPEC, [ReplicaState("new")], clock.now)
+    assert monitor.breaker("small") is BreakerState.CLOSED
+    assert monitor.snapshot("small", clock.now).failures == 10
+    for _ in range(5):
+        monitor.attempt_failed("small", took_s=0.1)
+    assert monitor.breaker("small") is BreakerState.OPEN
+
+
+def test_a_replica_that_joins_does_not_close_the_breaker() -> None:
+    clock = Clock()
+    monitor = FleetStats(["small"], clock)
+    monitor.state(SPEC, [ReplicaState("r1")], clock.now)
+    for _ in range(5):
+        monitor.attempt_failed("small")
+    both = [ReplicaState("r1"), ReplicaState("r2")]
+    assert monitor.state(SPEC, both, clock.now).breaker_open
+
+
+def test_a_request_that_waited_before_it_was_sent_is_a_probe_all_the_same() -> None:
+    clock = Clock()
+    monitor = FleetStats(["small"], clock)
+    for _ in range(5):
+        monitor.attempt_failed("small")
+    clock.now += BreakerLimits().cool_down_s
+    waited = change_outcome(OK, e2e_s=60.0)
+    monitor.observe(waited)
+    assert monitor.breaker("small") is BreakerState.HALF_OPEN
+    monitor.observe(waited, took_s=0.5)
+    assert monitor.breaker("small") is BreakerState.CLOSED
 
 
 def test_state_sums_load_and_averages_ratios_over_replicas() -> None:

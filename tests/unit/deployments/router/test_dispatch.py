@@ -83,13 +83,18 @@ class Items:
 
 
 class Fleet:
-    """A dispatcher over scripted SLMs."""
+    """A dispatcher over scripted SLMs, of which each has two replicas."""
 
     def __init__(self, view: LiveView, retries: int, **attempts: list[Any]) -> None:
         self.slms = {i: Script(i, view, a) for i, a in attempts.items()}
+        for slm_id in attempts:
+            replicas = (make_replica(f"{slm_id}-{n}") for n in (1, 2))
+            view.update_replicas(deployment_name(slm_id), replicas)
         self.failed: list[str] = []
         self.dispatcher = Dispatcher(
-            self.slms.__getitem__, retries=retries, attempt_failed=self.failed.append
+            self.slms.__getitem__,
+            retries=retries,
+            attempt_failed=lambda slm_id, _took_s: self.failed.append(slm_id),
         )
 
     async def open(self, call: Call) -> Any:
@@ -166,6 +171,65 @@ async def test_a_second_failure_goes_to_the_next_slm_and_says_so(
         "fallback",
         "failover",
     )
+
+
+def alive(view: LiveView, slm_id: str) -> list[str]:
+    return [r.replica_id for r in view.replicas(deployment_name(slm_id))]
+
+
+def dying(replica_id: str) -> ErrorReply:
+    return ErrorReply(503, b"engine died", dead_replica=replica_id)
+
+
+async def test_a_replica_that_reports_its_engine_dead_is_left_out_at_once(
+    view: LiveView,
+) -> None:
+    fleet, call = Fleet(view, 2, a=[dying("a-1"), END]), started()
+    await read(await fleet.open(call))
+    assert (call.slm_id, call.retries, fleet.failed) == ("a", 1, ["a"])
+    assert alive(view, "a") == ["a-2"]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_an_slm_whose_last_replica_died_is_not_tried_again(
+    view: LiveView, pinned: bool
+) -> None:
+    fleet = Fleet(view, 2, a=[dying("a-1"), dying("a-2")], b=[END])
+    view.died(deployment_name("a"), "a-2")
+    path = DecisionPath.PINNED if pinned else DecisionPath.SCORED
+    call = started(make_decision("a", "b", path=path))
+    if pinned:
+        with pytest.raises(SLMUnavailableError):
+            await fleet.open(call)
+    else:
+        await read(await fleet.open(call))
+        assert call.slm_id == "b"
+    assert len(fleet.slms["a"].calls) == 1
+
+
+async def test_a_replica_whose_engine_dies_during_an_answer_is_left_out_too(
+    view: LiveView,
+) -> None:
+    answer = await Fleet(view, 2, a=[[b"one", dying("a-1")]]).open(started())
+    with pytest.raises(SLMUnavailableError):
+        await read(answer)
+    assert alive(view, "a") == ["a-2"]
+
+
+async def test_the_time_that_a_failed_attempt_took_begins_when_it_was_sent(view: LiveView) -> None:
+    taken: list[float] = []
+    script = Script("a", view, [DIED, END])
+    view.update_replicas(deployment_name("a"), [make_replica("a-1")])
+    dispatcher = Dispatcher(
+        lambda _slm_id: script,  # type: ignore[arg-type,return-value]
+        retries=1,
+        attempt_failed=lambda _slm_id, took_s: taken.append(took_s),
+    )
+    call = started()
+    call.started = call.sent = call.started - 60.0  # it waited for a wake-up
+    await read(await dispatcher.open(call, "chat", {}, {}))
+    assert len(taken) == 1
+    assert max(*taken, call.took_s) < 30.0
 
 
 async def test_a_full_slm_is_left_for_the_next_one_without_asking_twice(view: LiveView) -> None:
@@ -255,8 +319,7 @@ async def test_a_refusal_after_the_first_byte_is_an_error_not_bytes(view: LiveVi
 
 async def test_engine_facts_reach_the_live_view_once_the_answer_has_ended(view: LiveView) -> None:
     name = deployment_name("a")
-    view.update_replicas(name, [make_replica("r1")])
-    loaded = ReplyEnd(b"", make_facts("r1", running=3, waiting=2))
+    loaded = ReplyEnd(b"", make_facts("a-1", running=3, waiting=2))
     answer = await Fleet(view, 0, a=[[b"x", loaded]]).open(started())
     await anext(answer)
     assert view.replicas(name)[0].running == 0

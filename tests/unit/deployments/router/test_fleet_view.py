@@ -104,6 +104,40 @@ def test_failed_attempts_open_the_breaker_at_once(view: FleetView, live: LiveVie
     assert view.states()["hot"] == "degraded"
 
 
+def test_an_slm_is_hot_again_when_a_probe_has_succeeded_and_not_when_one_may_be_sent(
+    view: FleetView, live: LiveView, clock: FakeClock
+) -> None:
+    set_replicas(live, "hot", make_replica())
+    for _ in range(BreakerLimits().consecutive):
+        view.attempt_failed("hot")
+    clock.advance(BreakerLimits().cool_down_s)
+    assert not view.state(HOT).breaker_open  # so that a probe is sent
+    assert view.states()["hot"] == "degraded"
+    before = make_outcome(slm_id="hot", e2e_s=60.0)
+    view.observe(before, took_s=60.0)  # sent before the breaker opened
+    assert view.states()["hot"] == "degraded"
+    view.observe(make_outcome(slm_id="hot", e2e_s=60.0), took_s=0.1)
+    assert view.states()["hot"] == "hot"
+
+
+def test_a_replica_that_reports_a_dead_engine_is_left_out_at_once_and_its_successor_is_hot(
+    view: FleetView, live: LiveView, clock: FakeClock
+) -> None:
+    set_replicas(live, "hot", make_replica("a"))
+    view.refresh_ready()
+    assert view.states()["hot"] == "hot"
+    for _ in range(BreakerLimits().consecutive):
+        view.attempt_failed("hot")
+    view.set_reports({"hot": {"a": ReplicaReport("failed", detail="died: killed", at=1.0)}})
+    set_replicas(live, "hot", make_replica("a"))  # Serve still lists it
+    assert view.states()["hot"] == "dead"
+    assert (row(view, "hot")["replicas"], row(view, "hot")["detail"]) == (0, "died: killed")
+    clock.advance(1.0)
+    set_replicas(live, "hot", make_replica("a"), make_replica("b"))
+    assert view.states()["hot"] == "hot"
+    assert [r["replica_id"] for r in row(view, "hot")["per_replica"]] == ["b"]
+
+
 def test_outcomes_feed_the_state_and_those_of_strangers_do_not(
     view: FleetView, live: LiveView
 ) -> None:

@@ -128,6 +128,26 @@ def test_a_dead_replica_leaves_the_view_and_the_index(view: LiveView) -> None:
     assert view.index("slm").match((1, 2)) == {}
 
 
+def test_a_dead_replica_does_not_come_back_with_a_broadcast_that_still_lists_it(
+    view: LiveView,
+) -> None:
+    view.died("slm", "a")  # reported before the controller listed it
+    view.update_replicas("slm", [polled("a"), polled("b")])
+    assert [r.replica_id for r in view.replicas("slm")] == ["b"]
+    assert (view.is_dead("a"), view.is_dead("b")) == (True, False)
+    view.update_replicas("slm", [polled("c")])
+    assert [r.replica_id for r in view.replicas("slm")] == ["c"]
+
+
+def test_the_list_of_dead_replicas_is_bounded(
+    view: LiveView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_state, "MAX_DEAD", 2)
+    for name in "abc":
+        view.died("slm", name)
+    assert [view.is_dead(name) for name in "abc"] == [False, True, True]
+
+
 def test_the_index_survives_membership_updates(view: LiveView) -> None:
     view.update_replicas("slm", [polled("a")])
     view.index("slm").add((1, 2), "a")

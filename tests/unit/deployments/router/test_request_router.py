@@ -178,10 +178,26 @@ def test_every_request_backs_off_and_every_candidate_stays_in_the_answer(view: L
 
 def test_a_candidate_that_the_view_does_not_know_is_still_ranked(view: LiveView) -> None:
     async def story(router: ReplicaRouter) -> None:
-        view.died("slm", "a")
+        view.update_replicas("slm", [])
         assert sorted(await choose(router, pending())) == [["a"], ["b"]]
 
     routing([FakeReplica("a"), FakeReplica("b")], story)
+
+
+def test_a_replica_that_is_known_to_be_dead_gets_nothing_while_another_one_lives(
+    view: LiveView,
+) -> None:
+    both = [FakeReplica("a"), FakeReplica("b")]
+
+    async def story(router: ReplicaRouter) -> None:
+        view.died("slm", "a")
+        router.update_replicas(both)  # type: ignore[arg-type]  # Serve still lists it
+        assert await choose(router, pending(hints(prefix_family="f"))) == [["b"]]
+        assert await choose(router, None) == [["b"]]
+        view.died("slm", "b")  # either refuses sooner than a new one starts
+        assert sorted(await choose(router, pending())) == [["a"], ["b"]]
+
+    routing(both, story)
 
 
 def test_the_preferred_replica_is_published_for_the_outcome(view: LiveView) -> None:

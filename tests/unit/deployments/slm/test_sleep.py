@@ -224,6 +224,39 @@ async def test_an_engine_that_does_not_wake_fails_what_waits_and_the_health_chec
     assert (world.reports[-1], "no memory" in world.detail) == ("failed", True)
 
 
+async def test_a_dead_engine_is_reported_at_once_and_refuses_every_request() -> None:
+    world = World()
+    world.residency.on_engine_death("killed")
+    world.residency.on_engine_death("killed again")
+    assert (world.reports, world.detail) == (["failed"], "died: killed")
+    with pytest.raises(ComponentError, match="the engine died: killed"):
+        await world.answer()
+    with pytest.raises(ComponentError, match="killed"):
+        world.residency.check_health()
+    world.residency.set_desired("asleep")
+    await settle()
+    assert world.engine.calls == []
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("no answer")])
+async def test_an_engine_that_dies_while_it_falls_asleep_stays_dead(
+    failure: Exception | None,
+) -> None:
+    world = World()
+    world.engine.gate.clear()
+    world.residency.set_desired("asleep")
+    await settle()
+    waiting = asyncio.create_task(world.answer())
+    await settle()
+    world.residency.on_engine_death("killed")
+    with pytest.raises(ComponentError, match="killed"):
+        await waiting
+    world.engine.failure = failure
+    world.engine.gate.set()
+    await settle()
+    assert (world.residency.state, world.reports) == ("failed", ["failed"])
+
+
 async def test_the_last_report_is_repeated_when_asked_for() -> None:
     world = World()
     world.residency.set_desired("asleep")
