@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,15 +188,6 @@ def test_meta_values_survive_a_restart(url: str, store: OutcomeStore) -> None:
     again = OutcomeStore(url)
     assert again.meta("champion") == "v2"
     again.close()
-
-
-def test_a_database_of_another_schema_is_refused(tmp_path: Path, url: str) -> None:
-    OutcomeStore(url).close()
-    with sqlite3.connect(tmp_path / "log.sqlite") as raw:
-        raw.execute("UPDATE meta SET value = '0' WHERE key = 'schema_version'")
-    raw.close()
-    with pytest.raises(KnowledgeError, match="schema version 0"):
-        OutcomeStore(url)
 
 
 def test_a_wrong_url_is_a_knowledge_error() -> None:

@@ -171,7 +171,7 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         slm_id=TALKER,
         numbers=context.features.numbers,
         buckets=context.features.buckets,
-        load=live_load(context, spec, state),
+        load_features=live_load(context, spec, state),
     )
     (row,) = outcome_rows([logged], trained().slm_ids)
     assert np.array_equal(row[:FIRST_LOAD], dense(predicting._words)[:FIRST_LOAD])
@@ -182,7 +182,7 @@ def test_an_artifact_survives_the_wire_byte_for_byte() -> None:
     blob = trained().to_bytes()
     assert Artifact.from_bytes(blob) == trained()
     assert Artifact.from_bytes(blob).to_bytes() == blob
-    assert LightGBMPredictor.from_bytes(blob, PRIOR).version == trained().version
+    assert LightGBMPredictor.from_bytes(blob, PRIOR).version.champion == trained().version
 
 
 def changed(**values: Any) -> bytes:
