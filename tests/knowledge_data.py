@@ -74,19 +74,20 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
 def make_outcome(outcome_id: str, **changes: Any) -> Outcome:
     """One answered request of the coder."""
     slm_id = changes.get("slm_id", CODER)
-    values: dict[str, Any] = {
-        "slm_id": slm_id,
-        "propensity": 0.9,
-        "predicted_replica": "a",
-        "replica_id": "b",
-        "e2e_s": 0.7,
-        "decision_s": 0.0005,
-        "energy_j": 1.5,
-        "buckets": (3, CODE),
-        "predicted": Prediction(slm_id, 0.5, 64.0, 0.05, 0.01, 6.4),
-        "versions": Versions(PredictorVersion("prior"), "g1", "f1"),
-    }
-    return testing.make_outcome(outcome_id, **{**values, **changes})
+    usual = testing.make_outcome(
+        outcome_id,
+        slm_id=slm_id,
+        propensity=0.9,
+        predicted_replica="a",
+        replica_id="b",
+        e2e_s=0.7,
+        decision_s=0.0005,
+        energy_j=1.5,
+        buckets=(3, CODE),
+        predicted=Prediction(slm_id, 0.5, 64.0, 0.05, 0.01, 6.4),
+        versions=Versions(PredictorVersion("prior"), "g1", "f1"),
+    )
+    return testing.change_outcome(usual, **changes)
 
 
 def make_world(count: int, seed: int = 0, *, truth: bool = True) -> list[Outcome]:

@@ -14,7 +14,7 @@ from calm_serve.learning.shadow import Shadow
 from calm_serve.learning.training import Training, train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
-from calm_serve.testing import FakeClock
+from calm_serve.testing import FakeClock, change_outcome
 from calm_serve.types import Outcome
 from tests.knowledge_data import CODER, TALKER, make_world
 from tests.logged_decisions import serve
@@ -81,16 +81,16 @@ class Desk:
 
     @property
     def decides(self) -> str:
-        return str(self.board["predictor"]["version"])
+        return str(self.board["predictor"].version)
 
 
 def shadowed(count: int, present: Training, challenger: Training, **more: Any) -> list[Outcome]:
-    """Outcomes of a router in which `present` decides and `challenger` has a silent say."""
+    """Outcomes of a router in which `present` decides and `challenger` decides in the shadow."""
     clock = FakeClock()
     shadow = Shadow(clock)
     shadow.challenger = predictor(challenger)
-    outcomes = serve(count, GOALS, predictor(present), **more)
-    for outcome in outcomes:
+    outcomes: list[Outcome] = []
+    for outcome in serve(count, GOALS, predictor(present), **more):
         clock.advance(1.0)
-        shadow.compare(outcome)
+        outcomes.append(change_outcome(outcome, shadow=shadow.compare(outcome)))
     return outcomes

@@ -105,8 +105,8 @@ def test_feedback_moves_later_requests_to_the_slm_that_users_prefer(fleet: Serve
 
     served = fleet.chat(report(100_000), max_tokens=1)
     row = fleet.outcome(served.headers["x-calm-decision-id"])
-    assert row.versions[0] == after[0]
-    assert row.path in ("scored", "explored")
+    assert str(row.decision.versions.predictor) == after[0]
+    assert row.decision.path in ("scored", "explored")
 
     stored = fleet.get("/v1/predictors")
     champion = next(m for m in stored["data"] if m["state"] == "champion")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 from served_fleet import ServedFleet, eventually
 
+from calm_serve.prediction import LOAD_NAMES
 from calm_serve.requests.features import NUMBER_NAMES
 
 SONG = "Extract intent and slots as JSON: play some jazz by Miles Davis"
@@ -17,32 +18,37 @@ def test_an_outcome_row_has_what_learning_needs(fleet: ServedFleet) -> None:
     answer = fleet.chat(SONG, headers={"x-calm-task": "songs"}, max_tokens=40, temperature=0)
     usage = answer.json()["usage"]
     row = fleet.outcome(answer.headers["x-calm-decision-id"])
-    assert (row.slm_id, row.path, row.rule) == ("extract", "rule", "names-slots")
+    assert (row.slm_id, row.decision.path, row.decision.rule) == ("extract", "rule", "names-slots")
     assert (row.status, row.http_status, row.task) == ("ok", 200, "songs")
-    assert len(row.numbers) == len(NUMBER_NAMES) and row.buckets and row.load
-    assert row.propensity == 1.0
-    assert row.prompt_tokens == usage["prompt_tokens"]
-    assert row.output_tokens == usage["completion_tokens"]
-    assert row.ttft_s is not None and row.e2e_s is not None and 0 < row.ttft_s <= row.e2e_s
-    assert row.energy_j is not None and row.energy_j > 0
-    assert row.served_replica and row.served_replica == row.predicted_replica
-    assert 0 < row.decision_s < 0.1
+    assert len(row.features.numbers) == len(NUMBER_NAMES) and row.features.buckets
+    assert len(row.decision.load_features) == len(LOAD_NAMES)
+    assert row.decision.load is not None and row.decision.load.running >= 1.0
+    assert row.decision.propensity == 1.0
+    timing, engine = row.timing, row.engine
+    assert engine.prompt_tokens == usage["prompt_tokens"]
+    assert engine.output_tokens == usage["completion_tokens"]
+    assert timing.ttft_s is not None and timing.e2e_s is not None
+    assert 0 < timing.ttft_s <= timing.e2e_s
+    assert engine.energy_j is not None and engine.energy_j > 0
+    assert engine.replica_id and engine.replica_id == row.predicted_replica
+    assert 0 < timing.decision_s < 0.1
     assert abs(row.at - time.time()) < 60
-    assert row.versions[0] == fleet.get("/v1/fleet")["predictor"]["version"]
+    assert str(row.decision.versions.predictor) == fleet.get("/v1/fleet")["predictor"]["version"]
 
 
 def test_a_scored_request_stores_what_was_predicted_for_it(fleet: ServedFleet) -> None:
     answer = fleet.chat("How many apples does Tom have left?", max_tokens=4)
     row = fleet.outcome(answer.headers["x-calm-decision-id"])
-    assert row.path in ("scored", "explored", "prior")
-    assert len(row.predicted) == 5
-    assert 0 < row.predicted[0] < 1
+    assert row.decision.path in ("scored", "explored", "prior")
+    assert row.decision.predicted is not None and row.decision.terms is not None
+    assert row.decision.predicted.slm_id == row.slm_id
+    assert 0 < row.decision.predicted.success_ratio < 1
 
 
 def test_prompts_are_not_stored_unless_the_operator_says_so(fleet: ServedFleet) -> None:
     secret = "zyxwvut the unmistakable words"
     row = fleet.outcome(fleet.chat(secret, max_tokens=2).headers["x-calm-decision-id"])
-    assert row.prompt is None
+    assert row.prompt_text is None
     for file in fleet.state_dir.rglob("*"):
         assert not file.is_file() or b"zyxwvut" not in file.read_bytes()
 
@@ -51,8 +57,8 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(fleet: ServedFleet) -> N
     text = SONG + " and then " + "another song " * 40
     ids = [fleet.chat(text, max_tokens=2).headers["x-calm-decision-id"] for _ in range(2)]
     first, second = (fleet.outcome(i) for i in ids)
-    assert second.cached_tokens > first.cached_tokens
-    assert second.cached_tokens > second.prompt_tokens / 2
+    assert second.engine.cached_tokens > first.engine.cached_tokens
+    assert second.engine.cached_tokens > second.engine.prompt_tokens / 2
 
 
 def test_feedback_is_stored_with_its_outcome(fleet: ServedFleet) -> None:

@@ -85,8 +85,8 @@ def test_a_stream_of_a_sleeping_slm_is_complete(fleet: ServedFleet, budget: int)
     assert answer.status_code == 200
     assert answer.text.rstrip().endswith("data: [DONE]")
     outcome = fleet.outcome(answer.headers["x-calm-decision-id"])
-    assert outcome.cold
-    assert outcome.extra["preferred_hot"] is False
+    assert outcome.timing.cold
+    assert outcome.decision.preferred_hot is False
 
 
 def test_a_deadline_before_the_wake_up_is_refused_with_retry_after(

@@ -13,6 +13,7 @@ from calm_serve.learning.evaluation import MIN_LABELLED, live_calibration
 from calm_serve.learning.promotion import SHADOW_MAX_S
 from calm_serve.learning.shadow import COMPARISONS_PER_S, Shadow
 from calm_serve.testing import FakeClock
+from calm_serve.types import Outcome, ShadowChoice
 from tests.logged_decisions import serve
 from tests.promotion_desk import (
     BAD,
@@ -39,7 +40,7 @@ async def test_without_a_shadow_a_winner_decides_at_once(desk: Desk) -> None:
     assert await promotion.offer(blob(GOOD)) == "promoted"
     assert desk.decides == version(GOOD)
     assert await promotion.offer(blob(BETTER)) == "promoted"
-    assert (desk.decides, desk.board["models"]["previous"]) == (version(BETTER), version(GOOD))
+    assert (desk.decides, desk.board["predictors"].previous) == (version(BETTER), version(GOOD))
 
 
 async def test_the_first_predictor_has_nobody_to_be_compared_with(desk: Desk) -> None:
@@ -51,19 +52,19 @@ async def test_a_challenger_decides_silently_until_enough_was_compared(desk: Des
     promotion = desk.start(shadow_requests=40)
     await promotion.offer(blob(GOOD))
     assert await promotion.offer(blob(BETTER)) == "shadow"
-    assert (desk.decides, desk.board["challenger"]["version"]) == (version(GOOD), version(BETTER))
+    assert (desk.decides, desk.board["challenger"].version) == (version(GOOD), version(BETTER))
     outcomes = shadowed(40, GOOD, BETTER, start_s=desk.clock())
     await desk.log(promotion, outcomes[:39])
     assert desk.decides == version(GOOD)
-    report = desk.board["models"]["shadow"]
-    assert report["requests"] == 39
-    assert 0.5 < report["agreement_ratio"] <= 1.0
-    assert report["predicted_gain_ci95"][0] >= 0.0
+    report = desk.board["predictors"].shadow
+    assert report.requests == 39
+    assert 0.5 < report.agreement_ratio <= 1.0
+    assert report.predicted_gain_ci95[0] >= 0.0
     await desk.log(promotion, outcomes[39:])
     assert (desk.decides, desk.board["challenger"]) == (version(BETTER), None)
-    change = desk.board["models"]["last_change"]
-    assert change["action"] == "promoted"
-    assert "shadow of 40 requests" in change["reason"]
+    change = desk.board["predictors"].last_change
+    assert change.action == "promoted"
+    assert "shadow of 40 requests" in change.reason
 
 
 async def test_a_challenger_that_live_labels_contradict_is_rejected_for_good(desk: Desk) -> None:
@@ -110,9 +111,9 @@ async def test_a_worse_champion_is_rolled_back_and_not_tried_again(
     with caplog.at_level(logging.WARNING):
         await desk.log(promotion, serve(80, GOALS, predictor(BAD)))
     assert desk.decides == version(GOOD)
-    change = desk.board["models"]["last_change"]
-    assert (change["action"], change["before"]) == ("rolled_back", version(BAD))
-    assert "log loss" in change["reason"] and "80 labelled outcomes" in change["reason"]
+    change = desk.board["predictors"].last_change
+    assert (change.action, change.before) == ("rolled_back", version(BAD))
+    assert "log loss" in change.reason and "80 labelled outcomes" in change.reason
     assert version(BAD) in caplog.text
     states = {m["version"]: m["state"] for m in promotion.document()["data"]}
     assert states == {version(GOOD): "champion", version(BAD): "rolled_back"}
@@ -125,10 +126,10 @@ async def test_a_good_champion_stays_and_its_probation_is_visible(desk: Desk) ->
     await promotion.offer(blob(GOOD))
     await desk.log(promotion, serve(80, GOALS, predictor(GOOD)))
     assert desk.decides == version(GOOD)
-    probation = desk.board["models"]["probation"]
-    assert probation["labelled"] == 80
-    assert probation["gain_ci95"][0] > 0.0
-    assert probation["calibration_error"] < probation["previous_calibration_error"]
+    probation = desk.board["predictors"].post_promotion
+    assert probation.labelled == 80
+    assert probation.gain_ci95[0] > 0.0
+    assert probation.calibration_error < probation.previous_calibration_error
 
 
 async def test_outcomes_of_another_predictor_put_nobody_on_trial(desk: Desk) -> None:
@@ -137,7 +138,7 @@ async def test_outcomes_of_another_predictor_put_nobody_on_trial(desk: Desk) -> 
     await promotion.offer(blob(BAD))
     await desk.log(promotion, serve(80, GOALS, predictor(GOOD)))
     assert desk.decides == version(BAD)
-    assert desk.board["models"]["probation"] is None
+    assert desk.board["predictors"].post_promotion is None
 
 
 def test_a_handful_of_labels_convicts_nobody() -> None:
@@ -162,7 +163,7 @@ async def test_everything_survives_a_restart(desk: Desk) -> None:
     await promotion.offer(blob(BETTER))
     desk.start(shadow_requests=50)
     assert desk.decides == version(GOOD)
-    assert desk.board["challenger"]["version"] == version(BETTER)
+    assert desk.board["challenger"].version == version(BETTER)
     again = desk.start()
     await again.offer(blob(BAD))
     third = desk.start()
@@ -170,7 +171,7 @@ async def test_everything_survives_a_restart(desk: Desk) -> None:
     assert desk.decides == version(GOOD)
     desk.start()
     assert desk.decides == version(GOOD)
-    assert desk.board["models"]["last_change"]["action"] == "rolled_back"
+    assert desk.board["predictors"].last_change.action == "rolled_back"
 
 
 async def test_a_pin_decides_until_it_is_taken_off(desk: Desk) -> None:
@@ -178,7 +179,7 @@ async def test_a_pin_decides_until_it_is_taken_off(desk: Desk) -> None:
     await promotion.offer(blob(GOOD))
     await promotion.offer(blob(BAD))
     await promotion.act("pin", version(GOOD))
-    assert (desk.decides, desk.board["models"]["pinned"]) == (version(GOOD), version(GOOD))
+    assert (desk.decides, desk.board["predictors"].pinned) == (version(GOOD), version(GOOD))
     assert await promotion.offer(blob(BETTER)) == "shadow"
     desk.clock.advance(SHADOW_MAX_S + 1.0)
     await promotion.tick()
@@ -186,7 +187,7 @@ async def test_a_pin_decides_until_it_is_taken_off(desk: Desk) -> None:
     with pytest.raises(RequestError, match="pinned"):
         await promotion.act("rollback", "")
     again = desk.start()
-    assert (desk.decides, desk.board["models"]["pinned"]) == (version(GOOD), version(GOOD))
+    assert (desk.decides, desk.board["predictors"].pinned) == (version(GOOD), version(GOOD))
     await again.act("unpin", "")
     desk.clock.advance(SHADOW_MAX_S + 1.0)
     await again.tick()
@@ -222,21 +223,24 @@ def test_a_router_compares_a_bounded_share_of_its_requests() -> None:
     clock = FakeClock()
     shadow = Shadow(clock)
     outcomes = serve(4, GOALS, predictor(GOOD))
-    shadow.compare(outcomes[0])
+    found = [shadow.compare(outcomes[0])]
     shadow.challenger = predictor(BETTER)
-    shadow.compare(outcomes[1])
-    shadow.compare(outcomes[2])
+    found += [shadow.compare(outcomes[1]), shadow.compare(outcomes[2])]
     clock.advance(1.0 / COMPARISONS_PER_S)
-    shadow.compare(outcomes[3])
-    assert ["shadow" in o.extra for o in outcomes] == [False, True, False, True]
+    found.append(shadow.compare(outcomes[3]))
+    assert [f is not None for f in found] == [False, True, False, True]
+
+
+def choices(outcomes: list[Outcome]) -> list[ShadowChoice]:
+    return [o.decision.shadow for o in outcomes if o.decision.shadow is not None]
 
 
 def test_a_router_writes_down_what_the_challenger_would_have_done() -> None:
-    outcomes = shadowed(60, GOOD, BAD)
-    found = [o.extra["shadow"] for o in outcomes]
-    assert {f["version"] for f in found} == {version(BAD)}
-    assert sum(f["agrees"] for f in found) < 10  # it has everything the wrong way round
-    assert all(f["gain"] >= 0.0 for f in found)
-    agreeing = shadowed(60, GOOD, GOOD)
-    assert all(o.extra["shadow"]["agrees"] for o in agreeing)
-    assert all(o.extra["shadow"]["gain"] == 0.0 for o in agreeing)
+    found = choices(shadowed(60, GOOD, BAD))
+    assert len(found) == 60
+    assert {f.version for f in found} == {version(BAD)}
+    assert sum(f.agrees for f in found) < 10  # it has everything the wrong way round
+    assert all(f.gain >= 0.0 for f in found)
+    agreeing = choices(shadowed(60, GOOD, GOOD))
+    assert len(agreeing) == 60
+    assert all(f.agrees and f.gain == 0.0 for f in agreeing)

@@ -117,7 +117,7 @@ async def test_a_full_shadow_does_not_end_that_of_the_next_challenger(desk: Desk
     gate.go_on.set()
     assert await replacing == "shadow"
     await full
-    assert (desk.decides, desk.board["challenger"]["version"]) == (version(GOOD), version(BETTER))
+    assert (desk.decides, desk.board["challenger"].version) == (version(GOOD), version(BETTER))
 
 
 async def test_a_shipped_predictor_that_was_rolled_back_does_not_come_again(
@@ -166,6 +166,11 @@ async def test_a_challenger_is_not_judged_on_answers_from_before_it_came(desk: D
     assert (desk.decides, desk.board["challenger"]) == (version(GOOD), None)
 
 
+def prediction_of(outcome: Outcome) -> Prediction:
+    assert outcome.decision.predicted is not None
+    return outcome.decision.predicted
+
+
 def test_a_champion_answers_for_its_own_predictions_only() -> None:
     champion = predictor(GOOD)
     outcomes = serve(40, Goals(exploration_ratio=0.0), champion)
@@ -175,7 +180,7 @@ def test_a_champion_answers_for_its_own_predictions_only() -> None:
             o,
             outcome_id=f"new-{o.outcome_id}",
             slm_id="newcomer",
-            predicted=Prediction("small", 0.99, *o.decision.predicted[1:]),
+            predicted=replace(prediction_of(o), slm_id="newcomer", success_ratio=0.99),
             signals=tuple(replace(s, value=0.0) for s in o.signals),
         )
         for o in outcomes
