@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from calm_serve.config import SLMSpec
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.testing import make_context, make_spec, make_state
-from calm_serve.types import OutputShape, Residency
+from calm_serve.types import OutputShape, PromptFeatures, Residency, ServiceLevel
 
 RATIO = st.floats(0.0, 1.0)
 MARKERS = ("code", "sql", "math")
@@ -28,11 +28,18 @@ CONTEXTS = st.builds(
     requested_model=st.sampled_from(["auto", "small", "small:sql", "other:sql"]),
     local_only=st.booleans(),
     quality_floor=RATIO,
-    slo_ttft_ms=st.none() | st.floats(0.0, 1e5),
-    slo_tpot_ms=st.none() | st.floats(0.0, 1e5),
-    deadline_s=st.none() | st.floats(0.0, 3600.0),
-    numbers=SEEDS.map(lambda r: tuple(r.uniform(0.0, 20.0) for _ in NUMBER_NAMES)),
-    buckets=SEEDS.map(lambda r: tuple(sorted(r.sample(range(BUCKETS), r.randrange(60))))),
+    slo=st.builds(
+        ServiceLevel,
+        ttft_ms=st.none() | st.floats(0.0, 1e5),
+        tpot_ms=st.none() | st.floats(0.0, 1e5),
+        deadline_s=st.none() | st.floats(0.0, 3600.0),
+    ),
+    features=SEEDS.map(
+        lambda r: PromptFeatures(
+            tuple(r.uniform(0.0, 20.0) for _ in NUMBER_NAMES),
+            tuple(sorted(r.sample(range(BUCKETS), r.randrange(60)))),
+        )
+    ),
 )
 
 STATES = st.builds(

@@ -132,7 +132,7 @@ def test_the_score_falls_with_every_cost_and_rises_with_quality(
     more: float,
 ) -> None:
     def score(changed: Prediction, at: SLMState = state) -> float:
-        return evaluate(context, changed, at, weights_of(goals)).score
+        return evaluate(context.slo, changed, at, weights_of(goals)).score
 
     base = score(prediction)
     better = min(prediction.success_ratio + more, 1.0)
@@ -152,7 +152,7 @@ def test_the_score_is_the_sum_of_the_terms_that_the_explanation_shows(
     state: SLMState,
     goals: Goals,
 ) -> None:
-    shown = evaluate(context, prediction, state, weights_of(goals))
+    shown = evaluate(context.slo, prediction, state, weights_of(goals))
     total = shown.quality - shown.latency - shown.energy - shown.switching
     assert shown.score == pytest.approx(total)
     assert min(shown.latency, shown.energy, shown.switching) >= 0.0
@@ -166,9 +166,9 @@ def test_weights_come_from_the_goals_and_enter_linearly(
 ) -> None:
     # Without an SLO, because its penalty is in quality points and has no weight.
     context, cold = make_context(), make_state(residency=Residency.COLD)
-    one = evaluate(context, prediction, cold, weights_of(goals))
+    one = evaluate(context.slo, prediction, cold, weights_of(goals))
     scaled = evaluate(
-        context,
+        context.slo,
         prediction,
         cold,
         weights_of(
@@ -185,7 +185,9 @@ def test_weights_come_from_the_goals_and_enter_linearly(
     assert scaled.energy == pytest.approx(one.energy * factor)
     assert scaled.switching == pytest.approx(one.switching * factor)
     free = make_goals(latency_weight_per_s=0, energy_weight_per_j=0, switching_weight=0)
-    assert evaluate(context, prediction, cold, weights_of(free)).score == prediction.success_ratio
+    assert (
+        evaluate(context.slo, prediction, cold, weights_of(free)).score == prediction.success_ratio
+    )
 
 
 CANDIDATES = st.lists(

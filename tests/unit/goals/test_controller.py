@@ -17,7 +17,6 @@ from calm_serve.goals.window import ROWS
 from calm_serve.routing.scoring import evaluate, weights_of
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import (
-    make_context,
     make_decision,
     make_fleet,
     make_goals,
@@ -26,7 +25,7 @@ from calm_serve.testing import (
     make_spec,
     make_state,
 )
-from calm_serve.types import DecisionPath, Weights
+from calm_serve.types import DecisionPath, ServiceLevel, Weights
 from tests.goal_world import RECENT, World
 
 BEFORE, AFTER, RECOVERED = 500, 600, 200
@@ -215,7 +214,7 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
     for candidate in decision.candidates:
         assert candidate.prediction is not None
         again = evaluate(
-            decision.context, candidate.prediction, states[candidate.slm_id], decision.weights
+            decision.context.slo, candidate.prediction, states[candidate.slm_id], decision.weights
         )
         assert again == candidate
 
@@ -293,13 +292,13 @@ def test_new_goals_start_from_what_is_already_known() -> None:
 def test_seconds_beyond_the_free_part_cost() -> None:
     weights = Weights(0.0, 0.0, 0.0, late_e2e_per_s=2.0, late_e2e_after_s=1.0)
     late, early = (
-        evaluate(make_context(), make_prediction(ttft_s=t, tpot_s=0.0), make_state(), weights)
+        evaluate(ServiceLevel(), make_prediction(ttft_s=t, tpot_s=0.0), make_state(), weights)
         for t in (1.5, 0.9)
     )
     assert (late.latency, early.latency) == (1.0, 0.0)
     first = Weights(0.0, 0.0, 0.0, late_ttft_per_s=2.0, late_ttft_after_s=1.0)
     slow = make_prediction(ttft_s=1.25, tpot_s=1.0)
-    assert evaluate(make_context(), slow, make_state(), first).latency == 0.5
+    assert evaluate(ServiceLevel(), slow, make_state(), first).latency == 0.5
 
 
 def test_the_goals_version_names_the_goals_and_not_the_moving_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +16,12 @@ from calm_serve.routing.scoring import (
     evaluate,
     explore,
     ranked,
+    reward,
     slo_penalty,
     weights_of,
 )
-from calm_serve.testing import make_context, make_goals, make_prediction, make_state
-from calm_serve.types import Candidate, Residency
+from calm_serve.testing import make_goals, make_prediction, make_state
+from calm_serve.types import Candidate, Residency, ServiceLevel, Weights
 
 
 def candidate(slm_id: str, score: float = 0.5, **fields: float) -> Candidate:
@@ -32,45 +34,73 @@ def test_the_score_is_the_weighted_sum_of_its_terms() -> None:
         success_ratio=0.8, output_tokens=11, ttft_s=0.5, tpot_s=0.05, energy_j=4.0
     )
     cold = make_state(residency=Residency.COLD)
-    scored = evaluate(make_context(), prediction, cold, weights_of(goals))
+    scored = evaluate(ServiceLevel(), prediction, cold, weights_of(goals))
     assert scored.quality == 0.8
     assert scored.latency == pytest.approx(0.1)  # one second
     assert scored.energy == pytest.approx(0.04)
     assert scored.switching == 0.05
     assert scored.score == pytest.approx(0.61)
-    assert evaluate(make_context(), prediction, make_state(), weights_of(goals)).switching == 0.0
+    assert evaluate(ServiceLevel(), prediction, make_state(), weights_of(goals)).switching == 0.0
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Weights(0.1, 0.02, 0.05),
+        Weights(0.1, 0.02, 0.05, 2.0, 0.3, 0.2, 0.4, 1.0),
+        Weights(0.0, 0.0, 0.0),
+    ],
+)
+def test_the_reward_of_arrays_is_that_of_each_of_their_rows(weights: Weights) -> None:
+    random = np.random.default_rng(0)
+    columns = random.random((5, 50))
+    columns[2, 7] = columns[0, 9] = np.nan  # not measured
+    together = reward(weights, *columns)
+    for row in range(50):
+        alone = reward(weights, *(float(value) for value in columns[:, row]))
+        assert alone == pytest.approx([float(a[row]) for a in together], rel=0, abs=0, nan_ok=True)
+
+
+def test_the_score_is_the_reward_less_the_switching() -> None:
+    weights = Weights(0.1, 0.01, 0.05, 1.5, 0.3, 0.2, 0.4, 0.1)
+    prediction = make_prediction(success_ratio=0.8, ttft_s=0.5, energy_j=4.0)
+    slo = ServiceLevel(ttft_ms=400.0)
+    scored = evaluate(slo, prediction, make_state(residency=Residency.COLD), weights)
+    terms = (prediction.ttft_s, prediction.e2e_s, prediction.energy_j)
+    value, latency, energy = reward(weights, 0.8, *terms, slo_penalty(slo, prediction))
+    assert (scored.score, scored.latency, scored.energy) == (value - 0.05, latency, energy)
 
 
 @pytest.mark.parametrize(
     ("slo", "share"),
     [
         ({}, 0.0),
-        ({"slo_ttft_ms": 50.0}, 0.5),
-        ({"slo_ttft_ms": 50.0 * math.e**0.4}, 0.1587),  # one spread of headroom
-        ({"slo_ttft_ms": 50.0 / math.e**0.8}, 0.9772),
-        ({"slo_ttft_ms": 1.0}, 1.0),
-        ({"slo_tpot_ms": 10.0}, 0.5),
+        ({"ttft_ms": 50.0}, 0.5),
+        ({"ttft_ms": 50.0 * math.e**0.4}, 0.1587),  # one spread of headroom
+        ({"ttft_ms": 50.0 / math.e**0.8}, 0.9772),
+        ({"ttft_ms": 1.0}, 1.0),
+        ({"tpot_ms": 10.0}, 0.5),
         ({"deadline_s": 0.68 * math.e**0.2}, 0.1587),
         ({"deadline_s": 0.34}, 0.9997),
-        ({"slo_ttft_ms": 50.0, "deadline_s": 100.0}, 0.5),
+        ({"ttft_ms": 50.0, "deadline_s": 100.0}, 0.5),
     ],
 )
 def test_a_slo_costs_by_the_probability_of_missing_it(slo: dict[str, float], share: float) -> None:
     prediction = make_prediction(
         ttft_s=0.05, tpot_s=0.01, output_tokens=64, ttft_spread=0.4, e2e_spread=0.2
     )
-    penalty = slo_penalty(make_context(**slo), prediction)
+    penalty = slo_penalty(ServiceLevel(**slo), prediction)
     assert penalty == pytest.approx(SLO_PENALTY * share, abs=1e-4)
 
 
 def test_an_slm_whose_times_are_uncertain_is_the_worse_bet_with_headroom() -> None:
-    context = make_context(slo_ttft_ms=100.0)
+    slo = ServiceLevel(ttft_ms=100.0)
     steady, uneven = (make_prediction(ttft_s=0.05, ttft_spread=s) for s in (0.1, 0.8))
-    assert slo_penalty(context, steady) < slo_penalty(context, uneven)
+    assert slo_penalty(slo, steady) < slo_penalty(slo, uneven)
 
 
 def test_predictions_of_no_time_at_all_miss_nothing() -> None:
-    assert slo_penalty(make_context(slo_ttft_ms=1.0), make_prediction(ttft_s=0.0)) == 0.0
+    assert slo_penalty(ServiceLevel(ttft_ms=1.0), make_prediction(ttft_s=0.0)) == 0.0
 
 
 def test_the_floor_keeps_those_above_it_and_else_the_best_one() -> None:
