@@ -118,7 +118,7 @@ class GoalController:
         if window.seen - self._stepped_at < STEP_ROWS or window.scored < MIN_SCORED:
             return self.weights
         self._stepped_at = window.seen
-        search = _Search(window.terms(self._stated), self._goals, self._routers)
+        search = _Search(window.terms(), self._goals, self._stated, self._routers)
         self._found, missed = search.run(self._found, self._active)
         self._feasible = {g: bool(missed[g] <= FEASIBLE_MISS[g]) for g in self._active}
         highest = np.maximum(self._x * FASTER, FIRST)
@@ -127,7 +127,7 @@ class GoalController:
             self._fresh = False
         self._x = np.clip(self._found, self._x * SLOWER, highest)
         self._x[(self._found == 0.0) & (self._x < NEGLIGIBLE)] = 0.0
-        self.weights = search.weights(self._x, self._stated)
+        self.weights = search.weights(self._x)
         return self.weights
 
     def status(self) -> list[GoalStatus]:
@@ -169,25 +169,23 @@ class GoalController:
 class _Search:
     """What each choice of multipliers would have meant for the window's requests."""
 
-    def __init__(self, terms: Terms, goals: Goals, routers: int) -> None:
-        n, slms = terms.base.shape
-        self._terms, self._goals = terms, goals
+    def __init__(self, terms: Terms, goals: Goals, stated: Weights, routers: int) -> None:
+        n, slms = terms.valid.shape
+        self._terms, self._goals, self._stated = terms, goals, stated
         self._offset = np.arange(n) * slms
         self._weights = terms.weights
         self._share = float(terms.weights.sum())
         self._energy_j = _energy_target(goals, terms.gap_s, routers)
         raw, spread = terms.raw, terms.spread
-        typical = raw.sum(axis=(1, 2)) / np.isfinite(terms.base).sum()
+        typical = raw.sum(axis=(1, 2)) / terms.valid.sum()
         self._knee_s = [0.0, 0.0]  # where TTFT and E2E begin to cost
         self._unit = np.maximum(typical[gw.TTFT : gw.ENERGY + 1], gw.TINY)
-        features, late = np.zeros((4, n, slms)), np.zeros((2, n, slms))
-        features[_QUALITY] = raw[gw.QUALITY]
+        late = np.zeros((2, n, slms))
         if np.isfinite(self._energy_j):
             self._unit[2] = max(self._unit[2], self._energy_j)
-        features[_ENERGY] = -raw[gw.ENERGY] / self._unit[2]
         self._bias, self._rest_late = np.zeros(2), np.zeros(2)
-        for kind, (goal, term, target_s) in enumerate(
-            ((_TTFT, gw.TTFT, goals.ttft_p95_s), (_E2E, gw.E2E, goals.e2e_p95_s))
+        for kind, (term, target_s) in enumerate(
+            ((gw.TTFT, goals.ttft_p95_s), (gw.E2E, goals.e2e_p95_s))
         ):
             if target_s is None:
                 continue
@@ -196,7 +194,6 @@ class _Search:
             scaled_s = target_s / float(terms.ratio[kind].max())
             self._knee_s[kind] = FREE_RATIO * scaled_s
             self._unit[kind] = max(self._unit[kind], scaled_s)
-            features[goal] = -np.maximum(raw[term] - self._knee_s[kind], 0.0) / self._unit[kind]
             over = np.log(np.maximum(raw[term] * terms.ratio[kind] / target_s, gw.TINY))
             late[kind] = _above_1(over / spread[kind])
             self._bias[kind] = self._unexplained(late[kind], kind, target_s)
@@ -204,10 +201,13 @@ class _Search:
             self._rest_late[kind] = terms.rest_weights @ (terms.rest[kind] > target_s)
         energy = raw[gw.ENERGY] * terms.ratio[2]
         self._rest_j = float(np.nan_to_num(terms.rest[2]) @ terms.rest_weights)
-        self._base = terms.base.reshape(-1)
-        self._features = features.reshape(4, -1)
-        stacked = (np.where(np.isfinite(terms.base), terms.base, 0.0), raw[gw.QUALITY], *late)
-        self._metrics = np.stack([*stacked, energy]).reshape(5, -1)
+        base = terms.reward(stated)
+        # The reward is linear in the multipliers: what one more of each is worth to each candidate.
+        features = [terms.reward(self.weights(x)) - base for x in np.eye(4)]
+        self._features = np.stack(features).reshape(4, -1)
+        self._base = np.where(terms.valid, base, -np.inf).reshape(-1)
+        stacked = (np.where(terms.valid, base, 0.0), raw[gw.QUALITY], *late, energy)
+        self._metrics = np.stack(stacked).reshape(5, -1)
 
     def run(self, start: Array, active: list[int]) -> tuple[Array, Array]:
         """The best multipliers found from `start`, and by how much each goal is missed there."""
@@ -223,13 +223,13 @@ class _Search:
                 break
         return best, missed
 
-    def weights(self, x: Array, stated: Weights) -> Weights:
+    def weights(self, x: Array) -> Weights:
         """The weights that the multipliers stand for."""
         prices = x[1:] / self._unit
         return replace(
-            stated,
+            self._stated,
             quality=1.0 + float(x[_QUALITY]),
-            energy_per_j=stated.energy_per_j + float(prices[2]),
+            energy_per_j=self._stated.energy_per_j + float(prices[2]),
             late_ttft_per_s=float(prices[0]),
             late_ttft_after_s=self._knee_s[0],
             late_e2e_per_s=float(prices[1]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from calm_serve.routing import slo_penalty
+from calm_serve.routing import above_floor, reward, slo_penalty
 from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
 ROWS = 192
@@ -41,12 +41,11 @@ Array = npt.NDArray[np.float64]
 class Terms:
     """The window's scored rows (n) by candidate (c), as the goals see them.
 
-    `base` is the score under the stated weights, -inf where the SLM was no candidate. `raw` holds
-    what was predicted and decides; `ratio` corrects it, by SLM, to what is measured.
+    `raw` holds the predictions, which decide; `ratio` corrects them, by SLM, to what is measured.
     """
 
-    base: Array  # (n, c)
     raw: Array  # (5, n, c): QUALITY, TTFT, E2E, ENERGY, FIXED; 0 where there was no candidate
+    valid: npt.NDArray[np.bool_]  # (n, c): the SLM was a candidate
     chosen: npt.NDArray[np.intp]  # (n,)
     measured: Array  # (3, n): TTFT, E2E, ENERGY; NaN where unknown
     weights: Array  # (n,): by age, with those of `rest` they sum to 1
@@ -55,6 +54,11 @@ class Terms:
     rest: Array  # (3, m): measured values of the other rows
     rest_weights: Array  # (m,)
     gap_s: float  # mean time between finished requests, NaN before there are two
+
+    def reward(self, weights: Weights) -> Array:
+        """The score of each candidate under `weights`, (n, c); no meaning where not `valid`."""
+        value: Array = reward(weights, *self.raw)[0]
+        return value
 
 
 class GoalWindow:
@@ -117,8 +121,8 @@ class GoalWindow:
         order = self._newest_first()
         return self._measured[:, order], self._quality[order], self._gap_s(order)
 
-    def terms(self, stated: Weights) -> Terms:
-        """The arrays that another choice is computed from; `stated` are the operator's weights."""
+    def terms(self) -> Terms:
+        """The arrays that another choice is computed from."""
         order = self._newest_first()
         age = np.arange(len(order))
         weights = 0.5 ** (age / HALF_LIFE_ROWS)
@@ -126,15 +130,12 @@ class GoalWindow:
         is_scored = self._chosen[order] >= 0
         rows = order[is_scored]
         raw, chosen = self._raw[:, rows], self._chosen[rows]
-        base = raw[QUALITY] - raw[FIXED]
-        base -= stated.latency_per_s * raw[E2E] + stated.energy_per_j * raw[ENERGY]
-        base[~self._valid[rows]] = -np.inf
         measured = self._measured[:, rows]
         ratio = self._ratio()
         predicted = raw[TTFT:ENERGY, np.arange(len(chosen)), chosen] * ratio[:2, chosen]
         return Terms(
-            base=base,
             raw=raw,
+            valid=self._valid[rows],
             chosen=chosen,
             measured=measured,
             weights=weights[is_scored],
@@ -148,9 +149,7 @@ class GoalWindow:
     def _add_candidates(
         self, row: int, decision: Decision, kept: list[Candidate], floor: float
     ) -> None:
-        floor = max(floor, decision.context.quality_floor)
-        above = [c for c in kept if c.quality >= floor]
-        above = above or [max(kept, key=lambda c: (c.quality, c.slm_id))]
+        above = above_floor(kept, max(floor, decision.context.quality_floor))
         terms = [
             (
                 c.quality,

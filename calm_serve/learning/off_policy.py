@@ -1,11 +1,9 @@
 """Off-policy estimates: what another choice of SLMs would have been worth, from logged outcomes.
 
-    reward = w_quality * label - w_latency * e2e_s - w_energy * energy_j - late
-
-with the goals' weights, late the cost of seconds beyond a p95 goal (types.Weights), and the
-measured end-to-end seconds and joules. With r the logged value, p the propensity of the logged
-SLM a, t the SLM that the evaluated policy chooses, m(s) the model's value of SLM s for this request
-and w = min(1[t = a] / p, clip):
+An answer's value is `routing.reward` under the goals' weights, without SLO penalty and switching:
+of its label and measured seconds and joules, or of a prediction. With r the logged value, p the
+propensity of the logged SLM a, t the SLM that the evaluated policy chooses, m(s) the model's value
+of SLM s for this request and w = min(1[t = a] / p, clip):
 
     direct method   mean of m(t)
     IPS             mean of w r
@@ -32,6 +30,7 @@ from numpy.typing import NDArray
 from calm_serve.learning.decision_log import LoggedDecision
 from calm_serve.learning.labels import quality_label
 from calm_serve.learning.metrics import Values, ci95, resampled
+from calm_serve.routing import reward
 from calm_serve.types import Candidate, Outcome, Weights
 
 METRICS = ("reward", "quality", "e2e_s", "energy_j")
@@ -147,8 +146,9 @@ def measured(outcome: Outcome, weights: Weights) -> dict[str, float]:
         if not done
         else _UNKNOWN
     )
+    ttft_s = outcome.timing.ttft_s or 0.0
     return {
-        "reward": _reward(quality, outcome.timing.ttft_s or 0.0, e2e_s, energy_j, weights),
+        "reward": reward(weights, quality, ttft_s, e2e_s, energy_j)[0],
         "quality": quality,
         "e2e_s": e2e_s if done else _UNKNOWN,
         "energy_j": energy_j if done else _UNKNOWN,
@@ -160,17 +160,8 @@ def expected(candidate: Candidate, weights: Weights) -> dict[str, float]:
     prediction = candidate.prediction
     assert prediction is not None
     quality, e2e_s, energy_j = candidate.quality, prediction.e2e_s, prediction.energy_j
-    reward = _reward(quality, prediction.ttft_s, e2e_s, energy_j, weights)
-    return {"reward": reward, "quality": quality, "e2e_s": e2e_s, "energy_j": energy_j}
-
-
-def _reward(
-    quality: float, ttft_s: float, e2e_s: float, energy_j: float, weights: Weights
-) -> float:
-    late = weights.late_ttft_per_s * max(ttft_s - weights.late_ttft_after_s, 0.0)
-    late += weights.late_e2e_per_s * max(e2e_s - weights.late_e2e_after_s, 0.0)
-    cost = weights.latency_per_s * e2e_s + weights.energy_per_j * energy_j
-    return weights.quality * quality - cost - late
+    value, _, _ = reward(weights, quality, prediction.ttft_s, e2e_s, energy_j)
+    return {"reward": value, "quality": quality, "e2e_s": e2e_s, "energy_j": energy_j}
 
 
 class PolicyLog:

@@ -14,6 +14,7 @@ from calm_serve.prediction.artifact import (
 )
 from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
 from calm_serve.prediction.cold_start import with_cold_start
+from calm_serve.prediction.latency import wake_s
 from calm_serve.prediction.lightgbm import (
     MAX_LOG_RESIDUAL,
     Heads,
@@ -58,5 +59,6 @@ __all__ = [
     "load_artifact",
     "outcome_rows",
     "own_head",
+    "wake_s",
     "with_cold_start",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from zlib import crc32
 
 from calm_serve.config import Fleet, SLMSpec
+from calm_serve.routing.scoring import draw
 from calm_serve.types import Candidate, Outcome, RoutingContext, SLMState
 
 Choice = tuple[Sequence[str], float]  # ids best first; probability of the first one
@@ -37,11 +37,6 @@ class Baseline(ABC):
 
     def _by_size(self, slm_id: str) -> tuple[int, str]:
         return -self._specs[slm_id].parameters, slm_id
-
-
-def draw(decision_id: str) -> float:
-    """A number in [0, 1) that follows from the decision's id alone."""
-    return crc32(decision_id.encode()) / 2**32
 
 
 def from_anywhere(ids: Sequence[str], context: RoutingContext) -> Choice:

@@ -1,12 +1,10 @@
 """Stage 2: weigh quality against latency, energy and switching, and choose.
 
-    score = w_quality * quality - w_latency * latency - w_energy * energy - w_switching * switching
-
-Quality is P(success), corrected by what was recently said of the SLM's answers; latency is
-end-to-end seconds plus a penalty for a missed SLO; energy is joules; switching is 1 when the SLM
-would have to be woken. The CALM paper (arXiv 2602.03632)
-weighs semantic fit and recent QoS by hand-tuned weights in the same shape; here every term is a
-prediction for this request on the fleet as it is now.
+`reward` is the one formula; the choice, the goals and off-policy evaluation call it. Quality is
+P(success) corrected by the SLM's recent labels; latency is seconds, with a penalty for an SLO that
+will probably be missed; energy is joules; switching is 1 when the SLM would have to be woken. The
+CALM paper (arXiv 2602.03632) weighs semantic fit and recent QoS by hand-tuned weights in the same
+shape; here every term is a prediction for this request on the fleet as it is now.
 """
 
 from __future__ import annotations
@@ -14,10 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 from zlib import crc32
 
+import numpy as np
+import numpy.typing as npt
+
 from calm_serve.config import Goals, SLMSpec
+from calm_serve.prediction import wake_s
 from calm_serve.types import Candidate, Prediction, Residency, ServiceLevel, SLMState, Weights
+
+# One number of a candidate, or the same of many candidates as an array.
+Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
 # A request that names an SLO loses up to this much quality for an SLM that will miss it.
 SLO_PENALTY = 0.5
@@ -30,20 +36,51 @@ def weights_of(goals: Goals) -> Weights:
     return Weights(goals.latency_weight_per_s, goals.energy_weight_per_j, goals.switching_weight)
 
 
+def reward(
+    weights: Weights,
+    quality: Number,
+    ttft_s: Number,
+    e2e_s: Number,
+    energy_j: Number,
+    penalty: Number | float = 0.0,
+) -> tuple[Number, Number, Number]:
+    """The reward of an answer, its latency cost and its energy cost, in quality points.
+
+        latency = w_latency * e2e_s + penalty + late_ttft + late_e2e
+        energy = w_energy * energy_j
+        reward = w_quality * quality - latency - energy
+
+    with late_ttft and late_e2e the cost of seconds beyond what a p95 goal leaves free
+    (`types.Weights`), w_late * max(seconds - after_s, 0).
+
+    All values are floats, or all are arrays of one shape; NaN stays NaN. `penalty` is that of an
+    SLO (`slo_penalty`). The cost of switching is subtracted by the caller that decides.
+    """
+    latency = weights.latency_per_s * e2e_s + penalty
+    if weights.late_ttft_per_s:
+        over_s = ttft_s - weights.late_ttft_after_s
+        latency = latency + weights.late_ttft_per_s * ((over_s > 0.0) * over_s)
+    if weights.late_e2e_per_s:
+        over_s = e2e_s - weights.late_e2e_after_s
+        latency = latency + weights.late_e2e_per_s * ((over_s > 0.0) * over_s)
+    energy = weights.energy_per_j * energy_j
+    return weights.quality * quality - latency - energy, latency, energy
+
+
 def evaluate(
     slo: ServiceLevel, prediction: Prediction, state: SLMState, weights: Weights
 ) -> Candidate:
     """Score one candidate; every term of the sum is kept for the explanation."""
-    latency = weights.latency_per_s * prediction.e2e_s + slo_penalty(slo, prediction)
-    if weights.late_ttft_per_s:
-        over_s = prediction.ttft_s - weights.late_ttft_after_s
-        latency += weights.late_ttft_per_s * max(0.0, over_s)
-    if weights.late_e2e_per_s:
-        over_s = prediction.e2e_s - weights.late_e2e_after_s
-        latency += weights.late_e2e_per_s * max(0.0, over_s)
-    energy = weights.energy_per_j * prediction.energy_j
-    switching = 0.0 if state.residency is Residency.HOT else weights.switching
     quality = min(prediction.success_ratio * state.calibration_factor, 1.0)
+    value, latency, energy = reward(
+        weights,
+        quality,
+        prediction.ttft_s,
+        prediction.e2e_s,
+        prediction.energy_j,
+        slo_penalty(slo, prediction),
+    )
+    switching = 0.0 if state.residency is Residency.HOT else weights.switching
     return Candidate(
         slm_id=prediction.slm_id,
         prediction=prediction,
@@ -51,7 +88,7 @@ def evaluate(
         latency=latency,
         energy=energy,
         switching=switching,
-        score=weights.quality * quality - latency - energy - switching,
+        score=value - switching,
     )
 
 
@@ -111,10 +148,15 @@ def preferred(
         if state.residency is Residency.HOT or prediction is None:
             awake.append(candidate)
             continue
-        wake_s = state.wake_s or specs[candidate.slm_id].priors.wake_s
-        hot = replace(prediction, ttft_s=max(prediction.ttft_s - wake_s, 0.0))
+        awake_s = prediction.ttft_s - wake_s(specs[candidate.slm_id], state)
+        hot = replace(prediction, ttft_s=max(awake_s, 0.0))
         awake.append(evaluate(slo, hot, replace(state, residency=Residency.HOT), weights))
     return above_floor(ranked(awake), floor)[0].slm_id
+
+
+def draw(decision_id: str) -> float:
+    """A number in [0, 1) that follows from the decision's id alone."""
+    return crc32(decision_id.encode()) / 2**32
 
 
 def explore(
@@ -137,8 +179,8 @@ def explore(
     ]
     if not others or ratio <= 0.0:
         return order[0], 1.0, False
-    draw = crc32(decision_id.encode()) / 2**32
-    if draw >= ratio:
+    drawn = draw(decision_id)
+    if drawn >= ratio:
         return order[0], 1.0 - ratio, False
-    position = min(int(draw / ratio * len(others)), len(others) - 1)  # the product may round up
+    position = min(int(drawn / ratio * len(others)), len(others) - 1)  # the product may round up
     return others[position], ratio / len(others), True

@@ -34,10 +34,11 @@ CONTEXTS = st.builds(
         tpot_ms=st.none() | st.floats(0.0, 1e5),
         deadline_s=st.none() | st.floats(0.0, 3600.0),
     ),
-    features=st.builds(
-        PromptFeatures,
-        numbers=SEEDS.map(lambda r: tuple(r.uniform(0.0, 20.0) for _ in NUMBER_NAMES)),
-        buckets=SEEDS.map(lambda r: tuple(sorted(r.sample(range(BUCKETS), r.randrange(60))))),
+    features=SEEDS.map(
+        lambda r: PromptFeatures(
+            tuple(r.uniform(0.0, 20.0) for _ in NUMBER_NAMES),
+            tuple(sorted(r.sample(range(BUCKETS), r.randrange(60)))),
+        )
     ),
 )
 

@@ -168,7 +168,7 @@ def test_weights_come_from_the_goals_and_enter_linearly(
     context, cold = make_context(), make_state(residency=Residency.COLD)
     one = evaluate(context.slo, prediction, cold, weights_of(goals))
     scaled = evaluate(
-        context,
+        context.slo,
         prediction,
         cold,
         weights_of(

@@ -16,7 +16,7 @@ from calm_serve.learning.off_policy import (
     measured,
 )
 from calm_serve.testing import make_outcome
-from calm_serve.types import QualitySignal, Weights
+from calm_serve.types import DecisionTerms, LoggedCandidate, Prediction, QualitySignal, Weights
 
 # Two kinds of prompt and three SLMs: P(success). The best choice depends on the kind.
 TRUTH = np.array([[0.9, 0.4, 0.6], [0.2, 0.8, 0.6]])
@@ -133,18 +133,18 @@ def test_an_answer_that_failed_is_worth_nothing_and_took_its_time() -> None:
 
 def two_slms(i: int, *, other_is_right: bool, explored: bool) -> Any:
     """ "small" was predicted better; the truth about "large" is in its labels."""
-    rows = [
-        ["small", 0.9, 10.0, 0.05, 0.01, 1.0, 1, 1],
-        ["large", 0.6, 10.0, 0.05, 0.01, 1.0, 1, 1],
+    candidates = [
+        LoggedCandidate(Prediction(slm_id, success_ratio, 10.0, 0.05, 0.01, 1.0), True, 1.0)
+        for slm_id, success_ratio in (("small", 0.9), ("large", 0.6))
     ]
-    chosen = rows[::-1] if explored else rows
+    chosen = candidates[::-1] if explored else candidates
     good = other_is_right if explored else not other_is_right
     return make_outcome(
         f"o{i}",
-        slm_id=chosen[0][0],
+        slm_id=chosen[0].prediction.slm_id,
         propensity=0.2 if explored else 0.8,
         signals=(QualitySignal("feedback", float(good), 1.0),),
-        extra={"candidates": chosen, "weights": [0.1, 0.002, 0.05, 1.0]},
+        terms=DecisionTerms(tuple(chosen), Weights(0.1, 0.002, 0.05)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +16,12 @@ from calm_serve.routing.scoring import (
     evaluate,
     explore,
     ranked,
+    reward,
     slo_penalty,
     weights_of,
 )
 from calm_serve.testing import make_goals, make_prediction, make_state
-from calm_serve.types import Candidate, Residency, ServiceLevel
+from calm_serve.types import Candidate, Residency, ServiceLevel, Weights
 
 
 def candidate(slm_id: str, score: float = 0.5, **fields: float) -> Candidate:
@@ -39,6 +41,34 @@ def test_the_score_is_the_weighted_sum_of_its_terms() -> None:
     assert scored.switching == 0.05
     assert scored.score == pytest.approx(0.61)
     assert evaluate(ServiceLevel(), prediction, make_state(), weights_of(goals)).switching == 0.0
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Weights(0.1, 0.02, 0.05),
+        Weights(0.1, 0.02, 0.05, 2.0, 0.3, 0.2, 0.4, 1.0),
+        Weights(0.0, 0.0, 0.0),
+    ],
+)
+def test_the_reward_of_arrays_is_that_of_each_of_their_rows(weights: Weights) -> None:
+    random = np.random.default_rng(0)
+    columns = random.random((5, 50))
+    columns[2, 7] = columns[0, 9] = np.nan  # not measured
+    together = reward(weights, *columns)
+    for row in range(50):
+        alone = reward(weights, *(float(value) for value in columns[:, row]))
+        assert alone == pytest.approx([float(a[row]) for a in together], rel=0, abs=0, nan_ok=True)
+
+
+def test_the_score_is_the_reward_less_the_switching() -> None:
+    weights = Weights(0.1, 0.01, 0.05, 1.5, 0.3, 0.2, 0.4, 0.1)
+    prediction = make_prediction(success_ratio=0.8, ttft_s=0.5, energy_j=4.0)
+    slo = ServiceLevel(ttft_ms=400.0)
+    scored = evaluate(slo, prediction, make_state(residency=Residency.COLD), weights)
+    terms = (prediction.ttft_s, prediction.e2e_s, prediction.energy_j)
+    value, latency, energy = reward(weights, 0.8, *terms, slo_penalty(slo, prediction))
+    assert (scored.score, scored.latency, scored.energy) == (value - 0.05, latency, energy)
 
 
 @pytest.mark.parametrize(
