@@ -24,7 +24,7 @@ from calm_serve.testing import (
     make_spec,
     make_state,
 )
-from calm_serve.types import Candidate, Decision, DecisionPath, DecisionReason
+from calm_serve.types import Candidate, Decision, DecisionPath, DecisionReason, PromptFeatures
 
 FLEET = make_fleet(
     make_spec("sql", parameters=2, skills=["sql"], description="Question to SQL queries."),
@@ -50,7 +50,7 @@ def policy(name: str, **told: Any) -> Baseline:
 
 def choose(target: Baseline, text: str = "", ids: tuple[str, ...] = IDS, **kw: Any) -> list[str]:
     candidates = [Candidate(i, prediction=make_prediction(i, **kw.pop(i, {}))) for i in ids]
-    context = make_context(buckets=text_buckets(text))
+    context = make_context(features=PromptFeatures(buckets=text_buckets(text)))
     return list(target.choose(context, candidates, kw.pop("states", STATES))[0])
 
 
