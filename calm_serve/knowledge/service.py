@@ -81,22 +81,16 @@ class KnowledgeService:
         self._fleet, self._learning = fleet, learning
         # One thread, so writes come one after another in the order they were asked for.
         self._io = ThreadPoolExecutor(1, thread_name_prefix="knowledge-store")
-        self._ticker, self._ticks = Ticker(self.tick, TICK_S), 0
-        self._refused_rows = 0
+        self._ticker, self._ticks, self._refused_rows = Ticker(self.tick, TICK_S), 0, 0
         # Milliseconds since 1970: a restarted service never repeats a revision.
         self._publisher = Publisher(int(clock() * 1000))
         publish = self._publisher.publish
-        self._registry, self._states = SLMRegistry(monotonic), StartupStates()
-        if registry := self._store.meta(REGISTRY_KEY):
-            self._registry.restore(registry)
-        publish(Topic.SLMS, self._registry.snapshot())
+        self._registry, self._states = self._restored_registry(monotonic), StartupStates()
         publish(Topic.REPLICAS, {})
-        self._goals = GoalHistory(
-            self._store, functools.partial(publish, Topic.GOALS), self._in_thread, clock
-        )
-        self._residency = ResidencyCoordinator(
-            self._store, functools.partial(publish, Topic.RESIDENCY), monotonic
-        )
+        to_routers = functools.partial(publish, Topic.GOALS)
+        self._goals = GoalHistory(self._store, to_routers, self._in_thread, clock)
+        to_all = functools.partial(publish, Topic.RESIDENCY)
+        self._residency = ResidencyCoordinator(self._store, to_all, monotonic)
         self._energy = EnergyLedger(clock)
         self._learner = Learner(
             fleet,
@@ -264,6 +258,14 @@ class KnowledgeService:
         await self._ticker.stop()
         await self._in_thread(self._store.close)
         self._io.shutdown()
+
+    def _restored_registry(self, monotonic: Callable[[], float]) -> SLMRegistry:
+        """The SLM applications of an earlier run, published until their heartbeats are missed."""
+        registry = SLMRegistry(monotonic)
+        if text := self._store.meta(REGISTRY_KEY):
+            registry.restore(text)
+        self._publisher.publish(Topic.SLMS, registry.snapshot())
+        return registry
 
     def _publish_energy(self) -> None:
         if (energy := self._energy.rows()) != (self._publisher.record(Topic.ENERGY) or {}):

@@ -184,7 +184,9 @@ class ModelSelector:
             return self._pinned(context, request, pin, reason, context.safety_class)
         if context.slm_id or context.adapter:
             if context.slm_id not in self.specs:
-                raise UnknownModelError(self._unknown(context), param="model")
+                raise UnknownModelError(
+                    _unknown(self.fleet, context.requested_model), param="model"
+                )
             return self._pinned(context, request, context.slm_id, DecisionReason.REQUESTED)
         rule = rules.first_match(self._rules, context)
         states = {i: self._read_state(s) for i, s in self.specs.items()}
@@ -234,7 +236,7 @@ class ModelSelector:
         spec = self.specs[slm_id]
         adapter = context.adapter if reason is DecisionReason.REQUESTED else ""
         if adapter and not any(a.name == adapter for a in spec.adapters):
-            raise UnknownModelError(self._unknown(context), param="model")
+            raise UnknownModelError(_unknown(self.fleet, context.requested_model), param="model")
         state = self._read_state(spec)
         # A safety pin answers instead of the model and adapter that the client named.
         named = context.requested_model == slm_id or adapter
@@ -354,8 +356,8 @@ class ModelSelector:
             preferred=preferred or ranking[0],
         )
 
-    def _unknown(self, context: RoutingContext) -> str:
-        known = sorted(
-            [*self.specs, *(f"{s.id}:{a.name}" for s in self.fleet.slms for a in s.adapters)]
-        )
-        return f"model {context.requested_model!r} not found; known: auto, {', '.join(known)}"
+
+def _unknown(fleet: Fleet, requested: str) -> str:
+    adapters = [f"{s.id}:{a.name}" for s in fleet.slms for a in s.adapters]
+    known = sorted([*(s.id for s in fleet.slms), *adapters])
+    return f"model {requested!r} not found; known: auto, {', '.join(known)}"
