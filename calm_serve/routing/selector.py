@@ -221,10 +221,6 @@ class ModelSelector:
         """Move the weights towards the goals; a few times a second, between requests."""
         self.weights = self.controller.step()
 
-    def complete(self, decision: Decision, request: ChatRequest) -> None:
-        """Add to the record what the decision itself did not need: features for learning."""
-        fill_features(decision.context, request)
-
     def _pinned(
         self,
         context: RoutingContext,

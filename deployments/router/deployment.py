@@ -25,6 +25,7 @@ from calm_serve.errors import CalmError, RequestError
 from calm_serve.goals import GoalController
 from calm_serve.requests import (
     ChatRequest,
+    fill_features,
     parse_chat,
     parse_completion,
     parse_overrides,
@@ -152,7 +153,7 @@ class Router:
         overrides = parse_overrides(http.routing_headers(request))
         parsed = parse(body)
         decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
-        self._loop.complete(decision, parsed)
+        fill_features(decision.context, parsed)
         return http.json_response(self._loop.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
@@ -169,7 +170,7 @@ class Router:
     ) -> None:
         """Write the outcome of a finished call to windows, metrics and knowledge."""
         self._wakeup_queue.release(call)
-        self._loop.complete(call.decision, parsed)
+        fill_features(call.decision.context, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
         shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)
         if shadow is not None:

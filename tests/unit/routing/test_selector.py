@@ -13,6 +13,7 @@ import pytest
 
 from calm_serve.config import Fleet
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.requests import fill_features
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.routing.selector import ModelSelector, assume_hot
@@ -155,13 +156,13 @@ def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
     request = parse_chat({"messages": [{"role": "user", "content": "select 12 of them"}]})
     decision = target.decide(request, Overrides(), "decision")
     assert (decision.path, decision.context.features.numbers) == (DecisionPath.RULE, ())
-    target.complete(decision, request)
+    fill_features(decision.context, request)
     recalled = target.recall("decision")
     assert recalled is not None
     assert len(recalled.context.features.numbers) == len(NUMBER_NAMES)
     assert recalled.context.features.buckets
     scored = decide(target, "12 of them").context
-    target.complete(recalled, request)
+    fill_features(recalled.context, request)
     assert scored.features.numbers != recalled.context.features.numbers
 
 
