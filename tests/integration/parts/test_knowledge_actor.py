@@ -15,10 +15,12 @@ from ray.exceptions import RayActorError
 
 from calm_serve.config import Learning
 from calm_serve.errors import ConfigError
+from calm_serve.protocol.outcomes import OUTCOME, encode_batch
+from calm_serve.protocol.topics import Topic, decode
 from deployments.knowledge.actor import get_knowledge, remove_knowledge
 from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +57,7 @@ def process_of(state_dir: str) -> int:
             continue
         try:
             targets = [str(fd.readlink()) for fd in (folder / "fd").iterdir()]
-        except OSError:  # the process ended, or is somebody else's
+        except OSError:  # the process ended, or belongs to another user
             continue
         if f"{state_dir}/outcomes.sqlite" in targets:
             return int(folder.name)
@@ -64,19 +66,19 @@ def process_of(state_dir: str) -> int:
 
 async def test_outcomes_in_predictor_out_and_both_survive_a_kill(learning: Learning) -> None:
     actor = await get_knowledge("test", make_fleet(), learning)
-    have = {k: e["version"] for k, e in (await actor.board.remote({}, 0.0)).items()}
-    waiting = asyncio.ensure_future(patiently(actor, "board", have, 60.0, ["predictor"]))
+    seen = {t: u.revision for t, u in (await actor.follow.remote({}, 0.0)).items()}
+    waiting = asyncio.ensure_future(patiently(actor, "follow", seen, 60.0, [Topic.PREDICTOR]))
     rows = make_world(300)
-    assert await actor.log.remote("b1", rows) == [o.outcome_id for o in rows]
-    news = await waiting
-    assert news["predictor"]["value"]["source"] == "trained"
+    assert await actor.log.remote("b1", encode_batch(rows)) == [o.outcome_id for o in rows]
+    trained = (await waiting)[Topic.PREDICTOR]
+    assert decode(Topic.PREDICTOR, trained).source == "trained"
 
     killed = process_of(learning.state_dir)
     os.kill(killed, signal.SIGKILL)
-    again = await patiently(actor, "board", {}, 0.0)
-    assert again["predictor"]["value"] == news["predictor"]["value"]
-    assert again["predictor"]["version"] != news["predictor"]["version"]
-    assert await patiently(actor, "outcome", "o7") == rows[7]
+    again = (await patiently(actor, "follow", {}, 0.0))[Topic.PREDICTOR]
+    assert again.payload == trained.payload
+    assert again.revision != trained.revision
+    assert OUTCOME.decode(await patiently(actor, "outcome", "o7")) == rows[7]
     assert process_of(learning.state_dir) != killed
 
 
@@ -86,16 +88,16 @@ async def test_a_restarted_actor_has_the_settings_of_the_last_deployment(
     actor = await get_knowledge("test", make_fleet(), learning)
     patient = learning.model_copy(update={"min_outcomes": 1000})
     await get_knowledge("test", make_fleet(), patient)
-    await actor.log.remote("b1", make_world(70))
+    await actor.log.remote("b1", encode_batch(make_world(70)))
     os.kill(process_of(learning.state_dir), signal.SIGKILL)
     assert (await patiently(actor, "retrain"))["reason"] == "too_few_outcomes"
 
 
-async def test_everybody_gets_the_same_actor_and_its_log_cannot_move(
+async def test_every_caller_gets_the_same_actor_and_its_log_cannot_move(
     learning: Learning, tmp_path: Path
 ) -> None:
     first = await get_knowledge("test", make_fleet(), learning)
-    await first.log.remote("b", [make_outcome("a")])
+    await first.log.remote("b", encode_batch([make_outcome("a")]))
     second = await get_knowledge("test", make_fleet(), learning)
     assert (await second.status.remote())["outcomes"] == 1
     moved = learning.model_copy(update={"state_dir": str(tmp_path / "elsewhere")})
