@@ -87,7 +87,7 @@ class ResidencyCoordinator:
         self._measured_wake_s: dict[str, Ewma] = {}
         self._engine_wake_s: dict[str, float] = {}  # the engine's part of the last wake-up
         self._hits = self._misses = self._peak_bytes = 0
-        self._started = self._published = False
+        self._budget_reached = self._published = False
         now = clock()
         self._recent = (DecayedRate(RECENT_S, now), DecayedRate(RECENT_S, now))
         self._no_plan_until = now
@@ -106,6 +106,7 @@ class ResidencyCoordinator:
         """
         settings = options.model_dump(mode="json")
         self._hits = self._misses = self._peak_bytes = 0
+        self._budget_reached = False
         self._apply(settings, latency_per_s, energy_per_j)
         self._no_plan_until = self._clock()
         self.step()
@@ -209,10 +210,11 @@ class ResidencyCoordinator:
         self._published = True
 
     def _track_peak(self, used_bytes: int) -> None:
-        # While the fleet starts, every replica loads before it can sleep: that is no peak.
+        # Not before the budget is first kept: at a start, or when the budget is set or lowered at
+        # run time, replicas are still awake that have to sleep.
         if self._replicas.settled and used_bytes <= self._budget_bytes and self._all_reported():
-            self._started = True
-        if self._started:
+            self._budget_reached = True
+        if self._budget_reached:
             self._peak_bytes = max(self._peak_bytes, used_bytes)
 
     @property

@@ -4,7 +4,7 @@ Serve runs it in the process that holds the handle and pickles this module by va
 here is state: per-router state is on the instance, per-process state in
 `deployments.router.live_state`,
 imported inside methods. The class overrides methods that Ray marks as private; the reasons are
-next to them, and `tests/integration/test_replica_router_serve.py` fails if Ray changes them.
+next to them, and `tests/integration/parts/test_replica_router_serve.py` fails if Ray changes them.
 """
 
 from __future__ import annotations

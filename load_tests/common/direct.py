@@ -48,7 +48,7 @@ def specs_of(fleet: Mapping[str, Any]) -> list[SLMSpec]:
 def arguments(spec: SLMSpec) -> list[str]:
     """Command line of vLLM's server for the engine that a replica would start.
 
-    `tests/integration/test_direct_engine.py` compares the two.
+    `tests/integration/parts/test_direct_engine.py` compares the two.
     """
     limits = spec.limits
     return [

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -33,9 +33,7 @@ FLEET_FILE = ROOT / "deployments" / "fleets" / "reference.yaml"
 READY_S = 300.0
 STOP_S = 90.0
 POLL_S = 0.25
-MIN_OUTCOMES = 100
-RETRAIN_EVERY = 50
-SHADOW_REQUESTS = 20
+NEVER = 10**9  # labelled outcomes before a training
 TWO_REPLICAS = "general"
 INGRESS_PORTS = frozenset(range(30_000, 32_768))  # where routers listen behind the proxy
 MARK = "CALM_TEST_RUN"  # in the environment of every process that belongs to this run
@@ -64,20 +62,75 @@ def prompts(kind: str, *, told: bool, count: int, difficulty: str = "") -> list[
     ]
 
 
+def reference_config(
+    *,
+    slms: Sequence[str] = (),
+    two_replicas: str = TWO_REPLICAS,
+    exploration_ratio: float | None = None,
+    learning: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """serve_config.yaml with two routers.
+
+    Args:
+        slms: those to serve, all of them when empty; rules for others are left out.
+        two_replicas: the SLM that gets two replicas, "" for none.
+        exploration_ratio: share of explored choices; None is serve_config.yaml's.
+        learning: options of `Learning`; without any, nothing is trained.
+    """
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text("utf-8"))
+    application = config["applications"][0]
+    application["args"]["fleet"] = _part_of_the_fleet(slms) if slms else str(FLEET_FILE)
+    if exploration_ratio is not None:
+        application["args"]["goals"]["exploration_ratio"] = exploration_ratio
+    untaught = {"min_outcomes": NEVER, "retrain_every": NEVER}
+    application["args"]["learning"] |= untaught if learning is None else learning
+    application["args"]["router"] = {"replicas": 2, "num_cpus": 0.1}
+    if two_replicas:
+        application["deployments"] = [
+            {
+                "name": f"slm-{two_replicas}",
+                "autoscaling_config": {"min_replicas": 2, "max_replicas": 2},
+            }
+        ]
+    return config
+
+
+def _part_of_the_fleet(slms: Sequence[str]) -> dict[str, Any]:
+    """The fleet file inline with absolute paths, reduced to `slms` and what refers to them."""
+    text = FLEET_FILE.read_text("utf-8").replace("../", f"{FLEET_FILE.parents[1]}/")
+    fleet: dict[str, Any] = yaml.safe_load(text)
+    fleet["slms"] = [s for s in fleet["slms"] if s["id"] in slms]
+    fleet["rules"] = [r for r in fleet["rules"] if set(r["slms"]) <= set(slms)]
+    fleet["safety"] = [r for r in fleet["safety"] if r["slm"] in slms]
+    return fleet
+
+
 class ServedFleet:
     """One run of `python -m deployments.serve` on ports and folders of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         # Short: Ray puts Unix sockets below it, whose paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="calm"))
         self.url = f"http://127.0.0.1:{free_port()}"
         self.state_dir = self.folder / "state"
         self.log = self.folder / "serve.log"
-        self.config = self._config()
+        config["http_options"]["port"] = int(self.url.rpartition(":")[2])
+        config["applications"][0]["args"]["learning"]["state_dir"] = str(self.state_dir)
+        self.config = config
         self.ready_s = 0.0
         self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
         self._http = httpx.Client(base_url=self.url, timeout=60.0)
+
+    @contextmanager
+    def running(self) -> Iterator[ServedFleet]:
+        """Start it; stop it at the end, also when it did not become ready or a test failed."""
+        try:
+            self.start()
+            yield self
+        finally:
+            status = self.stop()
+        assert status == 0
 
     def start(self) -> None:
         """Start and wait until every replica is up."""
@@ -161,25 +214,62 @@ class ServedFleet:
             store.close()
 
     def outcome(self, decision_id: str) -> Outcome:
-        """The stored outcome of a decision, as soon as it is there."""
+        """The stored outcome of a decision; waits for it."""
         with self.store() as store:
             return eventually(f"outcome {decision_id}", lambda: store.get(decision_id), 30.0)
 
     def settle(self) -> None:
         """Wait until no router has an outcome on its way to the store."""
-        urls = [f"{url}/v1/fleet" for url in self.router_urls()]
 
         def pending() -> int:
-            fleets = [self._http.get(url).raise_for_status().json() for url in urls]
+            fleets = self.each_router("/v1/fleet")
             return sum(int(f["predictor"]["outcomes_pending"]) for f in fleets)
 
         eventually("every outcome is stored", lambda: not pending(), 30.0)
 
+    @property
+    def application(self) -> dict[str, Any]:
+        """The configuration of the fleet's own application."""
+        return dict(self.config["applications"][0])
+
+    @property
+    def replica_counts(self) -> dict[str, int]:
+        """SLM to its configured number of replicas."""
+        fleet = self.application["args"]["fleet"]
+        if isinstance(fleet, str):
+            fleet = yaml.safe_load(Path(fleet).read_text("utf-8"))
+        counts = {s["id"]: 1 for s in fleet["slms"]}
+        for deployment in self.application.get("deployments", ()):
+            slm_id = deployment["name"].removeprefix("slm-")
+            counts[slm_id] = deployment["autoscaling_config"]["min_replicas"]
+        return counts
+
+    def deploy(self, *more: dict[str, Any]) -> None:
+        """What `serve deploy` does: put the configuration, with further applications."""
+        config = {**self.config, "applications": [*self.config["applications"], *more]}
+        url = f"{self.dashboard_url}/api/serve/applications/"
+        httpx.put(url, json=config, timeout=60.0).raise_for_status()
+
+    def each_router(self, path: str) -> list[Any]:
+        """GET a JSON document of every router that is alive."""
+        urls = self.router_urls()
+        return [self._http.get(url + path).raise_for_status().json() for url in urls]
+
+    def put(
+        self, path: str, body: Any, headers: dict[str, str] | None = None, **options: Any
+    ) -> httpx.Response:
+        """PUT a JSON body to the endpoint."""
+        return self._http.put(path, json=body, headers=headers, **options)
+
+    def applications(self) -> dict[str, Any]:
+        """Application to its status, as Serve describes it."""
+        status = self._http.get(f"{self.dashboard_url}/api/serve/applications/")
+        return dict(status.raise_for_status().json()["applications"])
+
     def replicas(self) -> dict[str, list[dict[str, Any]]]:
-        """Deployment to its running replicas, over all applications, as Serve's status says."""
-        status = httpx.get(f"{self.dashboard_url}/api/serve/applications/", timeout=30.0)
+        """Deployment to its running replicas, over all applications."""
         deployments: dict[str, list[dict[str, Any]]] = {}
-        for application in status.raise_for_status().json()["applications"].values():
+        for application in self.applications().values():
             for name, deployment in application["deployments"].items():
                 running = [r for r in deployment["replicas"] if r["state"] == "RUNNING"]
                 deployments[name] = running
@@ -212,30 +302,10 @@ class ServedFleet:
         try:
             if self._http.get("/health").status_code != 200:
                 return False
-            return self.slm(TWO_REPLICAS)["replicas"] == 2
+            rows = self.get("/v1/fleet")["slms"]
         except httpx.HTTPError:
             return False
-
-    def _config(self) -> dict[str, Any]:
-        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
-        config["http_options"]["port"] = int(self.url.rpartition(":")[2])
-        application = config["applications"][0]
-        args = application["args"]
-        args["fleet"] = str(FLEET_FILE)
-        args["learning"] |= {
-            "state_dir": str(self.state_dir),
-            "min_outcomes": MIN_OUTCOMES,
-            "retrain_every": RETRAIN_EVERY,
-            "shadow_requests": SHADOW_REQUESTS,
-        }
-        args["router"] = {"replicas": 2, "num_cpus": 0.1}
-        application["deployments"] = [
-            {
-                "name": f"slm-{TWO_REPLICAS}",
-                "autoscaling_config": {"min_replicas": 2, "max_replicas": 2},
-            }
-        ]
-        return dict(config)
+        return {r["id"]: r["replicas"] for r in rows} == self.replica_counts
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -206,6 +206,16 @@ def test_the_start_above_the_budget_is_no_peak() -> None:
     assert fleet.summary().peak_bytes == 2 * SIZE
 
 
+def test_a_budget_set_at_run_time_has_no_peak_before_it_is_reached() -> None:
+    fleet = Fleet().up()
+    fleet.coordinator.configure(ResidencyOptions(memory_budget_bytes=SIZE), 0.2, 0.02)
+    assert (fleet.summary().hot_bytes, fleet.summary().peak_bytes) == (2 * SIZE, 0)
+    fleet.later(1.0)
+    fleet.report("b", "asleep")
+    fleet.report_demand()
+    assert fleet.summary().peak_bytes == SIZE
+
+
 def test_a_remote_slm_is_not_planned() -> None:
     fleet = Fleet().deploy()
     remote = {"locality": "remote", "remote": {"base_url": "http://far/v1"}}

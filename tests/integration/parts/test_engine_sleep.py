@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # In a process of its own: importing vLLM changes the one that does it.
 SLEEP = """
 import asyncio, json, os, sys
@@ -94,6 +94,7 @@ asyncio.run(main())
 MIB = 1 << 20
 
 
+@pytest.mark.timeout(420)  # 30 s each on two cores
 @pytest.mark.parametrize(
     ("slm", "kernel", "models"),
     [pytest.param("extract", "own", 2, id="adapters"), pytest.param("sql", "onednn", 1)],

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from served_fleet import ServedFleet, eventually
+
+from tests.integration.served_fleet import ServedFleet, eventually
 
 EXPORT_S = 60.0  # replicas report to Ray's agent every 10 seconds
 
@@ -56,6 +57,7 @@ def test_rays_exporter_has_the_same_series_with_serves_labels(fleet: ServedFleet
 
 
 def test_the_engines_own_metrics_are_exported_too(fleet: ServedFleet) -> None:
+    assert fleet.chat("hi", "intent", max_tokens=2).status_code == 200
     exporters = [f"http://{t}/metrics" for t in prometheus_targets(fleet)]
 
     def generated() -> float:

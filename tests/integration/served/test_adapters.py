@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import OpenAI
-from served_fleet import ServedFleet, eventually
+
+from tests.integration.served_fleet import ServedFleet, eventually
 
 SONG = "play the song yesterday by the beatles"
 

@@ -20,7 +20,7 @@ from calm_serve.protocol.topics import Topic, decode
 from deployments.knowledge.actor import get_knowledge, remove_knowledge
 from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +57,7 @@ def process_of(state_dir: str) -> int:
             continue
         try:
             targets = [str(fd.readlink()) for fd in (folder / "fd").iterdir()]
-        except OSError:  # the process ended, or is somebody else's
+        except OSError:  # the process ended, or belongs to another user
             continue
         if f"{state_dir}/outcomes.sqlite" in targets:
             return int(folder.name)
@@ -66,18 +66,18 @@ def process_of(state_dir: str) -> int:
 
 async def test_outcomes_in_predictor_out_and_both_survive_a_kill(learning: Learning) -> None:
     actor = await get_knowledge("test", make_fleet(), learning)
-    seen = {topic: u.revision for topic, u in (await actor.follow.remote({}, 0.0)).items()}
+    seen = {t: u.revision for t, u in (await actor.follow.remote({}, 0.0)).items()}
     waiting = asyncio.ensure_future(patiently(actor, "follow", seen, 60.0, [Topic.PREDICTOR]))
     rows = make_world(300)
     assert await actor.log.remote("b1", encode_batch(rows)) == [o.outcome_id for o in rows]
-    update = (await waiting)[Topic.PREDICTOR]
-    assert decode(Topic.PREDICTOR, update).source == "trained"
+    trained = (await waiting)[Topic.PREDICTOR]
+    assert decode(Topic.PREDICTOR, trained).source == "trained"
 
     killed = process_of(learning.state_dir)
     os.kill(killed, signal.SIGKILL)
     again = (await patiently(actor, "follow", {}, 0.0))[Topic.PREDICTOR]
-    assert again.payload == update.payload
-    assert again.revision != update.revision
+    assert again.payload == trained.payload
+    assert again.revision != trained.revision
     assert OUTCOME.decode(await patiently(actor, "outcome", "o7")) == rows[7]
     assert process_of(learning.state_dir) != killed
 
@@ -93,7 +93,7 @@ async def test_a_restarted_actor_has_the_settings_of_the_last_deployment(
     assert (await patiently(actor, "retrain"))["reason"] == "too_few_outcomes"
 
 
-async def test_everybody_gets_the_same_actor_and_its_log_cannot_move(
+async def test_every_caller_gets_the_same_actor_and_its_log_cannot_move(
     learning: Learning, tmp_path: Path
 ) -> None:
     first = await get_knowledge("test", make_fleet(), learning)

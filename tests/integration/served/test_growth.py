@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import httpx
-from served_fleet import READY_S, ROOT, ServedFleet, eventually
+import pytest
 
-NEWCOMER: dict[str, Any] = {
-    "id": "newcomer",
+from tests.integration.served_fleet import READY_S, ROOT, ServedFleet, eventually
+
+JOINED: dict[str, Any] = {
+    "id": "joined",
     "model": str(ROOT / "deployments" / "reference_fleet" / "models" / "shell"),
     "skills": ["shell"],
     "batching": "interactive",
@@ -17,46 +18,39 @@ NEWCOMER: dict[str, Any] = {
 }
 
 
-def deploy(fleet: ServedFleet, *more: dict[str, Any]) -> None:
-    """What `serve deploy` does: put the whole configuration."""
-    config = copy.deepcopy(fleet.config)
-    config["applications"] += more
-    url = f"{fleet.dashboard_url}/api/serve/applications/"
-    httpx.put(url, json=config, timeout=60.0).raise_for_status()
-
-
 def pids(fleet: ServedFleet) -> dict[str, set[int]]:
     return {name: {r["pid"] for r in replicas} for name, replicas in fleet.replicas().items()}
 
 
+@pytest.mark.timeout(300)  # an engine starts: 15 to 40 s on two cores
 def test_an_slm_joins_as_an_application_of_its_own_and_leaves_again(fleet: ServedFleet) -> None:
     before = pids(fleet)
     application = {
-        "name": "slm-newcomer",
+        "name": "slm-joined",
         "import_path": "deployments.app:build_slm",
         "route_prefix": None,
-        "args": NEWCOMER,
+        "args": JOINED,
     }
-    deploy(fleet, application)
+    fleet.deploy(application)
     routers = fleet.router_urls()
     eventually("every router serves it", lambda: all(serves(url) for url in routers), READY_S / 2)
-    assert "newcomer" in listed(fleet)
-    answer = fleet.chat("list files", "newcomer", max_tokens=4)
-    assert answer.headers["x-calm-model"] == "newcomer"
+    assert "joined" in listed(fleet)
+    answer = fleet.chat("list files", "joined", max_tokens=4)
+    assert answer.headers["x-calm-model"] == "joined"
     assert fleet.outcome(answer.headers["x-calm-decision-id"]).status == "ok"
     candidates = {c["slm_id"] for c in fleet.route("How many apples?")["candidates"]}
-    assert "newcomer" in candidates
+    assert "joined" in candidates
     after = pids(fleet)
-    assert after.pop("slm-newcomer") and after.pop("announcer")
+    assert after.pop("slm-joined") and after.pop("announcer")
     assert after == before
 
-    deploy(fleet)
+    fleet.deploy()
     eventually(
         "it is gone at every router",
-        lambda: not any(serves(url) for url in routers) and "newcomer" not in listed(fleet),
+        lambda: not any(serves(url) for url in routers) and "joined" not in listed(fleet),
         READY_S / 2,
     )
-    assert fleet.chat("list files", "newcomer", max_tokens=4).status_code == 404
+    assert fleet.chat("list files", "joined", max_tokens=4).status_code == 404
     assert pids(fleet) == before
 
 
@@ -66,4 +60,4 @@ def listed(fleet: ServedFleet) -> set[str]:
 
 def serves(url: str) -> bool:
     slms = httpx.get(f"{url}/v1/fleet", timeout=60.0).json()["slms"]
-    return any(s["id"] == "newcomer" and s["state"] == "hot" for s in slms)
+    return any(s["id"] == "joined" and s["state"] == "hot" for s in slms)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from served_fleet import ServedFleet, prompts
+
+from tests.integration.served_fleet import ServedFleet, prompts
 
 TELLING = {
     "extract": "names-slots",

@@ -7,7 +7,8 @@ import json
 import openai
 import pytest
 from openai import OpenAI
-from served_fleet import ServedFleet
+
+from tests.integration.served_fleet import ServedFleet
 
 SONG = "Extract intent and slots as JSON: play some jazz by Miles Davis"
 CALM_HEADERS = ("x-calm-model", "x-calm-decision-id", "x-calm-reason")

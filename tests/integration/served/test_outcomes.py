@@ -6,10 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from served_fleet import ServedFleet, eventually
 
-from calm_serve.prediction import LOAD_NAMES
 from calm_serve.requests.features import NUMBER_NAMES
+from tests.integration.served_fleet import ServedFleet, eventually
 
 SONG = "Extract intent and slots as JSON: play some jazz by Miles Davis"
 
@@ -18,13 +17,12 @@ def test_an_outcome_row_has_what_learning_needs(fleet: ServedFleet) -> None:
     answer = fleet.chat(SONG, headers={"x-calm-task": "songs"}, max_tokens=40, temperature=0)
     usage = answer.json()["usage"]
     row = fleet.outcome(answer.headers["x-calm-decision-id"])
-    assert (row.slm_id, row.decision.path, row.decision.rule) == ("extract", "rule", "names-slots")
+    decision, timing, engine = row.decision, row.timing, row.engine
+    assert (row.slm_id, decision.path, decision.rule) == ("extract", "rule", "names-slots")
     assert (row.status, row.http_status, row.task) == ("ok", 200, "songs")
     assert len(row.features.numbers) == len(NUMBER_NAMES) and row.features.buckets
-    assert len(row.decision.load_features) == len(LOAD_NAMES)
-    assert row.decision.load is not None and row.decision.load.running >= 1.0
-    assert row.decision.propensity == 1.0
-    timing, engine = row.timing, row.engine
+    assert decision.load_features
+    assert decision.propensity == 1.0
     assert engine.prompt_tokens == usage["prompt_tokens"]
     assert engine.output_tokens == usage["completion_tokens"]
     assert timing.ttft_s is not None and timing.e2e_s is not None
@@ -33,15 +31,14 @@ def test_an_outcome_row_has_what_learning_needs(fleet: ServedFleet) -> None:
     assert engine.replica_id and engine.replica_id == row.predicted_replica
     assert 0 < timing.decision_s < 0.1
     assert abs(row.at - time.time()) < 60
-    assert str(row.decision.versions.predictor) == fleet.get("/v1/fleet")["predictor"]["version"]
+    assert str(decision.versions.predictor) == fleet.get("/v1/fleet")["predictor"]["version"]
 
 
 def test_a_scored_request_stores_what_was_predicted_for_it(fleet: ServedFleet) -> None:
     answer = fleet.chat("How many apples does Tom have left?", max_tokens=4)
     row = fleet.outcome(answer.headers["x-calm-decision-id"])
     assert row.decision.path in ("scored", "explored", "prior")
-    assert row.decision.predicted is not None and row.decision.terms is not None
-    assert row.decision.predicted.slm_id == row.slm_id
+    assert row.decision.predicted is not None
     assert 0 < row.decision.predicted.success_ratio < 1
 
 
@@ -63,8 +60,8 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(fleet: ServedFleet) -> N
 
 def test_feedback_is_stored_with_its_outcome(fleet: ServedFleet) -> None:
     decision_id = fleet.chat("list files", "shell", max_tokens=2).headers["x-calm-decision-id"]
-    said = fleet.post("/v1/feedback", {"decision_id": decision_id, "score": 0.75})
-    assert said.json() == {"decision_id": decision_id, "accepted": True}
+    feedback = fleet.post("/v1/feedback", {"decision_id": decision_id, "score": 0.75})
+    assert feedback.json() == {"decision_id": decision_id, "accepted": True}
     signals = {s.source: s.value for s in fleet.outcome(decision_id).signals}
     assert signals["feedback"] == 0.75
 
@@ -84,7 +81,7 @@ def test_a_check_that_the_client_asked_for_labels_the_outcome(fleet: ServedFleet
     assert labels == [1.0, 0.0]
 
 
-def test_killing_the_knowledge_actor_loses_nothing_and_stops_nobody(fleet: ServedFleet) -> None:
+def test_killing_the_knowledge_actor_loses_nothing_and_stops_no_request(fleet: ServedFleet) -> None:
     version = fleet.get("/v1/fleet")["predictor"]["version"]
     fleet.settle()
     with fleet.store() as store:
@@ -106,13 +103,16 @@ def test_killing_the_knowledge_actor_loses_nothing_and_stops_nobody(fleet: Serve
     with fleet.store() as store:
         assert store.count() == before + 45
     assert knowledge_actor(fleet).pid != actor.pid
-    said = {"decision_id": acknowledged[0], "score": 1}
-    eventually("feedback works", lambda: fleet.post("/v1/feedback", said).status_code == 200, 30.0)
-    predictor = fleet.get("/v1/fleet")["predictor"]
-    assert predictor["version"] == version
+    feedback = {"decision_id": acknowledged[0], "score": 1}
     eventually(
-        "every router is connected again",
-        lambda: all(fleet.get("/v1/fleet")["predictor"]["knowledge_reachable"] for _ in range(4)),
+        "feedback works", lambda: fleet.post("/v1/feedback", feedback).status_code == 200, 30.0
+    )
+    eventually(
+        "every router is connected again, and its predictor is the same",
+        lambda: all(
+            d["predictor"]["knowledge_reachable"] and d["predictor"]["version"] == version
+            for d in fleet.each_router("/v1/fleet")
+        ),
         30.0,
     )
 

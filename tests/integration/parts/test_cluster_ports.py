@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from served_fleet import free_port
 
 from calm_serve.errors import ConfigError
 from deployments.launch.haproxy import write_launcher
 from deployments.launch.ports import PortClaim
+from tests.integration.served_fleet import free_port
 
 FIRST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"
 LAST = "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"

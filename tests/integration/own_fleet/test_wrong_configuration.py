@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from served_fleet import ROOT, free_port
+
+from tests.integration.served_fleet import ROOT, free_port
 
 WEIGHTS = ROOT / "deployments" / "reference_fleet" / "models" / "extract"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
-from served_fleet import ServedFleet, eventually
+
+from tests.integration.served_fleet import ServedFleet, eventually
 
 IDS = ("extract", "sql", "shell", "reason", "intent", "general")
 
@@ -17,36 +16,19 @@ def rows(fleet: ServedFleet) -> dict[str, dict[str, Any]]:
     return {r["id"]: r for r in fleet.get("/v1/fleet")["slms"]}
 
 
-def put(fleet: ServedFleet, settings: dict[str, Any]) -> httpx.Response:
-    return httpx.put(f"{fleet.url}/v1/residency", json=settings, timeout=30.0)
-
-
 @pytest.fixture
-def budget(fleet: ServedFleet) -> Iterator[int]:
-    """About half of what all replicas together declare; given back afterwards."""
+def budget(fleet: ServedFleet) -> int:
+    """About half of what all replicas together declare."""
     whole = sum(r["declared_bytes"] * r["replicas"] for r in rows(fleet).values())
     half = whole // 2
-    put(fleet, {"memory_budget_bytes": half}).raise_for_status()
-    eventually("some sleep", lambda: settled(fleet, half), 30.0)
-    yield half
-    put(fleet, {}).raise_for_status()
-    eventually(
-        "every SLM is awake",
-        lambda: all(
-            s["state"] == "hot"
-            for url in fleet.router_urls()
-            for s in httpx.get(f"{url}/v1/fleet", timeout=30.0).json()["slms"]
-        ),
-        30.0,
-    )
+    fleet.put("/v1/residency", {"memory_budget_bytes": half}).raise_for_status()
+    eventually("the budget holds", lambda: holds(fleet, half), 30.0)
+    return half
 
 
-def settled(fleet: ServedFleet, budget: int) -> bool:
-    """Every router knows of the budget, and it holds."""
-    documents = [
-        httpx.get(f"{url}/v1/fleet", timeout=30.0).json().get("residency") or {}
-        for url in fleet.router_urls()
-    ]
+def holds(fleet: ServedFleet, budget: int) -> bool:
+    """Whether every router knows the budget, and it was reached."""
+    documents = [d.get("residency") or {} for d in fleet.each_router("/v1/fleet")]
     return all(d.get("peak_bytes", 0) > 0 and d["hot_bytes"] <= budget for d in documents)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from served_fleet import ServedFleet, eventually, prompts
+
+from tests.integration.served_fleet import ServedFleet, eventually, prompts
 
 APPLIED_S = 2.0
 REQUESTS = 40  # to each router; the controller wants 16 scored ones
@@ -16,11 +16,9 @@ STRICT_J = 1e-4  # less than any answer takes
 
 
 @pytest.fixture
-def configured(fleet: ServedFleet) -> Iterator[dict[str, Any]]:
-    """The goals as they are, put back afterwards."""
-    before = fleet.get("/v1/goals")["goals"]
-    yield before
-    put(fleet.url, before)
+def configured(fleet: ServedFleet) -> dict[str, Any]:
+    """The goals of the configuration."""
+    return dict(fleet.get("/v1/goals")["goals"])
 
 
 def put(url: str, goals: dict[str, Any]) -> httpx.Response:

@@ -6,13 +6,14 @@ import time
 from typing import Any
 
 import pytest
-from served_fleet import ServedFleet, eventually
+
+from tests.integration.served_fleet import ServedFleet, eventually
 
 SLM = "intent"
 REQUESTS = 30
 
 
-def books(fleet: ServedFleet, not_before: float) -> dict[str, Any]:
+def measured_energy(fleet: ServedFleet, not_before: float) -> dict[str, Any]:
     """The SLM's energy, from a report made after `not_before` (monotonic seconds)."""
 
     def look() -> dict[str, Any] | None:
@@ -26,11 +27,11 @@ def books(fleet: ServedFleet, not_before: float) -> dict[str, Any]:
 def test_what_requests_are_charged_plus_idle_is_the_cpu_time_of_the_replica(
     fleet: ServedFleet,
 ) -> None:
-    before = books(fleet, time.monotonic())
+    before = measured_energy(fleet, time.monotonic())
     charged_j = 0.0
     answers = [fleet.chat(f"word {i}", SLM, max_tokens=16) for i in range(REQUESTS)]
     fleet.settle()
-    after = books(fleet, time.monotonic() + 1.0)
+    after = measured_energy(fleet, time.monotonic() + 1.0)
     for answer in answers:
         outcome = fleet.outcome(answer.headers["x-calm-decision-id"])
         assert outcome.engine.energy_j is not None
