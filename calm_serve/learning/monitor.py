@@ -93,7 +93,7 @@ class OutcomeMonitor:
         self._early: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
         self._predictors: OrderedDict[str, None] = OrderedDict()
         self._judged: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
-        self._published = MonitorFindings()
+        self._published: MonitorFindings | None = None
         self._factors: dict[str, float] = {}
         self._published_at = self._checked_at = self._retrained_at = -math.inf
         self._outcomes = 0
@@ -140,7 +140,7 @@ class OutcomeMonitor:
         # Factors that differ from 1, in steps, so that noise is not news.
         factors = {i: f for i, f in self._factors.items() if f != 1.0}
         alarms, before = self.alarms.current(), self._published
-        changed = (factors, alarms) != (before.calibration_factors, before.alarms)
+        changed = before is None or (factors, alarms) != (before.calibration_factors, before.alarms)
         if not changed and now < self._published_at + PUBLISH_S:
             return
         findings = MonitorFindings(factors, self.calibration_error(), alarms)

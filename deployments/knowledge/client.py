@@ -102,6 +102,11 @@ class KnowledgeClient:
                 log.warning("knowledge actor does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
+            except AttributeError:  # a detached actor outlives the program that started it
+                self.reachable, self._actor = False, None
+                log.error("the knowledge actor runs an older program; remove it and deploy again")
+                await asyncio.sleep(POLL_S)
+                continue
             for topic, update in updates.items():
                 seen[topic] = update.revision
                 await apply(topic, update)

@@ -136,7 +136,7 @@ def test_the_champions_own_predictions_stay_as_they_are() -> None:
     states = [make_state(s.id) for s in fleet.slms]
     context = context_of(grown, SQL[0])
     assert both.predict(context, fleet.slms, states) == alone.predict(context, fleet.slms, states)
-    assert both.version.startswith(f"{champion.version}+new-")
+    assert str(both.version).startswith(f"{champion.version}+new-")
 
 
 def test_equal_jobs_give_equal_artifacts() -> None:

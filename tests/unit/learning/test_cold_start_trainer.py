@@ -47,7 +47,7 @@ def test_an_slm_that_joins_is_learned_once_and_forgotten_when_a_champion_knows_i
     asyncio.run(go())
     first, last = told
     assert first is not None
-    assert Artifact.from_bytes(first["blob"]).slm_ids == ("new",)
+    assert Artifact.from_bytes(first.blob).slm_ids == ("new",)
     assert last is None
 
 

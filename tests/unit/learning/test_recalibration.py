@@ -13,7 +13,8 @@ from calm_serve.learning.quality import (
     Recalibration,
 )
 from calm_serve.routing import scoring
-from calm_serve.testing import FakeClock, make_context, make_goals, make_prediction, make_state
+from calm_serve.testing import FakeClock, make_goals, make_prediction, make_state
+from calm_serve.types import ServiceLevel
 
 PREDICTED = {"broken": 0.9, "other": 0.6}
 
@@ -34,7 +35,7 @@ class World:
         weights = scoring.weights_of(make_goals())
         candidates = [
             scoring.evaluate(
-                make_context(),
+                ServiceLevel(),
                 make_prediction(slm, success_ratio=p),
                 make_state(slm, calibration_factor=self._corrections[slm].factor()),
                 weights,

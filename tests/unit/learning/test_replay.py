@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.routing.selector import config_version
 from calm_serve.testing import change_outcome
-from calm_serve.types import Outcome
+from calm_serve.types import Outcome, Weights
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
 from tests.logged_decisions import serve
 
@@ -52,7 +52,7 @@ def test_the_same_goals_and_predictor_reproduce_every_choice(
 
 def test_weights_that_a_controller_had_moved_are_taken_from_the_log() -> None:
     outcomes = [
-        change_outcome(o, extra={**o.extra, "weights": [9.0, 0.0, 0.0, 1.0]})
+        change_outcome(o, terms=replace(o.decision.terms, weights=Weights(9.0, 0.0, 0.0)))
         for o in serve(50, Goals(exploration_ratio=0.0), LEARNED)
     ]
     found = replayed(outcomes, Goals(exploration_ratio=0.0))
@@ -84,7 +84,13 @@ def test_what_chose_otherwise_is_counted_by_reason() -> None:
 def test_a_shipped_predictor_is_recognised_by_its_version() -> None:
     outcomes = serve(20, GOALS, LEARNED)
     shipped = [
-        change_outcome(o, versions=(f"{o.decision.versions[0]}+shipped", *o.decision.versions[1:]))
+        change_outcome(
+            o,
+            versions=replace(
+                o.decision.versions,
+                predictor=replace(o.decision.versions.predictor, shipped=True),
+            ),
+        )
         for o in outcomes
     ]
     assert replayed(shipped, GOALS, LEARNED).reproduced == 20
