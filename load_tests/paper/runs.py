@@ -20,7 +20,7 @@ import psutil
 from tqdm import tqdm
 
 from deployments.reference_fleet.grading.marks import credit, marks
-from load_tests.common.asking import Question, ask
+from load_tests.common.client import Question, ask
 from load_tests.common.workloads import Request
 from load_tests.paper.figures import (
     AS_GENERALIST,

@@ -16,7 +16,7 @@ import httpx
 from tqdm import tqdm
 
 from deployments.reference_fleet.grading.marks import credit, marks
-from load_tests.common.asking import Answer, Question, ask
+from load_tests.common.client import Answer, Question, ask
 from load_tests.common.workloads import Request
 from load_tests.paper.figures import OURS, Record
 from load_tests.paper.runs import MAX_CONNECTIONS, MAX_TOKENS, TIMEOUT_S

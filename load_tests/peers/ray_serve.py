@@ -13,12 +13,12 @@ from typing import Any
 from calm_serve.config import SLMSpec
 from deployments.slm.environment import process_environment
 
-NODE_CPUS = 16  # no gate: the machine is shared with the other sides
+NODE_CPUS = 16  # so that Ray admits all engines; the machine is shared with the other sides
 PREFIX_ROUTER = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
 
 
 def document(specs: Sequence[SLMSpec], port: int, *, prefix_aware: bool) -> str:
-    """What `main` reads: port, and one LLMConfig for each SLM with the engine we would start."""
+    """The file that `main` reads: port, and one LLMConfig per SLM with the engine of a replica."""
     return json.dumps({"port": port, "llm_configs": [_llm(s, prefix_aware) for s in specs]})
 
 
@@ -46,7 +46,7 @@ def _llm(spec: SLMSpec, prefix_aware: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Serve what the file says. Returns the exit status."""
+    """Serve the application of the file. Returns the exit status."""
     import ray
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app

@@ -1,4 +1,4 @@
-"""Short chat and prose for the generalist: templated pairs written for this project."""
+"""Short chat and verse for the generalist: templates of this project, and public domain texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How right an answer is: exact match, its parts, and one partial credit per task.
+"""How right an answer is: exact match, its parts, and a partial credit.
 
-`marks` gives 0 or 1 for each measure of a task; the names are the columns of
-`python -m load_tests fleet`. `credit` is one number in [0, 1], the label of the predictor.
+`marks` has a value in [0, 1] for each measure of a task; their names are the columns of
+`python -m load_tests fleet`. `credit` is one number in [0, 1], the label that the predictor learns.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def parsed(text: str) -> Any:
 
 
 def marks(task: str, answer: str, wanted: list[str]) -> Marks:
-    """Every measure of `task` for `answer`; the best of several right answers counts."""
+    """Every measure of `task` for `answer`, against the right answer that it matches best."""
     return max((_MARKS[task](answer, one) for one in wanted), key=lambda found: found["exact"])
 
 
 def credit(task: str, answer: str, wanted: list[str]) -> float:
-    """Partial credit in [0, 1]: 1 is exact; a wrong number or label is worth nothing."""
+    """Partial credit in [0, 1]: 1 for an exact answer, 0 for a wrong number or label."""
     found = marks(task, answer, wanted)
     if found["exact"]:
         return 1.0
@@ -84,7 +84,7 @@ def _sql(answer: str, wanted: str) -> Marks:
     got = _clauses(answer) or ("", "", set(), set())
     names = ("aggregate", "select", "where_columns", "where_values")
     parts = {name: float(a == b) for name, a, b in zip(names, got, goal, strict=True)}
-    # An answer that is no query at all must not score where the query has no aggregate.
+    # An answer that is not a query must not score for lacking an aggregate, as the right one does.
     parts["aggregate"] *= float(bool(got[1]))
     return {"exact": exact, **parts}
 
@@ -100,8 +100,8 @@ def _clauses(text: str) -> tuple[str, str, set[str], set[str]] | None:
 def template(command: str) -> str:
     """Utilities, options and operators as they are, every argument as `ARG`.
 
-    After the template accuracy of Lin et al., LREC 2018, section 6.2; theirs types the arguments
-    by the manual pages, which needs their parser, so one kind stands for all here.
+    After the template accuracy of Lin et al., LREC 2018, section 6.2. Theirs has a type for each
+    argument, from the manual pages by their own parser; here all arguments have one type.
     """
     found: list[str] = []
     utility = True

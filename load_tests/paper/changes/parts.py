@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from load_tests.common.asking import Question, ask
+from load_tests.common.client import Question, ask
 from load_tests.common.served import Service
 from load_tests.common.workloads import Request
 from load_tests.paper.changes import figures as judged
