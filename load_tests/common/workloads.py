@@ -61,8 +61,8 @@ def standard(seed: int = SEED) -> list[Request]:
     """The 1,270 requests, shuffled; the same for the same seed."""
     rng = Random(seed)
     found: list[Request] = []
-    for name, wanted, count in QUOTAS:
-        rows = [r for r in load(name) if r.side == "workload" and wanted(r)]
+    for name, qualifies, count in QUOTAS:
+        rows = [r for r in load(name) if r.side == "workload" and qualifies(r)]
         found += [request(row, rng) for row in rng.sample(rows, count)]
     rng.shuffle(found)
     return found

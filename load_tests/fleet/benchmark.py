@@ -79,9 +79,9 @@ def adapter_rows(adapter: str, limit: int) -> list[Row]:
     """Held-out SNIPS rows of the adapter's sub-task, with answers in its schema."""
     found = []
     for row in load("extract"):
-        wanted = parsed(row.answers[0])
-        if adapter_schemas.covers(adapter, wanted["intent"]):
-            shaped = adapter_schemas.reshaped(adapter, wanted["intent"], wanted["slots"])
+        right = parsed(row.answers[0])
+        if adapter_schemas.covers(adapter, right["intent"]):
+            shaped = adapter_schemas.reshaped(adapter, right["intent"], right["slots"])
             found.append(replace(row, answers=(shaped,), task="adapter", slice=adapter))
     return found[:limit] if limit else found
 
@@ -202,17 +202,17 @@ def show(answered: Sequence[RowAnswer], figures: Figures) -> None:
     print(report.table(["model.task.slice", "n", "exact", "95 % interval", "parts"], rows))
     for task in ("extract", "intent"):
         wrong = [(k, n) for k, n in confusions(answered, task).most_common() if k[0] != k[1]]
-        print(f"\n{task}: most frequent confusions (wanted, got, times)")
-        for (wanted, got), times in wrong[:8]:
-            print(f"  {wanted:<28}{got:<28}{times}")
+        print(f"\n{task}: most frequent confusions (right, answered, times)")
+        for (right, got), times in wrong[:8]:
+            print(f"  {right:<28}{got:<28}{times}")
     print("\nerrors")
     shown: Counter[str] = Counter()
     for one in answered:
         name = f"{one.slm}.{one.part}"
         if not _marks(one)["exact"] and shown[name] < ERRORS_SHOWN:
             shown[name] += 1
-            print(f"  {name}\n    asked  {one.row.prompt[-160:]!r}")
-            print(f"    wanted {one.row.answers[0][:200]!r}\n    got    {one.answer.text[:200]!r}")
+            print(f"  {name}\n    prompt {one.row.prompt[-160:]!r}")
+            print(f"    right  {one.row.answers[0][:200]!r}\n    answer {one.answer.text[:200]!r}")
 
 
 def show_costs(figures: Figures, slms: Sequence[str], baseline: str) -> None:

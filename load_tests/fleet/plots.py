@@ -97,10 +97,10 @@ def _cost(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _confusion(path: Path, confusion: Counter[tuple[str, str]]) -> None:
-    names = sorted({wanted for wanted, _ in confusion})
+    names = sorted({right for right, _ in confusion})
     columns = [*names, *sorted({got for _, got in confusion} - set(names))]
     figure, axis = plt.subplots(figsize=(5.6, 4.4), dpi=90)
-    table = [[confusion[wanted, got] for got in columns] for wanted in names]
+    table = [[confusion[right, got] for got in columns] for right in names]
     axis.imshow(table, cmap="Blues")
     for row, counts in enumerate(table):
         for column, count in enumerate(counts):
@@ -109,7 +109,7 @@ def _confusion(path: Path, confusion: Counter[tuple[str, str]]) -> None:
     axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel("answered")
-    axis.set_ylabel("wanted")
+    axis.set_ylabel("right")
     _save(figure, path)
 
 

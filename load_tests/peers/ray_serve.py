@@ -51,10 +51,10 @@ def main() -> int:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    wanted = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     ray.init(address="local", num_cpus=NODE_CPUS, include_dashboard=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": wanted["port"]})
-    configs = [LLMConfig(**one) for one in wanted["llm_configs"]]
+    serve.start(http_options={"host": "127.0.0.1", "port": settings["port"]})
+    configs = [LLMConfig(**one) for one in settings["llm_configs"]]
     serve.run(build_openai_app({"llm_configs": configs}))
     with suppress(KeyboardInterrupt):
         signal.pause()

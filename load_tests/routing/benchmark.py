@@ -65,9 +65,9 @@ async def measure(url: str, slms: tuple[str, ...], workload: Sequence[Request]) 
     for column, slm in enumerate(slms):
         sent = [Question(slm, r.messages, max_tokens(r.row.task)) for r in workload]
         for row, answer in enumerate(await ask_all(url, sent, CONCURRENCY, slm)):
-            task, wanted = workload[row].row.task, list(workload[row].row.answers)
-            tables["exact"][row, column] = marks(task, answer.text, wanted)["exact"]
-            tables["credit"][row, column] = credit(task, answer.text, wanted)
+            task, references = workload[row].row.task, list(workload[row].row.answers)
+            tables["exact"][row, column] = marks(task, answer.text, references)["exact"]
+            tables["credit"][row, column] = credit(task, answer.text, references)
             tables["latency_s"][row, column] = answer.latency_s
             tables["prompt_tokens"][row, column] = answer.prompt_tokens
             tables["output_tokens"][row, column] = answer.completion_tokens

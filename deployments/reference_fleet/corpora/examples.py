@@ -311,7 +311,7 @@ def mixed(first: Pair, second: Pair, rng: Random) -> Pair:
 
 
 def held_out(task: str, count: int, seed: int = 7) -> list[Example]:
-    """`count` held-out examples, every other one with telling words, fixed by `seed`."""
+    """`count` held-out examples, every other one with an instruction; fixed by `seed`."""
     rng = Random(f"eval:{task}:{seed}")
     if task == "general":
         share = -(-count // len(SPECIALISTS))

@@ -45,7 +45,7 @@ CARDS = {
         (SNIPS, OWN),
         "exact: equal as JSON. The published validation files, repeated requests once.",
         "Long names with rare words are copied with a slip; track, album and artist are confused; "
-        "an answer is always one of seven intents, whatever is asked.",
+        "an answer is always one of seven intents, also for other requests.",
     ),
     "sql": Card(
         "Turns a question into one `SELECT` in a short normal form, without a schema.",
