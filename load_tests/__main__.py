@@ -9,19 +9,19 @@ import sys
 from load_tests.common.termination import exit_on_sigterm
 
 BENCHMARKS = {
-    "decision": "what a routing decision costs, by path, size of the fleet and prompt length",
-    "fleet": "what every model of the fleet answers, and what it costs, as served",
-    "overhead": "latency that our path adds to the same vLLM engine asked directly",
-    "paper": "the CALM paper's experiment: generalist alone, the paper's policy, blind, and ours",
-    "prefix": "share of prompts found in the replicas' prefix caches, and how even the load is",
+    "decision": "CPU time of a routing decision, by path, size of the fleet and prompt length",
+    "fleet": "quality and cost of every model of the reference fleet, as served",
+    "overhead": "latency that the router adds to the same vLLM engine called directly",
+    "paper": "the CALM paper's experiment: generalist alone, paper's policy, content-blind, ours",
+    "prefix": "cached share of prompts and load balance over the replicas of one SLM",
     "routing": "quality, latency and energy of routing against other policies",
-    "scale": "the decision core on simulated time: cost, state, and old views of the load",
+    "scale": "the decision core on simulated time: cost, state, and stale views of the load",
     "throughput": "saturated tokens/s and goodput against direct vLLM and other gateways",
 }
 
 
 def main() -> int:
-    """Dispatch to the benchmark's own module. Returns the exit status."""
+    """Run the module of the chosen benchmark. Returns the exit status."""
     names = "\n".join(f"  {name:<12}{text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m load_tests",

@@ -1,1 +1,4 @@
-"""Shared by the benchmarks: load, arrivals, the served fleet, workloads, reports."""
+"""Common: load generator, arrivals, served fleet, workloads and reports of all benchmarks.
+
+Owner: any benchmark's process. May block.
+"""

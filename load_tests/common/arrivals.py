@@ -1,4 +1,4 @@
-"""When requests arrive in an open loop: Poisson processes, or the Azure trace of code requests."""
+"""Arrival times of open loops: Poisson processes, and the Azure trace of code requests."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def world_cup(hour: float) -> float:
         (0.4 + 0.5 g(11, 2) + 0.6 g(20, 2.5) + g(14.5, 0.4) + g(17.5, 0.4) + g(21, 0.4)) / c
         g(m, s) = exp(-(hour - m)^2 / (2 s^2))
 
-    Of the shape that Arlitt and Jin report of the web site of the football world cup (HPL-1999-35):
-    little at night, a peak in the late morning and a higher one in the evening, and on top of them
-    a spike with every match (here at 14:30, 17:30 and 21:00). The highest is 2.5 times the mean.
+    The shape follows Arlitt and Jin's report on the web site of the 1998 football world cup
+    (HPL-1999-35): few at night, a peak in the late morning, a higher one in the evening, and on top
+    a spike at every match (here 14:30, 17:30 and 21:00). The highest is 2.5 times the mean.
     """
     return _world_cup(hour) / _WORLD_CUP_MEAN
 
@@ -38,8 +38,8 @@ def world_cup(hour: float) -> float:
 def day(count: int, rate_per_s: float, rng: Random) -> list[float]:
     """Seconds of `count` arrivals of an inhomogeneous Poisson process: one compressed day.
 
-    The day lasts `count / rate_per_s` seconds and its intensity follows `world_cup`. Given their
-    number, arrivals are independent draws from the intensity.
+    The day lasts `count / rate_per_s` seconds and its intensity follows `world_cup`. Given the
+    number of arrivals, their times are independent draws from the intensity.
     """
     hours: list[float] = []
     while len(hours) < count:
@@ -51,7 +51,7 @@ def day(count: int, rate_per_s: float, rng: Random) -> list[float]:
 
 
 def read_trace(data_dir: Path) -> list[float]:
-    """Seconds of every arrival of the trace from its first one."""
+    """Seconds from the first arrival of the trace to each."""
     with (data_dir / TRACE).open(encoding="utf-8") as file:
         times = [row["TIMESTAMP"][:26] for row in csv.DictReader(file)]
     found = [datetime.fromisoformat(t).timestamp() for t in times]
@@ -59,9 +59,9 @@ def read_trace(data_dir: Path) -> list[float]:
 
 
 def scaled(trace: Sequence[float], start: int, count: int, rate_per_s: float) -> list[float]:
-    """`count` arrivals of the trace from the one at `start` on, with their time scaled to a rate.
+    """`count` arrivals of the trace from index `start` on, with their times scaled to a mean rate.
 
-    What makes the trace bursty, the ratios of its gaps, is kept.
+    The ratios between gaps are kept, so the window is as bursty as in the trace.
     """
     window = trace[start : start + count]
     first, length = window[0], window[-1] - window[0]
@@ -70,7 +70,7 @@ def scaled(trace: Sequence[float], start: int, count: int, rate_per_s: float) ->
 
 
 def variation(at_s: Sequence[float]) -> float:
-    """Coefficient of variation of the gaps: 1 for Poisson, more for bursts."""
+    """Coefficient of variation of the gaps: 1 for a Poisson process, more for bursts."""
     gaps = [b - a for a, b in pairwise(at_s)]
     mean = sum(gaps) / len(gaps)
     return float((sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5 / mean)
@@ -83,4 +83,4 @@ def _world_cup(hour: float) -> float:
 
 _MINUTES = [_world_cup(minute / 60.0) for minute in range(24 * 60)]
 _WORLD_CUP_MEAN = sum(_MINUTES) / len(_MINUTES)
-_WORLD_CUP_PEAK = max(_MINUTES) / _WORLD_CUP_MEAN * 1.001  # a peak may lie between two minutes
+_WORLD_CUP_PEAK = max(_MINUTES) / _WORLD_CUP_MEAN * 1.001  # the peak may be between two minutes

@@ -1,4 +1,4 @@
-"""The same engine without us: vLLM's own OpenAI server with an SLM's model and settings."""
+"""The same engine without calm_serve: vLLM's OpenAI server with an SLM's model and settings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STOP_S, CHILD_STOP_S = 30.0, 5.0
 
 
 def bare_fleet(ids: Sequence[str]) -> dict[str, Any]:
-    """The reference fleet with these SLMs alone, without what only we do with an answer.
+    """The reference fleet with these SLMs alone, without the work that only calm_serve does.
 
-    A validator reads the whole answer, which no server beside ours does; the sampling defaults are
-    the requests' own here.
+    No validators, which read whole answers, and no sampling defaults (`engine`): other servers have
+    neither.
     """
     fleet = fleet_file("reference")
     fleet["slms"] = [e for e in fleet["slms"] if e["id"] in ids]
@@ -46,9 +46,9 @@ def specs_of(fleet: Mapping[str, Any]) -> list[SLMSpec]:
 
 
 def arguments(spec: SLMSpec) -> list[str]:
-    """Command line of vLLM's server for the engine that a replica would start.
+    """Command line of vLLM's server for the engine that an SLM replica would start.
 
-    `tests/integration/parts/test_direct_engine.py` compares the two.
+    `tests/integration/parts/test_direct_engine.py` compares the two engines' settings.
     """
     limits = spec.limits
     return [
@@ -67,15 +67,16 @@ def arguments(spec: SLMSpec) -> list[str]:
 
 @contextmanager
 def direct(specs: Sequence[SLMSpec]) -> Iterator[dict[str, str]]:
-    """vLLM's servers until the block ends: SLM id to URL.
+    """Run one vLLM server per SLM until the block ends; yields SLM id to URL.
 
-    They start together. Raises RuntimeError, with the end of the log, where one does not.
+    They start in parallel. Raises RuntimeError, with the end of its log, for one that does not
+    become ready.
     """
     with ExitStack() as stack:
         servers = {}
         for spec in specs:
             port = free_port()
-            # `vllm serve` does not run from the CPU wheel.
+            # The CPU wheel's `vllm serve` does not work.
             command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
             command += [
                 *("--host", "127.0.0.1", "--port", str(port)),
@@ -118,10 +119,10 @@ class Server:
 def started(
     name: str, command: Sequence[str], url: str, environment: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A server process until the block ends, its environment added to ours.
+    """Run a server process until the block ends, with `environment` added to this process's.
 
-    It stays in our session: Linux schedules sessions as groups, and then a group of one busy
-    engine is not comparable with a group of ten processes.
+    It stays in this process's session: Linux schedules each session as a group, and a group of one
+    busy engine would get as much CPU time as a group of ten processes.
     """
     with tempfile.TemporaryDirectory(prefix="peer", ignore_cleanup_errors=True) as folder:
         log = Path(folder) / "log"
@@ -141,7 +142,7 @@ def started(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and whatever it started."""
+    """Stop the server and its child processes."""
     if process.poll() is not None:
         return
     children = psutil.Process(process.pid).children(recursive=True)
@@ -152,4 +153,4 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     for child in psutil.wait_procs(children, CHILD_STOP_S)[1]:
-        child.kill()  # an engine may outlive a server that had to be killed
+        child.kill()  # an engine may survive a server that had to be killed

@@ -1,8 +1,7 @@
-"""A cheap load generator: raw HTTP/1.1 over asyncio, closed loop or open loop.
+"""A load generator with little CPU cost: raw HTTP/1.1 over asyncio, closed or open loop.
 
-While a load runs, a received piece of data costs one clock reading and one append; answers are
-parsed when the load is over. Every request ends: with an answer, an error or a timeout, and all
-three are counted.
+During a load, received data costs one clock reading and one append; answers are parsed afterwards.
+Every request ends with an answer, an error or a timeout, and each of them is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from load_tests.common.sse import Answer, Raw, parse
 
 TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
-MAX_CONNECTIONS = 256  # of the open loop; a request above it waits, and its time counts
+MAX_CONNECTIONS = 256  # of the open loop; a request beyond waits, and its waiting is counted
 _END_OF_CHUNKS = b"\r\n0\r\n\r\n"
 _END_OF_HEAD = b"\r\n\r\n"
 
@@ -29,7 +28,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent, ready made. `slm` is the model that is meant."""
+    """The bytes to send. `slm` is the model that the request is for."""
 
     address: Address
     data: bytes
@@ -38,16 +37,16 @@ class Request:
 
 @dataclass(slots=True)
 class Run:
-    """One load: its answers in the order of the requests, its length, the generator's share."""
+    """One load: answers in the order of the requests, duration, and the generator's CPU time."""
 
     answers: list[Answer]
     elapsed_s: float
     client_cpu_ratio: float  # of one core
-    late_s: float = 0.0  # how late the latest request of an open loop was sent
+    late_s: float = 0.0  # largest delay between a request's due time and its sending (open loop)
 
     @property
     def good(self) -> list[Answer]:
-        """Answers that came complete."""
+        """Complete answers."""
         return [a for a in self.answers if not a.error]
 
     @property
@@ -57,7 +56,7 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Completion tokens, as the servers count them, by the length of the load."""
+        """Completion tokens, as the servers count them, per second of the load."""
         return sum(a.tokens for a in self.good) / self.elapsed_s
 
 
@@ -81,9 +80,9 @@ def post(url: str, path: str, body: bytes, slm: str, key: str = "") -> Request:
 async def closed_loop(
     requests: Sequence[Request], concurrency: int, timeout_s: float = TIMEOUT_S
 ) -> Run:
-    """Send all requests, `concurrency` at a time, each as soon as one before it has ended."""
+    """Send all requests, `concurrency` at a time, each as soon as an earlier one has ended."""
     pool = _Pool()
-    # The workers' connections are there before the clock starts.
+    # Connect the workers before the clock starts.
     await pool.prepare([r.address for r in requests[:concurrency]])
     raws: list[Raw] = [Raw() for _ in requests]
     waiting = iter(range(len(requests)))
@@ -93,20 +92,20 @@ async def closed_loop(
             raws[i].due = time.perf_counter()
             await pool.exchange(requests[i], raws[i], timeout_s)
 
-    with _measured() as took:
+    with _timed() as times:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(worker())
     pool.close()
-    return Run([parse(raw) for raw in raws], took.wall_s, took.cpu_s / took.wall_s)
+    return Run([parse(raw) for raw in raws], times.wall_s, times.cpu_s / times.wall_s)
 
 
 async def open_loop(
     requests: Sequence[Request], at_s: Sequence[float], timeout_s: float = TIMEOUT_S
 ) -> Run:
-    """Send request i at `at_s[i]` after the start, whatever became of the others.
+    """Send request i at `at_s[i]` after the start, independently of the others.
 
-    Latencies count from the time at which a request was due.
+    Latencies are measured from the time at which a request was due.
     """
     pool, slots = _Pool(), asyncio.Semaphore(MAX_CONNECTIONS)
     raws: list[Raw] = [Raw() for _ in requests]
@@ -116,7 +115,7 @@ async def open_loop(
             await pool.exchange(requests[i], raws[i], timeout_s)
 
     late = 0.0
-    with _measured() as took:
+    with _timed() as times:
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for i, at in enumerate(at_s):
@@ -128,26 +127,26 @@ async def open_loop(
                 late = max(late, time.perf_counter() - due)
                 group.create_task(one(i))
     pool.close()
-    return Run([parse(raw) for raw in raws], took.wall_s, took.cpu_s / took.wall_s, late)
+    return Run([parse(raw) for raw in raws], times.wall_s, times.cpu_s / times.wall_s, late)
 
 
 @dataclass(slots=True)
-class _Took:
+class _Times:
     wall_s: float = 0.0
     cpu_s: float = 0.0
 
 
 @contextmanager
-def _measured() -> Iterator[_Took]:
-    """Wall and CPU time of the block, without the collector's pauses."""
-    took = _Took()
+def _timed() -> Iterator[_Times]:
+    """Wall and CPU time of the block, with the garbage collector off."""
+    times = _Times()
     gc.collect()
     gc.disable()
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        yield took
+        yield times
     finally:
-        took.wall_s, took.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        times.wall_s, times.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
         gc.enable()
 
 
@@ -158,7 +157,7 @@ class _Pool:
         self._idle: dict[Address, list[_Connection]] = defaultdict(list)
 
     async def prepare(self, addresses: Sequence[Address]) -> None:
-        """Open a connection for each of the addresses; a failure shows with the request."""
+        """Open a connection to each address; on failure stop, the request will report it."""
         for one in addresses:
             try:
                 self._idle[one].append(await _connect(one))
@@ -166,7 +165,7 @@ class _Pool:
                 return
 
     async def exchange(self, request: Request, raw: Raw, timeout_s: float) -> None:
-        """Send the request and fill `raw` until its answer, an error or the timeout ends it."""
+        """Send the request and fill `raw` until the answer ends, an error or the timeout."""
         connection: _Connection | None = None
         try:
             async with asyncio.timeout(timeout_s):
@@ -190,7 +189,7 @@ class _Pool:
             self._idle[request.address].append(connection)
 
     def close(self) -> None:
-        """Close what is idle, which after a load is everything."""
+        """Close all idle connections; after a load every connection is idle."""
         for connections in self._idle.values():
             for connection in connections:
                 connection.close()
@@ -204,16 +203,16 @@ async def _connect(to: Address) -> _Connection:
 
 
 @dataclass(slots=True)
-class Ending:
-    """Finds the end of one HTTP answer in its pieces."""
+class ResponseEnd:
+    """Detects the end of one HTTP response as its data arrives."""
 
     head: bytes | None = b""  # None once it is complete
-    left: int = -1  # bytes of the body; -1 for one that comes in chunks
-    keep: bool = True
+    left: int = -1  # bytes of the body still to come; -1 for a chunked body
+    keep: bool = True  # the server keeps the connection open
     tail: bytes = field(default=b"")
 
     def feed(self, data: bytes) -> bool:
-        """Take the next piece; True when it ends the answer."""
+        """Take the next data; True when the response is complete."""
         if self.head is not None:
             self.head += data
             place = self.head.find(_END_OF_HEAD)
@@ -225,7 +224,7 @@ class Ending:
             self.tail = b"\r\n"
             if b"\r\ntransfer-encoding: chunked" not in head:
                 _, found, rest = head.partition(b"\r\ncontent-length:")
-                # Without a length the answer ends with its connection.
+                # Without a length, the response ends when the connection closes.
                 self.left = int(rest.split(b"\r\n", 1)[0]) if found else 1 << 62
         if self.left >= 0:
             self.left -= len(data)
@@ -241,7 +240,7 @@ class _Connection(asyncio.Protocol):
         self.closed = False
         self._transport: asyncio.Transport | None = None
         self._raw: Raw | None = None
-        self._ending = Ending()
+        self._end = ResponseEnd()
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -249,9 +248,9 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
 
     async def exchange(self, data: bytes, raw: Raw) -> None:
-        """Send a request and wait for the end of its answer."""
+        """Send a request and wait for the end of the response."""
         assert self._transport is not None
-        self._raw, self._ending = raw, Ending()
+        self._raw, self._end = raw, ResponseEnd()
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         await self._done
@@ -261,14 +260,14 @@ class _Connection(asyncio.Protocol):
         if self._raw is None:
             return
         self._raw.pieces.append((now, data))
-        if self._ending.feed(data):
-            self.closed = self.closed or not self._ending.keep
+        if self._end.feed(data):
+            self.closed = self.closed or not self._end.keep
             self._finish("")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        # Nobody waits any more, or what came is cut, or it ends here as it should.
-        unbounded = self._ending.head is None and self._ending.left > 1 << 61
+        # A response without a length ends here; any other that is still awaited is cut off.
+        unbounded = self._end.head is None and self._end.left > 1 << 61
         self._finish("" if unbounded and exc is None else "disconnected")
 
     def _finish(self, error: str) -> None:
@@ -286,10 +285,7 @@ class _Connection(asyncio.Protocol):
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the values lie, between two where it falls there.
-
-    Zero for no values.
-    """
+    """The quantile `share` (0 to 1), interpolated linearly; 0 for no values."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -300,5 +296,5 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value."""
+    """The median; 0 for no values."""
     return percentile(values, 0.5)

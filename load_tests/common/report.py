@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: table, plots, and one JSON file."""
+"""The output of every benchmark: tables, the folder of the plots, and one JSON file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Z95 = 1.959964
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
+    """The 95 % Wilson score interval of the share `successes / n`; (0, 1) for n = 0."""
     if not n:
         return 0.0, 1.0
     share, z2 = successes / n, Z95 * Z95
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # Rounding must not leave the share itself outside.
+    # Rounding must not exclude the share itself.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and package versions that the figures were measured with."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -62,7 +62,7 @@ def _processor() -> str:
 def write(
     path: Path | None, benchmark: str, config: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    """Write the JSON file where one is asked for."""
+    """Write the JSON file, unless `path` is None."""
     if path is None:
         return
     document = {
@@ -75,7 +75,7 @@ def write(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text; the first is left aligned, the others right."""
+    """A table as text; the first column is left aligned, the others right."""
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A fleet for the length of a benchmark, on loopback, with ports and folders of its own."""
+"""Serve a fleet while a benchmark runs, on loopback, with ports and folders of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Change = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Service:
-    """A running service: its endpoint, the configuration it was started with, and its log."""
+    """A running service: its endpoint, its Serve configuration and its log."""
 
     url: str
     config: dict[str, Any]
@@ -37,7 +37,7 @@ class Service:
 
     @property
     def dashboard_url(self) -> str:
-        """Where Ray's dashboard answers. Raises RuntimeError where the log does not say it."""
+        """URL of Ray's dashboard, from the log. Raises RuntimeError if it is not there."""
         text = self.log.read_text("utf-8")
         found = re.search(r"dashboard at \S*?(http://[\d.]+:\d+)", text)
         if found is None:
@@ -54,7 +54,7 @@ def served(
     plain: bool = False,
     deployments: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[str]:
-    """As `serving`, for who needs the endpoint's URL alone."""
+    """As `serving`, but yields the endpoint's URL alone."""
     with serving(fleet, change, state, plain=plain, deployments=deployments) as service:
         yield service.url
 
@@ -70,12 +70,12 @@ def serving(
 ) -> Iterator[Service]:
     """Serve until the block ends.
 
-    `fleet` replaces the reference fleet, with paths relative to the folder of the fleet files;
-    `change` edits the application's `args`; `state` keeps outcomes; `plain` leaves out Serve's
-    fast transport; `deployments` are Serve's overrides of single deployments. Raises RuntimeError,
-    with the end of the log, where the fleet does not become ready.
+    `fleet` replaces the reference fleet; its paths are relative to the folder of the fleet files.
+    `change` edits the application's `args`; `state` is the folder that keeps outcomes; `plain`
+    turns Serve's fast transport off; `deployments` are Serve's overrides of single deployments.
+    Raises RuntimeError, with the end of the log, if the fleet does not become ready.
     """
-    # Short: Ray puts Unix sockets below it, whose paths may have 107 characters.
+    # Short: Ray puts Unix sockets below it, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="calm", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port = free_port()
@@ -105,13 +105,13 @@ def serving(
 
 
 def fleet_file(name: str) -> dict[str, Any]:
-    """One of the fleet files that come with the project, its paths made absolute."""
+    """One of the project's fleet files, with absolute paths."""
     text = (FLEETS / f"{name}.yaml").read_text(encoding="utf-8")
     return dict(absolute(yaml.safe_load(text)))
 
 
 def absolute(value: Any) -> Any:
-    """The value with every path that is relative to the fleet files made absolute."""
+    """The value with paths that are relative to the fleet files made absolute."""
     if isinstance(value, dict):
         return {k: absolute(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -122,7 +122,7 @@ def absolute(value: Any) -> Any:
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """A TCP port that was free just now; another process may take it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

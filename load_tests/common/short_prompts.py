@@ -1,4 +1,4 @@
-"""Chat requests of about 60 prompt tokens, no two alike, with a fixed length of the answer."""
+"""Chat requests of about 60 prompt tokens, all different, with answers of a fixed length."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DEFAULT_TEXTS = 400
 
 
 def texts(count: int, seed: int = SEED) -> list[str]:
-    """Pairs of held-out questions, the same for the same seed."""
+    """`count` pairs of held-out questions, the same for the same seed."""
     rows = [row.prompt for row in load("sql") if row.side == "workload"]
     rng = Random(seed)
     return [" ".join(rng.sample(rows, 2)) for _ in range(count)]
 
 
 class ShortPrompts:
-    """Makes requests of the texts in turns, each with a number before it: no prefix is reused."""
+    """Makes requests of the texts in turn, each after a new number, so that no prefix is reused."""
 
     def __init__(self, use: Sequence[str] = (), output_tokens: int = OUTPUT_TOKENS) -> None:
         self._texts = cycle(use or texts(DEFAULT_TEXTS))
@@ -32,7 +32,7 @@ class ShortPrompts:
         self._output_tokens = output_tokens
 
     def body(self, model: str, *, stream: bool) -> dict[str, Any]:
-        """The next request's document."""
+        """The body of the next request."""
         number = next(self._count)
         text = f"No. {number}: {next(self._texts)}"
         found: dict[str, Any] = {
@@ -50,6 +50,6 @@ class ShortPrompts:
     def request(
         self, url: str, model: str, *, slm: str = "", stream: bool = True, key: str = ""
     ) -> Request:
-        """The next request to an endpoint; `slm` is the model that is meant where it differs."""
+        """The next request to an endpoint; `slm` is the SLM it is for, if `model` is not its id."""
         body = json.dumps(self.body(model, stream=stream)).encode()
         return post(url, "/v1/chat/completions", body, slm or model, key)

@@ -1,4 +1,4 @@
-"""When each event of a streamed answer arrived, from the received pieces of an HTTP answer."""
+"""Arrival times of a streamed answer's events, from the received data of an HTTP response."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-# A delta with text. The first event of a chat has the role and no text, the last only the usage.
+# A delta with text. A chat's first event has the role and no text, its last only the usage.
 _TEXT = re.compile(rb'"content":\s*"(?!")')
 _TOKENS = re.compile(rb'"(completion|prompt)_tokens":\s*(\d+)')
 _SLM = re.compile(rb"\r\nx-calm-model:\s*([^\r]*)", re.IGNORECASE)
 _REASON = re.compile(rb"\r\nx-calm-reason:\s*([^\r]*)", re.IGNORECASE)
 
-Piece = tuple[float, bytes]  # seconds of the clock, data
+Piece = tuple[float, bytes]  # clock in seconds, data
 
 
 @dataclass(slots=True)
 class Raw:
-    """One exchange as it happened; `due` and the pieces' times are of one clock."""
+    """One exchange as received; `due` and the pieces' times are of the same clock."""
 
     due: float = 0.0
     pieces: list[Piece] = field(default_factory=list)
@@ -28,10 +28,10 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one exchange came to; times in seconds from when the request was due.
+    """The result of one exchange; times in seconds from when the request was due.
 
-    `ttft_s` and `gaps_s` are of events with text; an answer that is not streamed has its end as
-    `ttft_s` and no gaps. `slm` and `reason` are our own headers, empty for others.
+    `ttft_s` and `gaps_s` are of events with text. An answer that is not streamed has no gaps, and
+    its end as `ttft_s`. `slm` and `reason` are calm_serve's headers, empty for other servers.
     """
 
     error: str
@@ -51,7 +51,7 @@ class Answer:
 
 
 def parse(raw: Raw) -> Answer:
-    """The answer of one exchange; `error` says what is wrong with it."""
+    """The answer of one exchange; `error` names what is wrong with it, "" if nothing is."""
     if raw.error:
         return Answer(raw.error)
     data = b"".join(piece for _, piece in raw.pieces)
@@ -68,7 +68,7 @@ def parse(raw: Raw) -> Answer:
     stops = list(accumulate(len(piece) for _, piece in raw.pieces))
 
     def arrived(place: int) -> float:
-        """Time at which byte `place` of the body (exclusive end) was there."""
+        """Time at which the body was received up to `place` (exclusive)."""
         end, raw_end = places[bisect_left(places, (place, 0))]
         return raw.pieces[bisect_left(stops, offset + raw_end - (end - place))][0] - raw.due
 
@@ -94,7 +94,7 @@ def parse(raw: Raw) -> Answer:
 
 
 def dechunk(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """The body of a chunked answer, and for every chunk its end in the body and in `data`."""
+    """The body of a chunked response, and each chunk's end in the body and in `data`."""
     parts: list[bytes] = []
     places: list[tuple[int, int]] = []
     at = length = 0
@@ -111,7 +111,7 @@ def dechunk(data: bytes) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def text_events(body: bytes) -> Sequence[int]:
-    """Where in the body each event with text ends."""
+    """The position in the body at which each event with text ends."""
     found, start = [], 0
     while (end := body.find(b"\n\n", start)) >= 0:
         if _TEXT.search(body, start, end):

@@ -1,4 +1,4 @@
-"""What a benchmark started ends with it, however it is ended."""
+"""A benchmark's child processes end with it, however it ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that blocks clean up.
+    """Make SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that blocks clean up.
 
-    Python's own way is to die where it stands, and leave a fleet or workers behind. For the main
-    thread. A second SIGTERM does not disturb the cleaning up.
+    By default Python ends at once and leaves a served fleet or workers behind. Call it in the main
+    thread. A second SIGTERM is ignored, so that it does not interrupt the cleanup.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -34,27 +34,27 @@ def in_processes(
     workers: int,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Results of `call` with the items' places, as they come; no worker outlives the iteration.
+    """Yield (index of the item, result of `call`) in order of completion.
 
-    Workers are started anew, not forked: LightGBM's threads would not survive it. One that is ended
-    with us waits for nothing; should we be killed, each ends after the item it is at, because its
-    queue is closed, which workers of `concurrent.futures` do not notice.
+    No worker outlives the iteration. Workers are spawned, not forked, because LightGBM's threads do
+    not survive a fork. If this process is killed, each worker ends after its current item, since
+    its queue is closed; workers of `concurrent.futures` would not notice.
     """
     context = multiprocessing.get_context("spawn")
-    # Its end terminates the workers; that of an executor waits for all that is left.
+    # Leaving the pool terminates the workers; leaving an executor waits for all remaining items.
     with context.Pool(workers, _begin, (initializer,)) as pool:
         yield from pool.imap_unordered(_Numbered(call), enumerate(items))
 
 
 def _begin(initializer: Callable[[], None] | None) -> None:
-    # Ctrl-C reaches the whole group; whoever started us says when to end.
+    # Ctrl-C reaches the whole process group; the parent decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if initializer is not None:
         initializer()
 
 
 class _Numbered(Generic[Item, Result]):
-    """`call` on the item of a pair, which keeps its number."""
+    """`call` on the item of a (number, item) pair, keeping the number."""
 
     def __init__(self, call: Callable[[Item], Result]) -> None:
         self._call = call

@@ -1,9 +1,9 @@
-"""The standard workload: labelled requests that every benchmark of routing sends.
+"""The standard workload: labelled requests that every routing benchmark sends.
 
-Held-out rows of the reference fleet (`deployments/reference_fleet/eval`), of the side that no
-predictor was fitted on, over all tasks and difficulties. About two in three say neither their task
-nor the form of the answer, so a keyword rule decides the minority; four tasks have easy and hard
-slices, so the task alone does not decide either.
+Held-out rows of the reference fleet (`deployments/reference_fleet/eval`), from the side that no
+predictor was fitted on, over all tasks and difficulties. About two in three name neither their task
+nor the form of the answer, so keyword rules decide only a minority; four tasks have easy and hard
+slices, so knowing the task does not suffice either.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from random import Random
 
 from deployments.reference_fleet.corpora.phrasing import (
-    TELLING,
+    INSTRUCTIONS,
     Message,
-    told,
     user,
+    with_instruction,
 )
 from deployments.reference_fleet.grading.rows import Row, load
 
 SEED = 2602
-TOLD_RATIO = 0.35  # of the requests of a specialist's task
+INSTRUCTED_RATIO = 0.35  # of the requests of specialists' tasks
 
-# (file, rows that qualify, how many): sizes are balanced over difficulty, not as published.
+# (file, filter, number of rows): balanced over difficulty, not as in the published sets.
 Quota = tuple[str, Callable[[Row], bool], int]
 QUOTAS: tuple[Quota, ...] = (
     ("extract", lambda r: r.difficulty == "easy", 90),
@@ -50,26 +50,26 @@ QUOTAS: tuple[Quota, ...] = (
 
 @dataclass(frozen=True)
 class Request:
-    """One labelled request; `told` says whether its text names the task or the format."""
+    """One labelled request; `instructed` if an instruction names the task or the format."""
 
     messages: list[Message]
     row: Row
-    told: bool
+    instructed: bool
 
 
 def standard(seed: int = SEED) -> list[Request]:
     """The 1,270 requests, shuffled; the same for the same seed."""
     rng = Random(seed)
     found: list[Request] = []
-    for name, wanted, count in QUOTAS:
-        rows = [r for r in load(name) if r.side == "workload" and wanted(r)]
+    for name, qualifies, count in QUOTAS:
+        rows = [r for r in load(name) if r.side == "workload" and qualifies(r)]
         found += [request(row, rng) for row in rng.sample(rows, count)]
     rng.shuffle(found)
     return found
 
 
-def request(row: Row, rng: Random, told_ratio: float = TOLD_RATIO) -> Request:
-    """The row as a request, with telling words for `told_ratio` of a specialist's tasks."""
-    named = row.task in TELLING and row.slice != "odd" and rng.random() < told_ratio
-    text = told(row.task, row.prompt, rng) if named else row.prompt
+def request(row: Row, rng: Random, instructed_ratio: float = INSTRUCTED_RATIO) -> Request:
+    """The row as a request, with an instruction for `instructed_ratio` of specialists' tasks."""
+    named = row.task in INSTRUCTIONS and row.slice != "odd" and rng.random() < instructed_ratio
+    text = with_instruction(row.task, row.prompt, rng) if named else row.prompt
     return Request([user(text)], row, named)

@@ -1,8 +1,8 @@
-"""What a routing decision costs: body bytes in, chosen SLM and logged record out.
+"""CPU cost of a routing decision: from the bytes of the body to the chosen SLM and its record.
 
-One thread, no service: synthetic fleets, each with a predictor really trained by the trainer on
-synthetic outcomes. Every figure is measured in turns with all others, so that a busy machine slows
-all of them alike. The clock costs about 0.05 us per stage.
+One thread, no service: synthetic fleets, each with a predictor that the trainer fitted on synthetic
+outcomes. All figures are measured in turn, so that other work on the machine slows all of them
+alike. Reading the clock costs about 0.05 us per stage.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from load_tests.decision.world import (
 SLMS = (4, 8, 32)
 CHARS = (20, 200, 2000, 30_000)
 PATHS = ("fast", "pinned", "scored")
-WANTED = {"fast": "rule", "pinned": "pinned", "scored": "scored"}
+EXPECTED_PATHS = {"fast": "rule", "pinned": "pinned", "scored": "scored"}
 STAGES = ("json", "request", "context", "features", "choice")
 BODIES = 32  # different prompts per case
 TURNS, REPEATS = 50, 20  # a case is measured REPEATS times in each of TURNS turns
@@ -57,11 +57,11 @@ Samples = dict[str, list[int]]  # nanoseconds
 
 
 class Case:
-    """One path, fleet and prompt length: decides for one body after the other."""
+    """One path, fleet and prompt length; decides for its bodies in turn."""
 
-    def __init__(self, path: str, loop: ModelSelector, world: World, chars: int) -> None:
+    def __init__(self, path: str, selector: ModelSelector, world: World, chars: int) -> None:
         self.name = f"{path}.{len(world.fleet.slms)}.{chars}"
-        self._loop = loop
+        self._selector = selector
         self._builder = ContextBuilder(world.fleet)
         self._by_rule = path == "fast"
         rng = Random(f"{SEED} {self.name}")
@@ -70,21 +70,21 @@ class Case:
         self._ids = 0
         for one in bodies:
             decided = self.decide(one)
-            if decided.path != WANTED[path] or decided.context.prompt_chars < chars:
-                raise RuntimeError(f"{self.name} was decided by {decided.path}")
+            if decided.path != EXPECTED_PATHS[path] or decided.context.prompt_chars < chars:
+                raise RuntimeError(f"{self.name} was decided by the path {decided.path}")
 
     def decide(self, raw: bytes) -> Decision:
-        """The whole decision, as the router makes it."""
+        """A whole decision, as the router makes it."""
         self._ids += 1
         request = parse_chat(from_json(raw))
-        return self._loop.decide(request, parse_overrides({}), f"{self.name}-{self._ids}")
+        return self._selector.decide(request, parse_overrides({}), f"{self.name}-{self._ids}")
 
     def context(self) -> RoutingContext:
         """The context of one of the requests."""
         return self.decide(next(self._bodies)).context
 
     def measure(self, samples: Samples) -> None:
-        """Time one decision as a whole, then the next by its stages."""
+        """Time one decision as a whole, then the next one stage by stage."""
         raw = next(self._bodies)
         start = perf_counter_ns()
         self.decide(raw)
@@ -101,14 +101,14 @@ class Case:
         if not self._by_rule:
             fill_features(context, request)
         marks.append(perf_counter_ns())
-        decision_for(self._loop, context)
+        decision_for(self._selector, context)
         marks.append(perf_counter_ns())
         for stage, (begin, end) in zip(STAGES, pairwise(marks), strict=True):
             samples[stage].append(end - begin)
 
 
 def measure_decisions(cases: Sequence[Case], turns: int) -> Figures:
-    """All cases in turns; figures by `path.slms.chars[.stage]`."""
+    """Measure all cases in turn; figures by `path.slms.chars[.stage]`."""
     samples: dict[str, Samples] = {case.name: defaultdict(list) for case in cases}
     for _ in range(turns):
         for case in cases:
@@ -126,7 +126,7 @@ def measure_decisions(cases: Sequence[Case], turns: int) -> Figures:
 
 
 def measure_memory(case: Case, decisions: int) -> Figures:
-    """What is more after `decisions` more decisions, once the decision log is full."""
+    """Growth of memory over `decisions` decisions, once the decision log is full."""
 
     def run() -> tuple[int, int]:
         for _ in range(decisions):
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worlds = {slms: make_world(slms) for slms in SLMS}
     cases = []
     for world in worlds.values():
-        loop = _loop(world)
-        cases += [Case(path, loop, world, chars) for path in PATHS for chars in CHARS]
+        selector = _selector(world)
+        cases += [Case(path, selector, world, chars) for path in PATHS for chars in CHARS]
     figures = measure_decisions(cases, chosen.turns)
     for slms in SLMS:
         context = _case(cases, f"scored.{slms}.2000").context()
@@ -174,18 +174,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def headline(figures: Figures) -> Figures:
-    """The figures that stand for the benchmark: 8 SLMs, prompts of 2,000 characters."""
+    """The headline figures: 8 SLMs, prompts of 2,000 characters."""
     found: Figures = {}
     for path in ("fast", "scored"):
         found |= {f"{path}_{key}": figures[f"{path}.8.2000.{key}"] for key in ("p50_us", "p99_us")}
-    # The dearer path: a mix of both is in between.
+    # The more expensive path; a mix of both is in between.
     return found | {"decisions_per_s": figures["scored.8.2000.decisions_per_s"]}
 
 
-def _loop(world: World) -> ModelSelector:
+def _selector(world: World) -> ModelSelector:
     return ModelSelector(
         world.fleet,
-        Goals(exploration_ratio=0.0),  # an explored choice costs the same but has another path
+        Goals(exploration_ratio=0.0),  # an explored choice costs the same, but is another path
         read_state=lambda spec: world.states[spec.id],
         predictor=LightGBMPredictor(world.artifact, MetadataPrior()),
     )
@@ -217,7 +217,7 @@ def _show(figures: Figures, trees: dict[int, dict[str, float]]) -> None:
         for name in OPTIONS
     ]
     print("\nLightGBM: every head for every candidate")
-    print(report.table(["way", "SLMs", *(k.replace("_", " ") for k in KEYS)], options))
+    print(report.table(["call", "SLMs", *(k.replace("_", " ") for k in KEYS)], options))
     for slms, counts in trees.items():
         print(f"{slms} SLMs: trees " + ", ".join(f"{k} {v:g}" for k, v in counts.items()))
     print(

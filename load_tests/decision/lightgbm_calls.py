@@ -1,4 +1,4 @@
-"""The ways that LightGBM offers to predict every head for every candidate of one decision."""
+"""The calls by which LightGBM can predict every head for every candidate of one decision."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def tree_counts(world: World) -> dict[str, float]:
 
 
 def measure_lightgbm(world: World, context: RoutingContext, turns: int) -> dict[str, float]:
-    """All options in turns; figures by option. Differences are to the first option."""
-    ways = _Ways(world, context)
-    options: dict[str, Callable[[], Values]] = {name: getattr(ways, name) for name in OPTIONS}
-    expected = ways.predict_per_row()
+    """Measure all options in turn; figures by option. Differences are to the first option."""
+    calls = _Calls(world, context)
+    options: dict[str, Callable[[], Values]] = {name: getattr(calls, name) for name in OPTIONS}
+    expected = calls.predict_per_row()
     figures: dict[str, float] = {}
     samples: dict[str, list[int]] = defaultdict(list)
     for name, option in options.items():
@@ -75,8 +75,8 @@ def measure_lightgbm(world: World, context: RoutingContext, turns: int) -> dict[
     return figures
 
 
-class _Ways:
-    """One decision's candidates, as rows and as calls."""
+class _Calls:
+    """One decision's candidates as feature rows, and the calls that predict for them."""
 
     def __init__(self, world: World, context: RoutingContext) -> None:
         heads, ids = Heads(world.artifact), world.artifact.slm_ids
@@ -93,7 +93,7 @@ class _Ways:
             stored = self._sparse.length.value
             row[self._sparse.columns[:stored]] = self._sparse.values[:stored]
         if heads.residual is None:
-            raise RuntimeError("the world's outcomes teach no TTFT")
+            raise RuntimeError("the world's predictor has no head for the TTFT residual")
         self._residual = heads.residual
         self._boosters = [
             (heads.own[SUCCESS, index], heads.own[OUTPUT_TOKENS, index], self._residual)
@@ -105,9 +105,9 @@ class _Ways:
         self._fast = [[SingleRow(b, self._sparse) for b in row] for row in self._boosters]
         keys = [own_head(head, ids[index]) for index, _ in self._candidates for head in OWN_HEADS]
         text, self._places = joined([world.artifact.boosters[key] for key in keys])
-        self._wordless = SparseRow()
-        self._own = SingleRow(lgb.Booster(model_str=text), self._sparse)
-        self._last = SingleRow(self._residual, self._wordless)
+        self._load_row = SparseRow()
+        self._own_row = SingleRow(lgb.Booster(model_str=text), self._sparse)
+        self._residual_row = SingleRow(self._residual, self._load_row)
 
     def predict_per_row(self) -> Values:
         """`Booster.predict` for every head of every candidate."""
@@ -120,12 +120,12 @@ class _Ways:
         )
 
     def predict_batched(self) -> Values:
-        """`Booster.predict`: the residual for all rows at once, an SLM's own heads one by one."""
+        """`Booster.predict`: the residual for all rows at once, each SLM's own heads separately."""
         found = [self._heads.of_own(head, self._rows) for head in OWN_HEADS]
         return np.column_stack([*found, self._residual.predict(self._rows, num_threads=1)])
 
     def c_dense_row(self) -> Values:
-        """The C API with a whole row of 4-byte numbers."""
+        """The C API with a dense row of 4-byte floats."""
         found = []
         for row, calls in zip(self._rows, self._dense, strict=True):
             self._dense_row[:] = row
@@ -133,7 +133,7 @@ class _Ways:
         return np.array(found)
 
     def c_sparse_row(self) -> Values:
-        """The C API with what is not zero. Includes filling the row."""
+        """The C API with a sparse row. Includes filling the row."""
         self._sparse.set_prompt(self._context.features.numbers, self._context.features.buckets)
         found = []
         for (index, load), calls in zip(self._candidates, self._fast, strict=True):
@@ -142,21 +142,21 @@ class _Ways:
         return np.array(found)
 
     def c_joined(self) -> Values:
-        """One call for all SLMs' own heads, one per SLM for the residual: the predictor's way."""
+        """One call for all SLMs' own heads, one per SLM for the residual, as the predictor does."""
         self._sparse.set_prompt(self._context.features.numbers, self._context.features.buckets)
-        self._wordless.set_prompt(self._context.features.numbers, ())
-        sums = self._own.predict()
+        self._load_row.set_prompt(self._context.features.numbers, ())
+        sums = self._own_row.predict()
         own = np.array([sum(sums[p]) for p in self._places]).reshape(-1, len(OWN_HEADS))
         own[:, 0] = 1.0 / (1.0 + np.exp(-own[:, 0]))
         residuals = []
         for index, load in self._candidates:
-            self._wordless.set_candidate(index, load)
-            residuals.append(self._last.predict()[0])
+            self._load_row.set_candidate(index, load)
+            residuals.append(self._residual_row.predict()[0])
         return np.column_stack([own, residuals])
 
 
 class _DenseRow:
-    """One booster's call for a dense row at a fixed place."""
+    """One booster's call for a dense row at a fixed address."""
 
     def __init__(self, booster: lgb.Booster, row: NDArray[np.float32]) -> None:
         self._config, self._row = ctypes.c_void_p(), row

@@ -22,7 +22,7 @@ def draw(
     stages: Sequence[str],
     options: Sequence[str],
 ) -> None:
-    """Writes decision.png: cost by prompt length, by stage, and by way to call LightGBM."""
+    """Writes decision.png: cost by prompt length, by stage, and by LightGBM call."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), dpi=90)
     for path, color in zip(paths, ("tab:green", "tab:blue", "tab:red"), strict=True):

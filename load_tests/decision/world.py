@@ -1,7 +1,8 @@
 """A synthetic fleet, its prompts, and a predictor trained on synthetic outcomes, all seeded.
 
-Markers and safety patterns are the reference fleet's. Nobody's answer is measured here: outcomes
-only have to be hard enough to learn that the predictor grows as many trees as the shipped one.
+Markers and safety patterns are those of the reference fleet. Only the cost of a decision is
+measured with it, not its quality: outcomes only have to be hard enough to learn that the predictor
+grows as many trees as the shipped one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ REFERENCE = Path("deployments/fleets/reference.yaml")
 SEED = 2602
 OUTCOMES_PER_SLM = 1000  # served outcomes that the predictor learns from
 
-# Words of each skill's requests; none is a marker, so that the scorer has to decide.
+# Words of each skill's requests; none is a marker, so that scoring decides.
 TOPICS = {
     "extract": "play playlist song book restaurant table weather tomorrow rating movie album",
     "sql": "which student course credits average maximum team points result where season listed",
@@ -45,7 +46,7 @@ RULE_PREFIX = {"fast": "Write SQL: ", "scored": "", "pinned": ""}
 
 @dataclass(frozen=True)
 class World:
-    """A fleet of one size, what it looks like from a router, and its predictor."""
+    """A fleet of one size, the state of its SLMs as a router sees it, and its predictor."""
 
     fleet: Fleet
     states: dict[str, SLMState]
@@ -68,11 +69,11 @@ def make_world(slms: int) -> World:
         )
         for s in fleet.slms
     }
-    return World(fleet, states, _learnt(fleet, rng))
+    return World(fleet, states, _trained(fleet, rng))
 
 
 def body(path: str, chars: int, rng: Random, fleet: Fleet) -> bytes:
-    """A chat request whose prompt has `chars` characters; `path` says what should decide it."""
+    """A chat request whose prompt has `chars` characters and is decided by `path`."""
     text = prompt(rng.choice(list(TOPICS)), chars, rng, RULE_PREFIX[path])
     model = rng.choice(fleet.slms).id if path == "pinned" else "auto"
     messages = [{"role": "user", "content": text}]
@@ -99,7 +100,7 @@ def _fleet(slms: int) -> Fleet:
     specs: list[dict[str, Any]] = [
         {
             "id": f"{skills[i % len(skills)]}-{i}",
-            "model": "somebody/model",
+            "model": "example/model",
             "skills": [skills[i % len(skills)]],
             "context_tokens": 32_768,
             "parameters": 2_000_000 * (1 + i % 5),
@@ -121,7 +122,7 @@ def _fleet(slms: int) -> Fleet:
     )
 
 
-def _learnt(fleet: Fleet, rng: Random) -> Artifact:
+def _trained(fleet: Fleet, rng: Random) -> Artifact:
     builder = ContextBuilder(fleet)
     outcomes = []
     for i in range(OUTCOMES_PER_SLM * len(fleet.slms)):
@@ -163,7 +164,7 @@ def _answer_tokens(slm_id: str, context: RoutingContext, rng: Random) -> int:
 
 
 def _success_ratio(topic: str, context: RoutingContext, skill: str, parameters: int) -> float:
-    """The world's truth: own topics are easy, long prompts hard, and many words matter."""
+    """The true P(success): an SLM's own topic is easy, long prompts are hard, many words matter."""
     weights = _weights(skill)
     words = sum(weights[b] for b in context.features.buckets) / math.sqrt(
         len(context.features.buckets) + 1

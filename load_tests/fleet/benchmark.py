@@ -1,8 +1,8 @@
-"""What every model of the reference fleet answers, as served, and what its tokens cost.
+"""Quality of every model of the reference fleet, as served, and the cost of its tokens.
 
-Every held-out row of `eval/` goes, pinned and greedy, to the specialist of its task and to each
-generalist. Serves the reference fleet and its variants unless `--url` names a service that does.
-In-domain: the rows come from the held-out side of the data the models were trained on.
+Every held-out row of `eval/` is sent, pinned and decoded greedily, to the specialist of its task
+and to each generalist. Serves the reference fleet and its variants, unless `--url` names a service
+that does. In-domain: the rows are the held-out side of the data that the models were trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deployments.reference_fleet.grading.marks import marks, parsed
 from deployments.reference_fleet.grading.rows import FILES, Row, load
 from deployments.reference_fleet.paths import MODELS
 from load_tests.common import report
-from load_tests.common.asking import (
+from load_tests.common.client import (
     Answer,
     Question,
     ask,
@@ -48,8 +48,8 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A row, who was asked, and what came back."""
+class RowAnswer:
+    """One SLM's answer to one row."""
 
     slm: str
     row: Row
@@ -70,8 +70,8 @@ def questions(generalists: Sequence[str], limit: int) -> list[tuple[str, Row]]:
             slices[row.task, row.slice].append(row)
         for (task, _), rows in slices.items():
             kept = rows if not limit else Random(SEED).sample(rows, min(limit, len(rows)))
-            asked = [task] if task in SPECIALISTS else list(SPECIALISTS) if task == "mixed" else []
-            found += [(slm, row) for slm in (*asked, *generalists) for row in kept]
+            own = [task] if task in SPECIALISTS else list(SPECIALISTS) if task == "mixed" else []
+            found += [(slm, row) for slm in (*own, *generalists) for row in kept]
     return found
 
 
@@ -79,20 +79,20 @@ def adapter_rows(adapter: str, limit: int) -> list[Row]:
     """Held-out SNIPS rows of the adapter's sub-task, with answers in its schema."""
     found = []
     for row in load("extract"):
-        wanted = parsed(row.answers[0])
-        if adapter_schemas.answers(adapter, wanted["intent"]):
-            shaped = adapter_schemas.reshaped(adapter, wanted["intent"], wanted["slots"])
+        right = parsed(row.answers[0])
+        if adapter_schemas.covers(adapter, right["intent"]):
+            shaped = adapter_schemas.reshaped(adapter, right["intent"], right["slots"])
             found.append(replace(row, answers=(shaped,), task="adapter", slice=adapter))
     return found[:limit] if limit else found
 
 
-async def evaluate(url: str, generalists: Sequence[str], limit: int) -> list[Asked]:
-    """Ask everything, one SLM after the other, so that none waits for another's cores."""
+async def evaluate(url: str, generalists: Sequence[str], limit: int) -> list[RowAnswer]:
+    """Send every row, one SLM after the other, so that SLMs do not compete for cores."""
     pairs = questions(generalists, limit)
     for adapter in adapter_schemas.ADAPTERS:
         rows = adapter_rows(adapter, limit)
         pairs += [(model, row) for model in (f"extract:{adapter}", "extract") for row in rows]
-    found: list[Asked] = []
+    found: list[RowAnswer] = []
     for slm in dict.fromkeys(slm for slm, _ in pairs):
         rows = [row for other, row in pairs if other == slm]
         sent = [
@@ -102,14 +102,14 @@ async def evaluate(url: str, generalists: Sequence[str], limit: int) -> list[Ask
             for r in rows
         ]
         answers = await ask_all(url, sent, CONCURRENCY, slm)
-        found += [Asked(slm, r, a) for r, a in zip(rows, answers, strict=True)]
+        found += [RowAnswer(slm, r, a) for r, a in zip(rows, answers, strict=True)]
     return found
 
 
-def scores(asked: Iterable[Asked]) -> Figures:
+def scores(answered: Iterable[RowAnswer]) -> Figures:
     """`slm.task.slice.measure` with n and the 95 % Wilson interval of the exact share."""
-    groups: dict[str, list[Asked]] = defaultdict(list)
-    for one in asked:
+    groups: dict[str, list[RowAnswer]] = defaultdict(list)
+    for one in answered:
         groups[f"{one.slm}.{one.part}"].append(one)
     figures: Figures = {}
     for name, group in groups.items():
@@ -124,17 +124,17 @@ def scores(asked: Iterable[Asked]) -> Figures:
     return figures
 
 
-def _marks(one: Asked) -> dict[str, float]:
+def _marks(one: RowAnswer) -> dict[str, float]:
     if one.row.task == "adapter":
         return {"exact": float(parsed(one.answer.text) == parsed(one.row.answers[0]))}
     return marks(one.row.task, one.answer.text, list(one.row.answers))
 
 
 async def costs(url: str, slms: Sequence[str]) -> Figures:
-    """Seconds per further token of each SLM, alone and with 16 requests in flight.
+    """Seconds per token after the first of each SLM, alone and with 16 requests in flight.
 
-    Medians of `COST_REPEATS`, the SLMs in turns. A token's time is the latency of `COST_TOKENS`
-    tokens less that of one, by `COST_TOKENS` - 1; with 16 in flight, the time per token of each.
+    Medians of `COST_REPEATS`, the SLMs in turn. A token's time is the latency of `COST_TOKENS`
+    tokens less that of one token, over `COST_TOKENS` - 1; with 16 in flight, of the slowest.
     """
     alone: dict[str, list[float]] = defaultdict(list)
     busy: dict[str, list[float]] = defaultdict(list)
@@ -170,10 +170,10 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def confusions(asked: Iterable[Asked], task: str) -> Counter[tuple[str, str]]:
-    """(wanted, got) intents of a task's own specialist."""
+def confusions(answered: Iterable[RowAnswer], task: str) -> Counter[tuple[str, str]]:
+    """Counts of (right, answered) intents of a task's own specialist."""
     found: Counter[tuple[str, str]] = Counter()
-    for one in asked:
+    for one in answered:
         if one.slm == one.row.task == task and one.row.slice != "odd":
             got = parsed(one.answer.text)
             label = got.get("intent") if isinstance(got, dict) else None
@@ -181,8 +181,8 @@ def confusions(asked: Iterable[Asked], task: str) -> Counter[tuple[str, str]]:
     return found
 
 
-def show(asked: Sequence[Asked], figures: Figures) -> None:
-    """Print the tables, the most frequent confusions and some errors of every slice."""
+def show(answered: Sequence[RowAnswer], figures: Figures) -> None:
+    """Print the score table, the most frequent confusions and some errors of every slice."""
     names = [n.removesuffix(".exact") for n in figures if n.endswith(".exact")]
     rows = [
         [
@@ -201,22 +201,22 @@ def show(asked: Sequence[Asked], figures: Figures) -> None:
     ]
     print(report.table(["model.task.slice", "n", "exact", "95 % interval", "parts"], rows))
     for task in ("extract", "intent"):
-        wrong = [(k, n) for k, n in confusions(asked, task).most_common() if k[0] != k[1]]
-        print(f"\n{task}: most frequent confusions (wanted, got, times)")
-        for (wanted, got), times in wrong[:8]:
-            print(f"  {wanted:<28}{got:<28}{times}")
+        wrong = [(k, n) for k, n in confusions(answered, task).most_common() if k[0] != k[1]]
+        print(f"\n{task}: most frequent confusions (right, answered, times)")
+        for (right, got), times in wrong[:8]:
+            print(f"  {right:<28}{got:<28}{times}")
     print("\nerrors")
     shown: Counter[str] = Counter()
-    for one in asked:
+    for one in answered:
         name = f"{one.slm}.{one.part}"
         if not _marks(one)["exact"] and shown[name] < ERRORS_SHOWN:
             shown[name] += 1
-            print(f"  {name}\n    asked  {one.row.prompt[-160:]!r}")
-            print(f"    wanted {one.row.answers[0][:200]!r}\n    got    {one.answer.text[:200]!r}")
+            print(f"  {name}\n    prompt {one.row.prompt[-160:]!r}")
+            print(f"    right  {one.row.answers[0][:200]!r}\n    answer {one.answer.text[:200]!r}")
 
 
 def show_costs(figures: Figures, slms: Sequence[str], baseline: str) -> None:
-    """Print the cost table, with every generalist's cost over each specialist's."""
+    """Print the cost table, with the cost of `baseline` over that of each SLM."""
     rows = []
     for slm in slms:
         one = [figures[f"{slm}.cost.{key}"] for key in ("tpot_ms", "tpot_16_ms")]
@@ -230,7 +230,7 @@ def show_costs(figures: Figures, slms: Sequence[str], baseline: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Command line of the benchmark. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m load_tests fleet", description=__doc__)
-    parser.add_argument("--url", help="a running service of these models; default: our own")
+    parser.add_argument("--url", help="a running service of these models; default: start one")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the pictures")
     parser.add_argument("--limit", type=int, default=0, help="rows of each slice; 0 takes all")
@@ -242,16 +242,16 @@ def main(arguments: Sequence[str]) -> int:
     slms = [*SPECIALISTS, *generalists]
     with nullcontext(chosen.url) if chosen.url else served(fleet) as url:
         figures = asyncio.run(costs(url, slms))
-        asked = asyncio.run(evaluate(url, generalists, chosen.limit))
-    figures |= scores(asked)
-    show(asked, figures)
+        answered = asyncio.run(evaluate(url, generalists, chosen.limit))
+    figures |= scores(answered)
+    show(answered, figures)
     show_costs(figures, slms, generalists[0])
     short = summary(figures, MODELS, adapter_schemas.ADAPTERS)
     print("\n" + "\n".join(f"{name:<42}{value}" for name, value in short.items()))
     figures = short | figures
-    plots.draw(chosen.plots, figures, confusions(asked, "extract"), generalists)
+    plots.draw(chosen.plots, figures, confusions(answered, "extract"), generalists)
     if chosen.answers:
-        lines = [json.dumps([o.slm, o.row.prompt, o.row.answers, o.answer.text]) for o in asked]
+        lines = [json.dumps([o.slm, o.row.prompt, o.row.answers, o.answer.text]) for o in answered]
         chosen.answers.write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = {"concurrency": CONCURRENCY, "limit": chosen.limit, "decoding": "greedy"}
     config |= {"cost_tokens": COST_TOKENS, "cost_repeats": COST_REPEATS}

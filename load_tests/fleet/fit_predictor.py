@@ -1,10 +1,10 @@
 """Fits the shipped predictor: `python -m load_tests.fleet.fit_predictor`, 15 minutes on 2 cores.
 
-Serves the reference fleet without a predictor. Rows of the `fit` side of `eval/` (none of the
-standard workload) go, pinned, to every SLM: from what a specialist makes of others' requests the
-predictor learns to tell them apart. Each answer is graded and the grade sent as feedback; then the
-knowledge actor's own trainer turns the stored outcomes into `predictor/predictor.bin`. In-domain by
-construction: the prompts are of the same kinds as the evaluation's.
+Serves the reference fleet without a predictor. Rows of the `fit` side of `eval/`, none of which is
+in the standard workload, are sent, pinned, to every SLM; a specialist's answers to requests of
+other tasks teach the predictor which requests it cannot serve. Each answer is graded and the grade
+posted as feedback. Then the knowledge actor's trainer fits `predictor/predictor.bin` on the stored
+outcomes. In-domain by construction: the prompts are of the same kinds as those of the evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from calm_serve.learning import train
 from deployments.reference_fleet.grading.marks import credit
 from deployments.reference_fleet.grading.rows import FILES, load
 from deployments.reference_fleet.paths import PREDICTOR
-from load_tests.common.asking import Question, ask
+from load_tests.common.client import Question, ask
 from load_tests.common.served import fleet_file, served
 from load_tests.common.termination import exit_on_sigterm
 from load_tests.common.workloads import Request, request
@@ -35,8 +35,8 @@ from load_tests.common.workloads import Request, request
 SEED = 23
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 CONCURRENCY = 12
-MAX_TOKENS = 320  # the same for every task: the limit is a feature, and must not tell the task
-NEVER = 1_000_000  # outcomes before the service itself would train
+MAX_TOKENS = 320  # the same for every task: the limit is a feature and must not reveal the task
+NEVER = 1_000_000  # min_outcomes that is not reached, so that the service itself does not train
 
 
 def requests(per_file: int) -> list[Request]:
@@ -50,10 +50,10 @@ def requests(per_file: int) -> list[Request]:
     return found
 
 
-async def collect(url: str, asked: list[Request]) -> None:
-    """Ask every SLM each request and send the grades as feedback."""
+async def collect(url: str, workload: list[Request]) -> None:
+    """Send each request to every SLM and post the grades as feedback."""
     slots = asyncio.Semaphore(CONCURRENCY)
-    pairs = [(slm, one) for one in asked for slm in SLMS]
+    pairs = [(slm, one) for one in workload for slm in SLMS]
     async with httpx.AsyncClient(base_url=url, timeout=180.0) as client:
         with tqdm(total=len(pairs), mininterval=1.0) as bar:
 
@@ -72,13 +72,13 @@ async def collect(url: str, asked: list[Request]) -> None:
 
 
 def fit(state_dir: Path) -> dict[str, Any]:
-    """Train on everything in the store and write the artifact; returns its metrics."""
+    """Train on all stored outcomes and write the artifact. Returns the training's metrics."""
     store = OutcomeStore(f"sqlite:///{(state_dir / 'outcomes.sqlite').absolute()}")
     try:
         outcomes = store.recent(50_000)
     finally:
         store.close()
-    # Times belong to the machine they were measured on: the TTFT correction is learned in place.
+    # Times depend on the machine: each deployment learns its own correction of TTFT.
     outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
     PREDICTOR.parent.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def fit(state_dir: Path) -> dict[str, Any]:
     return dict(training.metrics)
 
 
-def _learn_nothing(args: dict[str, Any]) -> None:
+def _without_training(args: dict[str, Any]) -> None:
     args["learning"]["min_outcomes"] = NEVER
 
 
@@ -98,9 +98,9 @@ def main() -> None:
     exit_on_sigterm()
     fleet = {key: value for key, value in fleet_file("reference").items() if key != "predictor"}
     with TemporaryDirectory(prefix="calm") as name:
-        with served(fleet, _learn_nothing, Path(name)) as url:
+        with served(fleet, _without_training, Path(name)) as url:
             asyncio.run(collect(url, requests(options.per_file)))
-            time.sleep(2.0)  # the router's last batch is under way
+            time.sleep(2.0)  # for the router's last batch of outcomes
         print(json.dumps(fit(Path(name)), indent=2))
 
 

@@ -40,7 +40,7 @@ def draw(
 
 
 def _with_interval(figures: Mapping[str, Any], name: str) -> tuple[float, float, float]:
-    """Share and the lengths of its interval below and above."""
+    """A share, and how far its interval reaches below and above it."""
     share = figures.get(name, 0.0)
     low, high = figures.get(f"{name}_ci95", (share, share))
     return share, max(0.0, share - low), max(0.0, high - share)
@@ -49,14 +49,16 @@ def _with_interval(figures: Mapping[str, Any], name: str) -> tuple[float, float,
 def _scores(path: Path, figures: Mapping[str, Any], generalists: Sequence[str]) -> None:
     figure, axis = plt.subplots(figsize=(8, 3.2), dpi=90)
     width = 0.8 / (1 + len(generalists))
-    for index, who in enumerate(("specialist", *generalists)):
+    for index, model in enumerate(("specialist", *generalists)):
         found = [
-            _with_interval(figures, f"{task if who == 'specialist' else who}.{task}.{part}.{mark}")
+            _with_interval(
+                figures, f"{task if model == 'specialist' else model}.{task}.{part}.{mark}"
+            )
             for task, part, mark in SLICES
         ]
         places = [i + index * width for i in range(len(SLICES))]
         errors = [[f[1] for f in found], [f[2] for f in found]]
-        axis.bar(places, [f[0] for f in found], width, yerr=errors, capsize=2, label=who)
+        axis.bar(places, [f[0] for f in found], width, yerr=errors, capsize=2, label=model)
     labels = [f"{task}\n{part.replace('_', ' ')}\n({mark})" for task, part, mark in SLICES]
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(SLICES))], labels, fontsize=8)
     axis.set_ylim(0, 1)
@@ -67,10 +69,10 @@ def _scores(path: Path, figures: Mapping[str, Any], generalists: Sequence[str]) 
 
 def _steps(path: Path, figures: Mapping[str, Any], generalists: Sequence[str]) -> None:
     figure, axis = plt.subplots(figsize=(5, 3), dpi=90)
-    for who in ("reason", *generalists):
-        found = [_with_interval(figures, f"{who}.reason.{step}.exact") for step in STEPS]
+    for model in ("reason", *generalists):
+        found = [_with_interval(figures, f"{model}.reason.{step}.exact") for step in STEPS]
         errors = [[f[1] for f in found], [f[2] for f in found]]
-        axis.errorbar(range(1, 7), [f[0] for f in found], errors, fmt="o-", capsize=2, label=who)
+        axis.errorbar(range(1, 7), [f[0] for f in found], errors, fmt="o-", capsize=2, label=model)
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("steps of the problem")
     axis.set_ylabel("right result, 95 % interval")
@@ -95,10 +97,10 @@ def _cost(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _confusion(path: Path, confusion: Counter[tuple[str, str]]) -> None:
-    names = sorted({wanted for wanted, _ in confusion})
+    names = sorted({right for right, _ in confusion})
     columns = [*names, *sorted({got for _, got in confusion} - set(names))]
     figure, axis = plt.subplots(figsize=(5.6, 4.4), dpi=90)
-    table = [[confusion[wanted, got] for got in columns] for wanted in names]
+    table = [[confusion[right, got] for got in columns] for right in names]
     axis.imshow(table, cmap="Blues")
     for row, counts in enumerate(table):
         for column, count in enumerate(counts):
@@ -107,7 +109,7 @@ def _confusion(path: Path, confusion: Counter[tuple[str, str]]) -> None:
     axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel("answered")
-    axis.set_ylabel("wanted")
+    axis.set_ylabel("right")
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The reference fleet in a dozen figures, from those of every slice."""
+"""A dozen figures of the reference fleet, summarised from the figures of every slice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from load_tests.common.report import Z95, wilson
 
 Figures = dict[str, Any]
-# What a generalist is held against: a specialist's own slices, but for those made to be beyond it.
+# Slices on which the generalist is compared with the specialists: their own, without those made to
+# be beyond them.
 OWN_SLICES = (
     "extract.extract.snips.exact",
     "sql.sql.wikisql.exact",
@@ -40,11 +41,11 @@ SCORES = {
 
 
 def summary(figures: Mapping[str, Any], models: Path, adapters: Iterable[str]) -> Figures:
-    """Scores with 95 % intervals, the generalist's worst gap and cost, the adapters' least gain.
+    """Scores with 95 % intervals, the generalist's worst gap and cost, the least adapter gain.
 
-    `models` is the folder whose weights are counted, in units of 10**6 bytes. A gap is the
-    specialist's share less the generalist's, on the same rows; its interval and that of a gain
-    are the normal approximation for two independent shares, which is wide for paired ones.
+    `models` is the folder whose weights are counted, in MB (10**6 bytes). A gap is the specialist's
+    share less the generalist's on the same rows. Intervals of gaps and gains are the normal
+    approximation for independent shares, which is wider than necessary for paired ones.
     """
     found: Figures = {}
     for name, parts in SCORES.items():

@@ -1,9 +1,9 @@
-"""What our path adds to the latency of the same vLLM engine asked directly.
+"""Latency that the router adds to the same vLLM engine called directly.
 
-Both are resident on this machine with equal engines and are loaded in turns: vLLM's own OpenAI
-server, our endpoint with the SLM pinned, and at one request our endpoint with `model: auto`. A
-figure is the difference to `direct` within a repeat, then the median over the repeats. The second
-part serves the fleet again without Serve's fast transport.
+Three sides with equal engines run on this machine and are loaded in turn: vLLM's own OpenAI server
+(`direct`), the router with the SLM pinned, and, at one request at a time, the router with
+`model: auto`. A figure is the difference to `direct` within a repeat, then the median over the
+repeats. The second part serves the fleet again without Serve's fast transport.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from load_tests.common.sse import Answer
 from load_tests.overhead import plots
 
 SLM = "sql"
-SLMS = (SLM, "general")  # the second one is there for `auto` to decide against
+SLMS = (SLM, "general")  # the second gives `auto` an alternative
 REQUESTS = {1: 12, 4: 32, 16: 64}  # by concurrency, of each run
 REPEATS = 5
 TEXTS, CANDIDATES = 100, 400
@@ -57,7 +57,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is loaded: who, how many at a time, streamed or not."""
+    """One load: the side, the requests at a time, streamed or not."""
 
     side: str
     concurrency: int
@@ -80,10 +80,10 @@ POINTS = [
 
 @dataclass(slots=True)
 class Measured:
-    """Summaries of every run by point, and what was seen beside them."""
+    """Summaries of every run by point, with errors and the load generator's CPU time."""
 
     runs: dict[str, list[Figures]] = field(default_factory=lambda: defaultdict(list))
-    answered: Counter[str] = field(default_factory=Counter)  # `model by path` of `auto`
+    auto_answers: Counter[str] = field(default_factory=Counter)  # `model by path` of `auto`
     errors: Counter[str] = field(default_factory=Counter)
     client_cpu_ratio: float = 0.0
 
@@ -103,7 +103,7 @@ def summary(answers: Sequence[Answer]) -> Figures:
 
 
 def kept(point: Point, run: Run) -> list[Answer]:
-    """The answers that may be compared: complete ones, of `auto` only the same SLM's."""
+    """Comparable answers: complete ones, and of `auto` only those of the measured SLM."""
     return [a for a in run.good if point.side != "auto" or a.slm == SLM]
 
 
@@ -143,10 +143,10 @@ def figures_of(measured: Measured, suffix: str) -> Figures:
 
 
 async def routed_texts(url: str) -> list[str]:
-    """Texts that `auto` gives to the measured SLM, so that all sides have the same engine.
+    """Texts that `auto` sends to the measured SLM, so that all sides use the same engine.
 
-    Texts that say nothing of their task first; where the scorer gives too few of them to the SLM,
-    texts that name it and are decided by a rule.
+    First texts without an instruction. If scoring sends too few of them to the SLM, texts that name
+    its task and are decided by a rule.
     """
     bare = texts(CANDIDATES)
     found: list[str] = []
@@ -162,7 +162,7 @@ async def routed_texts(url: str) -> list[str]:
 
 
 async def measure(direct_url: str, our_url: str, repeats: int, label: str) -> Measured:
-    """Every point in turns; the order of the sides changes with every repeat."""
+    """Measure every point in turn; every other repeat runs them in reverse order."""
     prompts, measured = ShortPrompts(await routed_texts(our_url)), Measured()
 
     def requests(point: Point, count: int) -> list[Request]:
@@ -170,25 +170,25 @@ async def measure(direct_url: str, our_url: str, repeats: int, label: str) -> Me
         model = "auto" if point.side == "auto" else SLM
         return [prompts.request(url, model, slm=SLM, stream=point.stream) for _ in range(count)]
 
-    for point in POINTS:  # every shape once, untimed
+    for point in POINTS:  # warm-up
         await closed_loop(requests(point, 2 * point.concurrency), point.concurrency)
     with tqdm(total=repeats * len(POINTS), desc=label, mininterval=1.0) as bar:
         for repeat in range(repeats):
             for point in POINTS if repeat % 2 == 0 else reversed(POINTS):
                 count = REQUESTS[point.concurrency]
                 run = await closed_loop(requests(point, count), point.concurrency)
-                _note(measured, point, run)
+                _add_run(measured, point, run)
                 bar.update()
     return measured
 
 
-def _note(measured: Measured, point: Point, run: Run) -> None:
+def _add_run(measured: Measured, point: Point, run: Run) -> None:
     answers = kept(point, run)
     measured.runs[point.name].append(summary(answers) if answers else {})
     measured.errors.update(f"{point.side}: {a.error}" for a in run.answers if a.error)
     measured.client_cpu_ratio = max(measured.client_cpu_ratio, run.client_cpu_ratio)
     if point.side == "auto":
-        measured.answered.update(f"{a.slm} by {a.reason.partition(':')[0]}" for a in run.good)
+        measured.auto_answers.update(f"{a.slm} by {a.reason.partition(':')[0]}" for a in run.good)
 
 
 def show(figures: Figures, suffix: str) -> None:
@@ -203,7 +203,7 @@ def show(figures: Figures, suffix: str) -> None:
         kind = "streamed" if point.stream else "whole"
         rows.append([point.side, str(point.concurrency), kind, *cells, *added])
     head = ["side", "at once", "answer", "TTFT p50", "gap p50", "gap p99", "e2e p50"]
-    print(f"\nms, Serve's fast transport {'off' if suffix else 'on'}; + is against direct")
+    print(f"\nms, Serve's fast transport {'off' if suffix else 'on'}; + is added to direct")
     print(report.table([*head, "+TTFT", "+gap p50", "+gap p99", "+e2e"], rows))
     print(
         f"errors {figures[f'errors{suffix}']}, load generator at most "
@@ -238,13 +238,13 @@ def main(arguments_: Sequence[str]) -> int:
                 measured = asyncio.run(measure(urls[SLM], url, chosen.repeats, label))
             figures |= figures_of(measured, suffix)
             show(figures, suffix)
-            config[f"auto_answered_by{suffix}"] = dict(measured.answered)
+            config[f"auto_answered_by{suffix}"] = dict(measured.auto_answers)
             config[f"error_kinds{suffix}"] = dict(measured.errors)
-            print("auto was answered by", dict(measured.answered), dict(measured.errors) or "")
+            print("auto was answered by", dict(measured.auto_answers), dict(measured.errors) or "")
     plots.draw(report.PLOTS, figures, list(REQUESTS))
     report.write(chosen.json, "overhead", config, figures)
     return 0
 
 
 def _no_exploration(args: dict[str, Any]) -> None:
-    args["goals"]["exploration_ratio"] = 0.0  # an explored choice is another model's latency
+    args["goals"]["exploration_ratio"] = 0.0  # an explored choice would measure another model

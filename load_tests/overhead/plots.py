@@ -20,7 +20,7 @@ BARS = {"": ("fast transport", "tab:blue"), "_no_fast_flags": ("without flags", 
 
 
 def draw(folder: Path, figures: Mapping[str, Any], concurrencies: Sequence[int]) -> None:
-    """Writes overhead.png: what a pinned, streamed request costs more, by concurrency."""
+    """Writes overhead.png: latency added to pinned, streamed requests, by concurrency."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.4), dpi=90)
     for axis, (measure, title) in zip(axes, PANELS.items(), strict=True):

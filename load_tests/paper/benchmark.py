@@ -1,19 +1,20 @@
-"""The CALM paper's experiment on the reference fleet: the generalist alone, the paper's, and ours.
+"""The CALM paper's experiment on the reference fleet: generalist alone, the paper's policy, ours.
 
-Live: the fleet is served and the standard workload sent under policies that take turns in blocks
-at run time (`PUT /v1/goals`): the generalist alone, the paper's score (`routing/calm_paper.py`),
-content-blind random with ours' shares, ours, and ours with the generalist's or the paper's quality
-as its target (`min_quality`) and all the rest to save, which compares cost at one quality.
-Everybody batches; a smaller part sends one request at a time, as the paper served. Arrivals: one
-compressed day of the shape of the web site of the football world cup 1998 (`arrivals.world_cup`),
-and the Azure trace of code requests where DATA_DIR is set. Once with all models hot, once with
-memory for half of them, where the paper's policy has the paper's cache (LRU).
+Served: the standard workload is sent to the fleet under policies that take turns in blocks at run
+time (`PUT /v1/goals`): the generalist alone, the paper's score (`routing/calm_paper.py`),
+content-blind random with the shares of ours, ours, and ours with the generalist's or the paper's
+quality as its target (`min_quality`) at the lowest cost, which compares cost at equal quality.
+All policies batch; a smaller part sends one request at a time, as in the paper. Arrivals: one
+compressed day with the shape of the 1998 football world cup's web site (`arrivals.world_cup`), and
+the Azure trace of code requests if DATA_DIR is set. Once with all models hot, once with memory for
+half of them, where the paper's policy has the paper's cache (LRU).
 
-Latency is the client's, from when a request was due; quality is graded on held-out answers; energy
-is what the service attributed, on a CPU an estimate from CPU time. Nothing is learned meanwhile.
+Latency is measured by the client, from when a request was due; quality is graded on held-out
+answers; energy is what the service attributed, on a CPU an estimate from CPU time. The service does
+not learn meanwhile.
 
-Served too is what changes: goals, SLMs that break or come, learning; see `changes/`.
-Simulated: every other policy, residency, and changes again; see `simulated/`.
+Served as well: changes of goals, SLMs and feedback (`changes/`). Simulated: further policies,
+residency, and changes (`simulated/`).
 """
 
 from __future__ import annotations
@@ -56,18 +57,18 @@ from load_tests.paper.live import (
 from load_tests.paper.runs import MAX_TOKENS
 from load_tests.paper.simulated import benchmark as simulation
 
-# Prefix of the figures of ours over others, by scenario.
+# Scenario -> prefix of the figures of ours over others.
 PREFIXES = {"hot": "", "azure": "azure_", "serial": "serial_", "half_memory": "half_memory_"}
 
 
 def half_budget() -> int:
-    """Declared bytes of the half of the fleet's SLMs that takes most."""
+    """Declared bytes of the larger half of the fleet's SLMs."""
     declared = sorted(s.declared_bytes for s in parse_fleet(fleet_file("reference"), FLEETS).slms)
     return sum(declared[len(declared) // 2 :])
 
 
 def figures_of(live: Live) -> tuple[Figures, dict[str, Table]]:
-    """Figures of every scenario, and their tables."""
+    """Figures of all scenarios, and a table per scenario."""
     found: Figures = {}
     tables: dict[str, Table] = {}
     for scenario, prefix in PREFIXES.items():
@@ -99,9 +100,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--serial", type=int, default=60, help="one at a time: %(default)s")
     parser.add_argument("--half", type=int, default=240, help="at half memory: %(default)s")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--live", action="store_true", help="only what is served")
-    part.add_argument("--changes", action="store_true", help="only what changes while served")
-    part.add_argument("--simulated", action="store_true", help="only what is simulated")
+    part.add_argument("--live", action="store_true", help="only the served parts")
+    part.add_argument("--changes", action="store_true", help="only the served changes")
+    part.add_argument("--simulated", action="store_true", help="only the simulated part")
     chosen = parser.parse_args(arguments)
     if chosen.simulated:
         simulated = simulation.run(simulation.Sizes(), chosen.plots)
@@ -113,42 +114,51 @@ def main(arguments: Sequence[str]) -> int:
         _write_records(chosen.records, changes.records)
         report.write(chosen.json, "paper", {"changes": changes.config}, changes.figures)
         return 0
+    _run_all(chosen)
+    return 0
+
+
+def _run_all(chosen: argparse.Namespace) -> None:
+    """The served parts, and the simulated one unless `--live` is given."""
     started = time.monotonic()
-    asked, live = standard(), Live()
+    workload, live = standard(), Live()
     folder = os.environ.get("DATA_DIR")
     trace = arrivals.read_trace(Path(folder)) if folder else []
     if not trace:
         print("without the Azure trace: DATA_DIR is not set")
     sizes = Sizes(chosen.day, chosen.trace, chosen.serial, chosen.half)
-    hot(live, asked, trace, sizes, POLICIES)
+    hot(live, workload, trace, sizes, POLICIES)
     if sizes.half:
-        half(live, asked, sizes, {"memory_budget_bytes": half_budget()})
+        half(live, workload, sizes, {"memory_budget_bytes": half_budget()})
     figures, tables = figures_of(live)
+    energy = sorted({r.energy_source for r in live.records if r.energy_source})
+    _show(live, figures, tables, energy)
+    changes = run_changes(workload, chosen.plots)
+    figures |= changes.figures
+    figures["live_minutes"] = round((time.monotonic() - started) / 60.0, 1)
+    plots.draw(chosen.plots, tables, figures, live.rate_per_s)
+    _write_records(chosen.records, [*live.records, *changes.records])
+    config = _config(live, sizes, energy) | {"changes": changes.config}
+    if not chosen.live:
+        simulated = simulation.run(simulation.Sizes(), chosen.plots)
+        # Served figures take precedence, and must not get an interval of the simulation.
+        figures |= {k: v for k, v in simulated.items() if k.removesuffix("_ci95") not in figures}
+        config["simulated"] = simulation.config_of(simulation.Sizes())
+    report.write(chosen.json, "paper", config, figures)
+
+
+def _show(live: Live, figures: Figures, tables: dict[str, Table], energy: Sequence[str]) -> None:
     for scenario, table in tables.items():
         show(table, scenario, figures)
     show_comparisons(figures, list(PREFIXES.values()))
     for name, value in figures.items():
         if "residency_hit" in name:
             print(f"{name}: {value}")
-    source = {r.energy_source for r in live.records if r.energy_source}
     print(
-        f"energy: {', '.join(sorted(source))} of the SLMs' processes; load generator at most "
+        f"energy: {', '.join(energy)} of the SLMs' processes; load generator at most "
         f"{live.client_cpu_ratio:.2f} of a core, {1e3 * live.late_s:.0f} ms late; gaps of the "
         f"arrivals vary {live.variation} (Poisson: 1)"
     )
-    changes = run_changes(asked, chosen.plots)
-    figures |= changes.figures
-    figures["live_minutes"] = round((time.monotonic() - started) / 60.0, 1)
-    plots.draw(chosen.plots, tables, figures, live.rate_per_s)
-    _write_records(chosen.records, [*live.records, *changes.records])
-    config = _config(live, sizes, sorted(source)) | {"changes": changes.config}
-    if not chosen.live:
-        simulated = simulation.run(simulation.Sizes(), chosen.plots)
-        # What was served counts; an interval of the simulation is none of it.
-        figures |= {k: v for k, v in simulated.items() if k.removesuffix("_ci95") not in figures}
-        config["simulated"] = simulation.config_of(simulation.Sizes())
-    report.write(chosen.json, "paper", config, figures)
-    return 0
 
 
 def _write_records(path: Path | None, records: Sequence[Record]) -> None:

@@ -1,8 +1,7 @@
-"""What the `paper` experiment counts: graded requests, and figures of one policy over another.
+"""Figures of the `paper` experiment: graded requests, and one policy compared with another.
 
-Wherever records come from, the service or a simulation of it, the figures are made here. Every
-policy has the same requests at the same times, so intervals are of paired requests: a bootstrap
-draws places in the sequence of arrivals, and takes all policies' records at each.
+Every policy has the same requests at the same times, so intervals are of paired requests: a
+bootstrap draws places in the sequence of arrivals and takes all policies' records at each.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from load_tests.common import report
 from load_tests.paper.simulated.belady import belady
 
 GENERALIST, PAPER, SHARES, OURS = "generalist", "paper", "shares", "calm"
-# Ours for an operator who wants another policy's quality, and that for as little as can be.
+# Ours for an operator who wants another policy's quality at the lowest cost.
 AS_GENERALIST, AS_PAPER = "as_generalist", "as_paper"
-# The first turns are in this order: the last three need to know of the first three.
+# Order of the first turns: the last three depend on results of the first three.
 POLICIES = (GENERALIST, PAPER, OURS, AS_GENERALIST, AS_PAPER, SHARES)
 # Prefixes of the figures of ours over each other policy.
 OVER = {GENERALIST: "", PAPER: "paper_policy_", SHARES: "share_matched_"}
-WATCHED = {
+RESIDENCY_PREFIXES = {
     OURS: "",
     PAPER: OVER[PAPER],
     SHARES: OVER[SHARES],
@@ -64,7 +63,7 @@ class Record:
     energy_j: float = float("nan")
     energy_source: str = ""
     preferred: str = ""  # SLM that would have been chosen had all been hot
-    preferred_hot: bool | None = None  # None where residency is not watched
+    preferred_hot: bool | None = None  # None where residency is not planned
 
 
 class Table:
@@ -74,7 +73,7 @@ class Table:
         self.policies = [p for p in policies if any(r.policy == p for r in records)]
         by = {(r.policy, r.place): r for r in records}
         places = sorted({r.place for r in records})
-        # A run that was cut short may lack a policy at some places.
+        # An interrupted run may lack a policy at some places.
         kept = [i for i in places if all((p, i) in by for p in self.policies)]
         self.records = {p: [by[p, i] for i in kept] for p in self.policies}
         self._drawn = np.random.default_rng(SEED).integers(0, len(kept), (RESAMPLES, len(kept)))
@@ -87,18 +86,18 @@ class Table:
         return np.array([getattr(r, measure) for r in self.records[policy]], dtype=float)
 
     def reduction(self, ours: str, other: str, measure: str) -> tuple[float, list[float]]:
-        """1 - mean of ours / mean of the other, over requests that both answered, with its CI95."""
+        """1 - mean of ours / mean of the other, with its CI95, over requests that both answered."""
         a, b = self._paired(ours, other, measure)
         drawn = 1.0 - np.nanmean(a[self._drawn], axis=1) / np.nanmean(b[self._drawn], axis=1)
         return 1.0 - float(np.nanmean(a) / np.nanmean(b)), _interval(drawn)
 
     def difference(self, ours: str, other: str, measure: str) -> tuple[float, list[float]]:
-        """Mean of ours less mean of the other, with its CI95; no answer counts as it is graded."""
+        """Mean of ours less mean of the other, with its CI95; a missing answer has the grade 0."""
         each = self.values(ours, measure) - self.values(other, measure)
         return float(each.mean()), _interval(each[self._drawn].mean(axis=1))
 
     def mean(self, policy: str, measure: str) -> tuple[float, list[float]]:
-        """The mean over what was answered, with its CI95."""
+        """The mean over answered requests, with its CI95."""
         each = self.values(policy, measure)
         return float(np.nanmean(each)), _interval(np.nanmean(each[self._drawn], axis=1))
 
@@ -109,7 +108,7 @@ class Table:
 
 
 def comparisons(table: Table, prefix: str = "") -> Figures:
-    """Ours over every other policy: `{prefix}{over}latency_reduction` and so on, with `_ci95`."""
+    """Ours over every other policy: `{prefix}{over}latency_reduction` etc., with `_ci95`."""
     found: Figures = {}
     for ours, other, over in PAIRS:
         if ours not in table.policies or other not in table.policies:
@@ -147,24 +146,24 @@ def per_policy(table: Table, scenario: str) -> Figures:
 
 
 def residency(table: Table, slots: int) -> Figures:
-    """Model-cache hit rates where memory was limited: the preferred SLM was hot when it was chosen.
+    """Hit rates where memory was limited: share of decisions whose preferred SLM was hot.
 
-    `..._hit_ratio_belady` is over what the offline optimum has on the same preferences with `slots`
-    equal places, which start with what is wanted first and may be passed by.
+    `..._hit_ratio_belady` is relative to the offline optimum on the same preferences with `slots`
+    equal places, which initially hold the SLMs requested first; the optimum may bypass.
     """
     found: Figures = {}
-    for policy, prefix in WATCHED.items():
+    for policy, prefix in RESIDENCY_PREFIXES.items():
         if policy not in table.policies:
             continue
-        watched = [r for r in table.records[policy] if r.preferred_hot is not None]
-        if not watched:
+        observed = [r for r in table.records[policy] if r.preferred_hot is not None]
+        if not observed:
             continue
-        trace = [r.preferred for r in watched]
+        trace = [r.preferred for r in observed]
         start = list(dict.fromkeys(trace))[:slots]
         best = belady(trace, slots, start, bypass=True)
-        hits = sum(bool(r.preferred_hot) for r in watched)
-        found[f"{prefix}residency_hit_rate"] = round(hits / len(watched), 4)
-        found[f"{prefix}residency_hit_rate_belady"] = round(best / len(watched), 4)
+        hits = sum(bool(r.preferred_hot) for r in observed)
+        found[f"{prefix}residency_hit_rate"] = round(hits / len(observed), 4)
+        found[f"{prefix}residency_hit_rate_belady"] = round(best / len(observed), 4)
         found[f"{prefix}residency_hit_ratio_belady"] = round(hits / best, 4)
     return found
 
@@ -191,7 +190,7 @@ def show(table: Table, scenario: str, figures: Mapping[str, Any]) -> None:
 
 
 def show_comparisons(figures: Mapping[str, Any], prefixes: Sequence[str]) -> None:
-    """Print ours over the others, a row per scenario and other policy."""
+    """Print ours compared with the others, a row per scenario and other policy."""
     rows = []
     for prefix in prefixes:
         for ours, other, over in PAIRS:

@@ -1,7 +1,7 @@
-"""The live half of the `paper` experiment: the reference fleet, served, under four policies.
+"""The served half of the `paper` experiment: the reference fleet under one policy after another.
 
 Energy is what the service attributed to each request (`energy_j` of its outcome), read from the
-outcome store when the service has ended.
+outcome store after the service has ended.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from load_tests.paper.figures import (
 )
 from load_tests.paper.runs import Arrival, Runner
 
-GENERAL = "general"  # the SLM that the generalist alone is
-# What is offered, of what the generalist alone can do with `FULL` requests always in flight; in the
-# highest minute of the day it is 2.5 times as much.
+GENERAL = "general"  # the SLM of the policy `generalist`
+# Mean offered rate, over the generalist's capacity with `FULL` requests always in flight; in the
+# highest minute of the day the rate is 2.5 times the mean.
 LOAD_RATIO = 0.4
 FULL = 16
 CAPACITY_REQUESTS = 128
-# Where quality is a target, cost is what is left to save: six times all of quality for one second.
-# `min_quality` is what the other policy has had so far; see `paper_runs.Runner`.
+# With quality as a target, the weights only express cost: a second is worth six times the whole
+# range of quality. `min_quality` is the other policy's quality so far; see `runs.Runner`.
 SAVING = {"policy": {"name": "calm"}, "latency_weight_per_s": 6.0, "energy_weight_per_j": 0.6}
 WARM_UP = 8  # requests for each SLM
-NEVER = 1_000_000  # outcomes before the service itself would train: nothing is learned meanwhile
+NEVER = 1_000_000  # min_outcomes that is not reached, so that the service does not train
 SEED = 98
-OUTCOMES = 200_000
+OUTCOMES = 200_000  # most that are read back
 
 Section = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Requests for each policy, and the turns in which policies share them."""
+    """Requests for each policy by scenario, and the number of blocks that they are cut into."""
 
     day: int
     trace: int
@@ -62,7 +62,7 @@ class Sizes:
 
 @dataclass(slots=True)
 class Live:
-    """All records of the live half, and what was seen beside them."""
+    """All records of the served half, with figures of the machine and the load generator."""
 
     records: list[Record] = field(default_factory=list)
     capacity_per_s: float = 0.0  # of the generalist alone
@@ -74,12 +74,12 @@ class Live:
 
     @property
     def rate_per_s(self) -> float:
-        """Mean rate that the open loops offer."""
+        """Mean rate of the open loops."""
         return LOAD_RATIO * self.capacity_per_s
 
 
 def policies(names: Sequence[str]) -> dict[str, Section]:
-    """What each policy of this experiment changes in the service's goals."""
+    """The changes of the service's goals that select each policy."""
     every: dict[str, Section] = {
         OURS: {"policy": {"name": "calm"}},
         GENERALIST: {"policy": {"name": "single", "slm": GENERAL}},
@@ -91,16 +91,20 @@ def policies(names: Sequence[str]) -> dict[str, Section]:
     return {name: every[name] for name in names}
 
 
-def sequence(at_s: Sequence[float], asked: int, rng: Random) -> list[Arrival]:
-    """Arrivals at these times, with the requests of the workload in random order."""
-    order = rng.sample(range(asked), min(asked, len(at_s)))
+def sequence(at_s: Sequence[float], size: int, rng: Random) -> list[Arrival]:
+    """Arrivals at these times, with `size` requests of the workload in random order."""
+    order = rng.sample(range(size), min(size, len(at_s)))
     return [Arrival(i, order[i % len(order)], at) for i, at in enumerate(at_s)]
 
 
 def hot(
-    live: Live, asked: Sequence[Request], trace: Sequence[float], sizes: Sizes, names: Sequence[str]
+    live: Live,
+    workload: Sequence[Request],
+    trace: Sequence[float],
+    sizes: Sizes,
+    names: Sequence[str],
 ) -> None:
-    """All models hot: the day, the trace where there is one, and one request at a time."""
+    """All models hot: the day, the trace if there is one, and one request at a time."""
 
     async def run(runner: Runner) -> None:
         live.capacity_per_s = await runner.capacity(GENERAL, CAPACITY_REQUESTS, FULL)
@@ -117,15 +121,17 @@ def hot(
             at_s["azure"] = arrivals.scaled(trace, start, sizes.trace, rate)
         for scenario, times in at_s.items():
             live.variation[scenario] = round(arrivals.variation(times), 2)
-            await runner.open_loop(scenario, sequence(times, len(asked), rng), sizes.blocks)
+            await runner.open_loop(scenario, sequence(times, len(workload), rng), sizes.blocks)
         if sizes.serial:
-            requests = rng.sample(range(len(asked)), sizes.serial)
+            requests = rng.sample(range(len(workload)), sizes.serial)
             await runner.serial("serial", requests, sizes.blocks)
 
-    _serve(live, "hot", asked, policies(names), run, {})
+    _serve(live, "hot", workload, policies(names), run, {})
 
 
-def half(live: Live, asked: Sequence[Request], sizes: Sizes, residency: Mapping[str, Any]) -> None:
+def half(
+    live: Live, workload: Sequence[Request], sizes: Sizes, residency: Mapping[str, Any]
+) -> None:
     """Memory for about half the fleet: the paper's policy with the paper's cache, then ours."""
     for name, own in (("half_memory_lru", "lru"), ("half_memory", "calm")):
         names = [p for p in POLICIES if (p == PAPER) == (own == "lru")]
@@ -133,17 +139,17 @@ def half(live: Live, asked: Sequence[Request], sizes: Sizes, residency: Mapping[
         async def run(runner: Runner) -> None:
             rng = Random(SEED + 1)
             times = arrivals.day(sizes.half, live.rate_per_s, rng)
-            order = sequence(times, len(asked), rng)
-            # In turns, what one policy wants would spoil the cache and the forecast of the next.
+            order = sequence(times, len(workload), rng)
+            # No turns: one policy's demand would distort the cache and the forecast of the next.
             await runner.open_loop("half_memory", order, 1)
 
-        _serve(live, name, asked, policies(names), run, {**residency, "policy": own})
+        _serve(live, name, workload, policies(names), run, {**residency, "policy": own})
 
 
 def _serve(
     live: Live,
     name: str,
-    asked: Sequence[Request],
+    workload: Sequence[Request],
     sections: Mapping[str, Section],
     run: Any,
     residency: Mapping[str, Any],
@@ -154,11 +160,11 @@ def _serve(
             args["residency"] = dict(residency)
 
     async def serve(url: str) -> Runner:
-        runner = Runner(url, asked, sections, live.records)
+        runner = Runner(url, workload, sections, live.records)
         try:
             await runner.warm_up([s["id"] for s in fleet_file("reference")["slms"]], WARM_UP)
             await run(runner)
-            await asyncio.sleep(2.0)  # the router's last batch is under way
+            await asyncio.sleep(2.0)  # for the router's last batch of outcomes
             async with httpx.AsyncClient(base_url=url, timeout=30.0) as client:
                 live.fleet[name] = (await client.get("/v1/fleet")).raise_for_status().json()
         finally:
@@ -170,14 +176,14 @@ def _serve(
             runner = asyncio.run(serve(url))
         add_outcomes(runner.records, Path(folder))
     live.records += runner.records
-    live.client_cpu_ratio = max(live.client_cpu_ratio, runner.seen.client_cpu_ratio)
-    live.late_s = max(live.late_s, runner.seen.late_s)
-    for key, values in runner.seen.cores_busy.items():
+    live.client_cpu_ratio = max(live.client_cpu_ratio, runner.observed.client_cpu_ratio)
+    live.late_s = max(live.late_s, runner.observed.late_s)
+    for key, values in runner.observed.cores_busy.items():
         live.cores_busy[key] = round(sum(values) / len(values), 3)
 
 
 def add_outcomes(records: Sequence[Record], state: Path) -> None:
-    """Add what the service logged of the requests: energy, and who would have had them."""
+    """Add from the outcome store each request's energy and preferred SLM."""
     store = OutcomeStore(f"sqlite:///{(state / 'outcomes.sqlite').absolute()}")
     try:
         outcomes = {o.outcome_id: o for o in store.recent(OUTCOMES)}

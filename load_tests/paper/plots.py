@@ -37,7 +37,10 @@ COLOURS = {
 def draw(
     folder: Path, tables: Mapping[str, Table], figures: Mapping[str, Any], rate_per_s: float
 ) -> None:
-    """Writes paper.png (quality over latency and energy) and paper-day.png (latency over time)."""
+    """Writes paper.png (quality over latency and energy) and paper-day.png (latency over time).
+
+    `tables` and the figures are by scenario; `rate_per_s` is the mean rate of the day.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scenarios = list(tables)
     figure, axes = plt.subplots(

@@ -1,8 +1,8 @@
 """Graded requests to a running service: one policy at a time, in blocks that take turns.
 
-All policies have the same requests at the same times. The sequence of arrivals is cut into blocks,
-and each block is run for every policy before the next one, with another policy first each time, so
-that a machine that drifts does so for all of them. A policy is switched by `PUT /v1/goals`.
+All policies have the same requests at the same times. The sequence of arrivals is cut into blocks;
+each block is run for every policy before the next one, each time starting with another policy, so
+that a drift of the machine affects all policies alike. Policies are switched by `PUT /v1/goals`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 from tqdm import tqdm
 
 from deployments.reference_fleet.grading.marks import credit, marks
-from load_tests.common.asking import Question, ask
+from load_tests.common.client import Question, ask
 from load_tests.common.workloads import Request
 from load_tests.paper.figures import (
     AS_GENERALIST,
@@ -34,27 +34,27 @@ from load_tests.paper.figures import (
 
 TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 256
-# The same for every task: the limit is a feature, and must not tell the task.
+# The same for every task: the limit is a feature and must not reveal the task.
 MAX_TOKENS = 320
 
-# Whose quality is another policy's target, and by how much it is to be better: what is measured
+# Policy -> the policy whose quality is its target. The margin is added because measured quality
 # scatters around a target.
 TARGETS = {AS_GENERALIST: GENERALIST, AS_PAPER: PAPER}
-BETTER = 0.02
+TARGET_MARGIN = 0.02
 
 
 @dataclass(slots=True)
-class Seen:
-    """What was seen beside the answers, by policy: the machine's busy cores, and the generator."""
+class Observed:
+    """The machine's busy cores by `scenario.policy`, and figures of the load generator."""
 
     cores_busy: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     client_cpu_ratio: float = 0.0  # of one core, the highest of any run
-    late_s: float = 0.0  # the latest that a request was sent after it was due
+    late_s: float = 0.0  # largest delay between a request's due time and its sending
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One place of a sequence: which request of the workload, and when."""
+    """One place of a sequence: a request of the workload (by index) and when it is due."""
 
     place: int
     request: int
@@ -73,24 +73,24 @@ def blocks_of(arrivals: Sequence[Arrival], count: int) -> list[list[Arrival]]:
 class Runner:
     """Sends the workload to one service under one policy after another.
 
-    `policies` are changes of the service's goals by name; the shares of `shares`, and the quality
-    that is a target, are those that another policy has had so far, so that one goes first. `before`
-    are records of earlier runs.
+    `policies` maps names to changes of the service's goals. The shares of `shares` and the quality
+    targets are those that another policy has had so far, so that policy has to run first.
+    `earlier` are records of earlier runs.
     """
 
     def __init__(
         self,
         url: str,
-        asked: Sequence[Request],
+        workload: Sequence[Request],
         policies: Mapping[str, Mapping[str, Any]],
-        before: Sequence[Record] = (),
+        earlier: Sequence[Record] = (),
     ) -> None:
-        self.seen = Seen()
-        self._before = before
+        self.observed = Observed()
+        self._earlier = earlier
         self.records: list[Record] = []
-        self._asked = asked
+        self._workload = workload
         self._policies = dict(policies)
-        self._goals: dict[str, Any] = {}  # the service's own
+        self._goals: dict[str, Any] = {}  # as the service was started with
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
         self._client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits)
 
@@ -99,14 +99,14 @@ class Runner:
         await self._client.aclose()
 
     async def warm_up(self, slms: Sequence[str], each: int) -> None:
-        """Ask every SLM, so that nobody's first request pays for a first time."""
+        """Send a few requests to every SLM, so that no measured request includes warm-up."""
         for slm in slms:
-            sent = [Question(slm, r.messages, 16) for r in self._asked[:each]]
+            sent = [Question(slm, r.messages, 16) for r in self._workload[:each]]
             await asyncio.gather(*(ask(self._client, question) for question in sent))
 
     async def capacity(self, slm: str, requests: int, concurrency: int) -> float:
         """Requests per second of one SLM with `concurrency` always in flight."""
-        waiting = iter(self._asked[:requests])
+        waiting = iter(self._workload[:requests])
 
         async def worker() -> None:
             for one in waiting:
@@ -117,11 +117,11 @@ class Runner:
         return requests / (time.perf_counter() - started)
 
     async def open_loop(self, scenario: str, arrivals: Sequence[Arrival], blocks: int) -> None:
-        """Every policy has every arrival, whatever became of those before it."""
+        """Run every arrival under every policy, independently of earlier answers."""
         await self._in_turns(scenario, blocks_of(arrivals, blocks), MAX_CONNECTIONS)
 
     async def serial(self, scenario: str, requests: Sequence[int], blocks: int) -> None:
-        """One request at a time, each as soon as the one before it has its answer."""
+        """Run one request at a time, each as soon as the one before it is answered."""
         arrivals = [Arrival(i, request, float(i)) for i, request in enumerate(requests)]
         await self._in_turns(scenario, blocks_of(arrivals, blocks), 1)
 
@@ -143,8 +143,8 @@ class Runner:
             shares = shares_of(self.records, scenario)
             change["policy"] = {**change["policy"], "shares": shares}
         if policy in TARGETS:
-            had = quality_of([*self._before, *self.records], TARGETS[policy])
-            change["min_quality"] = min(had + BETTER, 1.0)
+            quality = quality_of([*self._earlier, *self.records], TARGETS[policy])
+            change["min_quality"] = min(quality + TARGET_MARGIN, 1.0)
         if not self._goals:
             got = (await self._client.get("/v1/goals")).raise_for_status()
             self._goals = got.json()["goals"]
@@ -165,7 +165,7 @@ class Runner:
         async def one(arrival: Arrival, due: float) -> None:
             record = Record(scenario, policy, arrival.place, arrival.request, arrival.due_s)
             async with slots:
-                # Of a serial run, what counts is the service: nobody is due before the last ended.
+                # In a serial run a request is due when the one before it has ended.
                 since = time.perf_counter() if concurrency == 1 else due
                 text = await self._ask(record)
                 record.latency_s = time.perf_counter() - since if text is not None else float("nan")
@@ -183,20 +183,20 @@ class Runner:
                 if concurrency > 1 and (delay := due - time.perf_counter()) > 0:
                     await asyncio.sleep(delay)
                 if concurrency > 1:
-                    self.seen.late_s = max(self.seen.late_s, time.perf_counter() - due)
+                    self.observed.late_s = max(self.observed.late_s, time.perf_counter() - due)
                 group.create_task(one(arrival, due))
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         busy = psutil.cpu_percent() / 100.0 * (psutil.cpu_count() or 1)
         gc.enable()
-        self.seen.cores_busy[f"{scenario}.{policy}"].append(busy)
-        self.seen.client_cpu_ratio = max(self.seen.client_cpu_ratio, cpu / wall)
+        self.observed.cores_busy[f"{scenario}.{policy}"].append(busy)
+        self.observed.client_cpu_ratio = max(self.observed.client_cpu_ratio, cpu / wall)
         for record, text in answers:
             self._grade(record, text)
         self.records += [record for record, _ in answers]
 
     async def _ask(self, record: Record) -> str | None:
-        """The answer's text, None for an error, which the record then names."""
-        question = Question("auto", self._asked[record.request].messages, MAX_TOKENS)
+        """The answer's text, or None for an error, which is then in the record."""
+        question = Question("auto", self._workload[record.request].messages, MAX_TOKENS)
         try:
             answer = await ask(self._client, question)
         except httpx.HTTPStatusError as error:
@@ -212,20 +212,20 @@ class Runner:
     def _grade(self, record: Record, text: str) -> None:
         if record.error:
             return
-        row = self._asked[record.request].row
+        row = self._workload[record.request].row
         record.exact = marks(row.task, text, list(row.answers))["exact"]
         record.credit = credit(row.task, text, list(row.answers))
 
 
 def quality_of(records: Sequence[Record], policy: str) -> float:
-    """Mean credit of a policy's answers in all scenarios; ValueError before it had any."""
+    """Mean credit of a policy's answers in all scenarios. Raises ValueError if it has none yet."""
     credits = [r.credit for r in records if r.policy == policy]
     if not credits:
-        raise ValueError(f"{policy} has answered nothing yet, so its quality is not known")
+        raise ValueError(f"{policy} has no answers yet, so its quality is not known")
     return sum(credits) / len(credits)
 
 
 def shares_of(records: Sequence[Record], scenario: str) -> dict[str, float]:
-    """Each SLM's share of what ours sent in a scenario."""
+    """Each SLM's share of the requests that ours routed in a scenario."""
     counts = Counter(r.slm for r in records if (r.scenario, r.policy) == (scenario, OURS) and r.slm)
     return {slm: count / counts.total() for slm, count in counts.items()}

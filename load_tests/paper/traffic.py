@@ -1,7 +1,7 @@
 """Graded traffic for the served changes of the `paper` experiment, with feedback on the answers.
 
-Requests come as a Poisson process and are sent when they are due. Every answer is graded on the
-held-out row it belongs to, and the grade of a stated share of them goes to `/v1/feedback`.
+Requests are a Poisson process and are sent when they are due. Every answer is graded against its
+held-out row, and the grades of a given share of them are posted to `/v1/feedback`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import httpx
 from tqdm import tqdm
 
 from deployments.reference_fleet.grading.marks import credit, marks
-from load_tests.common.asking import Answer, Question, ask
+from load_tests.common.client import Answer, Question, ask
 from load_tests.common.workloads import Request
 from load_tests.paper.figures import OURS, Record
 from load_tests.paper.runs import MAX_CONNECTIONS, MAX_TOKENS, TIMEOUT_S
 
 Stop = Callable[[], bool]
-Say = Callable[[float], float]  # what is said of an answer of this credit
+Score = Callable[[float], float]  # credit of an answer -> score of the feedback on it
 
 
 @dataclass(slots=True)
@@ -30,11 +30,11 @@ class Traffic:
     """Sends parts of the workload to one service; `records` has every request in order."""
 
     client: httpx.AsyncClient
-    asked: Sequence[Request]
+    workload: Sequence[Request]
     rng: Random
     records: list[Record] = field(default_factory=list)
-    sent: int = 0  # of the part that is being sent
-    late_s: float = 0.0  # the latest that a request was sent after it was due
+    sent: int = 0  # requests of the current part
+    late_s: float = 0.0  # largest delay between a request's due time and its sending
     feedback: int = 0  # grades posted
 
     async def send(
@@ -48,10 +48,10 @@ class Traffic:
         policy: str = OURS,
         stop: Stop | None = None,
     ) -> list[Record]:
-        """Send these requests of the workload; returns their records, in the order of arrival.
+        """Send these requests of the workload. Returns their records in the order of arrival.
 
-        `swapped` feedback calls good answers bad and bad ones good; `stop` is asked before each
-        request, and ends the part early.
+        `swapped` feedback scores good answers as bad and bad ones as good. `stop` is called before
+        each request; True ends the part early.
         """
         found: list[Record] = []
         self.sent = 0
@@ -60,9 +60,9 @@ class Traffic:
             async with asyncio.TaskGroup() as group:
                 for place, request in enumerate(requests):
                     due_s += self.rng.expovariate(rate_per_s)
-                    # Drawn here, so that a request has its feedback whatever became of others.
-                    judged = self.rng.random() < feedback_ratio
-                    say = _swapped if swapped else _truth
+                    # Drawn for every request, so that it does not depend on other answers.
+                    has_feedback = self.rng.random() < feedback_ratio
+                    score = _swapped if swapped else _truth
                     if (delay_s := start + due_s - time.perf_counter()) > 0:
                         await asyncio.sleep(delay_s)
                     if stop is not None and stop():
@@ -72,20 +72,20 @@ class Traffic:
                     found.append(record)
                     self.sent = place + 1
                     group.create_task(
-                        self._one(record, start + due_s, say if judged else None, bar)
+                        self._one(record, start + due_s, score if has_feedback else None, bar)
                     )
         self.records += found
         return found
 
-    async def _one(self, record: Record, due: float, say: Say | None, bar: tqdm[None]) -> None:
-        one = self.asked[record.request]
+    async def _one(self, record: Record, due: float, score: Score | None, bar: tqdm[None]) -> None:
+        one = self.workload[record.request]
         try:
             answer = await ask(self.client, Question("auto", one.messages, MAX_TOKENS))
             record.latency_s = time.perf_counter() - due
             self._grade(record, answer)
-            if say is not None:
-                said = {"decision_id": record.decision_id, "score": say(record.credit)}
-                (await self.client.post("/v1/feedback", json=said)).raise_for_status()
+            if score is not None:
+                body = {"decision_id": record.decision_id, "score": score(record.credit)}
+                (await self.client.post("/v1/feedback", json=body)).raise_for_status()
                 self.feedback += 1
         except httpx.HTTPStatusError as error:
             record.error = f"status {error.response.status_code}"
@@ -94,7 +94,7 @@ class Traffic:
         bar.update()
 
     def _grade(self, record: Record, answer: Answer) -> None:
-        row = self.asked[record.request].row
+        row = self.workload[record.request].row
         record.slm, record.reason = answer.slm, answer.reason
         record.decision_id, record.output_tokens = answer.decision_id, answer.completion_tokens
         record.exact = marks(row.task, answer.text, list(row.answers))["exact"]
@@ -110,16 +110,19 @@ def _swapped(credit: float) -> float:
 
 
 def client_of(url: str) -> httpx.AsyncClient:
-    """A client with as many connections as the experiment needs."""
+    """An HTTP client with as many connections as the experiment needs."""
     limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits)
 
 
-def drawn(asked: Sequence[Request], tasks: Sequence[str], count: int, seed: int) -> list[int]:
-    """Places in the workload, at random with repetition; `tasks` empty is all of them."""
-    pool = [i for i, one in enumerate(asked) if not tasks or one.row.task in tasks]
+def drawn(workload: Sequence[Request], tasks: Sequence[str], count: int, seed: int) -> list[int]:
+    """`count` random indices into the workload, of these tasks; () means all tasks.
+
+    Every index of the pool is drawn once before any is drawn again.
+    """
+    pool = [i for i, one in enumerate(workload) if not tasks or one.row.task in tasks]
     rng = Random(seed)
     found: list[int] = []
-    while len(found) < count:  # as evenly as can be: none comes twice before all came once
+    while len(found) < count:
         found += rng.sample(pool, len(pool))
     return found[:count]

@@ -1,7 +1,7 @@
 """Other gateways in front of the same vLLM servers, in environments of their own.
 
-`python -m load_tests.peers install` makes the environments below `.peers/`, which git ignores. A
-peer that cannot run here is reported with its error, and the others go on.
+`python -m load_tests.peers install` makes the environments below `.peers/` (git-ignored). A peer
+that cannot run here is reported with its error; the others are still measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ VERSIONS = {
     "vllm_router": "vllm-router==0.1.17",
     "ray_serve_llm": "pyarrow==26.0.1",  # what Ray Serve LLM needs beyond our own environment
 }
-# Peers that run at the same time; one more Ray cluster with its engines is all that fits beside us.
+# Peers of a group run at the same time. A second Ray cluster with its engines needs a group of its
+# own: more does not fit on the machine.
 GROUPS = (("litellm", "smg", "vllm_router"), ("ray_serve_llm",), ("ray_serve_llm_prefix",))
 FIRST_ANSWER_S = 120.0
 RAY_READY_S = 240.0
@@ -45,7 +46,7 @@ RAY_READY_S = 240.0
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One way to the SLMs: SLM id to the URL and the model to name there."""
+    """One gateway: SLM id to the URL and the model name to use there."""
 
     name: str
     targets: Mapping[str, tuple[str, str]]
@@ -56,7 +57,7 @@ Start = Callable[[ExitStack, Sequence[SLMSpec], Mapping[str, str]], Side]
 
 
 def install() -> None:
-    """Make the environments. Raises CalledProcessError where a package cannot be had."""
+    """Make the environments. Raises CalledProcessError if a package cannot be installed."""
     for name, package in VERSIONS.items():
         folder = FOLDER / name
         if name == "ray_serve_llm":
@@ -70,8 +71,8 @@ def install() -> None:
 def start(
     stack: ExitStack, names: Sequence[str], specs: Sequence[SLMSpec], direct: Mapping[str, str]
 ) -> tuple[list[Side], dict[str, str]]:
-    """Start these peers until `stack` ends; the ones that answer, and why others do not."""
-    found, refused = [], {}
+    """Start these peers until `stack` ends. Returns those that answer, and the others' errors."""
+    found, failed = [], {}
     for name in names:
         print(f"starting {name}", flush=True)
         with ExitStack() as own:
@@ -79,17 +80,17 @@ def start(
                 side = _STARTS[name](own, specs, direct)
                 _first_answers(side)
             except (RuntimeError, OSError, CalmError) as error:
-                refused[name] = str(error)
+                failed[name] = str(error)
                 continue
             found.append(side)
             stack.push(own.pop_all())
-    return found, refused
+    return found, failed
 
 
 def litellm_config(specs: Sequence[SLMSpec], direct: Mapping[str, str], key: str) -> str:
-    """The proxy's file: every SLM, and a complexity router that ends at it whatever it decides.
+    """LiteLLM's configuration: each SLM, and a complexity router of which every tier is that SLM.
 
-    So the decision is made and paid for, and the requests still go where all sides send them.
+    The decision is thus made and its cost measured, while the SLM is the same as on all sides.
     """
     models = []
     for slm in (spec.id for spec in specs):
@@ -99,7 +100,7 @@ def litellm_config(specs: Sequence[SLMSpec], direct: Mapping[str, str], key: str
             "complexity_router_default_model": slm,
             "complexity_router_config": {
                 "tiers": dict.fromkeys(("SIMPLE", "MEDIUM", "COMPLEX", "REASONING"), slm),
-                # By default it replaces the client's limit with the model's whole context.
+                # By default the router replaces the client's limit with the model's whole context.
                 "max_tokens_from_tier_model": False,
             },
         }
@@ -109,7 +110,7 @@ def litellm_config(specs: Sequence[SLMSpec], direct: Mapping[str, str], key: str
 
 
 def _first_answers(side: Side) -> None:
-    """Wait until every SLM answers once. Raises RuntimeError with the last error."""
+    """Wait until every SLM has answered once. Raises RuntimeError with the last error."""
     prompts, deadline = ShortPrompts(output_tokens=4), time.monotonic() + FIRST_ANSWER_S
     for slm, (url, model) in side.targets.items():
         while True:
@@ -124,7 +125,7 @@ def _first_answers(side: Side) -> None:
 
 def _litellm(own: ExitStack, specs: Sequence[SLMSpec], direct: Mapping[str, str]) -> Side:
     folder = Path(own.enter_context(tempfile.TemporaryDirectory()))
-    key = "sk-" + secrets.token_hex(24)  # it refuses to start with a weak one
+    key = "sk-" + secrets.token_hex(24)  # LiteLLM does not start with a weak key
     (folder / "config.yaml").write_text(litellm_config(specs, direct, key), encoding="utf-8")
     port = free_port()
     command = [str(FOLDER / "litellm" / "bin" / "litellm"), "--config", str(folder / "config.yaml")]
@@ -136,14 +137,14 @@ def _litellm(own: ExitStack, specs: Sequence[SLMSpec], direct: Mapping[str, str]
 
 
 def _smg(own: ExitStack, specs: Sequence[SLMSpec], direct: Mapping[str, str]) -> Side:
-    # With several models it has to be told that its workers differ.
+    # One router in front of the workers of all SLMs.
     command = [str(FOLDER / "smg" / "bin" / "smg"), "launch"]
     server = _rust(own, "smg", command, [direct[s.id] for s in specs])
     return Side("smg", {s.id: (server.url, s.id) for s in specs})
 
 
 def _vllm_router(own: ExitStack, specs: Sequence[SLMSpec], direct: Mapping[str, str]) -> Side:
-    # It takes its workers for replicas of one model, so there is one router for each SLM.
+    # vllm-router takes its workers for replicas of one model, so each SLM has a router of its own.
     command = [str(FOLDER / "vllm_router" / "bin" / "vllm-router")]
     urls = {s.id: _rust(own, "vllm_router", command, [direct[s.id]]).url for s in specs}
     return Side("vllm_router", {slm: (url, slm) for slm, url in urls.items()})
@@ -170,7 +171,7 @@ def _ray(own: ExitStack, specs: Sequence[SLMSpec], *, prefix_aware: bool) -> Sid
     path = Path(folder) / "app.json"
     path.write_text(ray_serve.document(specs, port, prefix_aware=prefix_aware), encoding="utf-8")
     environment = {
-        # The same transport as ours: with Serve's defaults it has half the throughput.
+        # The same transport as ours; with Serve's defaults the throughput is half as high.
         **serve_environment(ports.environment, fast=True),
         "RAY_TMPDIR": folder,
         "RAY_AUTH_MODE": "disabled",

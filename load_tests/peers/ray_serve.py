@@ -13,12 +13,12 @@ from typing import Any
 from calm_serve.config import SLMSpec
 from deployments.slm.environment import process_environment
 
-NODE_CPUS = 16  # no gate: the machine is shared with the other sides
+NODE_CPUS = 16  # so that Ray admits all engines; the machine is shared with the other sides
 PREFIX_ROUTER = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
 
 
 def document(specs: Sequence[SLMSpec], port: int, *, prefix_aware: bool) -> str:
-    """What `main` reads: port, and one LLMConfig for each SLM with the engine we would start."""
+    """The file that `main` reads: port, and one LLMConfig per SLM with the engine of a replica."""
     return json.dumps({"port": port, "llm_configs": [_llm(s, prefix_aware) for s in specs]})
 
 
@@ -46,15 +46,15 @@ def _llm(spec: SLMSpec, prefix_aware: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Serve what the file says. Returns the exit status."""
+    """Serve the application of the file. Returns the exit status."""
     import ray
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    wanted = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     ray.init(address="local", num_cpus=NODE_CPUS, include_dashboard=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": wanted["port"]})
-    configs = [LLMConfig(**one) for one in wanted["llm_configs"]]
+    serve.start(http_options={"host": "127.0.0.1", "port": settings["port"]})
+    configs = [LLMConfig(**one) for one in settings["llm_configs"]]
     serve.run(build_openai_app({"llm_configs": configs}))
     with suppress(KeyboardInterrupt):
         signal.pause()

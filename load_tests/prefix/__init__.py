@@ -1,1 +1,3 @@
-"""Prefix-cache affinity and load of replica choice."""
+"""Prefix: cached share and load balance of the replica choice. Owner: benchmark; simulated in its
+process, then served over HTTP (`routers` runs in Serve's processes). Blocks.
+"""

@@ -1,14 +1,14 @@
-"""How much of the prompts the replicas' prefix caches serve, and how evenly replicas are loaded.
+"""Share of prompt tokens served from the replicas' prefix caches, and load balance.
 
 Two parts. Simulated: 2 to 64 replicas with LRU caches and queues, 1 and 8 router processes, the
-production ranking, and its baselines. Served (`prefix_live`): one SLM with two replicas, every
-policy by Serve itself, cached tokens as the engine counts them. The workloads are the Mooncake
-conversation trace and generated chats (`prefix_world`).
+production ranking and its baselines. Served (`live`): one SLM with two replicas, each policy as a
+request router of Serve, cached tokens as the engine counts them. The workloads are the Mooncake
+conversation trace and generated chats (`world`).
 
-The ceiling at a cache size is one LRU cache as large as all replicas' together. Load is the work
-done: prompt tokens that were computed and tokens that were generated; imbalance is its maximum
-over its mean. Agreement is the share of requests for which another router process, with its own
-view at that moment, would have chosen the same replica.
+The ceiling at a cache size is one LRU cache as large as all replicas' together. Load is work:
+prompt tokens computed plus tokens generated; imbalance is its maximum over its mean. Agreement is
+the share of requests for which another router process, with its own view at that moment, would have
+chosen the same replica.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from load_tests.prefix.world import (
 
 SIZES = (2, 4, 16, 64)
 ROUTERS = (1, 8)
-BASELINE_SIZES = (2, 4)  # the other policies are only simulated at these
-TRACE_REPLICAS = 4  # that one copy of the trace is for, at its own pace
+BASELINE_SIZES = (2, 4)  # the baselines are simulated at these sizes only
+TRACE_REPLICAS = 4  # replicas per copy of the trace at its own pace
 COPY_OFFSET_S = 60.0
-LARGE, LARGE_PART = 64, 1 / 3  # so many replicas see this part of the time only
+LARGE, LARGE_PART = 64, 1 / 3  # from this many replicas on, only this part of the time is simulated
 TRACE_CACHE_TOKENS = 1_600_000  # per replica
 CHATS_PER_REPLICA, CHATS_S = 60, 300.0
 CHAT_CACHE_TOKENS = 24_000
@@ -67,7 +67,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class World:
-    """One workload for one number of replicas, and the cache of each."""
+    """One workload for one number of replicas, with the cache size of each."""
 
     kind: str
     replicas: int
@@ -76,14 +76,14 @@ class World:
 
 
 def worlds(sizes: Sequence[int]) -> Iterator[World]:
-    """Every workload at every size; load per replica stays the same."""
+    """Every workload at every size, with the same load per replica."""
     trace = mooncake()
     for n in sizes:
         time = LARGE_PART if n >= LARGE else 1.0
         part = thinned(trace, n / TRACE_REPLICAS) if n < TRACE_REPLICAS else trace
-        part = until(part, time * part.asks[-1].at_s)
-        many = copies(part, max(1, n // TRACE_REPLICAS), COPY_OFFSET_S)
-        yield World("mooncake", n, many, TRACE_CACHE_TOKENS // many.block_tokens)
+        part = until(part, time * part.requests[-1].at_s)
+        load = copies(part, max(1, n // TRACE_REPLICAS), COPY_OFFSET_S)
+        yield World("mooncake", n, load, TRACE_CACHE_TOKENS // load.block_tokens)
         named = chats(round(CHATS_PER_REPLICA * n * time), CHATS_S * time)
         cache = CHAT_CACHE_TOKENS // named.block_tokens
         yield World("chats", n, named, cache)
@@ -98,7 +98,7 @@ def simulate(world: World, baselines: bool) -> Figures:
     name = f"{world.kind}.{n}"
     pooled = ceiling(workload, world.cache_blocks * n)
     figures: Figures = {
-        f"{name}.requests": len(workload.asks),
+        f"{name}.requests": len(workload.requests),
         f"{name}.infinite_ceiling": round(ceiling(workload, UNBOUNDED), 4),
         f"{name}.pooled_ceiling": round(pooled, 4),
     }
@@ -115,16 +115,16 @@ def simulate(world: World, baselines: bool) -> Figures:
 
 
 def headline(figures: Figures) -> Figures:
-    """The figures that stand for the benchmark: the worst of what the target speaks of."""
+    """The headline figures: the worst of the cases that the targets are about."""
     few = [(kind, n) for kind in KINDS for n in BASELINE_SIZES]
     keys = [f"{kind}.{n}.1.ours" for kind, n in few]
-    many = [f"{kind}.64.8.ours" for kind in KINDS]
+    load = [f"{kind}.64.8.ours" for kind in KINDS]
     found = {
         "simulated_hit_share_of_ceiling": min(figures[f"{k}.share_of_ceiling"] for k in keys),
         "simulated_load_imbalance": max(figures[f"{k}.load_imbalance"] for k in keys),
-        "simulated_64_hit_share_of_ceiling": min(figures[f"{k}.share_of_ceiling"] for k in many),
-        "simulated_64_load_imbalance": max(figures[f"{k}.load_imbalance"] for k in many),
-        "router_agreement": min(figures[f"{k}.agreement"] for k in many),
+        "simulated_64_hit_share_of_ceiling": min(figures[f"{k}.share_of_ceiling"] for k in load),
+        "simulated_64_load_imbalance": max(figures[f"{k}.load_imbalance"] for k in load),
+        "router_agreement": min(figures[f"{k}.agreement"] for k in load),
     }
     if "live.ours.hit_share_of_ceiling" in figures:
         found |= {
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--simulated", action="store_true", help="leave out the served part")
+    parser.add_argument("--simulated", action="store_true", help="without the served part")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the pictures")
     chosen = parser.parse_args(arguments)

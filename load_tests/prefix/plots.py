@@ -17,7 +17,7 @@ TARGET_SHARE, TARGET_IMBALANCE = 0.90, 1.25
 def draw_simulated(
     folder: Path, figures: Mapping[str, Any], policies: Sequence[str], sizes: Sequence[int]
 ) -> None:
-    """Writes prefix.png: hits and imbalance per policy, and ours over the number of replicas."""
+    """Writes prefix.png: cached share and load imbalance by policy, and ours by replicas."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), dpi=90)
     shares, loads, curve, agreement = axes
@@ -54,7 +54,7 @@ def draw_simulated(
 
 
 def draw_live(folder: Path, figures: Mapping[str, Any], policies: Sequence[str]) -> None:
-    """Writes prefix_live.png: hits, imbalance and time to first token as served."""
+    """Writes prefix_live.png: cached share, load imbalance and time to first token, served."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, (shares, loads, times) = plt.subplots(1, 3, figsize=(12, 2.6), dpi=90)
     shares.barh(policies, [figures[f"live.{p}.cached_share"] for p in policies])

@@ -1,7 +1,7 @@
-"""Ways to choose a replica. `Ours` calls what production calls; the others are its baselines.
+"""Policies that choose a replica. `Ours` calls the production ranking; the others are baselines.
 
-A policy sees the replicas as its router process does. `choose` changes nothing, so that another
-process can be asked what it would have done; `placed` takes note of what was done.
+A policy sees the replicas as its router process does. `choose` has no side effect, so that another
+process's choice can be compared; `record` stores the choice that was made.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ RAY_MATCH_RATE = 0.1  # Ray's default match_rate_threshold
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a router knows of a request: the chain is what `analyze` makes of the text."""
+    """A request as a router sees it; `chain` is `calm_serve.requests.prefix_chain` of its text."""
 
     decision_id: str
     chain: tuple[int, ...]
-    blocks: tuple[int, ...]  # the whole text, for a rule that reads it all
+    blocks: tuple[int, ...]  # the whole text, for policies that read all of it
     session: str = ""
 
 
 class Policy(Protocol):
-    """One router process's way to choose."""
+    """The replica choice of one router process."""
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
-        """The replica's id."""
+        """The id of the replica for a request; without side effects."""
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
-        """Note that this router's request went to a replica."""
+    def record(self, prompt: Prompt, replica_id: str) -> None:
+        """Store that this router's request was sent to a replica."""
 
 
 class Ours:
@@ -59,7 +59,7 @@ class Ours:
         )
         return ranked[0][0]
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         self._index.add(prompt.chain, replica_id)
 
 
@@ -72,7 +72,7 @@ class RoundRobin:
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
         return replicas[self._next % len(replicas)].replica_id
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         self._next += 1
 
 
@@ -86,12 +86,12 @@ class PowerOfTwo:
         drawn = self._random.sample(replicas, min(2, len(replicas)))
         return min(drawn, key=lambda r: r.queue_length).replica_id
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         pass
 
 
 class LeastLoaded:
-    """The shortest queue of all; equals are drawn."""
+    """The shortest queue of all; ties are drawn."""
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
@@ -99,23 +99,23 @@ class LeastLoaded:
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
         return min(replicas, key=lambda r: (r.queue_length, self._random.random())).replica_id
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         pass
 
 
 class Sticky:
-    """Rendezvous hash of the session, or of the prompt's first 256 characters; blind to load."""
+    """Rendezvous hash of the session, or of the prompt's first 256 characters; ignores load."""
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
         key = prompt.session or str(prompt.chain[min(1, len(prompt.chain) - 1)])
         return max(replicas, key=lambda r: _weight(key, r.replica_id)).replica_id
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         pass
 
 
 class RayTree:
-    """What Ray's prefix router remembers: who was sent which prefix, without eviction."""
+    """The state of Ray's prefix router: replicas by prefix block, without eviction."""
 
     def __init__(self) -> None:
         self.holders: dict[int, set[str]] = {}
@@ -123,12 +123,12 @@ class RayTree:
 
 
 class RayPrefixRule:
-    """The rule of Ray's PrefixCacheAffinityRouter with its defaults, written anew.
+    """The rule of Ray's PrefixCacheAffinityRouter with its defaults, reimplemented.
 
-    `imbalanced_threshold` is infinite by default, so load is only looked at to choose between
-    equals. The longest match decides if it covers a tenth of the prompt, else the replica with the
-    smallest tree. One tree for all router processes, as Ray keeps it in one actor. Ray matches
-    single characters of the whole prompt, this one whole blocks of it.
+    `imbalanced_threshold` is infinite by default, so load only breaks ties. The longest match
+    decides if it covers a tenth of the prompt, else the replica with the smallest tree. All router
+    processes share one tree, which Ray keeps in an actor. Ray matches single characters of the
+    whole prompt, this class whole blocks.
     """
 
     def __init__(self, tree: RayTree, seed: int) -> None:
@@ -150,7 +150,7 @@ class RayPrefixRule:
         chosen = [r for r in replicas if r.replica_id in matched]
         return min(chosen, key=lambda r: (r.queue_length, self._random.random())).replica_id
 
-    def placed(self, prompt: Prompt, replica_id: str) -> None:
+    def record(self, prompt: Prompt, replica_id: str) -> None:
         for block in prompt.blocks:
             holders = self._tree.holders.setdefault(block, set())
             if replica_id not in holders:
@@ -167,7 +167,10 @@ def _ray(routers: int) -> list[Policy]:
 
 
 def makers(max_blocks: int) -> dict[str, MakePolicies]:
-    """A policy for each router process, by name; `max_blocks` bounds the index of ours."""
+    """By name, a function that makes one policy per router process.
+
+    `max_blocks` bounds the prefix index of ours.
+    """
     return {
         "ours": lambda n: [Ours(PrefixIndex(max_blocks), seed) for seed in range(n)],
         "round_robin": lambda n: [RoundRobin(seed) for seed in range(n)],

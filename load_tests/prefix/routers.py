@@ -1,8 +1,8 @@
-"""Ray's own rules as served baselines.
+"""Ray's own policies as served baselines.
 
-They are subclasses of `ReplicaRouter`, which tells the process about replicas; with Ray's classes
-alone, the fleet would never be ready. Serve takes the shortest queue of the first group that has
-room, which is what makes two drawn replicas the power of two choices.
+They are subclasses of `ReplicaRouter`, which reports replicas to its process; with Ray's classes
+alone the fleet would not become ready. Serve takes the shortest queue of the first group that has
+room, so a group of two random replicas makes the power of two choices.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from deployments.router.request_router import ReplicaRouter
 
 
 class PowerOfTwo(ReplicaRouter):
-    """Two replicas at random, then the shorter queue: Serve's default."""
+    """The shorter queue of two random replicas: Serve's default."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return a group of two."""
+        """Return one group of two random replicas."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         return [self._random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
@@ -36,7 +36,7 @@ class RoundRobin(ReplicaRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return every replica, the next one first."""
+        """Return a group per replica, starting with the next one."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         ordered = sorted(candidate_replicas, key=lambda r: r.replica_id.unique_id)

@@ -1,10 +1,11 @@
-"""Replicas with an LRU block cache and a queue, in front of them router processes; simulated.
+"""Simulation of replicas with an LRU block cache and a queue, behind router processes.
 
-An engine computes prompts one after the other, in the order of arrival, and decodes beside that at
-a fixed pace. Its cache takes a prompt's blocks when it is sent; only leading blocks can be hits.
-A router process has its own index and its own view of the load, which ages as with Ray Serve: it
-counts its own requests, learns a replica's true number at each request it sends there, forgets it
-after `QUEUE_LIFETIME_S`, and otherwise has the statistics that are polled every `POLL_S`.
+An engine computes prompts one after the other, in the order of arrival, and decodes concurrently at
+a fixed pace. A prompt's blocks enter its cache when the request is sent; only leading blocks can be
+hits. A router process has its own prefix index and its own view of the load, which ages as with Ray
+Serve: it counts its own requests, receives a replica's true queue length with each request that it
+sends there, forgets it after `QUEUE_LIFETIME_S`, and otherwise has statistics polled every
+`POLL_S`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ SLM = "slm"
 
 
 class BlockCache:
-    """Blocks of prompts, the least recently used gone first, tails before heads."""
+    """An LRU cache of prompt blocks; a prompt's last blocks are evicted before its first."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
     def hits(self, blocks: Sequence[int]) -> int:
-        """How many leading blocks are here."""
+        """Number of leading blocks in the cache."""
         found = 0
         for block in blocks:
             if block not in self._blocks:
@@ -46,7 +47,7 @@ class BlockCache:
         return found
 
     def take(self, blocks: Sequence[int]) -> int:
-        """Leading blocks that were here; all are afterwards, as far as there is room."""
+        """Number of leading blocks that were in the cache; then adds all blocks that fit."""
         found = self.hits(blocks)
         for block in reversed(blocks):
             self._blocks.pop(block, None)
@@ -57,14 +58,14 @@ class BlockCache:
 
 
 def ceiling(workload: Workload, max_blocks: int) -> float:
-    """Share of prompt tokens that one cache of `max_blocks` blocks in one place would hold.
+    """Share of prompt tokens served by a single cache of `max_blocks` blocks.
 
-    No fleet whose caches hold as much together can be expected to do better, as every replica
-    has to hold what all share; it is an upper reference, not a bound that was proved.
+    An upper reference, not a proven bound: a fleet whose caches have this size together is expected
+    to do worse, because each replica has to hold the blocks that all prompts share.
     """
     cache = BlockCache(max_blocks)
     cached = sum(
-        min(cache.take(a.blocks) * workload.block_tokens, a.input_tokens) for a in workload.asks
+        min(cache.take(a.blocks) * workload.block_tokens, a.input_tokens) for a in workload.requests
     )
     return cached / workload.input_tokens
 
@@ -78,7 +79,7 @@ class _Engine:
         self._free_at_s = 0.0
 
     def submit(self, at_s: float, computed: int, output: int) -> tuple[float, float]:
-        """When the first token comes and when the answer ends."""
+        """Times of the first token and of the end of the answer."""
         self._free_at_s = max(at_s, self._free_at_s) + computed / PREFILL_TOKENS_PER_S
         first_s = self._free_at_s + TPOT_S
         self.ongoing += 1
@@ -88,43 +89,43 @@ class _Engine:
 
 
 class _Router:
-    """One process: its policy and its view."""
+    """One router process: its policy and its view of the replicas."""
 
     def __init__(self, policy: Policy, clock: FakeClock) -> None:
         self.policy = policy
         self.view = LiveView(clock)
         self._clock = clock
-        self._known: dict[str, tuple[float, int]] = {}
+        self._reported: dict[str, tuple[float, int]] = {}
         self.view.attach(SLM, self._queue_length)
 
     def replicas(self) -> Sequence[ReplicaState]:
         return self.view.replicas(SLM)
 
-    def learn(self, replica_id: str, queue_length: int) -> None:
-        self._known[replica_id] = (self._clock(), queue_length)
+    def report(self, replica_id: str, queue_length: int) -> None:
+        self._reported[replica_id] = (self._clock(), queue_length)
 
     def ended(self, replica_id: str) -> None:
-        known = self._known.get(replica_id)
-        if known is not None:
-            self._known[replica_id] = (self._clock(), max(known[1] - 1, 0))
+        reported = self._reported.get(replica_id)
+        if reported is not None:
+            self._reported[replica_id] = (self._clock(), max(reported[1] - 1, 0))
 
     def _queue_length(self, replica_id: str) -> int | None:
-        known = self._known.get(replica_id)
-        if known is None or self._clock() - known[0] > QUEUE_LIFETIME_S:
+        reported = self._reported.get(replica_id)
+        if reported is None or self._clock() - reported[0] > QUEUE_LIFETIME_S:
             return None
-        return known[1]
+        return reported[1]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What happened; load is work: prompt tokens computed and tokens generated."""
+    """The result of one policy; load is work: prompt tokens computed plus tokens generated."""
 
     cached_share: float
     load_imbalance: float
     request_imbalance: float
     ttft_p50_s: float
     ttft_p95_s: float
-    agreement: float  # share of requests for which another router would have chosen the same
+    agreement: float  # share of requests for which another router would choose the same replica
 
 
 class Simulation:
@@ -147,7 +148,7 @@ class Simulation:
         self._seed = seed
 
     def run(self, make: MakePolicies) -> Result:
-        """Replay everything with one policy, from empty caches."""
+        """Run the workload with one policy, starting with empty caches."""
         clock = FakeClock(0.0)
         engines = {i: _Engine(self._cache_blocks) for i in self._ids}
         routers = [_Router(policy, clock) for policy in make(self._routers)]
@@ -156,31 +157,38 @@ class Simulation:
         ttfts: list[float] = []
         cached = agreed = 0
         polled_s = -POLL_S
-        for number, (ask, chain) in enumerate(zip(self._workload.asks, self._chains, strict=True)):
-            while ends and ends[0][0] <= ask.at_s:
+        for number, (request, chain) in enumerate(
+            zip(self._workload.requests, self._chains, strict=True)
+        ):
+            while ends and ends[0][0] <= request.at_s:
                 clock.now_s, replica_id, router = heapq.heappop(ends)
                 engines[replica_id].ongoing -= 1
                 routers[router].ended(replica_id)
-            clock.now_s = ask.at_s
-            if ask.at_s - polled_s >= POLL_S:
-                polled_s = ask.at_s
+            clock.now_s = request.at_s
+            if request.at_s - polled_s >= POLL_S:
+                polled_s = request.at_s
                 states = [_state(i, e) for i, e in engines.items()]
                 for one in routers:
                     one.view.update_replicas(SLM, states)
             at = rng.randrange(len(routers))
-            prompt = Prompt(f"d{number}", chain, ask.blocks, ask.session)
+            prompt = Prompt(f"d{number}", chain, request.blocks, request.session)
             chosen = routers[at].policy.choose(prompt, routers[at].replicas())
             if len(routers) > 1:
                 other = routers[(at + rng.randrange(1, len(routers))) % len(routers)]
                 agreed += other.policy.choose(prompt, other.replicas()) == chosen
             engine = engines[chosen]
-            hit = min(engine.cache.take(ask.blocks) * self._workload.block_tokens, ask.input_tokens)
+            hit = min(
+                engine.cache.take(request.blocks) * self._workload.block_tokens,
+                request.input_tokens,
+            )
             cached += hit
-            first_s, end_s = engine.submit(ask.at_s, ask.input_tokens - hit, ask.output_tokens)
-            ttfts.append(first_s - ask.at_s)
+            first_s, end_s = engine.submit(
+                request.at_s, request.input_tokens - hit, request.output_tokens
+            )
+            ttfts.append(first_s - request.at_s)
             heapq.heappush(ends, (end_s, chosen, at))
-            routers[at].policy.placed(prompt, chosen)
-            routers[at].learn(chosen, engine.ongoing)
+            routers[at].policy.record(prompt, chosen)
+            routers[at].report(chosen, engine.ongoing)
         ttfts.sort()
         return Result(
             cached_share=cached / self._workload.input_tokens,
@@ -193,7 +201,7 @@ class Simulation:
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """The largest over the mean."""
+    """The largest load over the mean."""
     return max(loads) * len(loads) / max(sum(loads), 1e-9)
 
 

@@ -1,7 +1,7 @@
-"""Requests whose prompts share beginnings: the Mooncake conversation trace, and generated chats.
+"""Requests whose prompts share prefixes: the Mooncake conversation trace, and generated chats.
 
-A prompt is a list of block ids; equal ids stand for equal text. The trace (`traces/`) holds the
-first 3,000 requests of the published one, with blocks of 512 tokens and one block that all share.
+A prompt is a list of block ids; equal ids stand for equal text. The trace (`traces/`) has the first
+3,000 requests of the published one, with blocks of 512 tokens; all prompts share the first block.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zlib import crc32
 
 TRACE = Path(__file__).parent / "traces" / "mooncake_conversation_3000.jsonl.gz"
 TRACE_BLOCK_TOKENS = 512
-CHARS_PER_TOKEN = 4  # of the text that stands for a simulated block
+CHARS_PER_TOKEN = 4  # of the text of a simulated block
 
 CHAT_BLOCK_TOKENS = 32
 CHAT_SYSTEMS = 4  # system prompts, shared by many chats
@@ -30,11 +30,11 @@ _SHIFT = 1 << 32  # between the block ids of two copies of a workload
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request; `session` names the chat it belongs to, "" where nobody says.
+class Request:
+    """One request; `session` is the id of its chat, "" if the client sends none.
 
     `ends` are the numbers of blocks after which a chat's messages end: system, user, assistant
-    and so on. () is a single message.
+    and so on; () for a single message.
     """
 
     at_s: float
@@ -51,35 +51,35 @@ class Workload:
 
     name: str
     block_tokens: int
-    asks: tuple[Ask, ...]
+    requests: tuple[Request, ...]
 
     @property
     def input_tokens(self) -> int:
         """Prompt tokens of all requests."""
-        return sum(a.input_tokens for a in self.asks)
+        return sum(a.input_tokens for a in self.requests)
 
 
 def mooncake(path: Path = TRACE) -> Workload:
     """The trace's requests at their own times and lengths."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    asks = tuple(
-        Ask(r["timestamp"] / 1e3, tuple(r["hash_ids"]), r["input_length"], r["output_length"])
+    requests = tuple(
+        Request(r["timestamp"] / 1e3, tuple(r["hash_ids"]), r["input_length"], r["output_length"])
         for r in rows
     )
-    return Workload("mooncake", TRACE_BLOCK_TOKENS, asks)
+    return Workload("mooncake", TRACE_BLOCK_TOKENS, requests)
 
 
 def chats(
     count: int, duration_s: float, seed: int = 0, systems_count: int = CHAT_SYSTEMS
 ) -> Workload:
-    """`count` chats that begin within `duration_s`; every turn holds the whole history."""
+    """`count` chats that begin within `duration_s`; every turn contains the whole history."""
     rng = Random(f"chats {seed}")
     systems = [
         tuple(rng.getrandbits(31) for _ in range(rng.randint(*CHAT_SYSTEM_BLOCKS)))
         for _ in range(systems_count)
     ]
-    asks = []
+    requests = []
     for number in range(count):
         history = rng.choice(systems)
         ends = [len(history)]
@@ -90,76 +90,80 @@ def chats(
             ends.append(len(history))
             tokens = len(history) * CHAT_BLOCK_TOKENS
             output = len(answer) * CHAT_BLOCK_TOKENS
-            asks.append(Ask(at_s, history, tokens, output, f"chat-{number}", tuple(ends)))
+            requests.append(Request(at_s, history, tokens, output, f"chat-{number}", tuple(ends)))
             history += answer
             ends.append(len(history))
             at_s += rng.expovariate(1.0 / CHAT_THINK_S)
-    return Workload("chats", CHAT_BLOCK_TOKENS, tuple(sorted(asks, key=lambda a: a.at_s)))
+    return Workload("chats", CHAT_BLOCK_TOKENS, tuple(sorted(requests, key=lambda a: a.at_s)))
 
 
 def without_sessions(workload: Workload) -> Workload:
     """The same requests from clients that send no session id."""
-    asks = tuple(replace(a, session="") for a in workload.asks)
-    return Workload(f"{workload.name}_unnamed", workload.block_tokens, asks)
+    requests = tuple(replace(a, session="") for a in workload.requests)
+    return Workload(f"{workload.name}_unnamed", workload.block_tokens, requests)
 
 
 def thinned(workload: Workload, share: float) -> Workload:
-    """About `share` of the conversations, each whole: requests with an equal second block."""
+    """About `share` of the conversations, each as a whole; the first two blocks identify one."""
     keep = int(share * 2**32)
-    asks = tuple(
-        a for a in workload.asks if crc32(repr(a.blocks[: min(2, len(a.blocks))]).encode()) < keep
+    requests = tuple(
+        a
+        for a in workload.requests
+        if crc32(repr(a.blocks[: min(2, len(a.blocks))]).encode()) < keep
     )
-    return Workload(workload.name, workload.block_tokens, asks)
+    return Workload(workload.name, workload.block_tokens, requests)
 
 
 def until(workload: Workload, end_s: float) -> Workload:
     """The requests up to `end_s`."""
-    asks = tuple(a for a in workload.asks if a.at_s <= end_s)
-    return Workload(workload.name, workload.block_tokens, asks)
+    requests = tuple(a for a in workload.requests if a.at_s <= end_s)
+    return Workload(workload.name, workload.block_tokens, requests)
 
 
 def copies(workload: Workload, count: int, offset_s: float, seed: int = 0) -> Workload:
-    """`count` workloads at once that share the first block only, each up to `offset_s` later."""
+    """`count` copies at once that share the first block only, each delayed by up to `offset_s`."""
     rng = Random(f"copies {seed}")
-    found: list[Ask] = []
+    found: list[Request] = []
     for number in range(count):
         later_s = rng.uniform(0.0, offset_s) if number else 0.0
         shift = number * _SHIFT
-        for ask in workload.asks:
-            blocks = (ask.blocks[0], *(b + shift for b in ask.blocks[1:]))
-            session = f"{ask.session}-{number}" if ask.session else ""
-            found.append(replace(ask, at_s=ask.at_s + later_s, blocks=blocks, session=session))
+        for request in workload.requests:
+            blocks = (request.blocks[0], *(b + shift for b in request.blocks[1:]))
+            session = f"{request.session}-{number}" if request.session else ""
+            found.append(
+                replace(request, at_s=request.at_s + later_s, blocks=blocks, session=session)
+            )
     found.sort(key=lambda a: a.at_s)
     return Workload(workload.name, workload.block_tokens, tuple(found))
 
 
 def scaled(workload: Workload, block_tokens: int, max_blocks: int) -> Workload:
-    """The same prompts with smaller blocks, cut after `max_blocks` of them."""
-    asks = tuple(
+    """The same prompts with smaller blocks, cut after `max_blocks` blocks."""
+    requests = tuple(
         replace(
             a,
             blocks=(cut := a.blocks[:max_blocks]),
             input_tokens=len(cut) * block_tokens,
         )
-        for a in workload.asks
+        for a in workload.requests
     )
-    return Workload(workload.name, block_tokens, asks)
+    return Workload(workload.name, block_tokens, requests)
 
 
-def at_pace(workload: Workload, duration_s: float, most_tokens: int) -> Workload:
-    """The requests of at most `most_tokens`, the last of them at `duration_s`."""
-    asks = [a for a in workload.asks if a.input_tokens <= most_tokens]
-    start, end = asks[0].at_s, asks[-1].at_s
+def at_pace(workload: Workload, duration_s: float, max_tokens: int) -> Workload:
+    """The requests of at most `max_tokens`, at a pace that puts the last one at `duration_s`."""
+    requests = [a for a in workload.requests if a.input_tokens <= max_tokens]
+    start, end = requests[0].at_s, requests[-1].at_s
     pace = duration_s / (end - start)
     return Workload(
         workload.name,
         workload.block_tokens,
-        tuple(replace(a, at_s=(a.at_s - start) * pace) for a in asks),
+        tuple(replace(a, at_s=(a.at_s - start) * pace) for a in requests),
     )
 
 
 def placeholder(block: int, chars: int) -> str:
-    """Text that stands for a simulated block; equal for equal ids only."""
+    """The text of a simulated block; equal for equal ids only."""
     word = f"{block:x} "
     return (word * (chars // len(word) + 1))[:chars]
 
@@ -167,6 +171,6 @@ def placeholder(block: int, chars: int) -> str:
 def texts(workload: Workload, max_chars: int) -> Iterator[str]:
     """The first `max_chars` characters of every prompt, as a client would send them."""
     chars = workload.block_tokens * CHARS_PER_TOKEN
-    for ask in workload.asks:
-        needed = ask.blocks[: -(-max_chars // chars)]
+    for request in workload.requests:
+        needed = request.blocks[: -(-max_chars // chars)]
         yield "".join(placeholder(b, chars) for b in needed)[:max_chars]

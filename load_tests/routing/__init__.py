@@ -1,1 +1,3 @@
-"""Quality, latency and energy of routing against other policies."""
+"""Routing: quality, latency and energy against other policies. Owner: benchmark, which serves the
+fleet or uses a running one over HTTP. Blocks.
+"""

@@ -1,9 +1,10 @@
-"""What routing is worth on the standard workload: quality, latency and energy of policies.
+"""Quality, latency and energy of routing policies on the standard workload.
 
-Every request of `workloads.standard()` goes, pinned and greedy, to every SLM of the reference
-fleet, and once to `/v1/route`, which decides and runs nothing. A policy's figures are the means
-over the answers of the SLMs that it chooses, so all policies are judged on the same answers. The
-shipped predictor was fitted on the other half of the held-out rows: in-domain, not in-sample.
+Every request of `workloads.standard()` is sent, pinned and decoded greedily, to every SLM of the
+reference fleet, and once to `/v1/route`, which decides without running anything. A policy's figures
+are means over the answers of the SLMs that it chooses, so all policies are compared on the same
+answers. The shipped predictor was fitted on the other half of the held-out rows: in-domain, not
+in-sample.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from deployments.reference_fleet.grading.marks import credit, marks
 from load_tests.common import report
-from load_tests.common.asking import Question, ask_all, max_tokens
+from load_tests.common.client import Question, ask_all, max_tokens
 from load_tests.common.served import fleet_file, served
 from load_tests.common.workloads import Request, standard
 from load_tests.routing import plots
@@ -41,7 +42,7 @@ Table = NDArray[np.float64]  # [requests, SLMs]
 
 @dataclass(frozen=True)
 class Measured:
-    """What every SLM did with every request, and what was decided."""
+    """Every SLM's answer to every request as figures, and the router's decisions."""
 
     slms: tuple[str, ...]
     tables: dict[str, Table]  # one of shape [requests, SLMs] for each of MEASURES and of TOKENS
@@ -49,24 +50,24 @@ class Measured:
     reasons: Counter[str]
 
 
-async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> Measured:
-    """Decide every request, then ask every SLM all of them, one SLM after the other."""
+async def measure(url: str, slms: tuple[str, ...], workload: Sequence[Request]) -> Measured:
+    """Get the decision for every request, then every SLM's answers, one SLM after the other."""
     chosen: list[str] = []
     reasons: Counter[str] = Counter()
     async with httpx.AsyncClient(base_url=url, timeout=60.0) as client:
-        for one in tqdm(asked, desc="route", mininterval=1.0):
+        for one in tqdm(workload, desc="route", mininterval=1.0):
             body = {"model": "auto", "messages": one.messages}
             decision = (await client.post("/v1/route", json=body)).raise_for_status().json()
-            # Exploration is a deliberate detour; the best candidate is what is judged.
+            # The best candidate, also where the decision explored another one.
             chosen.append(decision["candidates"][0]["slm_id"])
             reasons[decision["path"]] += 1
-    tables = {name: np.zeros((len(asked), len(slms))) for name in MEASURES + TOKENS}
+    tables = {name: np.zeros((len(workload), len(slms))) for name in MEASURES + TOKENS}
     for column, slm in enumerate(slms):
-        sent = [Question(slm, r.messages, max_tokens(r.row.task)) for r in asked]
+        sent = [Question(slm, r.messages, max_tokens(r.row.task)) for r in workload]
         for row, answer in enumerate(await ask_all(url, sent, CONCURRENCY, slm)):
-            task, wanted = asked[row].row.task, list(asked[row].row.answers)
-            tables["exact"][row, column] = marks(task, answer.text, wanted)["exact"]
-            tables["credit"][row, column] = credit(task, answer.text, wanted)
+            task, references = workload[row].row.task, list(workload[row].row.answers)
+            tables["exact"][row, column] = marks(task, answer.text, references)["exact"]
+            tables["credit"][row, column] = credit(task, answer.text, references)
             tables["latency_s"][row, column] = answer.latency_s
             tables["prompt_tokens"][row, column] = answer.prompt_tokens
             tables["output_tokens"][row, column] = answer.completion_tokens
@@ -77,14 +78,14 @@ async def measure(url: str, slms: tuple[str, ...], asked: Sequence[Request]) -> 
     return Measured(slms, tables, chosen, reasons)
 
 
-def policies(measured: Measured, asked: Sequence[Request]) -> dict[str, Table]:
+def policies(measured: Measured, workload: Sequence[Request]) -> dict[str, Table]:
     """Policy to its probability of each SLM for each request, [requests, SLMs]."""
-    slms, count = measured.slms, len(asked)
+    slms, count = measured.slms, len(workload)
     place = {slm: i for i, slm in enumerate(slms)}
     each = np.eye(len(slms))
     auto = each[[place[slm] for slm in measured.chosen]]
-    tasks = [r.row.task if r.row.task in place else GENERALIST for r in asked]
-    # The best answer, and of equally good ones the one that costs least.
+    tasks = [r.row.task if r.row.task in place else GENERALIST for r in workload]
+    # The best answer; among equally good ones the one with the least energy.
     value = measured.tables["credit"] - 1e-3 * measured.tables["energy_j"]
     best = int(measured.tables["credit"].mean(axis=0).argmax())
     return {
@@ -98,7 +99,7 @@ def policies(measured: Measured, asked: Sequence[Request]) -> dict[str, Table]:
 
 
 def score(measured: Measured, weights: Table, rows: NDArray[np.bool_]) -> dict[str, Any]:
-    """Means of every measure over the chosen rows with 95 % bootstrap intervals over requests."""
+    """Means of every measure over `rows`, with 95 % bootstrap intervals over requests."""
     rng = np.random.default_rng(SEED)
     found: dict[str, Any] = {}
     for name, table in measured.tables.items():
@@ -109,27 +110,27 @@ def score(measured: Measured, weights: Table, rows: NDArray[np.bool_]) -> dict[s
     return found
 
 
-def figures_of(measured: Measured, asked: Sequence[Request]) -> dict[str, Any]:
-    """`slice.policy.measure` for the whole workload, its bare half and hard problems."""
-    bare = np.array([not r.told for r in asked])
-    hard = np.array([r.row.task == "reason" and r.row.difficulty == "hard" for r in asked])
-    slices = {"all": np.full(len(asked), True), "bare": bare, "hard_reason": hard}
+def figures_of(measured: Measured, workload: Sequence[Request]) -> dict[str, Any]:
+    """`slice.policy.measure` of all requests, those without an instruction, and hard problems."""
+    bare = np.array([not r.instructed for r in workload])
+    hard = np.array([r.row.task == "reason" and r.row.difficulty == "hard" for r in workload])
+    slices = {"all": np.full(len(workload), True), "bare": bare, "hard_reason": hard}
     found: dict[str, Any] = {}
     for part, rows in slices.items():
         found[f"{part}.n"] = int(rows.sum())
-        for policy, weights in policies(measured, asked).items():
+        for policy, weights in policies(measured, workload).items():
             for name, value in score(measured, weights, rows).items():
                 found[f"{part}.{policy}.{name}"] = value
     for slm, count in Counter(measured.chosen).items():
-        found[f"share.{slm}"] = round(count / len(asked), 4)
+        found[f"share.{slm}"] = round(count / len(workload), 4)
     for path, count in measured.reasons.items():
-        found[f"path.{path}"] = round(count / len(asked), 4)
+        found[f"path.{path}"] = round(count / len(workload), 4)
     return found
 
 
-def show(measured: Measured, asked: Sequence[Request], figures: dict[str, Any]) -> None:
-    """Print the policies of each slice, and who got which task."""
-    names = list(policies(measured, asked))
+def show(measured: Measured, workload: Sequence[Request], figures: dict[str, Any]) -> None:
+    """Print the policies of each slice, and the chosen SLMs by task."""
+    names = list(policies(measured, workload))
     for part in ("all", "bare", "hard_reason"):
         rows = []
         for policy in names:
@@ -141,8 +142,12 @@ def show(measured: Measured, asked: Sequence[Request], figures: dict[str, Any]) 
             rows.append([policy, *cells])
         print(f"\n{part}: {figures[f'{part}.n']} requests")
         print(report.table(["policy", "exact", "credit", "latency s", "energy J (est.)"], rows))
-    print("\nwho got which task (bare requests)")
-    pairs = [(r.row.task, slm) for r, slm in zip(asked, measured.chosen, strict=True) if not r.told]
+    print("\nchosen SLM by task (requests without an instruction)")
+    pairs = [
+        (r.row.task, slm)
+        for r, slm in zip(workload, measured.chosen, strict=True)
+        if not r.instructed
+    ]
     counts = Counter(pairs)
     tasks = sorted({task for task, _ in counts})
     rows = [[task, *(str(counts[task, slm]) for slm in measured.slms)] for task in tasks]
@@ -152,22 +157,24 @@ def show(measured: Measured, asked: Sequence[Request], figures: dict[str, Any]) 
 def main(arguments: Sequence[str]) -> int:
     """Command line of the benchmark. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m load_tests routing", description=__doc__)
-    parser.add_argument("--url", help="a running service of the reference fleet; default: our own")
+    parser.add_argument(
+        "--url", help="a running service of the reference fleet; default: start one"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the picture")
     parser.add_argument("--limit", type=int, default=0, help="requests of the workload; 0 is all")
     parser.add_argument("--answers", type=Path, help="write every answer as a table (npz)")
     chosen = parser.parse_args(arguments)
     slms = tuple(entry["id"] for entry in fleet_file("reference")["slms"])
-    asked = standard()[: chosen.limit or None]
+    workload = standard()[: chosen.limit or None]
     with nullcontext(chosen.url) if chosen.url else served() as url:
-        measured = asyncio.run(measure(url, slms, asked))
+        measured = asyncio.run(measure(url, slms, workload))
     if chosen.answers:
         values: dict[str, Any] = {n: t.astype(np.float32) for n, t in measured.tables.items()}
         np.savez_compressed(chosen.answers, slms=np.array(slms), **values)
-    figures = figures_of(measured, asked)
-    show(measured, asked, figures)
-    plots.draw(chosen.plots, figures, list(policies(measured, asked)))
-    config = {"concurrency": CONCURRENCY, "requests": len(asked), "resamples": RESAMPLES}
+    figures = figures_of(measured, workload)
+    show(measured, workload, figures)
+    plots.draw(chosen.plots, figures, list(policies(measured, workload)))
+    config = {"concurrency": CONCURRENCY, "requests": len(workload), "resamples": RESAMPLES}
     report.write(chosen.json, "routing", config, figures)
     return 0

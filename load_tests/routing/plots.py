@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 
 def draw(folder: Path, figures: Mapping[str, Any], policies: Sequence[str]) -> None:
-    """Writes routing.png: quality over energy and over latency, all requests."""
+    """Writes routing.png: quality over energy and over latency, of all requests."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), dpi=90, sharey=True)
     for axis, cost, label in (

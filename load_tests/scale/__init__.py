@@ -1,1 +1,3 @@
-"""The decision core on simulated time."""
+"""Scale: cost, state and staleness of a router process on simulated time. Owner: benchmark, one
+process, no service. Blocks.
+"""

@@ -1,9 +1,8 @@
-"""The decision core at scale, on simulated time: cost, state and the price of an old load view.
+"""The decision core at scale, on simulated time: cost, state, and the effect of a stale load view.
 
-Served code decides and chooses replicas; replicas are engines with a queue, and no request is sent
-anywhere. 10 to 100,000 requests per second are offered over 4 to 1,000 replicas whose speed is set
-so that they are 70 % busy. Costs are CPU time of the measuring thread, so that other processes of
-a busy machine are not counted.
+The router's own code decides and chooses replicas; replicas are simulated engines with a queue. 10
+to 100,000 requests per second are offered to 4 to 1,000 replicas, whose speed is set so that they
+are 70 % busy. Costs are CPU time of the measuring thread, so that other processes are not counted.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ from load_tests.scale.state import slow_actor_rows
 SLMS = (4, 8, 16, 32)
 SEEN = 200_000
 CANDIDATE_TURNS, REPLICA_TURNS = 1_000, 100
-PARTS = ("decision_log", "live_view", "windows", "metrics", "outcomes")
+PARTS = ("decision_log", "live_view", "windows", "metrics", "outcomes")  # in figures' names
 
 
 def measure(seen: int) -> Figures:
-    """All figures; `seen` requests pass through the router process that is watched for growth."""
+    """All figures; `seen` requests pass through the router process whose state is measured."""
     worlds = {n: make_world(n) for n in tqdm(SLMS, desc="predictors", unit="fleet")}
     figures = measure_offered(worlds, SEED)
     figures |= measure_candidates(worlds, CANDIDATE_TURNS, SEED)
@@ -63,7 +62,7 @@ def measure(seen: int) -> Figures:
 
 
 def conclusions(figures: Figures) -> Figures:
-    """The shape of every curve, as one number each."""
+    """One number for the shape of every curve."""
     last, middle = CHECKPOINTS, CHECKPOINTS // 2
     found: Figures = {
         f"decision_{key}_at_100000_rps": figures[f"offered.100000.decide.{key}"]
@@ -76,7 +75,7 @@ def conclusions(figures: Figures) -> Figures:
     for case in ("new", "shared"):
         costs = [figures[f"replicas.{n}.{case}.p50_us"] for n in REPLICAS]
         found[f"replicas_exponent_{case}"] = exponent(REPLICAS, costs)
-        # Small counts hide the slope behind what every choice costs.
+        # With few replicas, the fixed cost of a choice hides the slope.
         found[f"replicas_exponent_{case}_tail"] = exponent(REPLICAS[-2:], costs[-2:])
     found["replicas_exponent"] = max(
         found[f"replicas_exponent_{case}_tail"] for case in ("new", "shared")
@@ -148,7 +147,7 @@ def _show_cost(figures: Figures) -> None:
             for n in sizes
         ]
         print(report.table(["count", "p50", "p99"], rows))
-    print("\nreplicas, when all of them hold the prompt's prefix: CPU us")
+    print("\nreplicas, with the prompt's prefix cached by all of them: CPU us")
     shared = [
         [str(n), *(f"{figures[f'replicas.{n}.shared.{k}_us']:.0f}" for k in ("p50", "p99"))]
         for n in REPLICAS
@@ -157,7 +156,9 @@ def _show_cost(figures: Figures) -> None:
 
 
 def _show_state(figures: Figures, seen: int) -> None:
-    print(f"\none router process, {SEEN_SLMS} SLMs, {SEEN_REPLICAS} replicas: cost and KiB kept")
+    print(
+        f"\none router process, {SEEN_SLMS} SLMs, {SEEN_REPLICAS} replicas: cost, and KiB of state"
+    )
     rows = [
         [
             f"{seen * tenth // CHECKPOINTS:,}",
@@ -178,7 +179,7 @@ def _show_state(figures: Figures, seen: int) -> None:
 
 def _show_staleness(figures: Figures) -> None:
     print(
-        f"\nold load views: one SLM, {staleness.REPLICAS} replicas of "
+        f"\nstale load views: one SLM, {staleness.REPLICAS} replicas of "
         f"{staleness.SLOTS} slots, {staleness.UTILISATION:.0%} busy, "
         f"service {staleness.SERVICE_S:g} s"
     )

@@ -1,4 +1,4 @@
-"""Decision cost against offered load, requests seen, candidates and replicas, with its fits."""
+"""Decision cost over offered load, requests seen, candidates and replicas."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ Figures = dict[str, Any]
 UTILISATION = 0.7
 OFFERED = {10: (4, 4), 100: (4, 16), 1_000: (8, 64), 10_000: (16, 256), 100_000: (32, 1_000)}
 """Requests per second offered -> SLMs and replicas over all of them."""
-RPS_PER_ROUTER = 1_600  # so 100,000 come to 63 processes
+RPS_PER_ROUTER = 1_600  # so 100,000 requests/s need 63 processes
 MIN_REQUESTS = 3_000
-FILLS = 2  # a point lasts until the cluster's requests in flight have come this many times
+FILLS = 2  # a point lasts for this many times the cluster's requests in flight
 
 SEEN_SLMS, SEEN_REPLICAS, SEEN_RPS = 4, 16, 100.0
 CHECKPOINTS = 10
-SETTLE_EVERY = 128  # requests between two turns of the outcome sender
+SETTLE_EVERY = 128  # requests between two runs of the outcome outbox's task
 
 REPLICAS = (4, 16, 64, 256, 1_000)
 PREFIX_BLOCKS = 16
 
 
 def measure_offered(worlds: Mapping[int, World], seed: int) -> Figures:
-    """Cost and waiting at every offered load, on a cluster that `UTILISATION` keeps busy."""
+    """Cost and waiting at every offered load, on a cluster with `UTILISATION`."""
     figures: Figures = {}
     for rate, (slms, replicas) in tqdm(OFFERED.items(), desc="offered load", unit="point"):
         world, slots = worlds[slms], SLOTS * replicas
-        predictor = learnt(world)
+        predictor = predictor_of(world)
         shares = spread(world.fleet, predictor, replicas, seed)
         cluster = Cluster(world.fleet, shares, UTILISATION * slots / rate, seed)
         routers = math.ceil(rate / RPS_PER_ROUTER)
@@ -81,8 +81,8 @@ def measure_offered(worlds: Mapping[int, World], seed: int) -> Figures:
 
 
 async def measure_seen(world: World, requests: int, seed: int, folder: Path) -> Figures:
-    """Cost and state of one router process while it sees `requests` requests, by tenths."""
-    predictor = learnt(world)
+    """Cost and state of one router process over `requests` requests, by tenths."""
+    predictor = predictor_of(world)
     shares = spread(world.fleet, predictor, SEEN_REPLICAS, seed)
     service_s = UTILISATION * SLOTS * SEEN_REPLICAS / SEEN_RPS
     cluster = Cluster(world.fleet, shares, service_s, seed)
@@ -90,25 +90,25 @@ async def measure_seen(world: World, requests: int, seed: int, folder: Path) -> 
         world.fleet, predictor, cluster, routers=1, rate_rps=SEEN_RPS, seed=seed
     )
     router = simulation.routers[0]
-    sender = OutcomeOutbox(_acknowledge, folder / "outcomes.jsonl")
-    sender.start()
+    outbox = OutcomeOutbox(_acknowledge, folder / "outcomes.jsonl")
+    outbox.start()
     parts = {
-        "decision_log": router.loop,
+        "decision_log": router.selector,
         "live_view": router.view,
-        "windows": router.monitor,
+        "windows": router.stats,
         "metrics": router.metrics,
-        "outcomes": sender,
+        "outcomes": outbox,
     }
     tenth, figures = requests // CHECKPOINTS, {"seen.requests": requests}
     for number in tqdm(range(1, requests + 1), desc="requests seen", unit="request"):
         for outcome in simulation.step():
-            sender.add(outcome)
+            outbox.add(outcome)
         if number % SETTLE_EVERY == 0:
             await settle()
         if number % tenth == 0:
             kept = sizes(parts, (world.fleet, predictor, simulation.clock))
             figures |= _state_figures(number // tenth, kept)
-    await sender.stop()
+    await outbox.stop()
     figures |= _tenths(simulation, tenth)
     blocks = [len(router.view.index(f"slm-{s.id}")) for s in world.fleet.slms]
     return figures | {"seen.prefix_blocks": blocks}
@@ -131,10 +131,10 @@ def _tenths(simulation: Simulation, tenth: int) -> Figures:
 
 
 def measure_candidates(worlds: Mapping[int, World], turns: int, seed: int) -> Figures:
-    """Cost of a scored decision against the number of SLMs, all sizes in turns."""
+    """Cost of a scored decision by the number of SLMs, all sizes in turn."""
     cases = {}
     for slms, world in worlds.items():
-        predictor = learnt(world)
+        predictor = predictor_of(world)
         states = {s.id: [make_replica(f"{s.id}#0")] for s in world.fleet.slms}
         router = RouterProcess(world.fleet, predictor, states, FakeClock(), Random(seed))
         cases[slms] = router, Traffic(world.fleet, seed, paths=("scored",), chars=(400,))
@@ -152,7 +152,7 @@ def measure_candidates(worlds: Mapping[int, World], turns: int, seed: int) -> Fi
 
 
 class ReplicaCase:
-    """One SLM with `count` replicas, whose prompts are new or share a prefix that all know."""
+    """One SLM with `count` replicas, whose prompts are new or share a prefix in the index."""
 
     def __init__(self, count: int, shared: bool, seed: int) -> None:
         rng = Random(seed)
@@ -163,15 +163,15 @@ class ReplicaCase:
         lengths = {i: rng.randrange(16) for i in ids}
         self._view.attach("slm", lengths.get)
         self._view.update_replicas("slm", [make_replica(i) for i in ids])
-        # A system prompt that every replica has served, and one way on that half of them have:
-        # both are long lists of holders, of which the index has to find the common ones.
+        # Every replica has served the system prompt, half of them a longer prefix: two long lists
+        # of replicas, which the index has to intersect.
         index, self._chain = self._view.index("slm"), tuple(range(1, PREFIX_BLOCKS + 1))
         for position, replica_id in enumerate(ids if shared else ()):
             length = PREFIX_BLOCKS if position % 2 else PREFIX_BLOCKS // 2
             index.add(self._chain[:length], replica_id)
 
     def choose(self, number: int) -> int:
-        """Nanoseconds to choose a replica for a request and to remember it, as `ReplicaRouter`."""
+        """Nanoseconds to choose a replica and to index the prompt, as in `ReplicaRouter`."""
         chain = (*self._chain, 1000 + number) if self._shared else (1000 + number,)
         request = ReplicaRequest(str(number), prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}")
         index = self._view.index("slm")
@@ -189,7 +189,7 @@ class ReplicaCase:
 
 
 def measure_replicas(turns: int, seed: int) -> Figures:
-    """Cost of the replica choice against the replicas of one SLM, all sizes in turns."""
+    """Cost of the replica choice by the number of one SLM's replicas, all sizes in turn."""
     cases = [ReplicaCase(n, shared, seed) for n in REPLICAS for shared in (False, True)]
     samples: dict[str, list[int]] = {case.name: [] for case in cases}
     for number in tqdm(range(turns), desc="replicas", unit="turn"):
@@ -202,7 +202,7 @@ def measure_replicas(turns: int, seed: int) -> Figures:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Slope of the least-squares line through the logarithms: 1 is linear, 0 flat."""
+    """Slope of the least-squares line through the logarithms: 1 is linear, 0 is flat."""
     return round(float(np.polyfit(np.log(sizes), np.log(costs), 1)[0]), 3)
 
 
@@ -212,10 +212,10 @@ def cost(name: str, nanoseconds: ArrayLike) -> Figures:
     return {f"{name}.p50_us": round(float(p50), 1), f"{name}.p99_us": round(float(p99), 1)}
 
 
-def learnt(world: World) -> LightGBMPredictor:
+def predictor_of(world: World) -> LightGBMPredictor:
     """The world's predictor."""
     return LightGBMPredictor(world.artifact, MetadataPrior())
 
 
 async def _acknowledge(_rows: Sequence[Outcome]) -> None:
-    """A knowledge actor that is never behind."""
+    """A knowledge actor that acknowledges at once."""

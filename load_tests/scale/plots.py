@@ -21,13 +21,13 @@ Figures = Mapping[str, Any]
 def draw(
     folder: Path, figures: Figures, slms: Sequence[int], seen: int, parts: Sequence[str]
 ) -> None:
-    """Writes scale.png: cost by load and size; cost and state by requests seen; old load views."""
+    """Writes scale.png: cost by load and size; cost and state by requests; stale load views."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), dpi=90)
     (offered, candidates, replicas), (cost, state, staleness) = axes
     _offered(offered, figures)
     _sizes(candidates, figures, "SLMs (candidates)", slms, {"decide": "candidates.{}"})
-    cases = {"new prompts": "replicas.{}.new", "prefix that all hold": "replicas.{}.shared"}
+    cases = {"new prompts": "replicas.{}.new", "prefix cached by all": "replicas.{}.shared"}
     _sizes(replicas, figures, "replicas of one SLM", REPLICAS, cases)
     tenths = range(1, CHECKPOINTS + 1)
     requests = [seen * t // CHECKPOINTS for t in tenths]
@@ -38,7 +38,7 @@ def draw(
     cost.set(xlabel="requests seen", ylabel="CPU us", yscale="log")
     stacked = [[figures[f"seen.{t}.{p}_bytes"] / 2**20 for t in tenths] for p in parts]
     state.stackplot(requests, stacked, labels=parts)
-    state.set(xlabel="requests seen", ylabel="MiB kept by one router process")
+    state.set(xlabel="requests seen", ylabel="MiB of one router process's state")
     _staleness(staleness, figures)
     for one in axes.flat:
         one.legend(fontsize=7)

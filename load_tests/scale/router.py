@@ -1,8 +1,8 @@
-"""One router process on simulated time, with everything in it that decides, remembers or grows.
+"""One router process on simulated time, with every part that decides or keeps state.
 
-The parts are the served ones: decision loop, live view, monitor, metrics and, per handle, replica
-ranking and prefix index. Ray is not here; `QueueCache` keeps queue lengths as Ray Serve's handle
-does.
+The parts are those of the router deployment: model selector, live view, fleet statistics, metrics
+and, per handle, replica ranking and prefix index. There is no Ray; `QueueCache` keeps queue lengths
+as Ray Serve's handle does.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Clock = Callable[[], float]
 
 
 class QueueCache:
-    """Queue lengths as one Ray Serve handle believes them: its own calls, and replicas' answers.
+    """Queue lengths as cached by one Ray Serve handle: replicas' reports and its own calls.
 
-    A replica says how many requests it has whenever it accepts or rejects one; in between the
-    handle counts what it sends and what comes back, and knows nothing of other processes.
+    A replica reports its queue length when it accepts or rejects a request. In between, the handle
+    counts its own calls; calls of other processes are unknown to it.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -40,23 +40,23 @@ class QueueCache:
         self._known: dict[str, tuple[float, int]] = {}
 
     def get(self, replica_id: str) -> int | None:
-        """The believed length; None when it is older than Serve trusts."""
+        """The cached length, or None if it has expired."""
         at_s, length = self._known.get(replica_id, (float("-inf"), 0))
         return length if self._clock() - at_s <= FACTS_LIFETIME_S else None
 
-    def heard(self, replica_id: str, length: int) -> None:
-        """The replica has said how many requests it has."""
+    def report(self, replica_id: str, length: int) -> None:
+        """Store the queue length that the replica has reported."""
         self._known[replica_id] = (self._clock(), length)
 
     def finished(self, replica_id: str) -> None:
-        """One of this process's own requests has ended."""
+        """Count the end of one of this process's own requests."""
         length = self.get(replica_id)
         if length is not None:
-            self.heard(replica_id, max(length - 1, 0))
+            self.report(replica_id, max(length - 1, 0))
 
 
 class RouterProcess:
-    """Decides, chooses replicas and learns from answers, wired as the router deployment is."""
+    """Decides, ranks replicas and learns from outcomes, wired like the router deployment."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class RouterProcess:
         random: Random,
     ) -> None:
         self.view = LiveView(clock)
-        self.monitor = FleetStats([s.id for s in fleet.slms], clock)
+        self.stats = FleetStats([s.id for s in fleet.slms], clock)
         self.metrics = RouterMetrics(clock, [s.id for s in fleet.slms], _no_outlet)
-        self.loop = ModelSelector(fleet, Goals(), read_state=self.state, predictor=predictor)
+        self.selector = ModelSelector(fleet, Goals(), read_state=self.state, predictor=predictor)
         self.queues = QueueCache(clock)
         self._clock, self._random = clock, random
         self._states: dict[str, tuple[float, SLMState]] = {}
@@ -78,21 +78,23 @@ class RouterProcess:
             self.view.update_replicas(deployment_name(slm_id), states)
 
     def state(self, spec: SLMSpec) -> SLMState:
-        """The SLM's state, at most `STATE_LIFETIME_S` old, as `FleetView.state` keeps it."""
+        """The SLM's state, at most `STATE_LIFETIME_S` old, as in `FleetView.state`."""
         now = self._clock()
         kept = self._states.get(spec.id)
         if kept is not None and now - kept[0] < STATE_LIFETIME_S:
             return kept[1]
-        state = self.monitor.state(spec, self.view.replicas(deployment_name(spec.id)), now)
+        state = self.stats.state(spec, self.view.replicas(deployment_name(spec.id)), now)
         self._states[spec.id] = (now, state)
         return state
 
     def decide(self, raw: bytes, headers: Mapping[str, str], decision_id: str) -> Decision:
-        """Choose the SLM for the bytes of a request's body."""
-        return self.loop.decide(parse_chat(from_json(raw)), parse_overrides(headers), decision_id)
+        """Choose the SLM for a request's body."""
+        return self.selector.decide(
+            parse_chat(from_json(raw)), parse_overrides(headers), decision_id
+        )
 
     def rank(self, decision: Decision) -> list[list[str]]:
-        """Rank the chosen SLM's replicas, as `ReplicaRouter` does."""
+        """Rank the chosen SLM's replicas in groups, as `ReplicaRouter` does."""
         context, name = decision.context, deployment_name(decision.slm_id)
         request = ReplicaRequest(
             decision.decision_id, context.prefix_family, context.session_key, decision.adapter
@@ -109,17 +111,17 @@ class RouterProcess:
         return groups
 
     def accepted(self, decision: Decision, replica_id: str, length: int) -> None:
-        """A replica has taken the request and has `length` requests now."""
-        self.queues.heard(replica_id, length)
+        """Record that a replica has accepted the request and reports `length` requests."""
+        self.queues.report(replica_id, length)
         name = deployment_name(decision.slm_id)
         self.view.index(name).add(decision.context.prefix_chain, replica_id)
         self.view.take_routed(decision.decision_id)
 
     def finished(self, outcome: Outcome, facts: EngineFacts) -> None:
-        """The answer is out."""
+        """Record the end of the answer."""
         self.queues.finished(facts.replica_id)
         self.view.observe(deployment_name(outcome.slm_id), facts)
-        self.monitor.observe(outcome)
+        self.stats.observe(outcome)
         self.metrics.observe(outcome)
 
 

@@ -1,4 +1,4 @@
-"""Requests over simulated time: arrivals, router processes, replicas that queue, answers."""
+"""Requests on simulated time: arrivals, router processes, replicas with queues, answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from load_tests.scale.router import RouterProcess
 
 SLOTS = 16
 OUTPUT_TOKENS = 64.0  # mean; lengths are exponential, so service times are uneven
-NEW_SHARE = 0.7  # of the prompts begin as none before; the others repeat a known one
+NEW_SHARE = 0.7  # of the prompts are new from their first block; the others repeat an earlier one
 SESSION_SHARE = 0.2
 SESSIONS = 10_000
 CHARS = (80, 400, 1600, 4000)
 PATHS = ("scored",) * 7 + ("pinned",) * 2 + ("fast",)
-POOL = 256  # prompts written; new ones are these behind a number
+POOL = 256  # different prompts; a new one is one of these after a new number
 
 
 class Traffic:
-    """An endless stream of request bodies and headers, the same for the same arguments."""
+    """An endless stream of request bodies and headers; equal arguments give equal streams."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class Traffic:
         raw = rng.choice(self._pool)
         if rng.random() < NEW_SHARE:
             self._sent += 1
-            # In front, so that every block of the prompt is new.
+            # At the beginning, so that every block of the prompt is new.
             raw = raw.replace(b'"content": "', b'"content": "%d ' % self._sent, 1)
         session = rng.random() < SESSION_SHARE
         return raw, {"x-session-id": f"s{rng.randrange(SESSIONS)}"} if session else {}
 
 
 class Cluster:
-    """Every SLM's replicas, each an engine with a queue; service takes `service_s` on average."""
+    """The replicas of every SLM, each an engine with a queue; mean service time `service_s`."""
 
     def __init__(
         self, fleet: Fleet, replicas: Mapping[str, int], service_s: float, seed: int
@@ -71,33 +71,27 @@ class Cluster:
                 self.engines[name] = EngineSimulator(
                     spec,
                     slots=SLOTS,
-                    prefill_s_per_token=0.0,  # answers differ enough by their lengths
+                    prefill_s_per_token=0.0,  # service times vary enough with the answers' lengths
                     tpot_s=service_s / OUTPUT_TOKENS,
                     jitter_ratio=0.2,
                     seed=seed + i,
                 )
                 self.states[spec.id].append(self.engines[name].replica(0.0, name))
 
-    @property
-    def slots(self) -> int:
-        """Requests that may run at once."""
-        return SLOTS * len(self.engines)
-
 
 @dataclass
 class Record:
-    """What one simulation has measured, request by request."""
+    """The measurements of one simulation, per request."""
 
     decide_ns: array[int] = field(default_factory=lambda: array("q"))
-    choose_ns: array[int] = field(default_factory=lambda: array("q"))  # with remembering it
+    choose_ns: array[int] = field(default_factory=lambda: array("q"))  # includes indexing it
     wait_s: array[float] = field(default_factory=lambda: array("d"))
-    service_s: float = 0.0  # sum
-    rejections: int = 0  # a replica was full, and the next in the ranking was asked
-    overflows: int = 0  # every replica of the SLM was full
+    rejections: int = 0  # attempts at a full replica, after which the next one is tried
+    overflows: int = 0  # requests for which every replica of the SLM was full
 
 
 @dataclass(order=True)
-class _Ending:
+class _Completion:
     at_s: float
     number: int
     router: RouterProcess = field(compare=False)
@@ -108,7 +102,7 @@ class _Ending:
 
 
 class Simulation:
-    """`routers` processes share `rate_rps` requests per second over one cluster."""
+    """`routers` processes share `rate_rps` requests per second to one cluster."""
 
     def __init__(
         self,
@@ -129,15 +123,15 @@ class Simulation:
         self._cluster, self._rate_rps = cluster, rate_rps
         self._traffic = Traffic(fleet, seed)
         self._rng = Random(seed)
-        self._endings: list[_Ending] = []
+        self._completions: list[_Completion] = []
         self._number = 0
 
     def step(self) -> list[Outcome]:
-        """One arrival and every answer before it; returns the outcomes of these."""
+        """Run every completion before the next arrival, then the arrival. Returns the outcomes."""
         now_s = self.clock.now_s + self._rng.expovariate(self._rate_rps)
         outcomes = []
-        while self._endings and self._endings[0].at_s <= now_s:
-            outcomes.append(self._end(heapq.heappop(self._endings)))
+        while self._completions and self._completions[0].at_s <= now_s:
+            outcomes.append(self._end(heapq.heappop(self._completions)))
         self.clock.advance(now_s - self.clock.now_s)
         self._number += 1
         router = self._rng.choice(self.routers)
@@ -160,12 +154,12 @@ class Simulation:
                 chosen = replica_id
                 lengths[replica_id] = replica.queue_length
                 break
-            # A rejection says how long the queue is, which corrects what the router believed.
-            router.queues.heard(replica_id, replica.queue_length)
+            # A rejection reports the queue length, which corrects the router's cache.
+            router.queues.report(replica_id, replica.queue_length)
             lengths[replica_id] = replica.queue_length
             self.record.rejections += 1
         else:
-            # Serve holds the request until a replica has room; the shortest queue is next.
+            # Serve queues the request until a replica has room; the shortest queue is next.
             chosen = min(lengths, key=lambda r: (lengths[r], r))
             self.record.overflows += 1
         tokens = max(1, math.ceil(self._rng.expovariate(1.0 / OUTPUT_TOKENS)))
@@ -174,48 +168,48 @@ class Simulation:
         router.accepted(decision, chosen, lengths[chosen] + 1)
         self.record.choose_ns[-1] += thread_time_ns() - start
         self.record.wait_s.append(served.started_s - now_s)
-        self.record.service_s += served.ended_s - served.started_s
+
         heapq.heappush(
-            self._endings,
-            _Ending(served.ended_s, self._number, router, decision, chosen, served, tokens),
+            self._completions,
+            _Completion(served.ended_s, self._number, router, decision, chosen, served, tokens),
         )
 
-    def _end(self, ending: _Ending) -> Outcome:
-        self.clock.advance(max(ending.at_s - self.clock.now_s, 0.0))
-        served, context = ending.served, ending.decision.context
-        load = self._cluster.engines[ending.replica_id].replica(ending.at_s)
+    def _end(self, completion: _Completion) -> Outcome:
+        self.clock.advance(max(completion.at_s - self.clock.now_s, 0.0))
+        served, context = completion.served, completion.decision.context
+        load = self._cluster.engines[completion.replica_id].replica(completion.at_s)
         facts: EngineFacts = make_facts(
-            ending.replica_id,
+            completion.replica_id,
             prompt_tokens=context.prompt_tokens,
-            output_tokens=ending.tokens,
+            output_tokens=completion.tokens,
             ttft_s=served.ttft_s,
             running=load.running,
             waiting=load.waiting,
         )
         outcome = make_outcome(
-            ending.decision.decision_id,
-            at=ending.at_s,
-            slm_id=ending.decision.slm_id,
-            path=str(ending.decision.path),
-            reason=str(ending.decision.reason),
-            replica_id=ending.replica_id,
+            completion.decision.decision_id,
+            at=completion.at_s,
+            slm_id=completion.decision.slm_id,
+            path=str(completion.decision.path),
+            reason=str(completion.decision.reason),
+            replica_id=completion.replica_id,
             ttft_s=served.ttft_s,
             e2e_s=served.ended_s - served.arrived_s,
-            tpot_s=(served.ended_s - served.first_token_s) / max(ending.tokens - 1, 1),
-            output_tokens=ending.tokens,
+            tpot_s=(served.ended_s - served.first_token_s) / max(completion.tokens - 1, 1),
+            output_tokens=completion.tokens,
             numbers=context.features.numbers,
             buckets=context.features.buckets,
         )
-        ending.router.finished(outcome, facts)
+        completion.router.finished(outcome, facts)
         return outcome
 
 
 def spread(
     fleet: Fleet, predictor: Predictor, replicas: int, seed: int, decisions: int = 400
 ) -> dict[str, int]:
-    """Share `replicas` among the SLMs by how often an idle fleet chooses them, at least one each.
+    """Divide `replicas` among the SLMs by how often an idle fleet chooses them, at least one each.
 
-    What autoscaling would settle at; without it one SLM would be overloaded and others idle.
+    This is where autoscaling would converge; otherwise one SLM would be overloaded, others idle.
     """
     idle = Cluster(fleet, {s.id: 1 for s in fleet.slms}, 1.0, seed)
     router = RouterProcess(fleet, predictor, idle.states, FakeClock(0.0), Random(seed))

@@ -1,16 +1,16 @@
-"""What an old view of the load costs: waiting, imbalance and requests sent to full replicas.
+"""The effect of a stale load view: waiting, imbalance and requests sent to full replicas.
 
-One SLM's replicas are engines with a queue. Router processes choose among them with the served
-ranking and prefix index; what they know of the load differs:
+One SLM's replicas are engines with a queue. Router processes choose among them with the production
+ranking and prefix index; their view of the load differs:
 
-- `board`: the true load as of the last board, plus each process's own calls since. A board appears
-  every `age_s`, so the view is half of that old on average.
-- `reports`: the board alone, so that a process forgets its own calls.
-- `served`: Ray Serve's cache, without any board: own calls, and what replicas say when asked.
-- `two`: the same cache, and the less loaded of two random replicas: Ray Serve's own router.
-- `least`: the true least loaded replica; `random`: any replica.
+- `board`: the true load as of the last published snapshot, plus the process's own calls since. A
+  snapshot is published every `age_s`, so it is half as old on average.
+- `reports`: the snapshot alone, without the process's own calls.
+- `served`: Ray Serve's cache, without snapshots: own calls, and replicas' reports with each call.
+- `two`: the same cache, and the less loaded of two random replicas, as Ray Serve's own router.
+- `least`: the replica with the least true load; `random`: any replica.
 
-A full replica rejects, and the next in the ranking is asked. The last three are for comparison.
+A full replica rejects, and the next one in the ranking is tried. The last three are for comparison.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ REPLICAS, SLOTS = 32, 8
 SERVICE_S = 1.0
 UTILISATION = 0.8
 REQUESTS = 12_000  # about a minute of simulated time
-WARM_SHARE = 0.2  # left out: queues have to form first
-TOKENS = 64.0
-FAMILIES = 500  # prompts that come again, by Zipf's law; half of the requests are new ones
-SAMPLE_EVERY = 20  # arrivals between two looks at the imbalance
+WARM_SHARE = 0.2  # of the requests, left out, while queues build up
+OUTPUT_TOKENS = 64.0
+FAMILIES = 500  # repeated prompts, with Zipf's law; half of the requests have new prompts
+SAMPLE_EVERY = 20  # arrivals between two samples of the imbalance
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point: who knows what."""
+    """One point of the curves: the view, its age, and the number of router processes."""
 
     policy: str  # board, reports, served, two, least or random
     age_s: float = 0.0
@@ -61,7 +61,7 @@ class Setting:
 
 
 class Balance:
-    """Requests over simulated time under one setting."""
+    """Requests on simulated time under one setting."""
 
     def __init__(self, setting: Setting, requests: int, seed: int) -> None:
         self._setting, self._requests = setting, requests
@@ -69,22 +69,24 @@ class Balance:
         spec = make_spec(batching="interactive")
         self._limit = spec.limits.max_ongoing_requests
         self._engines = [
-            EngineSimulator(spec, slots=SLOTS, prefill_s_per_token=0.0, tpot_s=SERVICE_S / TOKENS)
+            EngineSimulator(
+                spec, slots=SLOTS, prefill_s_per_token=0.0, tpot_s=SERVICE_S / OUTPUT_TOKENS
+            )
             for _ in range(REPLICAS)
         ]
         self._names = [f"replica-{i:04}" for i in range(REPLICAS)]
-        self._inside = [0] * REPLICAS  # the truth
-        self._board = [0] * REPLICAS
-        self._own: dict[int, list[int]] = defaultdict(lambda: [0] * REPLICAS)  # since the board
+        self._load = [0] * REPLICAS  # true load
+        self._snapshot = [0] * REPLICAS  # true load at the last publication
+        self._own_calls: dict[int, list[int]] = defaultdict(lambda: [0] * REPLICAS)  # since then
         self._clock = FakeClock(0.0)
         self._caches = [QueueCache(self._clock) for _ in range(setting.routers)]
         self._indexes = [PrefixIndex(65_536) for _ in range(setting.routers)]
-        self._endings: list[tuple[float, int, int]] = []  # time, replica, router
-        self._boards = 0
+        self._completions: list[tuple[float, int, int]] = []  # time, replica, router
+        self._snapshots = 0
         self._full = 0
         self._zipf = list(accumulate(1.0 / (i + 1) for i in range(FAMILIES)))
 
-    def play(self) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """The setting's figures."""
         rate_rps = UTILISATION * REPLICAS * SLOTS / SERVICE_S
         waits: list[float] = []
@@ -93,7 +95,7 @@ class Balance:
             self._advance(self._clock.now_s + self._rng.expovariate(rate_rps))
             waits.append(self._arrive(number))
             if number % SAMPLE_EVERY == 0:
-                peaks.append(max(self._inside) / max(sum(self._inside) / REPLICAS, 1e-9))
+                peaks.append(max(self._load) / max(sum(self._load) / REPLICAS, 1e-9))
         kept = np.array(waits[int(WARM_SHARE * len(waits)) :])
         return {
             "p99_wait_ms": round(float(np.quantile(kept, 0.99)) * 1000, 1),
@@ -104,49 +106,49 @@ class Balance:
         }
 
     def _advance(self, now_s: float) -> None:
-        """Play endings up to `now_s`, and look at the true load at the last board before it."""
+        """Run completions up to `now_s`, publishing the true load on the way if it is time."""
         age_s = self._setting.age_s
-        if age_s > 0.0 and int(now_s / age_s) > self._boards:
-            self._boards = int(now_s / age_s)
-            self._end(self._boards * age_s)
-            self._board = self._inside.copy()
-            self._own.clear()
+        if age_s > 0.0 and int(now_s / age_s) > self._snapshots:
+            self._snapshots = int(now_s / age_s)
+            self._end(self._snapshots * age_s)
+            self._snapshot = self._load.copy()
+            self._own_calls.clear()
         self._end(now_s)
         self._clock.advance(now_s - self._clock.now_s)
 
     def _end(self, until_s: float) -> None:
-        while self._endings and self._endings[0][0] <= until_s:
-            at_s, replica, router = heapq.heappop(self._endings)
+        while self._completions and self._completions[0][0] <= until_s:
+            at_s, replica, router = heapq.heappop(self._completions)
             self._clock.advance(max(at_s - self._clock.now_s, 0.0))
-            self._inside[replica] -= 1
-            self._own[router][replica] -= 1
+            self._load[replica] -= 1
+            self._own_calls[router][replica] -= 1
             self._caches[router].finished(self._names[replica])
 
     def _arrive(self, number: int) -> float:
         router = self._rng.randrange(self._setting.routers)
         key = self._family(number)
         replica = self._admitted(router, self._order(router, number, key))
-        tokens = max(1, round(self._rng.expovariate(1.0 / TOKENS)))
+        tokens = max(1, round(self._rng.expovariate(1.0 / OUTPUT_TOKENS)))
         served = self._engines[replica].submit(self._clock.now_s, 0, tokens)
-        self._inside[replica] += 1
-        self._own[router][replica] += 1
-        self._caches[router].heard(self._names[replica], self._inside[replica])
+        self._load[replica] += 1
+        self._own_calls[router][replica] += 1
+        self._caches[router].report(self._names[replica], self._load[replica])
         self._indexes[router].add((key,), self._names[replica])
-        heapq.heappush(self._endings, (served.ended_s, replica, router))
+        heapq.heappush(self._completions, (served.ended_s, replica, router))
         return served.started_s - served.arrived_s
 
     def _order(self, router: int, number: int, key: int) -> list[int]:
         if self._setting.policy == "random":
             return self._rng.sample(range(REPLICAS), REPLICAS)
         if self._setting.policy == "least":
-            return sorted(range(REPLICAS), key=lambda i: (self._inside[i], self._rng.random()))
-        believed = self._believed(router)
+            return sorted(range(REPLICAS), key=lambda i: (self._load[i], self._rng.random()))
+        view = self._view(router)
         if self._setting.policy == "two":
             order = self._rng.sample(range(REPLICAS), REPLICAS)
-            return sorted(order[:2], key=believed.__getitem__) + order[2:]
+            return sorted(order[:2], key=view.__getitem__) + order[2:]
         states = [
             ReplicaState(name, queue_length=length, max_queue_length=self._limit)
-            for name, length in zip(self._names, believed, strict=True)
+            for name, length in zip(self._names, view, strict=True)
         ]
         request = ReplicaRequest(str(number), prefix_family=f"{key:08x}")
         groups = rank_for_prompt(
@@ -154,25 +156,25 @@ class Balance:
         )
         return [int(name[-4:]) for group in groups for name in group]
 
-    def _believed(self, router: int) -> Sequence[int]:
+    def _view(self, router: int) -> Sequence[int]:
         policy = self._setting.policy
         if policy in ("served", "two"):
             return [self._caches[router].get(name) or 0 for name in self._names]
         if self._setting.age_s == 0.0:
-            return self._inside
+            return self._load
         if policy == "reports":
-            return self._board
-        own = self._own[router]
-        return [max(b + o, 0) for b, o in zip(self._board, own, strict=True)]
+            return self._snapshot
+        own = self._own_calls[router]
+        return [max(b + o, 0) for b, o in zip(self._snapshot, own, strict=True)]
 
     def _admitted(self, router: int, order: list[int]) -> int:
-        """The first that is not full; whoever rejects says how many requests it has."""
-        self._full += self._inside[order[0]] >= self._limit
+        """The first replica with room; those that reject report their queue lengths."""
+        self._full += self._load[order[0]] >= self._limit
         for replica in order:
-            if self._inside[replica] < self._limit:
+            if self._load[replica] < self._limit:
                 return replica
-            self._caches[router].heard(self._names[replica], self._inside[replica])
-        return min(order, key=lambda i: self._inside[i])
+            self._caches[router].report(self._names[replica], self._load[replica])
+        return min(order, key=lambda i: self._load[i])
 
     def _family(self, number: int) -> int:
         if self._rng.random() < 0.5:
@@ -181,9 +183,9 @@ class Balance:
 
 
 def settings() -> list[Setting]:
-    """Every point of the curves. At age 0 all processes see the same, so one point stands for all.
+    """Every point of the curves. At age 0 all processes have the same view, so one point suffices.
 
-    Serve's cache has no age of its own: its entries are as old as the last call to the replica.
+    Serve's cache has no fixed age: an entry is as old as the last call to its replica.
     """
     aged = [
         Setting(policy, age_s, routers)
@@ -196,9 +198,9 @@ def settings() -> list[Setting]:
 
 
 def measure_staleness(requests: int, seed: int) -> dict[str, float]:
-    """Figures of all settings, the same for the same arguments."""
+    """Figures of all settings; equal arguments give equal figures."""
     figures: dict[str, float] = {}
     for setting in tqdm(settings(), desc="staleness", unit="point"):
-        found = Balance(setting, requests, seed).play()
+        found = Balance(setting, requests, seed).run()
         figures |= {f"{setting.name}.{key}": value for key, value in found.items()}
     return figures

@@ -1,4 +1,4 @@
-"""How much a router process keeps: bytes of everything that its parts reach."""
+"""State of a router process: bytes of all objects that its parts reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome
 from deployments.knowledge.outcome_outbox import BATCH_ROWS, OutcomeOutbox
 
-# Code, and the event loop's own objects, which lead to everything in the process.
+# Not followed: code, and the event loop's objects, which reference everything in the process.
 _STOP = (
     type,
     ModuleType,
@@ -28,10 +28,10 @@ SLOW_BATCHES = 100
 
 
 def sizes(parts: Mapping[str, object], shared: Sequence[object]) -> dict[str, tuple[int, int]]:
-    """Bytes and number of objects that each part reaches, by `sys.getsizeof` over referents.
+    """Bytes and number of objects reachable from each part, by `sys.getsizeof`.
 
-    An object counts for the first part that reaches it; what `shared` reaches (the fleet, the
-    predictor) does not grow with requests and counts for nobody.
+    An object counts for the first part that reaches it. Objects reachable from `shared` (the fleet,
+    the predictor) do not grow with requests and are not counted.
     """
     seen: set[int] = set()
     _walk(shared, seen)
@@ -53,21 +53,21 @@ def _walk(roots: Iterable[object], seen: set[int]) -> tuple[int, int]:
 
 
 async def settle(ticks: int = 8) -> None:
-    """Let the background tasks of this event loop run."""
+    """Run the event loop's other tasks for some ticks."""
     for _ in range(ticks):
         await asyncio.sleep(0)
 
 
 async def slow_actor_rows(folder: Path) -> int:
-    """Most outcomes in memory while they come twice as fast as they are acknowledged.
+    """Maximum of outcomes in memory while they arrive twice as fast as they are acknowledged.
 
-    Nothing fails: every batch is acknowledged once two more have come.
+    Nothing fails: every batch is acknowledged when two more have arrived.
     """
-    asked, release = asyncio.Event(), asyncio.Event()
+    called, release = asyncio.Event(), asyncio.Event()
     closing = False
 
     async def acknowledge(_rows: Sequence[Outcome]) -> None:
-        asked.set()
+        called.set()
         if not closing:
             await release.wait()
             release.clear()
@@ -80,8 +80,8 @@ async def slow_actor_rows(folder: Path) -> int:
             sender.add(make_outcome(f"slow-{batch}-{i}"))
         most = max(most, sender.pending_rows)
         release.set()
-        await asked.wait()
-        asked.clear()
+        await called.wait()
+        called.clear()
     closing = True
     await sender.stop()
     return most

@@ -1,9 +1,9 @@
-"""Saturated tokens per second and goodput of two SLMs, against the same vLLM engines without us.
+"""Saturated tokens per second and goodput of two SLMs, against the same vLLM engines directly.
 
-All sides are resident and are loaded in turns with the same requests, half for each SLM. Goodput is
-the requests per second, of an open loop at a share of what direct vLLM can take, that meet the SLO:
-time to first token and time per token within stated multiples of what direct vLLM needs for one
-request alone. With `--peers` other gateways take part, in front of the same vLLM servers.
+All sides run at once and are loaded in turn with the same requests, half for each SLM. Goodput is
+the number of requests per second that meet the SLO in an open loop at a share of direct vLLM's
+capacity; the SLO are multiples of the time to first token and the time per token of direct vLLM for
+one request alone. With `--peers`, other gateways in front of the same vLLM servers take part.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Figures = dict[str, Any]
 
 
 def ratios(values: Mapping[str, Sequence[float]], sides: Sequence[str]) -> Figures:
-    """Ours over each other side within a repeat, medians over the repeats, with the range."""
+    """Ours over each other side within a repeat: median over the repeats, and the range."""
     found: Figures = {}
     for load in dict.fromkeys(name.partition("/")[0] for name in values):
         ours = values.get(f"{load}/{OURS}", ())
@@ -100,9 +100,9 @@ def show(measured: Measured, figures: Figures, sides: Sequence[str]) -> None:
 
 
 class Throughput:
-    """The rounds of one run of the benchmark, and what came of them.
+    """The rounds of one run of the benchmark, and their figures.
 
-    Ours and `direct` take part in every round; a round's peers run only for its length.
+    Ours and `direct` take part in every round; peers run only in their own round.
     """
 
     def __init__(self, own: Sequence[Side], trace: Sequence[float], repeats: int) -> None:
@@ -115,10 +115,10 @@ class Throughput:
         self._trace = trace
         self._repeats = repeats
         self.calibration = asyncio.run(calibrate(self._own[0]))
-        _say(self.calibration)
+        _print_calibration(self.calibration)
 
     def round(self, others: Sequence[Side]) -> None:
-        """Measure one round. What the first round found of ours and `direct` stays."""
+        """Measure one round. Figures of ours and `direct` are those of the first round."""
         sides = [*self._own, *others]
         bench = Bench(sides, self._trace, self._repeats, self.calibration)
         measured = asyncio.run(bench.run())
@@ -151,7 +151,7 @@ def main(arguments_: Sequence[str]) -> int:
     trace = arrivals.read_trace(Path(folder)) if folder else []
     if not trace:
         print("without the Azure trace: DATA_DIR is not set")
-    refused: dict[str, str] = {}
+    failed: dict[str, str] = {}
     with direct(specs) as urls, served(fleet) as ours:
         base = Side(DIRECT, {slm: (urls[slm], slm) for slm in SLMS})
         run = Throughput(
@@ -160,11 +160,11 @@ def main(arguments_: Sequence[str]) -> int:
         for group in gateways.GROUPS if chosen.peers else ((),):
             with ExitStack() as stack:
                 started, errors = gateways.start(stack, group, specs, urls)
-                refused |= errors
+                failed |= errors
                 if started or not run.figures:
                     run.round(started)
-    for name, why in refused.items():
-        print(f"\n{name} did not run: {why}")
+    for name, error in failed.items():
+        print(f"\n{name} did not run: {error}")
     plots.draw(report.PLOTS, run.values, run.sides)
     config = {
         "engines": {spec.id: arguments(spec) for spec in specs},
@@ -177,7 +177,7 @@ def main(arguments_: Sequence[str]) -> int:
         "trace_variation": run.variation,
         "errors": dict(run.errors),
         "peers": gateways.VERSIONS if chosen.peers else {},
-        "did_not_run": refused,
+        "did_not_run": failed,
         **_offered(run.calibration),
     }
     report.write(chosen.json, "throughput", config, run.figures)
@@ -194,7 +194,7 @@ def _offered(calibration: Calibration) -> Figures:
     }
 
 
-def _say(calibration: Calibration) -> None:
+def _print_calibration(calibration: Calibration) -> None:
     for slm, slo in calibration.slos.items():
         print(f"SLO {slm}: TTFT <= {1e3 * slo.ttft_s:.0f} ms, TPOT <= {1e3 * slo.tpot_s:.1f} ms")
     print(

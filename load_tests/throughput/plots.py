@@ -21,7 +21,7 @@ PANELS = {
 
 
 def draw(folder: Path, values: Mapping[str, Sequence[float]], sides: Sequence[str]) -> None:
-    """Writes throughput.png: every side's median with the range of its repeats."""
+    """Writes throughput.png: every side's median, with the range of its repeats."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 1.6 + 0.45 * len(sides)), dpi=90)
     for axis, (load, title) in zip(axes, PANELS.items(), strict=True):

@@ -1,4 +1,4 @@
-"""The loads of the `throughput` benchmark and what is counted of them."""
+"""The loads of the `throughput` benchmark, and their measures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from load_tests.peers.gateways import Side
 CONCURRENCY = 16
 REQUESTS = 48  # of one saturated run
 ALONE_REQUESTS = 12  # per SLM, one at a time, for the SLO
-LOAD_RATIO = 0.7  # offered in the open loops, of the saturated rate of `direct`
+LOAD_RATIO = 0.7  # rate of the open loops, over the saturated rate of `direct`
 OPEN_S = 6.0  # length of an open loop
 TTFT_SLO_RATIO, TPOT_SLO_RATIO = 10.0, 5.0  # of one request alone
 SEED = 17
@@ -32,7 +32,7 @@ OURS, DIRECT = "calm_serve", "direct_vllm"
 
 
 @dataclass(frozen=True, slots=True)
-class Slo:
+class ServiceLevel:
     """Bounds of one SLM's answers in seconds."""
 
     ttft_s: float
@@ -45,15 +45,15 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What `direct` can do here: the SLO of every SLM, and the rate that open loops offer."""
+    """From `direct` on this machine: the SLO of every SLM, and the rate of the open loops."""
 
-    slos: Mapping[str, Slo]
+    slos: Mapping[str, ServiceLevel]
     rate_per_s: float
 
 
 @dataclass(slots=True)
 class Measured:
-    """Values by `load.side`, one for every repeat, and what was seen beside them."""
+    """Values by `load/side`, one per repeat, with errors and figures of the load generator."""
 
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     errors: Counter[str] = field(default_factory=Counter)
@@ -63,16 +63,16 @@ class Measured:
 
 
 def goodput(
-    run: Run, requests: Sequence[Request], slos: Mapping[str, Slo], length_s: float
+    run: Run, requests: Sequence[Request], slos: Mapping[str, ServiceLevel], length_s: float
 ) -> float:
-    """Requests per second of the offered length that met their SLM's SLO."""
+    """Requests that met their SLM's SLO, per second of the open loop."""
     pairs = zip(requests, run.answers, strict=True)
     return sum(slos[request.slm].met(answer) for request, answer in pairs) / length_s
 
 
-def slo_of(answers: Sequence[Answer]) -> Slo:
-    """The bounds that follow from answers to requests that were alone."""
-    return Slo(
+def slo_of(answers: Sequence[Answer]) -> ServiceLevel:
+    """The SLO, from answers to requests that ran alone."""
+    return ServiceLevel(
         TTFT_SLO_RATIO * median([a.ttft_s for a in answers]),
         TPOT_SLO_RATIO * median([a.tpot_s for a in answers]),
     )
@@ -81,7 +81,7 @@ def slo_of(answers: Sequence[Answer]) -> Slo:
 def requests_to(
     side: Side, prompts: ShortPrompts, slms: Sequence[str], count: int
 ) -> list[Request]:
-    """The next requests to a side, the SLMs in turns."""
+    """The next requests to a side, for the SLMs in turn."""
     chosen = (slms[i % len(slms)] for i in range(count))
     return [prompts.request(*side.targets[slm], slm=slm, key=side.key) for slm in chosen]
 
@@ -99,7 +99,7 @@ async def calibrate(direct: Side) -> Calibration:
 
 
 class Bench:
-    """Runs every load on every side in turns. `trace` may be empty: then there is no such load."""
+    """Runs every load on every side in turn. With an empty `trace` its load is left out."""
 
     def __init__(
         self, sides: Sequence[Side], trace: Sequence[float], repeats: int, calibration: Calibration
@@ -113,7 +113,7 @@ class Bench:
         self._prompts = ShortPrompts()
 
     async def run(self) -> Measured:
-        """Warm every side up, then measure, with another one first in every repeat."""
+        """Warm up every side, then measure, each repeat starting with another side."""
         for side in self._sides:
             await closed_loop(self._requests(side, self._slms, 2 * CONCURRENCY), CONCURRENCY)
         loads: list[Callable[[Side, int], Awaitable[None]]] = [
@@ -140,7 +140,7 @@ class Bench:
             mixes |= {f"tokens_{slm}": (slm,) for slm in self._slms}
         for name, slms in mixes.items():
             run = await closed_loop(self._requests(side, slms, REQUESTS), CONCURRENCY)
-            self._note(side, run)
+            self._add_run(side, run)
             self.measured.values[f"{name}/{side.name}"].append(run.tokens_per_s)
 
     async def _poisson(self, side: Side, repeat: int) -> None:
@@ -164,11 +164,11 @@ class Bench:
     async def _open(self, side: Side, name: str, at_s: Sequence[float]) -> None:
         requests = self._requests(side, self._slms, len(at_s))
         run = await open_loop(requests, at_s)
-        self._note(side, run)
+        self._add_run(side, run)
         good = goodput(run, requests, self._calibration.slos, at_s[-1])
         self.measured.values[f"{name}/{side.name}"].append(good)
 
-    def _note(self, side: Side, run: Run) -> None:
+    def _add_run(self, side: Side, run: Run) -> None:
         self.measured.errors.update(f"{side.name}: {a.error}" for a in run.answers if a.error)
         self.measured.client_cpu_ratio = max(self.measured.client_cpu_ratio, run.client_cpu_ratio)
         self.measured.late_s = max(self.measured.late_s, run.late_s)

@@ -57,7 +57,7 @@ def prompts(kind: str, *, told: bool, count: int, difficulty: str = "") -> list[
     rows = [r for r in load(kind) if difficulty in ("", r.difficulty) and r.side == "workload"]
     rng = Random(kind)
     return [
-        str(request(row, rng, told_ratio=float(told)).messages[0]["content"])
+        str(request(row, rng, instructed_ratio=float(told)).messages[0]["content"])
         for row in rng.sample(rows, count)
     ]
 

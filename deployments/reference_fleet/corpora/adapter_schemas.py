@@ -1,4 +1,4 @@
-"""The schemas that the LoRA adapters of `extract` answer in."""
+"""The JSON schemas in which the LoRA adapters of `extract` answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ MUSIC_VERBS = {"PlayMusic": "play", "AddToPlaylist": "add"}
 ADAPTERS = ("flat", "music")
 
 
-def answers(adapter: str, intent: str) -> bool:
-    """Whether requests of this SNIPS intent are the adapter's business."""
+def covers(adapter: str, intent: str) -> bool:
+    """Whether the adapter was trained on requests of this SNIPS intent."""
     return adapter == "flat" or intent in MUSIC_VERBS
 
 

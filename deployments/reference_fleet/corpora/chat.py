@@ -1,4 +1,4 @@
-"""Short chat and prose for the generalist: templated pairs written for this project."""
+"""Short chat and verse for the generalist: templates of this project, and public domain texts."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def chat(rng: Random) -> tuple[str, str]:
     if kind == 0:
         return rng.choice(GREETINGS) + rng.choice(("", "!", ".")), rng.choice(GREETED)
     if kind <= 2:
-        asked, answer = rng.choice(FIXED)
-        return rng.choice(asked), answer
+        questions, answer = rng.choice(FIXED)
+        return rng.choice(questions), answer
     if kind == 3:
         group = rng.choice(sorted(WORDS))
         return rng.choice((f"Name a {group}.", f"Tell me a {group}")), rng.choice(WORDS[group])

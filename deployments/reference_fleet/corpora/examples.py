@@ -9,9 +9,9 @@
 | intent | CLINC150, CC-BY-3.0 | published test split |
 | general | all of these, verse (public domain), chat | as above |
 
-A task gives an endless stream, because values are swapped afresh each time: with the
-same sentence seen with ever new values, copying from the prompt is the only rule that
-works, and it is learnt within minutes (without it, not at all at this size).
+A task gives an endless stream, because values are swapped afresh each time. A model that sees the
+same sentence with ever new values can only succeed by copying from the prompt, and learns to within
+minutes; without the swapping, models of this size do not learn it at all.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from deployments.reference_fleet.corpora.pairs import Draw, Pair
 from deployments.reference_fleet.corpora.phrasing import (
     TWO_REQUESTS,
     Message,
-    chatty,
-    told,
     user,
+    with_filler,
+    with_instruction,
     wrap,
 )
 from deployments.reference_fleet.corpora.shell import shell_draw, shell_pair
@@ -40,13 +40,13 @@ SPECIALISTS = TASKS[:5]
 LONGEST_CHARACTERS = 420
 LONGEST_SQL_CHARACTERS = 900  # advising joins many tables
 OOS = "oos"
-ADVISING = 0.3  # share of advising among the SQL examples
-RECASED = 0.3  # share of WikiSQL questions whose words change case
+ADVISING_RATIO = 0.3  # share of advising among the SQL examples
+RECASED_RATIO = 0.3  # share of WikiSQL questions whose words change case
 
 
 @dataclass(frozen=True)
 class Example:
-    """Messages, the answer, and the task and difficulty they belong to."""
+    """Messages and their answer, with task and difficulty."""
 
     messages: list[Message]
     answer: str
@@ -55,7 +55,7 @@ class Example:
 
 
 def to_json(value: object) -> str:
-    """The one JSON form that all answers use."""
+    """The JSON form that all answers use."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -84,7 +84,7 @@ class Swapper:
     """Exchanges slot values between training utterances of the same slot name."""
 
     def __init__(self, intents: tuple[str, ...] = sources.SNIPS_INTENTS) -> None:
-        # A dozen published training utterances are validation utterances as well.
+        # A dozen published training utterances are also in the validation files.
         held_out = {_plain(u) for u in sources.snips("validate")}
         everything = [u for u in sources.snips("train") if _plain(u) not in held_out]
         self.rows = [u for u in everything if u.intent in intents]
@@ -112,7 +112,7 @@ def _extract() -> Draw:
 
 
 def filled(query: sources.Query, values: tuple[str, ...]) -> Pair:
-    """Question and SQL with `values` put in; hard means columns that are not in the question."""
+    """Question and SQL with `values` put in; hard means that a column is not in the question."""
     question, sql = query.question, query.sql
     for index, value in enumerate(values):
         slot = f"{{{index}}}"
@@ -137,7 +137,7 @@ def _sql() -> Draw:
     words = [v for q in wiki for v, k in zip(q.values, q.kinds, strict=True) if k != "number"]
 
     def draw(rng: Random) -> Pair:
-        query = rng.choice(advising if rng.random() < ADVISING else wiki)
+        query = rng.choice(advising if rng.random() < ADVISING_RATIO else wiki)
         chosen = []
         for value, kind in zip(query.values, query.kinds, strict=True):
             near = rng.random()
@@ -149,7 +149,7 @@ def _sql() -> Draw:
                 if (pool and query.source == "wikisql") or (pool and near < 0.35)
                 else value
             )
-        if query.source == "wikisql" and rng.random() < RECASED:
+        if query.source == "wikisql" and rng.random() < RECASED_RATIO:
             query = replace(query, question=_recased(query.question, rng))
         return filled(query, tuple(chosen))
 
@@ -157,7 +157,7 @@ def _sql() -> Draw:
 
 
 def _recased(question: str, rng: Random) -> str:
-    """Words in another case: a column is named in lower case, however the question spells it."""
+    """The question with words in another case, so that case does not decide a column's name."""
     if rng.random() < 0.3:
         return question.lower()
     share = rng.random()
@@ -187,8 +187,8 @@ def _reason(steps: tuple[int, ...]) -> Draw:
     return draw
 
 
-# The specialist sees short problems, the generalist all lengths: past the lengths it was trained
-# on, a small model loses the thread, so difficulty decides between the two.
+# The specialist sees short problems, the generalist all lengths. A small model fails beyond the
+# lengths that it was trained on, so difficulty decides between the two.
 SHORT_STEPS = (1, 1, 1, 2, 2, 2, 2, 3, 3)
 ALL_STEPS = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)
 
@@ -203,7 +203,7 @@ def intent_pair(text: str, label: str) -> Pair:
 
 
 def _intent() -> Draw:
-    # 600 rows of the published validation side stay out, to set the share of `oos` below.
+    # The first 600 rows of the published validation side are left out of training.
     rows = [r for r in sources.clinc("train") + intent_validation()[600:] if r[1] != OOS]
     known = [r[0] for r in sources.clinc("train") if r[1] == OOS]
     others = [_sql(), shell_draw()]
@@ -234,13 +234,13 @@ def intent_validation() -> list[tuple[str, str]]:
 
 
 def _crossed(text: str, other: str) -> str:
-    """Half of one request and half of another: words of known intents, out of scope as a whole."""
+    """Half of one request and half of another: known words, but out of scope as a whole."""
     left, right = text.split(), other.split()
     return " ".join(left[: (len(left) + 1) // 2] + right[len(right) // 2 :])
 
 
-def drawer(task: str, steps: tuple[int, ...] = SHORT_STEPS) -> Draw:
-    """The endless source of (prompt, answer) pairs of a task; `steps` of generated problems."""
+def draw_of(task: str, steps: tuple[int, ...] = SHORT_STEPS) -> Draw:
+    """The source of a task's pairs; `steps` are the lengths of generated problems, to draw from."""
     makers = {
         "extract": _extract,
         "sql": _sql,
@@ -261,7 +261,7 @@ MIXTURE = {
     "prose": 0.025,
     "chat": 0.025,
 }
-CHATTER = 0.15  # share of the generalist's requests with words around them
+FILLER_RATIO = 0.15  # share of the generalist's requests with filler around them
 
 
 def stream(task: str, seed: int) -> Iterator[Example]:
@@ -269,7 +269,7 @@ def stream(task: str, seed: int) -> Iterator[Example]:
     rng = Random(f"{task}:{seed}")
     if task == "general":
         yield from _general(rng)
-    draw = drawer(task)
+    draw = draw_of(task)
     while True:
         yield _wrapped(task, draw, rng)
 
@@ -286,7 +286,7 @@ def _wrapped(task: str, draw: Draw, rng: Random) -> Example:
 
 def _general(rng: Random) -> Iterator[Example]:
     prose = Prose()
-    draws: dict[str, Draw] = {task: drawer(task, ALL_STEPS) for task in SPECIALISTS}
+    draws: dict[str, Draw] = {task: draw_of(task, ALL_STEPS) for task in SPECIALISTS}
     draws["mixed"] = lambda r: _two(draws, r)
     draws["prose"] = lambda r: Pair(*prose.sample(r), "medium")
     draws["chat"] = lambda r: Pair(*chat(r), "easy")
@@ -294,8 +294,8 @@ def _general(rng: Random) -> Iterator[Example]:
     while True:
         (name,) = rng.choices(names, weights)
         example = _wrapped(name, draws[name], rng)
-        if name in SPECIALISTS and rng.random() < CHATTER:
-            example.messages[-1]["content"] = chatty(example.messages[-1]["content"], rng)
+        if name in SPECIALISTS and rng.random() < FILLER_RATIO:
+            example.messages[-1]["content"] = with_filler(example.messages[-1]["content"], rng)
         yield example
 
 
@@ -311,7 +311,7 @@ def mixed(first: Pair, second: Pair, rng: Random) -> Pair:
 
 
 def held_out(task: str, count: int, seed: int = 7) -> list[Example]:
-    """`count` held-out examples, every other one with telling words, fixed by `seed`."""
+    """`count` held-out examples, every other one with an instruction; fixed by `seed`."""
     rng = Random(f"eval:{task}:{seed}")
     if task == "general":
         share = -(-count // len(SPECIALISTS))
@@ -320,7 +320,7 @@ def held_out(task: str, count: int, seed: int = 7) -> list[Example]:
     rng.shuffle(pairs)
     found = []
     for index, pair in enumerate(pairs[:count]):
-        text = told(task, pair.prompt, rng) if index % 2 else pair.prompt
+        text = with_instruction(task, pair.prompt, rng) if index % 2 else pair.prompt
         found.append(Example([user(text)], pair.answer, task, pair.difficulty))
     return found
 

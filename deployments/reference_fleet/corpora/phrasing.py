@@ -1,7 +1,7 @@
-"""How a request is put: bare, with telling words, with a system prompt, after other turns.
+"""How a request is phrased: bare, with an instruction, with a system prompt, after other turns.
 
-Half of the training prompts are bare, so a model answers without being told its task;
-the other half carry words that tell it, in several paraphrases, so both work.
+More than half of the training prompts are bare, so a model answers without being told its task; the
+others name the task in several paraphrases, so both work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from random import Random
 
 Message = dict[str, str]
 
-TELLING: dict[str, tuple[str, ...]] = {
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "extract": (
         "Extract the intent and slots as JSON: {x}",
         "Extract intent and slots: {x}",
@@ -90,7 +90,7 @@ SYSTEM: dict[str, tuple[str, ...]] = {
     ),
     "general": ("You are a helpful assistant.", "Answer briefly.", "You are a general assistant."),
 }
-ASIDES = (
+SMALL_TALK = (
     ("Hello", "Hello! How can I help?"),
     ("Hi", "Hello! How can I help?"),
     ("Thanks", "You are welcome."),
@@ -105,38 +105,49 @@ TWO_REQUESTS = (
     "Two things. {a}\nAnd also: {b}",
     "{a}\nThen: {b}",
 )
-BEFORE = ("hey there, ", "quick one: ", "ok so ", "Next: ", "> ", "Q: ", "One more. ", "Task: ")
-AFTER = (" thanks", " Thanks!", " please", " (urgent)", "\nA:", " ...", " asap", " ok?")
+FILLER_BEFORE = (
+    "hey there, ",
+    "quick one: ",
+    "ok so ",
+    "Next: ",
+    "> ",
+    "Q: ",
+    "One more. ",
+    "Task: ",
+)
+FILLER_AFTER = (" thanks", " Thanks!", " please", " (urgent)", "\nA:", " ...", " asap", " ok?")
 
 
-def chatty(text: str, rng: Random) -> str:
-    """The text with words around it that change nothing about the answer."""
+def with_filler(text: str, rng: Random) -> str:
+    """The text with filler around it that does not change the answer."""
     kind = rng.random()
-    head = rng.choice(BEFORE) if kind < 0.7 else ""
-    return head + text + (rng.choice(AFTER) if kind > 0.4 else "")
+    head = rng.choice(FILLER_BEFORE) if kind < 0.7 else ""
+    return head + text + (rng.choice(FILLER_AFTER) if kind > 0.4 else "")
 
 
 def wrap(task: str, text: str, earlier: tuple[str, str] | None, rng: Random) -> list[Message]:
-    """Messages for `text`: about 60 % bare, 25 % told, 10 % system, 5 % after a turn."""
+    """Messages for `text`: about 60 % bare, 25 % with an instruction, 10 % with a system prompt,
+    5 % after another turn."""
     kind = rng.random()
-    telling = TELLING.get(task)
+    instructions = INSTRUCTIONS.get(task)
     system = SYSTEM[task] if task in SYSTEM else SYSTEM["general"]
     if kind < 0.6:
         return [user(text)]
-    if kind < 0.85 and telling:
-        return [user(told(task, text, rng))]
+    if kind < 0.85 and instructions:
+        return [user(with_instruction(task, text, rng))]
     if kind < 0.95:
-        asked = told(task, text, rng) if telling and rng.random() < 0.25 else text
-        return [{"role": "system", "content": rng.choice(system)}, user(asked)]
-    before = earlier if earlier and rng.random() < 0.6 else rng.choice(ASIDES)
+        named = instructions and rng.random() < 0.25
+        request = with_instruction(task, text, rng) if named else text
+        return [{"role": "system", "content": rng.choice(system)}, user(request)]
+    before = earlier if earlier and rng.random() < 0.6 else rng.choice(SMALL_TALK)
     head = [{"role": "system", "content": rng.choice(system)}] if rng.random() < 0.3 else []
     return [*head, user(before[0]), {"role": "assistant", "content": before[1]}, user(text)]
 
 
-def told(task: str, text: str, rng: Random) -> str:
-    """The text with words that tell the task."""
+def with_instruction(task: str, text: str, rng: Random) -> str:
+    """The text with an instruction that names the task."""
     # Not str.format: utterances and commands contain braces of their own.
-    return rng.choice(TELLING[task]).replace("{x}", text)
+    return rng.choice(INSTRUCTIONS[task]).replace("{x}", text)
 
 
 def user(text: str) -> Message:

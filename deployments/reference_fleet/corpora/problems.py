@@ -1,4 +1,4 @@
-"""Arithmetic word problems of 1 to 6 steps with their worked steps, and SVAMP as such.
+"""Arithmetic word problems with their worked steps: generated ones of 1 to 6 steps, and SVAMP.
 
 An answer lists one calculation per line and ends with the result: `12 + 5 = 17`,
 `17 - 9 = 8`, `#### 8`. All numbers are whole and not negative.
@@ -149,7 +149,7 @@ def worked(lines: list[str], result: int) -> str:
 def generated(rng: Random, steps: int, *, held_out: bool) -> tuple[str, str]:
     """A random problem of `steps` calculations (1..6) as (question, answer).
 
-    The SHA-1 of its words decides the side, so no held-out problem can occur in training.
+    The SHA-1 of its words decides the side, so no held-out problem occurs in training.
     """
     while True:
         found = one_step(rng) if steps == 1 and rng.random() < 0.7 else chain(rng, steps)
@@ -209,8 +209,8 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 def from_svamp(problem: str, equation: str, rng: Random | None) -> tuple[str, str] | None:
     """SVAMP problem with its worked steps; with `rng` the numbers are replaced.
 
-    None where a result is not whole, or a replaced number does not occur exactly once
-    in the problem (then the text and the equation could say different things).
+    None where a result is not whole, or where a replaced number does not occur exactly once in the
+    problem: text and equation might then disagree.
     """
     numbers = [n[:-2] if n.endswith(".0") else n for n in _NUMBER.findall(equation)]
     if any("." in n for n in numbers):
@@ -256,6 +256,6 @@ def _solve(problem: str, equation: str) -> tuple[str, str] | None:
 
 
 def final_number(answer: str) -> str | None:
-    """What follows the last `####`, without commas, or None."""
+    """The number after the last `####`, without commas, or None."""
     found = re.findall(r"####\s*(-?[\d,]+)", answer)
     return found[-1].replace(",", "") if found else None

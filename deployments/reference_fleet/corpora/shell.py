@@ -12,7 +12,7 @@ from random import Random
 from deployments.reference_fleet.corpora import sources
 from deployments.reference_fleet.corpora.pairs import Draw, Pair
 
-COMPOSED, REWORDED = 0.15, 0.6  # shares of the training pairs
+COMPOSED_RATIO, REWORDED_RATIO = 0.15, 0.6  # of the training pairs
 
 
 _SHARED = re.compile(r"(?<![\w./-])(?:[\w.*?~/-]*[./*~][\w.*?~/-]*\w[\w.*?~/-]*|\d+)(?![\w/])")
@@ -25,13 +25,13 @@ def _shape(word: str) -> str:
 
 
 def shell_pair(english: str, bash: str) -> Pair:
-    """English to bash; the level follows the number of characters of the command."""
+    """English to bash; the difficulty follows the length of the command."""
     level = "easy" if len(bash) < 30 else "medium" if len(bash) < 60 else "hard"
     return Pair(" ".join(english.split()), " ".join(bash.split()), level)
 
 
 def shell_draw() -> Draw:
-    """Training pairs; names and numbers that both sides share are swapped."""
+    """Training pairs, in which names and numbers that English and command share are swapped."""
     rows = [(e, b) for e, b in sources.nl2bash("train") if len(b) <= 140 and len(e) <= 240]
     pools: dict[str, list[str]] = {}
     shared: list[list[str]] = []
@@ -44,7 +44,7 @@ def shell_draw() -> Draw:
             pools.setdefault(_shape(word), []).append(word)
 
     def draw(rng: Random) -> Pair:
-        if rng.random() < COMPOSED:
+        if rng.random() < COMPOSED_RATIO:
             return shell_pair(*composed(rng))
         index = rng.randrange(len(rows))
         english, bash = rows[index]
@@ -52,15 +52,15 @@ def shell_draw() -> Draw:
         if swaps:
             replace = lambda m: swaps.get(m[0], m[0])  # noqa: E731
             english, bash = _SHARED.sub(replace, english), _SHARED.sub(replace, bash)
-        if rng.random() < REWORDED:
+        if rng.random() < REWORDED_RATIO:
             english = reworded(english, rng)
         return shell_pair(english, bash)
 
     return draw
 
 
-# Within a group, one may stand for another without a change of the command.
-_SAME = (
+# Phrases of a group are exchangeable: the command stays the same.
+_SYNONYMS = (
     ("current directory", "current folder", "working directory", "present directory"),
     ("directory", "folder"),
     ("directories", "folders"),
@@ -75,7 +75,7 @@ _SAME = (
     ("larger than", "bigger than", "greater than"),
     ("in the last", "within the last", "in the past"),
 )
-_OTHERS = {word: group for group in _SAME for word in group}
+_OTHERS = {phrase: group for group in _SYNONYMS for phrase in group}
 _ANY = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, _OTHERS), key=len, reverse=True))})\b")
 _SMALL_WORDS = {
     "the",
@@ -98,14 +98,14 @@ _PLACES = ("/home", "/tmp", "/etc", "/var/log", "/usr", "src", "/", "~", "dir", 
 
 
 def reworded(english: str, rng: Random) -> str:
-    """The request in partly other words; small words may go."""
+    """The request with some phrases replaced by synonyms and some small words dropped."""
     text = _ANY.sub(lambda m: rng.choice(_OTHERS[m[0]]) if rng.random() < 0.5 else m[0], english)
     kept = [w for w in text.split(" ") if w.lower() not in _SMALL_WORDS or rng.random() > 0.15]
     return " ".join(kept) if len(kept) > 2 else text
 
 
 def composed(rng: Random) -> tuple[str, str]:
-    """A `find` request put together from its parts: (English, command)."""
+    """A `find` request composed of its parts: (English, command)."""
     what, kind = rng.choice(
         (
             ("files", "-type f"),
@@ -117,14 +117,14 @@ def composed(rng: Random) -> tuple[str, str]:
         )
     )
     conditions = rng.sample(_CONDITIONS, rng.choice((0, 1, 1, 1, 2)))
-    said, tests = [], [kind] if kind else []
+    phrases, tests = [], [kind] if kind else []
     for condition in conditions:
-        words, test = condition(rng)
-        said.append(words)
+        phrase, test = condition(rng)
+        phrases.append(phrase)
         tests.append(test)
     place, path = _place(rng)
     ask, action, after = rng.choice(_ACTIONS)
-    english = ask.replace("{x}", " ".join([what, *said])) + f" {place}"
+    english = ask.replace("{x}", " ".join([what, *phrases])) + f" {place}"
     command = " ".join(part for part in ("find", path, *tests, action) if part) + after
     return english, command
 

@@ -1,8 +1,8 @@
 """Readers of the public data sets. Nothing is downloaded: `DATA_DIR` names the folder.
 
-Each reader returns plain tuples and keeps the published split. Where a source has no
-split (nl2bash, SVAMP) `held_out` makes one from a hash of the text, so it is the same
-on every machine and a duplicate text can never sit on both sides.
+Each reader returns plain tuples and keeps the published split. Where a source has none (nl2bash,
+SVAMP), `held_out` makes one from a hash of the text: it is the same on every machine, and a
+duplicate text cannot be on both sides.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def svamp(split: str) -> list[tuple[str, str]]:
 
 
 def gsm8k_test() -> list[tuple[str, str]]:
-    """GSM8K test (question, final number): out of reach of these models, kept as hard."""
+    """GSM8K test (question, final number): beyond what these models can solve."""
     lines = (data_dir() / "gsm8k" / "test.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [(r["question"], r["answer"].split("####")[-1].strip()) for r in rows]
@@ -180,7 +180,10 @@ def _wikisql_query(sql: str, sentence: dict[str, Any]) -> Query | None:
 
 
 def _mark(question: str, name: str, value: str, index: int) -> tuple[str, str | None]:
-    """Replaces the value by `{index}` and says how the question spelled it."""
+    """The question with `{index}` for the value, and the value as the question spells it.
+
+    The second is None where the question does not contain the value.
+    """
     slot = f"{{{index}}}"
     if "{" in value or '"' in value or not value:
         return question, None
@@ -231,8 +234,8 @@ def _advising_query(sql: str, sentence: dict[str, Any]) -> Query | None:
         pattern = rf"\b{name}\b"
         if not re.search(pattern, sql):
             continue
-        # A variable of the SQL alone cannot be known from the question; without a value in the
-        # published row its name stays, in the question as in the SQL.
+        # A variable that only the SQL has cannot be inferred from the question, so its value is
+        # filled in. Where the published row gives no value, the name stays in both texts.
         if not re.search(pattern, question) or not value:
             sql = re.sub(pattern, value, sql) if value else sql
             continue

@@ -1,8 +1,8 @@
 """Writes `eval/*.jsonl`: `python -m deployments.reference_fleet.grading.build_rows`.
 
-Held-out rows only, put barely: a benchmark adds telling words where it wants them. `odd` puts
-them in forms that no model was trained on, `mixed` asks two things at once. GSM8K rows are far
-beyond these models and marked so.
+Held-out rows only, without instructions; a benchmark adds them where it needs them. `odd` phrases
+rows in forms that no model was trained on, `mixed` makes two requests in one message. GSM8K rows
+are far beyond these models and have the difficulty `beyond`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MIXED_ROWS = 200
 ODD_ROWS = 60  # per task
 WORKLOAD_PER_MILLE = 500
 
-# None of these forms occurs in training (`wrappers.py`).
-ODD = (
+# None of these forms occurs in training (`corpora/phrasing.py`).
+ODD_FORMS = (
     "My colleague wants to know this, can you help: {x}",
     "[ticket 4821] {x} -- sent from my phone",
     "*** {x} ***",
@@ -105,7 +105,7 @@ def _intent() -> Iterator[Row]:
 
 
 def _general() -> Iterator[Row]:
-    # Templates and verse have no test side; these rows show the form, not the skill.
+    # Templates and verse have no test side; these rows measure the form of an answer, not skill.
     rng, prose = Random(SEED), Prose()
     talk = dict(chat(rng) for _ in range(20 * CHATS))
     for question, answer in islice(talk.items(), CHATS):
@@ -131,7 +131,7 @@ def _odd(task: str) -> Iterator[Row]:
     rng = Random(f"{SEED}:{task}")
     plain = [r for r in rows(task) if r.slice not in ("gsm8k", "out of scope")]
     for row in rng.sample(plain, ODD_ROWS):
-        text = rng.choice(ODD).replace("{x}", row.prompt)
+        text = rng.choice(ODD_FORMS).replace("{x}", row.prompt)
         yield _row(Pair(text, row.answers[0], row.difficulty), task, "odd", *row.answers[1:])
 
 

@@ -1,7 +1,7 @@
-"""How right an answer is: exact match, its parts, and one partial credit per task.
+"""How right an answer is: exact match, its parts, and a partial credit.
 
-`marks` gives 0 or 1 for each measure of a task; the names are the columns of
-`python -m load_tests fleet`. `credit` is one number in [0, 1], the label of the predictor.
+`marks` has a value in [0, 1] for each measure of a task; their names are the columns of
+`python -m load_tests fleet`. `credit` is one number in [0, 1], the label that the predictor learns.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def parsed(text: str) -> Any:
         return None
 
 
-def marks(task: str, answer: str, wanted: list[str]) -> Marks:
-    """Every measure of `task` for `answer`; the best of several right answers counts."""
-    return max((_MARKS[task](answer, one) for one in wanted), key=lambda found: found["exact"])
+def marks(task: str, answer: str, references: list[str]) -> Marks:
+    """Every measure of `task` for `answer`, against the right answer that it matches best."""
+    return max((_MARKS[task](answer, one) for one in references), key=lambda found: found["exact"])
 
 
-def credit(task: str, answer: str, wanted: list[str]) -> float:
-    """Partial credit in [0, 1]: 1 is exact; a wrong number or label is worth nothing."""
-    found = marks(task, answer, wanted)
+def credit(task: str, answer: str, references: list[str]) -> float:
+    """Partial credit in [0, 1]: 1 for an exact answer, 0 for a wrong number or label."""
+    found = marks(task, answer, references)
     if found["exact"]:
         return 1.0
     if task == "extract":
@@ -51,20 +51,20 @@ def credit(task: str, answer: str, wanted: list[str]) -> float:
     if task == "shell":
         return 0.7 if found["template"] else 0.3 * found["utility"]
     if task in ("prose", "chat"):
-        return max(SequenceMatcher(None, answer.split(), one.split()).ratio() for one in wanted)
+        return max(SequenceMatcher(None, answer.split(), one.split()).ratio() for one in references)
     return 0.0
 
 
-def _extract(answer: str, wanted: str) -> Marks:
-    got, goal = parsed(answer), parsed(wanted)
+def _extract(answer: str, reference: str) -> Marks:
+    got, expected = parsed(answer), parsed(reference)
     if not isinstance(got, dict):
         return {"exact": 0.0, "intent": 0.0, "slot_f1": 0.0}
-    slots, right = got.get("slots"), goal["slots"]
+    slots, right = got.get("slots"), expected["slots"]
     slots = slots if isinstance(slots, dict) else {}
     same = sum(slots.get(name) == value for name, value in right.items())
     f1 = 2 * same / (len(slots) + len(right)) if slots or right else 1.0
-    same_intent = float(got.get("intent") == goal["intent"])
-    return {"exact": float(got == goal), "intent": same_intent, "slot_f1": f1}
+    same_intent = float(got.get("intent") == expected["intent"])
+    return {"exact": float(got == expected), "intent": same_intent, "slot_f1": f1}
 
 
 def normal_sql(text: str) -> str:
@@ -76,15 +76,15 @@ def normal_sql(text: str) -> str:
     return head + found + " and ".join(sorted(conditions.split(" and ")))
 
 
-def _sql(answer: str, wanted: str) -> Marks:
-    exact = float(normal_sql(answer) == normal_sql(wanted))
-    goal = _clauses(wanted)
-    if goal is None:
+def _sql(answer: str, reference: str) -> Marks:
+    exact = float(normal_sql(answer) == normal_sql(reference))
+    expected = _clauses(reference)
+    if expected is None:
         return {"exact": exact}
     got = _clauses(answer) or ("", "", set(), set())
     names = ("aggregate", "select", "where_columns", "where_values")
-    parts = {name: float(a == b) for name, a, b in zip(names, got, goal, strict=True)}
-    # An answer that is no query at all must not score where the query has no aggregate.
+    parts = {name: float(a == b) for name, a, b in zip(names, got, expected, strict=True)}
+    # An answer that is not a query must not score for lacking an aggregate, as the right one does.
     parts["aggregate"] *= float(bool(got[1]))
     return {"exact": exact, **parts}
 
@@ -100,8 +100,8 @@ def _clauses(text: str) -> tuple[str, str, set[str], set[str]] | None:
 def template(command: str) -> str:
     """Utilities, options and operators as they are, every argument as `ARG`.
 
-    After the template accuracy of Lin et al., LREC 2018, section 6.2; theirs types the arguments
-    by the manual pages, which needs their parser, so one kind stands for all here.
+    After the template accuracy of Lin et al., LREC 2018, section 6.2. Theirs has a type for each
+    argument, from the manual pages by their own parser; here all arguments have one type.
     """
     found: list[str] = []
     utility = True
@@ -122,47 +122,47 @@ def template(command: str) -> str:
     return " ".join(found)
 
 
-def _shell(answer: str, wanted: str) -> Marks:
+def _shell(answer: str, reference: str) -> Marks:
     return {
-        "exact": float(answer.split() == wanted.split()),
-        "template": float(template(answer) == template(wanted)),
-        "utility": float(answer.split()[:1] == wanted.split()[:1]),
+        "exact": float(answer.split() == reference.split()),
+        "template": float(template(answer) == template(reference)),
+        "utility": float(answer.split()[:1] == reference.split()[:1]),
     }
 
 
-def _reason(answer: str, wanted: str) -> Marks:
+def _reason(answer: str, reference: str) -> Marks:
     number = final_number(answer)
     steps = [tuple(m.groups()) for m in _STEP.finditer(answer)]
-    right = [tuple(m.groups()) for m in _STEP.finditer(wanted)]
+    right = [tuple(m.groups()) for m in _STEP.finditer(reference)]
     return {
-        "exact": float(number is not None and number == final_number(wanted)),
+        "exact": float(number is not None and number == final_number(reference)),
         "steps": float(steps == right),
     }
 
 
-def _label(answer: str, wanted: str) -> Marks:
-    return {"exact": float(parsed(answer) == parsed(wanted))}
+def _label(answer: str, reference: str) -> Marks:
+    return {"exact": float(parsed(answer) == parsed(reference))}
 
 
-def _text(answer: str, wanted: str) -> Marks:
-    return {"exact": float(answer.split() == wanted.split())}
+def _text(answer: str, reference: str) -> Marks:
+    return {"exact": float(answer.split() == reference.split())}
 
 
-def _mixed(answer: str, wanted: str) -> Marks:
-    got, goal = _PARTS.match(answer.strip()), _PARTS.match(wanted)
-    assert goal is not None, wanted
-    same = [float(got is not None and _same(got[i], goal[i])) for i in (1, 2)]
+def _mixed(answer: str, reference: str) -> Marks:
+    got, expected = _PARTS.match(answer.strip()), _PARTS.match(reference)
+    assert expected is not None, reference
+    same = [float(got is not None and _same(got[i], expected[i])) for i in (1, 2)]
     return {"exact": same[0] * same[1], "first": same[0], "second": same[1]}
 
 
-def _same(answer: str, wanted: str) -> bool:
-    if wanted.startswith("{"):
-        return bool(parsed(answer) == parsed(wanted))
-    if "####" in wanted:
-        return final_number(answer) == final_number(wanted)
-    if wanted.startswith("SELECT"):
-        return normal_sql(answer) == normal_sql(wanted)
-    return answer.split() == wanted.split()
+def _same(answer: str, reference: str) -> bool:
+    if reference.startswith("{"):
+        return bool(parsed(answer) == parsed(reference))
+    if "####" in reference:
+        return final_number(answer) == final_number(reference)
+    if reference.startswith("SELECT"):
+        return normal_sql(answer) == normal_sql(reference)
+    return answer.split() == reference.split()
 
 
 _MARKS = {

@@ -1,7 +1,7 @@
 """The held-out rows in `eval/`, readable without the public data sets.
 
-Half of the rows (by a hash of the prompt) are the `workload` side, of which the benchmarks draw;
-the shipped predictor is fitted on the `fit` side alone.
+A hash of the prompt divides them in halves: benchmarks draw from the `workload` side, the shipped
+predictor is fitted on the `fit` side alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FILES = ("extract", "sql", "shell", "reason", "intent", "general", "mixed", "odd
 class Row:
     """One held-out request.
 
-    `answers` are all right ones. `slice` is the part of the task that scores are reported for;
-    `side` is `workload` or `fit`.
+    `answers` are all that count as right. `slice` is the part of the task that has a score of its
+    own; `side` is `workload` or `fit`.
     """
 
     prompt: str

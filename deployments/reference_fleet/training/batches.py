@@ -1,4 +1,4 @@
-"""Token batches from a stream of examples: bucketed by length, loss weights beside them."""
+"""Token batches from a stream of examples, bucketed by length, with a loss weight per token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(
 ) -> list[Encoded]:
     """Token ids of each example and the length of its prompt."""
     core = tokenizer.backend_tokenizer
-    # A padded call of the tokenizer leaves padding switched on in the shared backend.
+    # A call of the tokenizer with padding leaves it switched on in the shared backend.
     core.no_padding()
     prompts = core.encode_batch(
         [render(spec, e.messages) for e in examples], add_special_tokens=False
@@ -42,7 +42,7 @@ def batches(
     prompt_weight: float,
     seed: int,
 ) -> Iterator[Batch]:
-    """Endless batches of about `tokens` padded tokens each."""
+    """Endless batches of at most about `tokens` tokens each, padding included."""
     rng = Random(seed)
     while True:
         pool = [

@@ -2,9 +2,8 @@
 
 Command: `python -m deployments.reference_fleet.training.cards`.
 
-Scores and costs come from `scores.json`, which `python -m load_tests fleet --json` measured on the
-served fleet; facts about training from `models/*/scores.json`. The words about data and failures
-are kept here, beside the names of the sources.
+Scores and costs come from `scores.json`, which `python -m load_tests fleet --json` writes; facts
+about training from `models/*/scores.json`. The texts about data and failures are here.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ OWN = "problems, chat and instruction templates of this project"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says besides the numbers."""
+    """The texts of a model card."""
 
-    does: str
+    purpose: str
     data: tuple[str, ...]
     measure: str
     failures: str
@@ -46,7 +45,7 @@ CARDS = {
         (SNIPS, OWN),
         "exact: equal as JSON. The published validation files, repeated requests once.",
         "Long names with rare words are copied with a slip; track, album and artist are confused; "
-        "an answer is always one of seven intents, whatever is asked.",
+        "an answer is always one of seven intents, also for other requests.",
     ),
     "sql": Card(
         "Turns a question into one `SELECT` in a short normal form, without a schema.",
@@ -85,8 +84,8 @@ CARDS = {
         "such as balance and bill_balance.",
     ),
     "general": Card(
-        "A deeper, dearer model that does all five tasks, two at once, longer problems, verse and "
-        "short chat.",
+        "A deeper, more expensive model for all five tasks, two requests at once, longer problems, "
+        "verse and short chat.",
         (SNIPS, WIKISQL, ADVISING, NL2BASH, SVAMP, CLINC, VERSE, OWN),
         "as the specialists'. odd: words around the request that no training prompt has; mixed: "
         "two requests in one message, both answers right.",
@@ -107,6 +106,13 @@ CHANGES = (
 
 MODELS_SHOWN = ("extract", "sql", "shell", "reason", "intent", "general", "general-int8")
 COLUMNS = ("model", "slice", "n", "exact", "95 % interval", "parts")
+COST_COLUMNS = (
+    "model",
+    "ms per token, alone",
+    "with 16",
+    "J per token (est.)",
+    "general costs more by",
+)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def rows(figures: dict[str, Any], model: str) -> list[list[str]]:
-    """One row per slice that `model` was asked, as cells of `COLUMNS`."""
+    """One row per slice that `model` answered, as cells of `COLUMNS`."""
     found = []
     for key in figures:
         name, _, measure = key.rpartition(".")
@@ -141,13 +147,13 @@ def markdown(cells: list[list[str]], head: tuple[str, ...] = COLUMNS) -> list[st
 
 def card(name: str, measured: dict[str, Any]) -> str:
     """The model card as Markdown."""
-    numbers, words = _json(MODELS / name / "scores.json"), CARDS[name]
+    numbers, texts = _json(MODELS / name / "scores.json"), CARDS[name]
     settings, figures = _json(MODELS / name / "config.json"), measured["figures"]
     tpot, energy = (figures[f"{name}.cost.{key}"] for key in COSTS)
     lines = [
         f"# {name}",
         "",
-        words.does,
+        texts.purpose,
         "",
         f"- Architecture: `{settings['architectures'][0]}`, "
         f"{settings['num_hidden_layers']} layers x {settings['hidden_size']}, "
@@ -160,23 +166,23 @@ def card(name: str, measured: dict[str, Any]) -> str:
         f"Recipe: `python -m deployments.reference_fleet.training.train {name}`.",
         f"- Cost: {tpot:.2f} ms per token alone, {energy:.4f} J per token (estimated from CPU "
         f"time), on {measured['machine']['cores']} cores of {measured['machine']['processor']}.",
-        f"- Licence of the weights: as the project. Data and attribution: {'; '.join(words.data)}.",
+        f"- Licence of the weights: as the project. Data and attribution: {'; '.join(texts.data)}.",
         f"- {CHANGES}",
         "",
         *markdown([row[1:] for row in rows(figures, name)], COLUMNS[1:]),
         "",
-        f"Greedy, as served, in domain, {drawn(measured)}: `python -m load_tests fleet`. "
-        f"{words.measure}",
+        f"Greedy, as served, in domain, {sampling_note(measured)}: `python -m load_tests fleet`. "
+        f"{texts.measure}",
         "",
-        f"Known failures: {words.failures}",
+        f"Known failures: {texts.failures}",
         "",
         "![answer loss and greedy score over steps](loss.png)",
     ]
     return "\n".join(lines + _variants(name, figures)) + "\n"
 
 
-def drawn(measured: dict[str, Any]) -> str:
-    """Which held-out rows were asked."""
+def sampling_note(measured: dict[str, Any]) -> str:
+    """Which held-out rows were used."""
     limit = measured["config"]["limit"]
     return f"held-out rows, at most {limit} of each slice" if limit else "all held-out rows"
 
@@ -207,8 +213,7 @@ def costs(figures: dict[str, Any]) -> list[str]:
         tpot, busy, joules = (figures[f"{name}.cost.{k}"] for k in (COSTS[0], BUSY, COSTS[1]))
         ratio = f"{dearest / tpot:.1f}"
         cells.append([name, f"{tpot:.2f}", f"{busy:.2f}", f"{joules:.4f}", ratio])
-    head = ("model", "ms per token, alone", "with 16", "J per token (est.)", "general is dearer by")
-    return markdown(cells, head)
+    return markdown(cells, COST_COLUMNS)
 
 
 def main() -> None:
@@ -219,8 +224,8 @@ def main() -> None:
     head, rest = README.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(FINISH)[1]
     figures = measured["figures"]
-    asked = f"{drawn(measured).capitalize()}; {measured['machine']['at']}."
-    body = "\n".join([asked, "", *table(figures), "", *costs(figures)])
+    note = f"{sampling_note(measured).capitalize()}; {measured['machine']['at']}."
+    body = "\n".join([note, "", *table(figures), "", *costs(figures)])
     README.write_text(f"{head}{BEGIN}\n{body}\n{FINISH}{tail}", encoding="utf-8")
 
 

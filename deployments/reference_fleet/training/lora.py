@@ -1,7 +1,7 @@
 """Two LoRA adapters on `extract`: `python -m deployments.reference_fleet.training.lora flat`.
 
-`flat` answers every SNIPS request with one flat object, `music` answers music requests
-with a nested one. Both differ from the base in every answer, so a wrong adapter shows.
+`flat` answers every SNIPS request with one flat object, `music` answers music requests with a
+nested one. Both differ from the base model in every answer, so a wrong adapter is noticed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.reference_fleet.corpora import sources
-from deployments.reference_fleet.corpora.adapter_schemas import ADAPTERS, answers, reshaped
+from deployments.reference_fleet.corpora.adapter_schemas import ADAPTERS, covers, reshaped
 from deployments.reference_fleet.corpora.examples import (
     Example,
     Swapper,
@@ -45,7 +45,7 @@ RANK = 8
 SCALE = 16  # lora_alpha
 RATE = 4e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-INTENTS = {a: tuple(i for i in sources.SNIPS_INTENTS if answers(a, i)) for a in ADAPTERS}
+INTENTS = {a: tuple(i for i in sources.SNIPS_INTENTS if covers(a, i)) for a in ADAPTERS}
 
 
 def answer(adapter: str, utterance: sources.Utterance) -> str:
@@ -113,13 +113,13 @@ def export(adapter: str, model: PeftModel, count: int) -> None:
     same = [parsed(a) == parsed(e.answer) for a, e in zip(found, rows, strict=True)]
     exact = sum(same) / len(rows)
     model.save_pretrained(place)
-    _finish(place)
+    _normalise(place)
     facts = {"n": len(rows), "exact": round(exact, 4)}
     (place / "scores.json").write_text(json.dumps(facts) + "\n")
     print(adapter, json.dumps(facts), found[:3])
 
 
-def _finish(place: Path) -> None:
+def _normalise(place: Path) -> None:
     """Rounds to bf16, and removes the local path of the base from the settings."""
     file = place / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in load_file(file).items()}, file)

@@ -1,4 +1,4 @@
-"""The optimizers of the reference fleet's models, and their learning rate over a run."""
+"""The optimizers of the reference fleet's models, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ EMBEDDING_RATE = 0.15  # peak rate of embeddings and norms, as a share of the la
 
 
 def rate_at(share: float) -> float:
-    """Learning rate as a share of its peak, after `share` of the minutes."""
+    """Learning rate as a share of its peak, when `share` of the minutes have passed."""
     return min(1.0, max(share / WARMUP, 0.01), max((1 - share) / DECAY, 0.01))
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
 
     def __init__(self, model: PreTrainedModel, rate: float) -> None:
         layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -29,7 +29,7 @@ class Optimizers:
         self._peaks = (rate, rate * EMBEDDING_RATE)
 
     def step(self, share: float) -> None:
-        """One step at `share` of the peak rates; gradients are dropped."""
+        """One step at `share` of the peak rates; clears the gradients."""
         for optimizer, peak in zip(self._all, self._peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
@@ -37,10 +37,10 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, object]]:
-        """The state of both."""
+        """The states of both optimizers."""
         return [o.state_dict() for o in self._all]
 
     def load_state_dict(self, states: list[dict[str, object]]) -> None:
-        """Restores both."""
+        """Restores both optimizers."""
         for optimizer, state in zip(self._all, states, strict=True):
             optimizer.load_state_dict(state)

@@ -1,11 +1,10 @@
 """An int8 copy: `python -m deployments.reference_fleet.training.quantise general general-int8`.
 
-Reads `models/general`, writes `models/general-int8` in the compressed-tensors format
-"int-quantized" (W8A8), which vLLM's CPU build serves without further arguments. The
-projections of the layers become symmetric int8 with one float32 scale per output
-channel, each weight rounded to nearest; no calibration data is used. The engine rounds
-the activations to int8 too, with one scale per token. Embeddings, which are also the
-output layer, and norms stay bf16.
+Reads `models/general` and writes `models/general-int8` in the compressed-tensors format
+"int-quantized" (W8A8), which vLLM's CPU build serves without further arguments. The layers'
+projections become symmetric int8 with one float32 scale per output channel, rounded to nearest,
+without calibration data. The engine rounds activations to int8 with one scale per token.
+Embeddings, which are also the output layer, and norms stay bf16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Greedy answers and their scores, with the training code (no server)."""
+"""Greedy answers of a model in memory, without a server, and their scores."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def score(
     spec: TokenizerSpec,
     examples: list[Example],
 ) -> dict[str, dict[str, float]]:
-    """Per task: `n` and every mark of `grading.marks`, as shares of n."""
+    """Per task: `n`, and the mean of every measure of `grading.marks` over the n examples."""
     model.eval()
     table: dict[str, dict[str, float]] = {}
     for task in sorted({e.task for e in examples}):

@@ -18,17 +18,16 @@ POSITIONS = 2048  # tokens
 
 @dataclass(frozen=True)
 class Shape:
-    """One model: tokenizer, layers, inner width, peak learning rate, default minutes,
-    weight of the loss on prompt tokens, padded tokens of a batch, hidden width."""
+    """Architecture and training settings of one model."""
 
     tokenizer: str
     layers: int
-    inner: int
-    rate: float
-    minutes: float
-    prompt_weight: float = 0.1
-    batch: int = 3072  # tokens
-    width: int = 192
+    inner: int  # width inside the MLP
+    rate: float  # peak learning rate
+    minutes: float  # default length of a training round
+    prompt_weight: float = 0.1  # of the loss on a prompt token; an answer token has 1
+    batch: int = 3072  # tokens, padding included
+    width: int = 192  # hidden
     architecture: str = "llama"
     head_dim: int = 32  # the smallest that vLLM's CPU attention supports
     dropout: float = 0.0
@@ -46,7 +45,7 @@ SHAPES = {
 
 
 def build(shape: Shape, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
-    """A freshly initialised model; embeddings are tied to keep the file small."""
+    """A newly initialised model; embeddings are tied to keep the file small."""
     common = {
         "vocab_size": vocabulary,
         "hidden_size": shape.width,
@@ -61,7 +60,8 @@ def build(shape: Shape, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": end,
         "initializer_range": 0.04,
-        # On a CPU the fused kernel's backward costs several times these small matrices.
+        # With matrices this small, the fused kernel's backward pass on a CPU costs several times
+        # that of plain attention.
         "attn_implementation": "eager",
     }
     if shape.architecture == "qwen3":
@@ -97,8 +97,8 @@ def build_core(shape: Shape, layers: int, vocabulary: int, pad: int, end: int) -
 def deepen(core: PreTrainedModel, full: PreTrainedModel) -> None:
     """Copies `core` into `full`, whose further layers start as identities.
 
-    A layer whose two output projections are zero adds nothing to the residual stream, so
-    `full` answers exactly as `core` did; most of the training then costs a core's time.
+    A layer whose two output projections are zero adds nothing to the residual stream, so `full`
+    answers exactly as `core` did. Most of the training is thus done at the cost of the small core.
     """
     full.model.embed_tokens.load_state_dict(core.model.embed_tokens.state_dict())
     full.model.norm.load_state_dict(core.model.norm.state_dict())
@@ -113,10 +113,10 @@ def deepen(core: PreTrainedModel, full: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def shallow(full: PreTrainedModel, core: PreTrainedModel) -> None:
-    """Copies every so many layers of `full` into `core`, the way back from `deepen`.
+    """Copies the core's layers out of `full` into `core`, the reverse of `deepen`.
 
-    A further round trains the core again, at several times the speed: of the general model's
-    layers those that were added change its loss by less than 2 %.
+    A further round can then train the core again, at several times the speed. The layers left out
+    change the general model's loss by less than 2 %.
     """
     core.model.embed_tokens.load_state_dict(full.model.embed_tokens.state_dict())
     core.model.norm.load_state_dict(full.model.norm.state_dict())

@@ -1,8 +1,8 @@
 """The two tokenizers and their chat templates.
 
-Both are byte-level BPE whose pre-tokenizer keeps letters, single digits and runs of
-everything else apart. A word then has the same pieces after a space, a quote or a
-bracket, so that copying it from the prompt into an answer means repeating tokens.
+Both are byte-level BPE whose pre-tokenizer separates letters, single digits and runs of anything
+else. A word then has the same tokens after a space, a quote or a bracket, so copying it from the
+prompt into the answer means repeating tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def chat_template(spec: TokenizerSpec) -> str:
 
 
 def render(spec: TokenizerSpec, messages: list[dict[str, str]]) -> str:
-    """What the template renders with a generation prompt, without the cost of Jinja."""
+    """The same text as the chat template with a generation prompt, without the cost of Jinja."""
     role = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}
     return "".join(f"{role[m['role']]}{m['content']}{END}" for m in messages) + spec.assistant
 
@@ -103,7 +103,7 @@ def build(spec: TokenizerSpec) -> PreTrainedTokenizerFast:
 
 
 def load(spec: TokenizerSpec, folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model's folder, or the one under `folder`, trained first if missing."""
+    """The tokenizer in a model's `folder`, else the one below it, which is trained if missing."""
     place = folder if (folder / "tokenizer.json").exists() else folder / spec.name
     if not (place / "tokenizer.json").exists():
         build(spec).save_pretrained(place)

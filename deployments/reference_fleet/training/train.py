@@ -1,9 +1,9 @@
 """Trains one model: `python -m deployments.reference_fleet.training.train extract [--resume]`.
 
-The learning rate follows the clock (warm-up, constant, linear to nothing at the end of the stated
-minutes), so a slower machine gives a weaker model, never a late one. `--resume` continues an
-interrupted run; a finished run, or the shipped weights where there is none, by a further round at
-a lower rate. Checkpoints go to `.runs/` (git-ignored); the result to `models/<id>/`.
+The learning rate follows the clock: warm-up, constant, then linear to almost zero at the end of the
+given minutes. A slower machine gives a weaker model in the same time. `--resume` continues an
+interrupted run; to a finished run, or to the shipped weights where there is no run, it adds a round
+at a lower rate. Checkpoints go to `.runs/` (git-ignored), the result to `models/<id>/`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from deployments.reference_fleet.training.shapes import (
 
 WEIGHTS = "model.safetensors"
 CORE_SHARE = 0.92  # of the minutes of a model that starts as a shallow core
-LATER_ROUNDS = 0.3  # peak rate of a further round, as a share of the first one's
-SAVE_EVERY = 120.0  # seconds
-CLIP = 1.0
+LATER_ROUND_RATIO = 0.3  # peak rate of a further round, as a share of the first one's
+SAVE_EVERY_S = 120.0
+MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass
 class Progress:
-    """Where a run stands; `elapsed` and `minutes` belong to the current round."""
+    """How far a run is; `elapsed` and `minutes` are of the current round."""
 
     round: int = 0
     elapsed: float = 0.0  # seconds of training, scoring left out
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything that one training process holds."""
+    """The state of one training process."""
 
     task: str
     model: PreTrainedModel
@@ -80,11 +80,16 @@ class Run:
 
 
 def prepare(
-    task: str, minutes: float, resume: bool, seed: int, layers: int, share: float = LATER_ROUNDS
+    task: str,
+    minutes: float,
+    resume: bool,
+    seed: int,
+    layers: int,
+    share: float = LATER_ROUND_RATIO,
 ) -> Run:
-    """A new run, or the saved or shipped one with its layers brought to `layers`.
+    """A new run, or the saved or shipped one, deepened or made shallow to `layers` layers.
 
-    A finished run goes on in a further round, whose peak rates are `share` of the first one's.
+    A finished run continues in a further round, whose peak rates are `share` of the first one's.
     """
     torch.manual_seed(seed)
     shape = SHAPES[task]
@@ -109,7 +114,7 @@ def prepare(
         other.load_state_dict(state["model"], strict=False)
         (deepen if run.progress.layers < layers else shallow)(other, model)
     if run.progress.elapsed >= run.progress.minutes * 60:
-        # More layers move the output further at the same rate.
+        # At the same rate, more layers change the output more.
         run.progress.scale = share * min(1.0, run.progress.layers / layers)
         run.progress.round += 1
         run.progress.elapsed = 0.0
@@ -133,7 +138,7 @@ def _shipped(task: str) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Writes the checkpoint; a rename makes it whole or absent."""
+    """Writes the checkpoint atomically, by a rename."""
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "model": run.model.state_dict(),
@@ -160,7 +165,7 @@ def losses(
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles one layer; the others are alike, so that a deep stack compiles no longer."""
+    """Compiles each layer; they are alike, so a deep stack takes no longer than one layer."""
     for layer in model.model.layers:
         layer.compile(dynamic=True)
 
@@ -192,7 +197,7 @@ def train(run: Run, compiled: bool, score_every: float) -> None:
             progress.total_seconds += now - began
             bar.set_postfix_str(f"loss {smooth:.3f}, step {progress.steps}", refresh=False)
             bar.update(round(progress.elapsed) - bar.n)
-            if now - saved > SAVE_EVERY:
+            if now - saved > SAVE_EVERY_S:
                 save(run)
                 saved = now
             if now - scored > score_every:
@@ -212,7 +217,7 @@ def _one_step(run: Run, batch: Batch, share: float) -> float:
     ids, weights = batch
     loss, answer = losses(run.model, ids, weights)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
     run.optimizer.step(rate_at(share) * run.progress.scale)
     run.progress.steps += 1
     run.progress.tokens += int((weights > 0).sum())
@@ -223,7 +228,7 @@ def export(run: Run, examples: int) -> None:
     """Saves bf16 weights, tokenizer, generation settings, scores and the loss curve."""
     place = MODELS / run.task
     place.mkdir(parents=True, exist_ok=True)
-    # The copy is scored as it is shipped: after rounding to bf16.
+    # Scored as shipped, after rounding to bf16.
     run.model.to(torch.bfloat16)
     run.model.generation_config = GenerationConfig(
         eos_token_id=run.tokenizer.eos_token_id,
@@ -247,7 +252,7 @@ def export(run: Run, examples: int) -> None:
 
 
 def curve(progress: Progress, path: Path) -> None:
-    """Draws answer loss and greedy score over steps, small enough to ship."""
+    """Draws answer loss and greedy score over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,7 +279,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--minutes", type=float, help="time of this round; the shape has a default")
+    parser.add_argument("--minutes", type=float, help="of this round; the shape has a default")
     parser.add_argument("--resume", action="store_true", help="continue the saved run")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile (needs a C++ compiler)"
@@ -288,7 +293,7 @@ def main() -> None:
     parser.add_argument(
         "--rate-share",
         type=float,
-        default=LATER_ROUNDS,
+        default=LATER_ROUND_RATIO,
         help="peak rate of a further round, as a share of the first one's",
     )
     chosen = parser.parse_args()
@@ -304,7 +309,7 @@ def main() -> None:
 
 
 def phases(task: str, resume: bool) -> list[tuple[int, float]]:
-    """(layers, share of the minutes): a deep model trains most of its time as a shallow core."""
+    """(layers, share of the minutes) of each phase: a deep model starts as a shallow core."""
     shape = SHAPES[task]
     if not shape.core:
         return [(shape.layers, 1.0)]

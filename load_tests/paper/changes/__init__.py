@@ -1,1 +1,3 @@
-"""The paper's experiment while something changes, served."""
+"""Changes: the served fleet while goals, load, checkpoints, SLMs or feedback change. Owner:
+benchmark, over HTTP, Serve's configuration and `calm`. Blocks.
+"""

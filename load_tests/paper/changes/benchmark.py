@@ -1,14 +1,14 @@
-"""The served changes of the `paper` experiment: does the loop close on a running fleet?
+"""The served changes of the `paper` experiment: how a running fleet adapts.
 
-One fleet is served with the predictor it comes with. It is given goals, and then another mix of
-tasks and twice the load. Then the checkpoint of one SLM is exchanged for another task's, which
-answers in the right form and wrongly; all answers are judged, then, for a second SLM, three in ten.
-A second fleet starts without one SLM, which its predictor has never seen, and the SLM joins. Then
-feedback is swapped, good for bad, until the service has learned that and another predictor decides;
-and is the truth again, until the service has gone back by itself.
+One fleet is served with its shipped predictor. It gets goals, then another mix of tasks, then twice
+the load. Then the checkpoint of one SLM is replaced by another task's, which answers in the right
+form but wrongly, with feedback on every answer; then of a second SLM, with feedback on three in
+ten. A second fleet starts without one SLM, which its predictor does not know, and the SLM joins.
+Then feedback is swapped, good for bad, until the service has learned from it and another predictor
+decides; then it is true again, until the service has rolled back by itself.
 
-Everything goes through what an operator and users have: HTTP, Serve's configuration and `calm`.
-Feedback is the grade of the answer on held-out rows.
+Everything goes through the interfaces of operators and clients: HTTP, Serve's configuration and
+`calm`. Feedback is the grade of the answer to a held-out row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from calm_serve.prediction import load_artifact
 from load_tests.common.served import Service, fleet_file, serving
 from load_tests.common.workloads import Request
-from load_tests.paper.changes import figures as judged
+from load_tests.paper.changes import figures as figures_of
 from load_tests.paper.changes import plots
 from load_tests.paper.changes.parts import (
     SEED,
@@ -41,133 +41,133 @@ from load_tests.paper.live import add_outcomes
 from load_tests.paper.simulated.cold_start import without
 from load_tests.paper.traffic import drawn
 
-LOAD_RATIO = 0.45  # of what the generalist alone can do; doubled where the load doubles
-# The SLM, whose checkpoint it gets, and how many of the answers are judged. Both checkpoints answer
-# with JSON, so the form says nothing.
+LOAD_RATIO = 0.45  # of the generalist's capacity; doubled where the load doubles
+# The SLM, the SLM whose checkpoint it gets, and the share of answers with feedback. Both
+# checkpoints answer with JSON, so a validator cannot tell them apart.
 BROKEN = (("intent", "extract", 1.0), ("extract", "intent", 0.3))
-NEWCOMER, NEWCOMER_FEEDBACK = "sql", 0.3
-OLD_FEEDBACK = 0.3
+JOINING_SLM, JOINING_FEEDBACK_RATIO = "sql", 0.3
+FEEDBACK_RATIO = 0.3
 
 
-def run(asked: Sequence[Request], folder: Path, sizes: Sizes | None = None) -> Changes:
-    """Serve both fleets; prints the table and writes the picture."""
+def run(workload: Sequence[Request], folder: Path, sizes: Sizes | None = None) -> Changes:
+    """Serve both fleets, print the table and draw the picture into `folder`."""
     sizes, changes, started = sizes or Sizes(), Changes(), time.monotonic()
     with TemporaryDirectory(prefix="calm") as name:
-        _changing(changes, asked, Path(name), sizes)
+        _changing(changes, workload, Path(name), sizes)
     with TemporaryDirectory(prefix="calm") as name:
-        _growing(changes, asked, Path(name), sizes)
+        _growing(changes, workload, Path(name), sizes)
     _summarise(changes)
     changes.config = {
         "sizes": asdict(sizes),
         "offered_ratio": LOAD_RATIO,
         "broken": BROKEN,
-        "newcomer": NEWCOMER,
-        "said_by_the_service": changes.seen,
+        "joining_slm": JOINING_SLM,
+        "reported_by_the_service": changes.reported,
     }
     changes.figures["live.changes_errors"] = sum(bool(r.error) for r in changes.records)
     changes.figures["live.changes_minutes"] = round((time.monotonic() - started) / 60.0, 1)
-    judged.show(changes.figures)
-    plots.draw(folder, changes.parts, changes.limits, BROKEN, NEWCOMER)
+    figures_of.show(changes.figures)
+    plots.draw(folder, changes.parts, changes.limits, BROKEN, JOINING_SLM)
     return changes
 
 
-def _changing(changes: Changes, asked: Sequence[Request], folder: Path, sizes: Sizes) -> None:
+def _changing(changes: Changes, workload: Sequence[Request], folder: Path, sizes: Sizes) -> None:
     """Goals and broken SLMs, on the whole fleet."""
-    fleet = _without_rules(fleet_file("reference"), NEWCOMER)
-    own: dict[str, Path] = {}
+    fleet = _without_rules(fleet_file("reference"), JOINING_SLM)
+    folders: dict[str, Path] = {}
     for slm_id, _, _ in BROKEN:
         spec = _spec(fleet, slm_id)
-        own[slm_id] = folder / slm_id
-        shutil.copytree(spec["model"], own[slm_id])
-        spec["model"] = str(own[slm_id])
+        folders[slm_id] = folder / slm_id
+        shutil.copytree(spec["model"], folders[slm_id])
+        spec["model"] = str(folders[slm_id])
         spec.pop("adapters", None)
-    with serving(fleet, _learn_nothing, folder / "state") as service:
-        asyncio.run(_change(changes, asked, service, own, sizes, folder / "state"))
+    with serving(fleet, _without_training, folder / "state") as service:
+        asyncio.run(_change(changes, workload, service, folders, sizes, folder / "state"))
 
 
 async def _change(
     changes: Changes,
-    asked: Sequence[Request],
+    workload: Sequence[Request],
     service: Service,
-    own: Mapping[str, Path],
+    folders: Mapping[str, Path],
     sizes: Sizes,
     state: Path,
 ) -> None:
-    async with sending(service, asked) as (operator, traffic):
+    async with sending(service, workload) as (operator, traffic):
         rate = LOAD_RATIO * await capacity(traffic)
         changes.figures["live.changes_requests_per_s"] = rate
         await goals(changes, operator, traffic, rate, sizes, state)
-        places = drawn(asked, (), sizes.settled, SEED)
-        settled = await traffic.send("settled", places, rate, feedback_ratio=OLD_FEEDBACK)
+        places = drawn(workload, (), sizes.settled, SEED)
+        settled = await traffic.send("settled", places, rate, feedback_ratio=FEEDBACK_RATIO)
         changes.parts["settled"] = settled
         for count, (slm_id, other, ratio) in zip(sizes.broken, BROKEN, strict=True):
             checkpoint = Path(_spec(fleet_file("reference"), other)["model"])
-            await asyncio.to_thread(operator.exchange, slm_id, own[slm_id], checkpoint)
-            places = drawn(asked, (), count, SEED + 1)
+            await asyncio.to_thread(operator.exchange, slm_id, folders[slm_id], checkpoint)
+            places = drawn(workload, (), count, SEED + 1)
             name = f"broken {slm_id}"
             changes.parts[name] = await traffic.send(name, places, rate, feedback_ratio=ratio)
-            changes.seen[name] = {
+            changes.reported[name] = {
                 "alarms": operator.alarms(slm_id),
                 "calibration_factor": operator.slm(slm_id)["calibration_factor"],
             }
-            print(name, changes.seen[name], flush=True)
-            found = judged.drain(settled, changes.parts[name], slm_id)
-            alarms = [a["kind"] for a in changes.seen[name]["alarms"]]
+            print(name, changes.reported[name], flush=True)
+            found = figures_of.drain(settled, changes.parts[name], slm_id)
+            alarms = [a["kind"] for a in changes.reported[name]["alarms"]]
             changes.figures |= {f"live.broken.{slm_id}.{k}": v for k, v in found.items()}
             changes.figures[f"live.broken.{slm_id}.alarms"] = ", ".join(alarms)
-        await asyncio.sleep(2.0)  # the router's last batch is under way
+        await asyncio.sleep(2.0)  # for the router's last batch of outcomes
         add_outcomes(traffic.records, state)
         goal_figures(changes)
 
 
-def _growing(changes: Changes, asked: Sequence[Request], folder: Path, sizes: Sizes) -> None:
-    """An SLM joins that the predictor has never seen; no rule names it. Then wrong lessons."""
-    fleet = _without_rules(fleet_file("reference"), NEWCOMER)
-    spec = _spec(fleet, NEWCOMER)
-    fleet["slms"] = [s for s in fleet["slms"] if s["id"] != NEWCOMER]
-    artifact = without(load_artifact(Path(fleet["predictor"]) / "predictor.bin"), NEWCOMER)
+def _growing(changes: Changes, workload: Sequence[Request], folder: Path, sizes: Sizes) -> None:
+    """An SLM joins that the predictor does not know and no rule names; then wrong feedback."""
+    fleet = _without_rules(fleet_file("reference"), JOINING_SLM)
+    spec = _spec(fleet, JOINING_SLM)
+    fleet["slms"] = [s for s in fleet["slms"] if s["id"] != JOINING_SLM]
+    artifact = without(load_artifact(Path(fleet["predictor"]) / "predictor.bin"), JOINING_SLM)
     (folder / "predictor").mkdir()
     (folder / "predictor" / "predictor.bin").write_bytes(artifact.to_bytes())
     fleet["predictor"] = str(folder / "predictor")
-    labels = NEWCOMER_FEEDBACK * (sizes.before + sizes.settled)
+    labels = JOINING_FEEDBACK_RATIO * (sizes.before + sizes.settled)
 
     def change(args: dict[str, Any]) -> None:
         args["learning"]["min_outcomes"] = round(labels) + sizes.learned_from
         args["learning"]["retrain_every"] = sizes.learned_from
 
     with serving(fleet, change, folder / "state") as service:
-        asyncio.run(_grow(changes, asked, service, spec, sizes))
+        asyncio.run(_grow(changes, workload, service, spec, sizes))
 
 
 async def _grow(
     changes: Changes,
-    asked: Sequence[Request],
+    workload: Sequence[Request],
     service: Service,
     spec: dict[str, Any],
     sizes: Sizes,
 ) -> None:
-    async with sending(service, asked) as (operator, traffic):
+    async with sending(service, workload) as (operator, traffic):
         rate = changes.figures.get("live.changes_requests_per_s") or 5.0
-        places = drawn(asked, (), sizes.before, SEED + 5)
-        await traffic.send("without it", places, rate, feedback_ratio=NEWCOMER_FEEDBACK)
+        places = drawn(workload, (), sizes.before, SEED + 5)
+        await traffic.send("without it", places, rate, feedback_ratio=JOINING_FEEDBACK_RATIO)
         ready_s = await asyncio.to_thread(operator.join, spec)
-        changes.seen["arrived"] = operator.predictor()
-        places = drawn(asked, (), sizes.settled, SEED)  # as `settled` had them
-        after = await traffic.send("arrival", places, rate, feedback_ratio=NEWCOMER_FEEDBACK)
+        changes.reported["arrived"] = operator.predictor()
+        places = drawn(workload, (), sizes.settled, SEED)  # as `settled` had them
+        after = await traffic.send("arrival", places, rate, feedback_ratio=JOINING_FEEDBACK_RATIO)
         changes.parts["arrival"] = after
         changes.figures |= {
             "live.new.ready_s": ready_s,
-            "live.new.predictor_then": changes.seen["arrived"]["version"],
+            "live.new.predictor_then": changes.reported["arrived"]["version"],
             "live.new.predictor_at_end": operator.predictor()["version"],
         }
         if "settled" in changes.parts:
-            found = judged.adoption(changes.parts["settled"], after, NEWCOMER)
+            found = figures_of.adoption(changes.parts["settled"], after, JOINING_SLM)
             changes.figures |= {f"live.new.{k}": v for k, v in found.items()}
         await learning(changes, operator, traffic, rate, sizes)
 
 
 def _summarise(changes: Changes) -> None:
-    """The figures that have a target: the worst case of each."""
+    """Add the figures that have targets: the worst case of each."""
     named = {
         "live.goal_recovery_requests": ("live.shift.", ".recovery_requests"),
         "live.broken_slm_drain_requests": ("live.broken.", ".drain_requests"),
@@ -185,9 +185,12 @@ def _spec(fleet: Mapping[str, Any], slm_id: str) -> dict[str, Any]:
 
 
 def _without_rules(fleet: dict[str, Any], slm_id: str) -> dict[str, Any]:
-    """Rules cannot name an SLM that joins, and what it gets is compared with the known one's."""
+    """The fleet without rules that name the SLM.
+
+    Rules cannot name an SLM that has yet to join, and both fleets have to be comparable.
+    """
     return {**fleet, "rules": [r for r in fleet["rules"] if slm_id not in r["slms"]]}
 
 
-def _learn_nothing(args: dict[str, Any]) -> None:
+def _without_training(args: dict[str, Any]) -> None:
     args["learning"]["min_outcomes"] = 10**6

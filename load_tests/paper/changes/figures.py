@@ -1,4 +1,4 @@
-"""How the served changes of the `paper` experiment are judged. Counts are from the change on."""
+"""Figures of the served changes of the `paper` experiment. Counts start at the change."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from load_tests.common import report
 from load_tests.paper.figures import Figures, Record
 from load_tests.paper.simulated.adaptation import (
-    HELD,
+    GOAL_TOLERANCE,
     LOST_RATIO,
     SHARE_RATIO,
     SHORT,
     first_window,
 )
 
-AHEAD = 60  # requests over which a goal is looked at
-LATE = 200  # by then it has to hold
+WINDOW = 60  # requests over which a goal's metric is taken
+SETTLED = 200  # requests after the change from which on the goal is expected to hold
 
 
 def measured(records: Sequence[Record], metric: str) -> float:
-    """Mean of `energy_j`, or 95th percentile of `latency_s`; an error counts as late for ever."""
+    """Mean of `energy_j`, or 95th percentile of `latency_s`; an error has infinite latency."""
     values = np.array([getattr(r, metric) for r in records])
     if metric == "latency_s":
         return float(np.quantile(np.nan_to_num(values, nan=np.inf), 0.95, method="higher"))
@@ -30,29 +30,29 @@ def measured(records: Sequence[Record], metric: str) -> float:
 
 
 def goal(metric: str, limit: float, after: Sequence[Record], without: Sequence[Record]) -> Figures:
-    """How soon the next AHEAD requests hold the goal within 10 %, and how it stands later."""
-    values = ahead(after, metric)
-    held = [value <= HELD * limit for value in values]
+    """Requests until the next WINDOW of them hold the goal within 10 %, and the state later."""
+    values = windows(after, metric)
+    within = [value <= GOAL_TOLERANCE * limit for value in values]
     return {
-        "recovery_requests": next((i for i, ok in enumerate(held) if ok), len(after)),
-        # From here on it is held to the end; it may have been held at first and lost again.
-        "settled_requests": max((i + 1 for i, ok in enumerate(held) if not ok), default=0),
-        "held_ratio": float(np.mean(held)),
+        "recovery_requests": next((i for i, ok in enumerate(within) if ok), len(after)),
+        # From here on the goal holds to the end; it may hold earlier and be lost again.
+        "settled_requests": max((i + 1 for i, ok in enumerate(within) if not ok), default=0),
+        "held_ratio": float(np.mean(within)),
         "worst_ratio": max(values) / limit,
-        "over_goal_ratio": measured(after[LATE:], metric) / limit,
+        "over_goal_ratio": measured(after[SETTLED:], metric) / limit,
         "without_ratio": measured(without, metric) / limit,
-        "credit": credit(after[LATE:]),
+        "credit": credit(after[SETTLED:]),
         "without_credit": credit(without),
     }
 
 
-def ahead(records: Sequence[Record], metric: str) -> list[float]:
-    """The metric of the next AHEAD requests, by the place of the first."""
-    return [measured(records[i : i + AHEAD], metric) for i in range(len(records) - AHEAD + 1)]
+def windows(records: Sequence[Record], metric: str) -> list[float]:
+    """The metric of every WINDOW consecutive requests, by the index of the first."""
+    return [measured(records[i : i + WINDOW], metric) for i in range(len(records) - WINDOW + 1)]
 
 
 def drain(before: Sequence[Record], during: Sequence[Record], slm: str) -> Figures:
-    """A broken SLM's own requests until its traffic is lost; as `paper_adaptation.broken_slm`."""
+    """A broken SLM's own requests until it has lost its traffic; see `adaptation.broken_slm`."""
 
     def sent(record: Record) -> bool:
         return record.slm == slm
@@ -70,9 +70,10 @@ def drain(before: Sequence[Record], during: Sequence[Record], slm: str) -> Figur
 
 
 def adoption(known: Sequence[Record], after: Sequence[Record], slm: str) -> Figures:
-    """Requests until a newcomer has its share, that is what it gets from whoever knows it.
+    """Requests until a joining SLM has the share that a predictor trained on it gives it.
 
-    Both had the same requests in the same order; shares are of the next SHORT.
+    `known` (such a predictor) and `after` (the joining SLM) have the same requests in the same
+    order; shares are over the next SHORT requests.
     """
     places = range(min(len(known), len(after)) - SHORT + 1)
     ratios = [share(after[i : i + SHORT], slm) / share(known[i : i + SHORT], slm) for i in places]
@@ -89,7 +90,7 @@ def adoption(known: Sequence[Record], after: Sequence[Record], slm: str) -> Figu
 
 
 def share(records: Sequence[Record], slm: str) -> float:
-    """Of the requests, how many the SLM answered."""
+    """Share of the requests that the SLM answered."""
     return float(np.mean([r.slm == slm for r in records]))
 
 
@@ -99,20 +100,22 @@ def credit(records: Sequence[Record]) -> float:
 
 
 def running(records: Sequence[Record], of: Callable[[Record], float], length: int) -> list[float]:
-    """Mean over the last `length` requests, by place; NaN until there are so many."""
+    """Mean over the last `length` requests, by index; NaN until there are that many."""
     sums = np.cumsum([0.0, *(of(r) for r in records)])
     means = (sums[length:] - sums[:-length]) / length
     return [float("nan")] * (length - 1) + [float(m) for m in means]
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """Print what was measured, a row per figure and a column per case."""
-    rows = [[name, _said(value)] for name, value in figures.items() if name.startswith("live.")]
+    """Print the figures, one per row."""
+    rows = [
+        [name, _formatted(value)] for name, value in figures.items() if name.startswith("live.")
+    ]
     print("\nserved changes, in requests from the change on")
     print(report.table(["figure", "measured"], rows), flush=True)
 
 
-def _said(value: Any) -> str:
+def _formatted(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, str | int):
         return str(value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What an operator does to a running fleet: goals, predictors, SLMs that come, SLMs that break."""
+"""An operator's actions on a running fleet: set goals, add an SLM, exchange a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POLL_S = 0.25
 
 
 class Operator:
-    """Blocking calls of the public surface: HTTP, Serve's configuration, and the command line."""
+    """Blocking calls of the public interfaces: HTTP, Serve's configuration, the command line."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -40,12 +40,12 @@ class Operator:
         return dict(self._http.get(path).raise_for_status().json())
 
     def set_goals(self, **change: Any) -> None:
-        """The stated goals with these changes; none puts them back."""
+        """Set the stated goals with these changes; without any, restore them."""
         put = self._http.put("/v1/goals", json={**self.stated, **change})
         put.raise_for_status()
 
     def targets(self) -> list[dict[str, Any]]:
-        """What the service says of every target."""
+        """The service's report on every target."""
         return list(self.get("/v1/goals")["targets"])
 
     def predictor(self) -> dict[str, Any]:
@@ -53,16 +53,16 @@ class Operator:
         return dict(self.get("/v1/fleet")["predictor"])
 
     def alarms(self, slm_id: str) -> list[dict[str, Any]]:
-        """Alarms of an SLM that are on."""
+        """Active alarms of an SLM."""
         return [a for a in self.get("/v1/fleet")["alarms"] if a["slm"] == slm_id]
 
     def slm(self, slm_id: str) -> dict[str, Any]:
-        """The SLM's row of /v1/fleet; {} when there is none."""
+        """The SLM's row of /v1/fleet, {} if there is none."""
         rows = self.get("/v1/fleet")["slms"]
         return next((dict(r) for r in rows if r["id"] == slm_id), {})
 
     def calm(self, *arguments: str) -> str:
-        """What `calm ARGUMENTS --url …` prints. Raises RuntimeError for an exit status."""
+        """The output of `calm ARGUMENTS --url …`. Raises RuntimeError unless its status is 0."""
         printed = StringIO()
         with redirect_stdout(printed):
             status = main.main([*arguments, "--url", self._service.url])
@@ -71,7 +71,7 @@ class Operator:
         return printed.getvalue()
 
     def join(self, spec: Mapping[str, Any]) -> float:
-        """Deploy one SLM as an application of its own; returns the seconds until it serves."""
+        """Deploy one SLM as an application of its own. Returns the seconds until it is hot."""
         started = time.monotonic()
         config = copy.deepcopy(self._service.config)
         config["applications"].append(
@@ -83,13 +83,13 @@ class Operator:
             }
         )
         self._applications(config).raise_for_status()
-        eventually(f"{spec['id']} serves", lambda: self.slm(spec["id"]).get("state") == "hot")
+        wait_until(f"{spec['id']} serves", lambda: self.slm(spec["id"]).get("state") == "hot")
         return time.monotonic() - started
 
     def exchange(self, slm_id: str, folder: Path, checkpoint: Path) -> float:
-        """Put another checkpoint where the SLM's is, and let its replica restart.
+        """Replace the SLM's checkpoint by another one and kill its replica, which restarts.
 
-        As a bad copy and a crash would. Returns the seconds until the SLM serves again.
+        Stands for a bad copy followed by a crash. Returns the seconds until the SLM is hot again.
         """
         shutil.rmtree(folder)
         shutil.copytree(checkpoint, folder)
@@ -102,8 +102,8 @@ class Operator:
         def replaced() -> bool:
             return bool(self._replicas(name).keys() - old.keys())
 
-        eventually(f"{slm_id} has another replica", replaced)
-        eventually(f"{slm_id} serves", lambda: self.slm(slm_id)["state"] == "hot")
+        wait_until(f"{slm_id} has another replica", replaced)
+        wait_until(f"{slm_id} serves", lambda: self.slm(slm_id)["state"] == "hot")
         return time.monotonic() - started
 
     def _replicas(self, deployment: str) -> dict[str, dict[str, Any]]:
@@ -122,10 +122,10 @@ class Operator:
         return httpx.put(url, json=dict(config), timeout=TIMEOUT_S)
 
 
-def eventually(what: str, look: Callable[[], bool], timeout_s: float = CHANGE_S) -> None:
-    """Wait until `look` says so. Raises RuntimeError after timeout_s."""
+def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = CHANGE_S) -> None:
+    """Poll until `condition()` is true. Raises RuntimeError after timeout_s."""
     deadline_s = time.monotonic() + timeout_s
-    while not look():
+    while not condition():
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"not within {timeout_s:g} s: {what}")
         time.sleep(POLL_S)

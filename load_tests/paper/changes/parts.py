@@ -1,4 +1,4 @@
-"""Parts of the served changes: goals under shifts, and wrong lessons that are undone."""
+"""Parts of the served changes: goals under shifts, and wrong feedback that is undone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx
 
-from load_tests.common.asking import Question, ask
+from load_tests.common.client import Question, ask
 from load_tests.common.served import Service
 from load_tests.common.workloads import Request
-from load_tests.paper.changes import figures as judged
+from load_tests.paper.changes import figures as figures_of
 from load_tests.paper.changes.operator import Operator
 from load_tests.paper.figures import GENERALIST, Figures, Record
 from load_tests.paper.live import GENERAL, add_outcomes
@@ -26,9 +26,10 @@ from load_tests.paper.traffic import Traffic, client_of, drawn
 SEED = 77
 CAPACITY_REQUESTS, FULL, WARM_UP = 96, 16, 6
 MIXES = (("intent", "extract", "shell"), ("reason", "sql", "mixed"))
-# Of what the generalist alone takes: parts that the stated weights miss (`without_ratio`).
-ENERGY_PART, LATE_PART = 0.7, 0.5
-ACTOR_S = 6.0  # the knowledge actor looks every 5 s
+# Goals, over the generalist's own energy and p95 latency: low enough that the stated weights alone
+# miss them (`without_ratio`).
+ENERGY_PART, LATENCY_PART = 0.7, 0.5
+ACTOR_S = 6.0  # the knowledge actor's own period is 5 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,19 @@ class Sizes:
     without: int = 64
     settled: int = 220
     broken: tuple[int, int] = (260, 400)
-    learned_from: int = 120  # labels with swapped feedback when the service may train
+    learned_from: int = 120  # labels with swapped feedback after which the service may train
     mislearned: int = 460
     undone: int = 240
 
 
 @dataclass(slots=True)
 class Changes:
-    """What was measured and seen."""
+    """Records and figures of the served changes."""
 
     parts: dict[str, list[Record]] = field(default_factory=dict)
     figures: Figures = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)  # goal by shift
-    seen: dict[str, Any] = field(default_factory=dict)  # what the service said
+    reported: dict[str, Any] = field(default_factory=dict)  # the service's own reports, by part
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,40 +71,41 @@ async def goals(
     sizes: Sizes,
     state: Path,
 ) -> None:
-    """The generalist alone, then ours with a goal before and after each shift, then without."""
-    asked = traffic.asked
+    """The generalist alone; then for each shift ours with a goal before and after it, then ours
+    without the goal."""
+    workload = traffic.workload
     operator.set_goals(policy={"name": "single", "slm": GENERAL})
     alone = await traffic.send(
-        "alone", drawn(asked, (), sizes.alone, SEED), rate, policy=GENERALIST
+        "alone", drawn(workload, (), sizes.alone, SEED), rate, policy=GENERALIST
     )
     changes.parts["alone"] = alone
     await asyncio.sleep(2.0)
     add_outcomes(alone, state)
     for name, field_, metric, part, mixes, loads in (
         ("mix", "energy_per_request_j", "energy_j", ENERGY_PART, MIXES, (1.0, 1.0)),
-        ("load", "e2e_p95_s", "latency_s", LATE_PART, ((), ()), (1.0, 2.0)),
+        ("load", "e2e_p95_s", "latency_s", LATENCY_PART, ((), ()), (1.0, 2.0)),
     ):
-        limit = changes.limits[name] = part * judged.measured(alone, metric)
+        limit = changes.limits[name] = part * figures_of.measured(alone, metric)
         operator.set_goals(**{field_: limit})
         counts = (sizes.before, sizes.after)
         for when, count, tasks, load in zip(("before", "after"), counts, mixes, loads, strict=True):
             key = f"{name} {when}"
-            places = drawn(asked, tasks, count, SEED + len(changes.parts))
+            places = drawn(workload, tasks, count, SEED + len(changes.parts))
             changes.parts[key] = await traffic.send(key, places, load * rate)
-            changes.seen[key] = operator.targets()
-            print(key, changes.seen[key], operator.get("/v1/goals")["weights"], flush=True)
+            changes.reported[key] = operator.targets()
+            print(key, changes.reported[key], operator.get("/v1/goals")["weights"], flush=True)
         operator.set_goals()
-        places = drawn(asked, mixes[1], sizes.without, SEED + 2)
+        places = drawn(workload, mixes[1], sizes.without, SEED + 2)
         key = f"{name} without"
         changes.parts[key] = await traffic.send(key, places, loads[1] * rate)
 
 
 def goal_figures(changes: Changes) -> None:
-    """Figures of both shifts, once the energy of their requests is known."""
+    """Add the figures of both shifts; the energy of their requests has to be known."""
     for name, metric in (("mix", "energy_j"), ("load", "latency_s")):
         parts = (changes.parts[f"{name} {when}"] for when in ("after", "without"))
-        found = judged.goal(metric, changes.limits[name], *parts)
-        (target,) = changes.seen[f"{name} after"]
+        found = figures_of.goal(metric, changes.limits[name], *parts)
+        (target,) = changes.reported[f"{name} after"]
         found |= {"goal": changes.limits[name]}
         found |= {f"said_{k}": target[k] for k in ("measured", "held", "feasible")}
         changes.figures |= {f"live.shift.{name}.{k}": v for k, v in found.items()}
@@ -112,29 +114,29 @@ def goal_figures(changes: Changes) -> None:
 async def learning(
     changes: Changes, operator: Operator, traffic: Traffic, rate: float, sizes: Sizes
 ) -> None:
-    """Swapped feedback until another predictor decides; then the truth, until that one is gone."""
+    """Swapped feedback until another predictor decides; then true feedback until it is undone."""
     good = _champion(operator.predictor())
     for name, swapped, count in (
         ("mislearned", True, sizes.mislearned),
         ("rollback", False, sizes.undone),
     ):
         deciding = _champion(operator.predictor())
-        places = drawn(traffic.asked, (), count, SEED + 3 + swapped)
-        async with _following(traffic) as seen:
+        places = drawn(traffic.workload, (), count, SEED + 3 + swapped)
+        async with _predictor_polled(traffic) as observed:
             changes.parts[name] = await traffic.send(
                 name,
                 places,
                 rate,
                 feedback_ratio=1.0,
                 swapped=swapped,
-                stop=lambda seen=seen, deciding=deciding: (  # type: ignore[misc]
-                    bool(seen) and _champion(seen[-1][1]) != deciding
+                stop=lambda observed=observed, deciding=deciding: (  # type: ignore[misc]
+                    bool(observed) and _champion(observed[-1][1]) != deciding
                 ),
             )
             await asyncio.sleep(ACTOR_S)
         predictor = operator.predictor()
-        shadows = [sent for sent, document in seen if document["challenger"]]
-        changes.seen[name] = predictor
+        shadows = [sent for sent, document in observed if document["challenger"]]
+        changes.reported[name] = predictor
         changes.figures |= {
             f"live.{name}.requests": len(changes.parts[name]),
             f"live.{name}.shadow_after_requests": shadows[0] if shadows else None,
@@ -149,45 +151,45 @@ async def learning(
 
 
 def _champion(predictor: Mapping[str, Any]) -> str:
-    return str(predictor["version"]).partition("+")[0]  # newcomers come after it
+    return str(predictor["version"]).partition("+")[0]  # without the cold-start SLMs' part
 
 
 @contextlib.asynccontextmanager
 async def sending(
-    service: Service, asked: Sequence[Request]
+    service: Service, workload: Sequence[Request]
 ) -> AsyncIterator[tuple[Operator, Traffic]]:
-    """An operator and a sender, once every SLM has answered."""
+    """An operator and a sender, after every SLM has been warmed up."""
     with contextlib.closing(Operator(service)) as operator:
         async with client_of(service.url) as client:
             slms = [s["id"] for s in operator.get("/v1/fleet")["slms"]]
-            for slm in slms:  # nobody's first request pays for a first time
-                sent = [Question(slm, one.messages, 16) for one in asked[:WARM_UP]]
+            for slm in slms:
+                sent = [Question(slm, one.messages, 16) for one in workload[:WARM_UP]]
                 await asyncio.gather(*(ask(client, question) for question in sent))
-            yield operator, Traffic(client, asked, Random(SEED))
+            yield operator, Traffic(client, workload, Random(SEED))
 
 
 @contextlib.asynccontextmanager
-async def _following(traffic: Traffic) -> AsyncIterator[list[tuple[int, dict[str, Any]]]]:
-    """The predictor of /v1/fleet as it goes, with the requests sent by then."""
-    seen: list[tuple[int, dict[str, Any]]] = []
+async def _predictor_polled(traffic: Traffic) -> AsyncIterator[list[tuple[int, dict[str, Any]]]]:
+    """Poll the predictor of /v1/fleet: (requests sent so far, its document), growing."""
+    observed: list[tuple[int, dict[str, Any]]] = []
 
     async def follow() -> None:
         while True:
-            with contextlib.suppress(httpx.HTTPError):  # a late answer is asked for again
+            with contextlib.suppress(httpx.HTTPError):  # the next poll tries again
                 document = (await traffic.client.get("/v1/fleet")).raise_for_status().json()
-                seen.append((traffic.sent, document["predictor"]))
+                observed.append((traffic.sent, document["predictor"]))
             await asyncio.sleep(0.5)
 
     task = asyncio.create_task(follow())
     try:
-        yield seen
+        yield observed
     finally:
         task.cancel()
 
 
 async def capacity(traffic: Traffic) -> float:
-    """Requests per second of the generalist with FULL always in flight."""
-    waiting = iter(traffic.asked[:CAPACITY_REQUESTS])
+    """Requests per second of the generalist with FULL requests always in flight."""
+    waiting = iter(traffic.workload[:CAPACITY_REQUESTS])
 
     async def worker() -> None:
         for one in waiting:

@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from load_tests.paper.changes.figures import (
-    AHEAD,
-    ahead,
+    WINDOW,
     measured,
     running,
+    windows,
 )
 from load_tests.paper.figures import Record
 
@@ -30,25 +30,25 @@ def draw(
     parts: Parts,
     limits: Mapping[str, float],
     broken: Sequence[tuple[str, str, float]],
-    newcomer: str,
+    joining_slm: str,
 ) -> None:
-    """Writes paper-served-changes.png: goals and shares of SLMs over request number."""
+    """Writes paper-served-changes.png: goals and shares of SLMs over the number of requests."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(3, 2, figsize=(10, 8.4), dpi=90)
     for axis, (name, metric, label) in zip(axes[0], METRICS, strict=True):
         if name in limits:
             _goal(axis, parts, name, metric, limits[name])
-            axis.set_ylabel(f"{label} of the next {AHEAD}", fontsize=8)
+            axis.set_ylabel(f"{label} of the next {WINDOW}", fontsize=8)
     for axis, (slm, checkpoint, ratio) in zip(axes[1], broken, strict=True):
         if f"broken {slm}" in parts:
             _shares(axis, [parts["settled"], parts[f"broken {slm}"]], slm)
-            title = f"{slm} gets the weights of {checkpoint}; {100 * ratio:.0f} % judged"
+            title = f"{slm} has the weights of {checkpoint}; {100 * ratio:.0f} % with feedback"
             axis.set_title(title, fontsize=9)
     arrived, quality = axes[2]
-    for key, label in (("settled", "known to the predictor"), ("arrival", "arrived just now")):
+    for key, label in (("settled", "predictor trained on it"), ("arrival", "joining")):
         if key in parts:
-            arrived.plot(running(parts[key], lambda r: r.slm == newcomer, SHARE_OF), label=label)
-    arrived.set_title(f"{newcomer} joins a running fleet", fontsize=9)
+            arrived.plot(running(parts[key], lambda r: r.slm == joining_slm, SHARE_OF), label=label)
+    arrived.set_title(f"{joining_slm} joins a running fleet", fontsize=9)
     for key in ("settled", *(f"broken {b[0]}" for b in broken), "mislearned", "rollback"):
         if parts.get(key):
             quality.plot(running(parts[key], lambda r: r.credit, SHARE_OF), label=key)
@@ -68,7 +68,7 @@ def draw(
 
 
 def _goal(axis: Any, parts: Parts, name: str, metric: str, limit: float) -> None:
-    before, after = (ahead(parts[f"{name} {when}"], metric) for when in ("before", "after"))
+    before, after = (windows(parts[f"{name} {when}"], metric) for when in ("before", "after"))
     places = [i - len(parts[f"{name} before"]) for i in range(len(before))]
     axis.plot(places, before, color="tab:gray", label="before")
     axis.plot(after, color="tab:blue", label="with the goal")

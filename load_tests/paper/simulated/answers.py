@@ -1,12 +1,12 @@
-"""What the simulation of the `paper` experiment is made of: real answers, and how fast they come.
+"""Data of the `paper` simulation: measured answers, and models of the speed of their engines.
 
-Answers are measured: every request of the standard workload was put to every SLM of the reference
-fleet (`answers/README.md`), so a simulated answer has the mark and the tokens of the real one. Two
-fleets give the same answers at different speeds:
+Every request of the standard workload was answered by every SLM of the reference fleet
+(`recorded/README.md`); a simulated answer has the grade and the tokens of the real one. Two fleets
+give the same answers at different speeds:
 
-- `reference`: times and joules fitted to those same runs (`fit`), each SLM on a device of its own,
-  where the live engines share two cores;
-- `published`: speeds that others have published of models of 1.5 and 7 billion parameters.
+- `reference`: times and energy fitted to those same runs (`fit`), each SLM on a device of its own,
+  whereas the served engines share two cores;
+- `published`: published speeds of models of 1.5 and 7 billion parameters.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from load_tests.common.served import FLEETS
 from load_tests.common.workloads import Request, standard
 
 ANSWERS = Path(__file__).parent / "recorded" / "reference.npz"
-MAX_TOKENS = 320  # of every request, as in the live part
-AT_ONCE = 8  # requests in flight while the answers were measured
+MAX_TOKENS = 320  # of every request, as in the served part
+CONCURRENCY = 8  # requests in flight while the answers were measured
 
-# From the order to wake until an SLM of the reference fleet answers. Measured inside an engine on 2
-# cores: 4 to 13 ms to wake, 27 to 95 ms to sleep for whoever gives way; the rest is for the orders'
-# way through the knowledge actor, assumed. Only the first two are busy.
+# From the decision to wake until the SLM answers, for the reference fleet. Measured inside an
+# engine on 2 cores: 4 to 13 ms to wake, 27 to 95 ms for the evicted SLM to sleep. The remainder,
+# assumed, is the way of the desired state through the knowledge actor. Only the first two use the
+# CPU.
 WAKE_S, WAKE_BUSY_S = 0.1, 0.05
 WATTS = 6.0  # of one busy core, as the service estimates where it has no counter
 
@@ -41,38 +42,38 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One SLM's device. The time of a step grows linearly with the requests in it.
+    """One SLM's device. The time of a step grows linearly with the number of requests in it.
 
-    Energy is the device's power while it steps, shared by the requests in the step, and what a
-    request costs outside of the engine, which no batch shares.
+    The energy of a request is its share of the device's power during steps, plus a part outside of
+    the engine that does not depend on the batch.
     """
 
     first_s: float  # to the first token, alone
     tpot_s: float  # per token after the first, alone
-    slowdown: float  # share added to `tpot_s` by every further request at once
+    slowdown: float  # share added to `tpot_s` by every further request in the batch
     watts: float  # while a step runs
-    request_j: float  # besides steps
+    request_j: float  # per request, outside of steps
     wake_s: float
     wake_j: float
 
     def pace(self, at_once: int) -> float:
-        """Time of a token with `at_once` requests (1 or more), over that of a token alone."""
+        """Time of a token in a batch of `at_once` requests (1 or more), over that alone."""
         return 1.0 + self.slowdown * (at_once - 1)
 
     def joules(self, tokens: float, at_once: int) -> float:
-        """Energy of an answer that came beside `at_once` - 1 others."""
+        """Energy of an answer in a batch of `at_once` requests."""
         return self.request_j + tokens * self.step_j(at_once)
 
     def step_j(self, at_once: int) -> float:
-        """Energy of one token beside `at_once` - 1 others."""
+        """Energy of one token in a batch of `at_once` requests."""
         return self.watts * self.tpot_s * self.pace(at_once) / at_once
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The workload with what every SLM made of it; tables are [requests, SLMs]."""
+    """The workload with every SLM's answers; tables have the shape [requests, SLMs]."""
 
-    asked: list[Request]
+    requests: list[Request]
     contexts: list[RoutingContext]  # with features
     slms: tuple[str, ...]
     tables: dict[str, Table]
@@ -88,18 +89,18 @@ class Answers:
 
     @property
     def largest(self) -> str:
-        """The SLM with most parameters: the generalist that everything could be left to."""
+        """The SLM with most parameters, the generalist."""
         return max(self.fleet.slms, key=lambda s: s.parameters).id
 
     def alone(self) -> tuple[float, float]:
-        """Seconds and joules of a mean request that the largest SLM answers alone."""
+        """Seconds and joules of a mean request to the largest SLM, in a batch of 1."""
         speed = self.speeds[self.largest]
         tokens = float(self.tables["output_tokens"][:, self.column(self.largest)].mean())
         return speed.first_s + tokens * speed.tpot_s, speed.joules(tokens, 1)
 
     def tasks(self) -> list[str]:
-        """The task of each request; one of no SLM's skill belongs to the generalist."""
-        return [r.row.task if r.row.task in self.slms else "general" for r in self.asked]
+        """The task of each request; "general" where no specialist has it."""
+        return [r.row.task if r.row.task in self.slms else "general" for r in self.requests]
 
 
 def reference(path: Path = ANSWERS) -> Answers:
@@ -108,33 +109,34 @@ def reference(path: Path = ANSWERS) -> Answers:
         slms = tuple(str(s) for s in file["slms"])
         tables = {k: file[k].astype(np.float64) for k in file.files if k != "slms"}
     fleet = load_fleet(FLEETS / "reference.yaml")
-    asked = standard()
-    if tables["exact"].shape != (len(asked), len(slms)):
+    requests = standard()
+    if tables["exact"].shape != (len(requests), len(slms)):
         raise ValueError(f"{path.name} does not hold the standard workload's answers")
     builder, contexts = ContextBuilder(fleet), []
-    for one in asked:
+    for one in requests:
         request = parse_chat({"messages": one.messages, "max_tokens": MAX_TOKENS})
         contexts.append(builder.build(request, Overrides(), ""))
         fill_features(contexts[-1], request)
     speeds = {s.id: fit(tables, slms.index(s.id), *_measured(s)) for s in fleet.slms}
-    return Answers(asked, contexts, slms, tables, fleet, speeds)
+    return Answers(requests, contexts, slms, tables, fleet, speeds)
 
 
 def fit(tables: dict[str, Table], column: int, alone_s: float, slowdown: float) -> Speed:
-    """The speed of one SLM whose tokens take `alone_s`, and `slowdown` more with each at once.
+    """The speed of one SLM, from its answers and the measured time and slowdown of its tokens.
 
-    Time to first token and energy are those of the answers, which came `AT_ONCE` at a time. Of two
-    measured slowdowns the lesser counts, because other work on the machine can only add to one.
+    `alone_s` is the time of a token in a batch of 1. Time to first token and energy are fitted to
+    the answers, which were measured with CONCURRENCY requests in flight. The lesser of the two
+    measured slowdowns is used, because other work on the machine can only increase one.
     """
     tokens, latency = tables["output_tokens"][:, column], tables["latency_s"][:, column]
-    # Medians of ten groups by length: one straggler says nothing of the engine.
+    # Medians of ten groups by length, so that outliers do not count.
     order = np.array_split(np.argsort(tokens, kind="stable"), 10)
     x = np.array([np.mean(tokens[part]) for part in order])
     y = np.array([np.median(latency[part]) for part in order])
     per_token_s, first_s = (float(v) for v in np.polyfit(x, y, 1))
-    slowdown = min(slowdown, max(per_token_s / alone_s - 1.0, 0.0) / (AT_ONCE - 1))
-    pace = 1.0 + slowdown * (AT_ONCE - 1)
-    steps_j = float(tokens.mean()) * WATTS * alone_s * pace / AT_ONCE
+    slowdown = min(slowdown, max(per_token_s / alone_s - 1.0, 0.0) / (CONCURRENCY - 1))
+    pace = 1.0 + slowdown * (CONCURRENCY - 1)
+    steps_j = float(tokens.mean()) * WATTS * alone_s * pace / CONCURRENCY
     return Speed(
         first_s=max(first_s / pace, alone_s),
         tpot_s=alone_s,
@@ -147,10 +149,10 @@ def fit(tables: dict[str, Table], column: int, alone_s: float, slowdown: float) 
 
 
 def _measured(spec: SLMSpec) -> tuple[float, float]:
-    """Seconds per token alone, and the share that each further request adds: of the model's card.
+    """Seconds per token in a batch of 1, and the share that each further request adds.
 
-    `python -m load_tests fleet` measures them with 1 and with 16 requests in flight, of which no
-    more run at once than the SLM has slots.
+    From scores.json: `python -m load_tests fleet` measures with 1 and with 16 requests in flight,
+    of which at most as many run as the SLM has slots.
     """
     figures = json.loads(SCORES.read_text(encoding="utf-8"))["figures"]
     alone, busy = (figures[f"{spec.id}.cost.{key}"] for key in ("tpot_ms", "tpot_16_ms"))
@@ -162,15 +164,15 @@ def _measured(spec: SLMSpec) -> tuple[float, float]:
 # (QwenLM/Qwen2.5 at 4da996c576418cc9ecdff35aeddfcdca814e9568, docs/source/benchmark/
 # speed_benchmark.rst).
 QWEN2_TOKENS_PER_S = {"1.5B": 175.55, "7B": 80.45}
-# Parameters, of the models' cards (Qwen/Qwen2-1.5B-Instruct, Qwen/Qwen2-7B-Instruct).
+# Parameters, from the model cards (Qwen/Qwen2-1.5B-Instruct, Qwen/Qwen2-7B-Instruct).
 QWEN2_PARAMETERS = {"1.5B": 1_540_000_000, "7B": 7_620_000_000}
-# NVIDIA A100 80GB PCIe, product brief PB-10577-001: board power, and the link it is fed by.
+# NVIDIA A100 80GB PCIe, product brief PB-10577-001: board power, and bandwidth of its link.
 A100_WATTS = 300.0
 PCIE_4_BYTES_PER_S = 32e9
 A100_FLOPS = 312e12  # dense bf16, same source
-# Assumed, not published: half of the peak in the prefill, a quarter of the link while waking, the
-# whole board power while a step runs, and the slowdown of calm_serve/prediction/latency.py.
-PREFILL_SHARE, LINK_SHARE, SLOWDOWN = 0.5, 0.25, 0.5 / 15
+# Assumed, not published: half of the peak FLOPS in the prefill, a quarter of the link's bandwidth
+# while waking, the whole board power during steps, and the slowdown of prediction/latency.py.
+PREFILL_RATIO, LINK_RATIO, SLOWDOWN = 0.5, 0.25, 0.5 / 15
 
 
 def published(base: Answers) -> Answers:
@@ -180,9 +182,9 @@ def published(base: Answers) -> Answers:
     for spec in base.fleet.slms:
         size = "7B" if spec.id == "general" else "1.5B"
         parameters, tpot_s = QWEN2_PARAMETERS[size], 1.0 / QWEN2_TOKENS_PER_S[size]
-        wake_s = 2.0 * parameters / (PCIE_4_BYTES_PER_S * LINK_SHARE)
+        wake_s = 2.0 * parameters / (PCIE_4_BYTES_PER_S * LINK_RATIO)
         speeds[spec.id] = Speed(
-            first_s=tpot_s + prompt * 2.0 * parameters / (A100_FLOPS * PREFILL_SHARE),
+            first_s=tpot_s + prompt * 2.0 * parameters / (A100_FLOPS * PREFILL_RATIO),
             tpot_s=tpot_s,
             slowdown=SLOWDOWN,
             watts=A100_WATTS,
@@ -192,11 +194,11 @@ def published(base: Answers) -> Answers:
         )
         specs.append(_sized(spec, parameters, speeds[spec.id]))
     fleet = base.fleet.model_copy(update={"slms": tuple(specs)})
-    return Answers(base.asked, base.contexts, base.slms, base.tables, fleet, speeds)
+    return Answers(base.requests, base.contexts, base.slms, base.tables, fleet, speeds)
 
 
 def _sized(spec: SLMSpec, parameters: int, speed: Speed) -> SLMSpec:
-    """The metadata entry that an operator would write for such a model."""
+    """The SLM's entry as an operator would write it for such a model."""
     resources = spec.resources.model_copy(
         update={"weights_bytes": 2 * parameters, "kv_cache_bytes": 4 << 30}
     )
@@ -204,7 +206,7 @@ def _sized(spec: SLMSpec, parameters: int, speed: Speed) -> SLMSpec:
         update={
             "ttft_s": speed.first_s,
             "tpot_s": speed.tpot_s,
-            "energy_j_per_token": speed.step_j(AT_ONCE),
+            "energy_j_per_token": speed.step_j(CONCURRENCY),
             "wake_s": speed.wake_s,
         }
     )
@@ -214,6 +216,6 @@ def _sized(spec: SLMSpec, parameters: int, speed: Speed) -> SLMSpec:
 
 
 def shipped(fleet: Fleet) -> LightGBMPredictor:
-    """The predictor that the fleet file ships."""
+    """The predictor that the fleet file names."""
     path = Path(fleet.predictor) / "predictor.bin"
     return LightGBMPredictor(load_artifact(path), MetadataPrior())

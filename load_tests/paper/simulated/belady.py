@@ -1,4 +1,4 @@
-"""The offline optimum of residency, which knows the future.
+"""The offline optimum of residency: an upper reference that knows the future.
 
 `belady` (IBM Systems Journal 5(2), 1966) is for SLMs of equal sizes, `belady_bound` for others.
 """
@@ -17,11 +17,11 @@ def belady(
     *,
     bypass: bool = False,
 ) -> int:
-    """Most hits that any policy with `slots` equal places and loading on a miss can have.
+    """Most hits that a policy with `slots` equal places that loads on a miss can have.
 
-    On a miss the one that is wanted furthest in the future goes; with `bypass`, that may be the
-    one just asked for, which is then answered without a place, so nobody does better without
-    prefetch. `start` is what the places hold first.
+    On a miss, the key whose next use is furthest in the future is evicted. With `bypass` that may
+    be the requested key itself, which is then served without a place; no policy without prefetch
+    has more hits. `start` are the keys in memory at the beginning.
 
     >>> belady("abcabc", 2), belady("abcabc", 2, bypass=True)
     (2, 2)
@@ -35,30 +35,30 @@ def belady(
         position = bisect_right(own, after)
         return own[position] if position < len(own) else math.inf
 
-    held = set(list(start)[:slots])
+    in_memory = set(list(start)[:slots])
     hits = 0
     for at, key in enumerate(trace):
-        if key in held:
+        if key in in_memory:
             hits += 1
             continue
         if slots <= 0:
             continue
-        if len(held) >= slots:
-            furthest = max(held, key=lambda k: next_use(k, at))
+        if len(in_memory) >= slots:
+            furthest = max(in_memory, key=lambda k: next_use(k, at))
             if bypass and next_use(furthest, at) <= next_use(key, at):
                 continue
-            held.remove(furthest)
-        held.add(key)
+            in_memory.remove(furthest)
+        in_memory.add(key)
     return hits
 
 
 def belady_bound(
     trace: Sequence[str], sizes: Mapping[str, int], budget_bytes: int, start: Collection[str] = ()
 ) -> int:
-    """At least as many hits as any policy of unequal sizes can have that loads on a miss.
+    """Upper bound of the hits of any policy that loads on a miss, for unequal sizes.
 
-    With unequal sizes the optimum is NP-hard. However they are chosen, no more SLMs fit than the
-    smallest ones do, so as many equal places, with bypass, are an upper bound.
+    The optimum for unequal sizes is NP-hard. No more SLMs fit at once than of the smallest ones, so
+    the optimum with that many equal places and bypass is a bound.
     """
     left, places = budget_bytes, 0
     for size in sorted(sizes.values()):

@@ -1,13 +1,12 @@
 """The simulated part of the `paper` experiment: the real core, simulated engines, real answers.
 
-What is real and what is not: `paper_world`. Where the answers and the speeds come from:
-`paper_answers`. Each point is run with several seeds, which draw arrivals and requests anew;
-figures are means over the seeds with a 95 % interval (Student's t). Equal seeds, equal figures.
+`world` says what is real and what is simulated, `answers` where answers and speeds come from. Each
+point is run with several seeds, which draw arrivals and requests; figures are means over the seeds
+with a 95 % interval (Student's t). Equal seeds give equal figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import os
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from load_tests.common import arrivals, report, termination
 from load_tests.paper.simulated import adaptation, cold_start, hours, plots, residency, scenarios
 from load_tests.paper.simulated.answers import (
-    AT_ONCE,
+    CONCURRENCY,
     Answers,
     published,
     reference,
@@ -48,7 +47,7 @@ LOADS = (0.05, 0.2, 0.8)  # beside BUSY_RATIO
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 WORKERS = 2
-# Who is compared with whom, and what its figures' names begin with.
+# Pairs of policies that are compared, and the prefix of their figures' names.
 COMPARED = (
     (OURS, LARGEST, ""),
     (OURS, PAPER, "paper_policy_"),
@@ -66,7 +65,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is simulated."""
+    """Amount of simulation."""
 
     seeds: int = 5
     requests: int = 1500  # of each policy at each point
@@ -76,7 +75,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of one scenario; `prefix` goes before the names of its figures."""
+    """One seed of one scenario; `prefix` precedes the names of its figures."""
 
     prefix: str
     run: functools.partial[Figures]
@@ -84,12 +83,12 @@ class Job:
 
     @property
     def part(self) -> str:
-        """What the minutes are counted for."""
+        """The name under which its minutes are reported."""
         return self.prefix.rstrip(".") or str(self.run.func.__name__)
 
 
 def jobs_of(sizes: Sizes, trace: Sequence[float]) -> list[Job]:
-    """Everything that is run, the longest first."""
+    """All jobs, the longest first."""
     slm_hours = functools.partial(
         hours.slm_hours, seed=1, hours=sizes.hours, requests=sizes.hours_requests
     )
@@ -144,7 +143,7 @@ _FLEETS: dict[str, Answers] = {}
 
 
 def _load() -> None:
-    logging.disable(logging.WARNING)  # alarms of SLMs that are broken on purpose
+    logging.disable(logging.WARNING)  # alarms about SLMs that are broken on purpose
     _FLEETS["reference"] = reference()
     _FLEETS["published"] = published(_FLEETS["reference"])
 
@@ -168,7 +167,7 @@ def simulate(sizes: Sizes, trace: Sequence[float], workers: int = WORKERS) -> di
             minutes[jobs[place].part] += seconds / 60.0
     print("minutes of one core:", ", ".join(f"{k} {v:.1f}" for k, v in minutes.most_common()))
     values: dict[str, list[float]] = {}
-    for place in range(len(jobs)):  # in their order, so that sums do not depend on who was first
+    for place in range(len(jobs)):  # in order, so that sums do not depend on which ended first
         for name, value in results[place].items():
             values.setdefault(name, []).append(value)
     figures = summarised(values)
@@ -176,7 +175,7 @@ def simulate(sizes: Sizes, trace: Sequence[float], workers: int = WORKERS) -> di
 
 
 def summarised(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Mean of each name, and `_ci95` of the mean over seeds."""
+    """The mean of each figure over seeds, and its `_ci95`."""
     found: dict[str, Any] = {}
     for name, each in values.items():
         found[name] = round(float(np.mean(each)), 4)
@@ -197,7 +196,7 @@ def interval(each: Sequence[float]) -> list[float]:
 def conclusions(
     figures: Mapping[str, Any], values: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
-    """The figures that have targets, by their own names."""
+    """Comparisons of policies at every point, and the figures that have targets."""
     found: dict[str, Any] = {}
 
     def paired(name: str, ours: str, other: str, combine: Callable[[float, float], float]) -> None:
@@ -228,7 +227,7 @@ def conclusions(
         ("new_slm_adoption_requests", "new.{}.adoption_requests", cold_start.NEW_SLMS),
         ("broken_slm_drain_requests", "broken.{}.drain_requests", adaptation.BREAKS),
     ):
-        # The worst of the cases, each a mean over seeds: a target is for all of them.
+        # The worst case, each a mean over seeds, because the target is for all cases.
         worst = max(parts, key=lambda part: float(figures[pattern.format(part)]))
         found[name], found[f"{name}_worst"] = figures[pattern.format(worst)], worst
         if f"{pattern.format(worst)}_ci95" in figures:
@@ -243,7 +242,7 @@ def points(figures: Mapping[str, Any]) -> list[str]:
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """Print tables."""
+    """Print the figures as tables."""
     keys = ("latency_s", "latency_p95_s", "energy_j", "exact", "credit", "hit_rate", "unanswered")
     for point in points(figures):
         named = [p for p in POLICIES if f"{point}.{p}.latency_s" in figures]
@@ -279,22 +278,8 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     return text if around is None else f"{text} ±{(around[1] - around[0]) / 2:.3f}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Command line of the simulated part alone. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m load_tests paper --simulated")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the pictures")
-    parser.add_argument("--seeds", type=int, default=Sizes.seeds, help="%(default)s")
-    parser.add_argument("--requests", type=int, default=Sizes.requests, help="%(default)s")
-    chosen = parser.parse_args(arguments)
-    sizes = Sizes(chosen.seeds, chosen.requests)
-    figures = run(sizes, chosen.plots)
-    report.write(chosen.json, "paper_simulated", config_of(sizes), figures)
-    return 0
-
-
 def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Simulate, print, draw into `folder`; all figures but TARGETS are named `simulated.…`."""
+    """Simulate, print, draw into `folder`. All figures but TARGETS are named `simulated.…`."""
     started = time.monotonic()
     data = os.environ.get("DATA_DIR")
     trace = arrivals.read_trace(Path(data)) if data else []
@@ -310,12 +295,12 @@ def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def config_of(sizes: Sizes) -> dict[str, Any]:
-    """What the figures were made with."""
+    """The settings of the simulation."""
     return {
         "seeds": sizes.seeds,
         "requests": sizes.requests,
         "busy_ratio": scenarios.BUSY_RATIO,
-        "answers_measured_at_once": AT_ONCE,
+        "answers_measured_at_once": CONCURRENCY,
         "feedback_ratio": adaptation.FEEDBACK_RATIO,
         "own_device_per_slm": True,
     }

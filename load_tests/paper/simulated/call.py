@@ -1,4 +1,4 @@
-"""One simulated request of the `paper` experiment, and what the router would log of it."""
+"""One simulated request of the `paper` experiment, and the outcome that the router would log."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from calm_serve.types import Decision, Outcome, QualitySignal, SLMState
 
 @dataclass
 class Fault:
-    """What is wrong with one SLM now. `wrong` and `fails` are shares of its requests."""
+    """A fault of one SLM. `fails` and `wrong` are shares of its requests."""
 
     fails: float = 0.0
     wrong: float = 0.0
-    garbled: bool = False  # wrong answers do not even have the form that its validator checks
-    slower: float = 1.0
+    garbled: bool = False  # wrong answers also fail the SLM's validator
+    slower: float = 1.0  # factor on its times
 
 
 @dataclass(slots=True)
 class Row:
-    """One request, in order of arrival. Times in seconds; NaN where there was no answer."""
+    """The result of one request. Times in seconds; NaN where there was no answer."""
 
     at_s: float
     request: int
-    chosen: str = ""  # by the decision
-    preferred: str = ""  # had every SLM been awake
-    slm: str = ""  # answered
+    chosen: str = ""  # SLM of the decision
+    preferred: str = ""  # SLM that would have been chosen had all been hot
+    slm: str = ""  # SLM that answered
     tried: tuple[str, ...] = ()
-    hit: bool = True  # the SLM that got it was awake
-    preferred_hot: bool = True  # the preferred one was
+    hit: bool = True  # the chosen SLM was hot
+    preferred_hot: bool = True
     path: str = ""
-    propensity: float = 1.0
     exact: float = 0.0
     credit: float = 0.0
     ttft_s: float = float("nan")
@@ -43,7 +42,7 @@ class Row:
 
 @dataclass
 class Call:
-    """A request under way."""
+    """A request in progress."""
 
     row: Row
     decision: Decision
@@ -54,8 +53,8 @@ class Call:
     load: tuple[float, ...] = ()
 
 
-def refusal(call: Call, at_s: float) -> Outcome:
-    """The outcome of a request that nobody answered."""
+def error_outcome(call: Call, at_s: float) -> Outcome:
+    """The outcome of a request without an answer."""
     shed = call.row.error == "shed"
     return make_outcome(
         call.decision.decision_id,
@@ -75,7 +74,7 @@ def refusal(call: Call, at_s: float) -> Outcome:
     )
 
 
-def answer(
+def answer_outcome(
     call: Call,
     served: Served,
     signals: tuple[QualitySignal, ...],

@@ -1,4 +1,4 @@
-"""Simulated newcomers of the `paper` experiment: requests until an SLM that comes has its share."""
+"""Cold-start SLMs, simulated: requests until a joining SLM has its share of the traffic."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from load_tests.paper.simulated.scenarios import Figures, capacity_rps
 from load_tests.paper.simulated.world import World
 
 NEW_SLMS = ("sql", "shell", "intent")
-WINDOW = 200  # requests ahead over which a share is counted
+WINDOW = 200  # requests over which a share is taken
 
 
 def new_slm(
     answers: Answers, seed: int, *, slm_id: str, feedback_ratio: float = FEEDBACK_RATIO
 ) -> Figures:
-    """An SLM arrives that no outcome knows: requests until it has its share.
+    """An SLM without any outcomes joins: requests until it has its share.
 
-    Its share is what the shipped predictor, which was trained on its answers, gives it on the same
-    requests. `bare` is the same where its entry names no examples, `alone` without
-    `knowledge.newcomers`: rules and the metadata prior.
+    Its share is the one that the shipped predictor, trained on its answers, gives it on the same
+    requests. `bare` is without examples in the SLM's entry; `alone` is without
+    `learning.ColdStartSLMs`, by rules and the metadata prior only.
     """
     name = f"new.{slm_id}"
     shipped_one = _artifact(answers.fleet)
@@ -43,9 +43,9 @@ def new_slm(
     found: Figures = {f"{name}.share": _share(known, slm_id)}
     bare = replace(answers, fleet=_bare(answers.fleet, slm_id))
     for kind, learns in (("", True), ("bare.", True), ("alone.", False)):
-        artifact, whose = without(shipped_one, slm_id), bare if kind == "bare." else answers
-        after = _arriving(whose, seed, slm_id, artifact, learns, feedback_ratio).rows[BEFORE:]
-        # Over the same requests, because no 200 of them hold as much for the newcomer as others.
+        artifact, variant = without(shipped_one, slm_id), bare if kind == "bare." else answers
+        after = _arriving(variant, seed, slm_id, artifact, learns, feedback_ratio).rows[BEFORE:]
+        # Relative to the same requests, because the SLM's share differs between windows.
         ratios = [
             _share(after[i : i + WINDOW], slm_id) / _share(known[i : i + WINDOW], slm_id)
             for i in range(AFTER - WINDOW + 1)
@@ -88,33 +88,33 @@ def _arriving(
         arrived.append((now, rng.randrange(len(answers))))
     world.serve(arrived[:BEFORE])
     world.set_fleet(fleet)
-    newcomers = ColdStartSLMs()
+    cold_start = ColdStartSLMs()
     if learns:
-        newcomers.follow(fleet, known_slms(artifact))
+        cold_start.follow(fleet, known_slms(artifact))
     for cut in range(BEFORE, BEFORE + AFTER, 5):
-        # As the knowledge actor: outcomes come in small batches, and a fit is published at once.
-        if (job := newcomers.job()) is not None:
+        # As in the knowledge actor: outcomes come in small batches, a fit is published at once.
+        if (job := cold_start.job()) is not None:
             fitted = fit(job, world.clock.now_s)
-            world.loop.predictor = with_cold_start(artifact, fitted, MetadataPrior())
+            world.selector.predictor = with_cold_start(artifact, fitted, MetadataPrior())
         world.outcomes = []
         world.serve(arrived[cut : cut + 5])
-        newcomers.observe(world.outcomes)
+        cold_start.observe(world.outcomes)
     world.finish()
     return world
 
 
 def without(artifact: Artifact, slm_id: str) -> Artifact:
-    """The predictor as if the SLM had never been there."""
+    """The predictor as if it had not been trained on the SLM."""
     gone = {own_head(head, slm_id) for head in ("success", "output_tokens")}
     boosters = {k: v for k, v in artifact.boosters.items() if k not in gone}
     ids = tuple(s for s in artifact.slm_ids if s != slm_id)
     if len(ids) < len(artifact.slm_ids) and "ttft_residual" in boosters:
-        raise ValueError("the correction of TTFT knows SLMs by their places")
+        raise ValueError("the TTFT residual has the SLMs' indices as a feature")
     return replace(artifact, slm_ids=ids, boosters=boosters)
 
 
 def fleet_without(fleet: Fleet, slm_id: str) -> Fleet:
-    """The fleet file before the SLM came."""
+    """The fleet without the SLM and the rules that name it."""
     return fleet.model_copy(
         update={
             "slms": tuple(s for s in fleet.slms if s.id != slm_id),

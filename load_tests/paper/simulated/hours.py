@@ -1,4 +1,4 @@
-"""The long run of the `paper` experiment: 1,000 SLM-hours, and whether anything grows or drifts."""
+"""The long run of the `paper` experiment: growth and drift over 1,000 SLM-hours."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ import numpy as np
 from calm_serve.config import Goals, ResidencyPolicyName
 from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
-from load_tests.paper.simulated.memory import half
-from load_tests.paper.simulated.scenarios import Figures, options_of, workload
+from load_tests.paper.simulated.memory import half_of_fleet
+from load_tests.paper.simulated.scenarios import Figures, options_of, with_requests
 from load_tests.paper.simulated.world import World
 from load_tests.scale import state
 
-PARTS, PIECES = 4, 64  # of the run; and of a part, after each of which the weights are looked at
-ENERGY_GOAL = 0.8  # of a request's energy when the largest SLM answers it alone
+PARTS = 4  # of the run, which are compared
+PIECES = 64  # of a part; the weights are read after each
+ENERGY_GOAL = 0.8  # over a request's energy when the largest SLM answers it alone
 
 
 def slm_hours(answers: Answers, seed: int, *, hours: float, requests: int) -> Figures:
-    """Days of traffic at half of the memory, with a goal: what grows, and what drifts.
+    """Days of traffic with memory for half the fleet and an energy goal: growth and drift.
 
-    `hours` are of all SLMs together. Days follow `world_cup` in real time, so nights are long and
-    nearly idle, which is what forgetting by time has to stand.
+    `hours` is the sum over all SLMs. Days follow `world_cup` without compression, so nights are
+    long and almost idle, the hard case for statistics that decay with time.
     """
     days = hours / 24.0 / len(answers.fleet.slms)
     each = round(requests / days)
     rng, at_s = Random(seed), list[float]()
     for day in range(math.ceil(days)):
-        # The last day ends early, so that all of them are equally busy.
+        # The last day is cut off, not compressed, so that all days have the same load.
         share = min(days - day, 1.0)
         times = arrivals.day(each, each / 86_400.0, rng)
         at_s += [day * 86_400.0 + t for t in times if t < share * 86_400.0]
-    arrived = workload(answers, at_s, seed)
+    arrived = with_requests(answers, at_s, seed)
     goals = Goals(energy_per_request_j=ENERGY_GOAL * answers.alone()[1])
     world = World(
         answers,
         goals,
         seed=seed,
         predictor=shipped(answers.fleet),
-        residency=options_of(ResidencyPolicyName.CALM, half(answers)),
+        residency=options_of(ResidencyPolicyName.CALM, half_of_fleet(answers)),
         feedback_ratio=0.3,
     )
     sizes, weights = list[float](), list[list[float]]()
@@ -50,7 +51,7 @@ def slm_hours(answers: Answers, seed: int, *, hours: float, requests: int) -> Fi
         weights.append([])
         for piece in np.array_split(part, PIECES):
             world.serve([arrived[i] for i in piece])
-            weights[-1].append(world.loop.weights.energy_per_j)
+            weights[-1].append(world.selector.weights.energy_per_j)
         gc.collect()
         sizes.append(_state_bytes(world))
     world.finish()
@@ -71,13 +72,13 @@ def slm_hours(answers: Answers, seed: int, *, hours: float, requests: int) -> Fi
 
 
 def _state_bytes(world: World) -> float:
-    """What the router's core, the watch and the planner keep."""
+    """Bytes kept by the router's core, the outcome monitor and the planner."""
     assert world.memory is not None
     parts: dict[str, Any] = {
-        "loop": world.loop,
-        "monitor": world.monitor,
-        "watch": world.watch,
+        "selector": world.selector,
+        "stats": world.stats,
+        "outcome_monitor": world.outcome_monitor,
         "planner": world.memory.planner,
     }
-    shared = [world.answers, world.loop.predictor, world.loop.fleet]
+    shared = [world.answers, world.selector.predictor, world.selector.fleet]
     return float(sum(size for size, _ in state.sizes(parts, shared).values()))

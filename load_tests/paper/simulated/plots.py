@@ -20,7 +20,7 @@ KINDS = ("calm", "lru", "lfu", "static")
 
 
 def draw(folder: Path, figures: Figures, points: Sequence[str], policies: Sequence[str]) -> None:
-    """Writes paper-simulated.png (policies) and paper-changes.png (traces and what changes)."""
+    """Writes paper-simulated.png (policies) and paper-changes.png (traces and changes)."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = [p for p in points if not p.startswith("load_")]
     figure, axes = plt.subplots(len(shown), 2, figsize=(9, 2.8 * len(shown)), dpi=90, squeeze=False)
@@ -67,7 +67,7 @@ def _changes(folder: Path, figures: Figures) -> None:
     for place, key in enumerate(found):
         cases.barh(place, figures[key], xerr=_half(figures, key), color="tab:blue")
     cases.set_yticks(range(len(found)), [k.rpartition(".")[0] for k in found], fontsize=7)
-    cases.set(xlabel="requests until it holds")
+    cases.set(xlabel="requests until the criterion holds")
     end = ".calm.latency_s"
     names = [k.removesuffix(end) for k in figures if k.startswith("load_") and k.endswith(end)]
     busy = sorted([(float(n.partition("_")[2]), n) for n in names] + [(BUSY_RATIO, "hot")])

@@ -1,12 +1,11 @@
-"""A pure cache simulator: replay who was wanted when, for any residency policy.
+"""A pure cache simulator: replays a trace of preferred SLMs under any residency policy.
 
-A hit is an arrival whose preferred SLM was hot. Waking and sleeping take no time here; what they
-cost in the live service is measured there.
+A hit is an arrival whose preferred SLM is hot. Waking and sleeping take no time here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calm_serve.residency import (
@@ -19,19 +18,19 @@ from calm_serve.residency import (
 from calm_serve.types import Residency
 
 Trace = Sequence[tuple[float, str]]  # seconds, preferred SLM; seconds do not decrease
-STEP_S = 0.25  # between arrivals, the planner is asked this often ...
-MAX_IDLE_STEPS = 8  # ... at most so many times, while requests wait or something may be prefetched
+STEP_S = 0.25  # period of the planner between arrivals ...
+MAX_IDLE_STEPS = 8  # ... for at most so many steps, to expire requests and to prefetch
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a policy made of a trace."""
+    """The result of a policy on a trace."""
 
     arrivals: int
     hits: int
     swaps: int  # wake-ups
-    waited_s: float  # of all requests together, for their SLM to become hot
-    refused: int  # requests whose SLM did not become hot within the hold
+    waited_s: float  # sum over requests, until their SLM was hot
+    expired: int  # requests whose SLM was not hot within `hold_s`
     peak_bytes: int
 
     @property
@@ -50,22 +49,22 @@ class _Cache:
     ) -> None:
         self._planner, self._budget, self._hold_s = planner, budget_bytes, hold_s
         self._footprints = {o.slm_id: o for o in footprints}
-        self._tiers = {o.slm_id: o.observed for o in footprints}
+        self._residency = {o.slm_id: o.observed for o in footprints}
         self._published: dict[str, Residency] = {}
         self.waiting: dict[str, list[float]] = {}
         self.waited_s = 0.0
-        self.refused = self.peak_bytes = 0
+        self.expired = self.peak_bytes = 0
 
     def is_hot(self, slm_id: str) -> bool:
-        return self._tiers[slm_id] is Residency.HOT
+        return self._residency[slm_id] is Residency.HOT
 
     def step(self, now: float, arrivals: Sequence[str] = ()) -> None:
         demand = Demand(arrivals, {i: len(w) for i, w in self.waiting.items() if w})
-        before = dict(self._tiers)
+        before = dict(self._residency)
         plan = self._planner.step(now, demand, self._now())
-        for _ in range(2):  # what sleeps first makes room for what wakes
+        for _ in range(2):  # SLMs that sleep make room for those that wake
             desired = within_budget(plan, self._now(), self._published, self._budget)
-            self._published, self._tiers = desired, dict(desired)
+            self._published, self._residency = desired, dict(desired)
             hot = [self._footprints[i] for i, t in desired.items() if t in IN_MEMORY]
             self.peak_bytes = max(self.peak_bytes, sum(o.bytes for o in hot))
         for slm_id, since in self.waiting.items():
@@ -73,14 +72,14 @@ class _Cache:
                 self.waited_s += sum(now - s for s in since)
                 since.clear()
             late = [s for s in since if now - s >= self._hold_s]
-            self.refused += len(late)
+            self.expired += len(late)
             self.waited_s += sum(now - s for s in late)
             self.waiting[slm_id] = [s for s in since if s not in late]
-        if before != self._tiers:
-            # Reported, so that the planner knows since when.
-            self._planner.step(now, Demand((), self._held()), self._now())
+        if before != self._residency:
+            # Report the change, so that the planner knows its time.
+            self._planner.step(now, Demand((), self._queued()), self._now())
 
-    def _held(self) -> dict[str, int]:
+    def _queued(self) -> dict[str, int]:
         return {i: len(w) for i, w in self.waiting.items() if w}
 
     def _now(self) -> list[ModelFootprint]:
@@ -88,7 +87,7 @@ class _Cache:
             ModelFootprint(
                 o.slm_id,
                 o.bytes_by_node,
-                self._tiers[o.slm_id],
+                self._residency[o.slm_id],
                 o.wake_s,
                 o.wake_j,
                 o.answer_s,
@@ -106,7 +105,7 @@ def replay(
     budget_bytes: int,
     hold_s: float = 30.0,
 ) -> Replayed:
-    """Run `planner` over the trace from the footprints' tiers; see Replayed."""
+    """Run `planner` over the trace, starting with the footprints' residency."""
     cache = _Cache(planner, footprints, budget_bytes, hold_s)
     hits, clock = 0, trace[0][0] if trace else 0.0
     cache.step(clock)
@@ -123,15 +122,10 @@ def replay(
             cache.waiting.setdefault(slm_id, []).append(at)
         cache.step(at, (slm_id,))
     return Replayed(
-        len(trace), hits, planner.swaps, cache.waited_s, cache.refused, cache.peak_bytes
+        len(trace), hits, planner.swaps, cache.waited_s, cache.expired, cache.peak_bytes
     )
 
 
 def ids_of(trace: Trace) -> list[str]:
-    """The preferred SLMs in order, as `belady` wants them."""
+    """The preferred SLMs in order, as `belady` takes them."""
     return [slm_id for _, slm_id in trace]
-
-
-def sizes_of(footprints: Sequence[ModelFootprint]) -> Mapping[str, int]:
-    """Declared bytes per SLM."""
-    return {o.slm_id: o.bytes for o in footprints}

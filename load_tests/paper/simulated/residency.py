@@ -1,8 +1,9 @@
-"""Who should have been in memory: residency policies on traces of whom requests preferred.
+"""Residency policies on traces of preferred SLMs, compared with the offline optimum.
 
-A trace is what the real router prefers with every SLM awake. It is replayed against each policy's
-planner and against Belady's optimum; waking takes no time here, so only the choice of whom to keep
-is compared. `paper_scenarios` has the served hit rate, where the router sees who is awake.
+A trace is what the real router prefers with every SLM hot. It is replayed with each policy's
+planner and with Belady's optimum. Waking takes no time here, so only the choice of the SLMs in
+memory is compared; `scenarios` has the hit rate of requests when the router knows which SLMs are
+hot.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from calm_serve.types import Residency
 from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
 from load_tests.paper.simulated.belady import belady, belady_bound
-from load_tests.paper.simulated.memory import NODE, half
+from load_tests.paper.simulated.memory import NODE, half_of_fleet
 from load_tests.paper.simulated.replay import ids_of, replay
-from load_tests.paper.simulated.scenarios import Figures, options_of, workload
+from load_tests.paper.simulated.scenarios import Figures, options_of, with_requests
 
 ARRIVALS = 3000
-RATE_RPS = 0.5  # slow enough for the guards against thrash, about that of the paper's 25 per minute
+RATE_RPS = 0.5  # low enough for the guards against thrashing; the paper has 25 a minute
 PHASE = 60  # requests of mostly two tasks
 PHASE_RATIO = 0.9
 POLICIES = tuple(ResidencyPolicyName)
@@ -35,7 +36,7 @@ def traces(answers: Answers, seed: int) -> Figures:
     at_s = arrivals.day(ARRIVALS, RATE_RPS, rng)
     found: Figures = {}
     for name, requests in (
-        ("mixed", [r for _, r in workload(answers, at_s, seed)]),
+        ("mixed", [r for _, r in with_requests(answers, at_s, seed)]),
         ("phases", _phases(answers, rng)),
     ):
         preferred = _preferred(answers, requests)
@@ -50,7 +51,6 @@ def _equal(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
     ids = [s.id for s in answers.fleet.slms]
     places = len(ids) // 2
     best = belady(ids_of(trace), places, ids[:places]) / len(trace)
-    # The same with the right not to load what is asked for: what prefetch can be compared with.
     found: Figures = {"belady": best}
     for policy in POLICIES:
         footprints = [_footprint(answers, i, 1, n < places) for n, i in enumerate(ids)]
@@ -59,13 +59,13 @@ def _equal(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
         found[f"{policy}.hit_rate"] = hits.hit_ratio
         found[f"{policy}.hit_ratio_belady"] = hits.hit_ratio / best
         found[f"{policy}.swaps_per_request"] = hits.swaps / len(trace)
-        found[f"{policy}.refused"] = float(hits.refused)
+        found[f"{policy}.refused"] = float(hits.expired)
     return found
 
 
 def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
-    """Declared bytes; Belady's rate is a bound then."""
-    budget, left, first = half(answers), half(answers), list[str]()
+    """Sizes in declared bytes; Belady's hit rate is then an upper bound."""
+    budget, left, first = half_of_fleet(answers), half_of_fleet(answers), list[str]()
     sizes = {s.id: s.declared_bytes for s in answers.fleet.slms}
     for slm_id, size in sizes.items():
         if size <= left:
@@ -82,18 +82,20 @@ def _by_bytes(answers: Answers, trace: Sequence[tuple[float, str]]) -> Figures:
 
 def _footprint(answers: Answers, slm_id: str, size: int, hot: bool) -> ModelFootprint:
     speed = answers.speeds[slm_id]
-    tier = Residency.HOT if hot else Residency.ASLEEP
-    return ModelFootprint(slm_id, {NODE: size}, tier, wake_s=speed.wake_s, wake_j=speed.wake_j)
+    residency = Residency.HOT if hot else Residency.ASLEEP
+    return ModelFootprint(slm_id, {NODE: size}, residency, wake_s=speed.wake_s, wake_j=speed.wake_j)
 
 
 def _preferred(answers: Answers, requests: Sequence[int]) -> list[str]:
-    loop = ModelSelector(answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1)
-    chosen = {i: decision_for(loop, answers.contexts[i]).slm_id for i in sorted(set(requests))}
+    selector = ModelSelector(
+        answers.fleet, Goals(), predictor=shipped(answers.fleet), decision_log=1
+    )
+    chosen = {i: decision_for(selector, answers.contexts[i]).slm_id for i in sorted(set(requests))}
     return [chosen[i] for i in requests]
 
 
 def _phases(answers: Answers, rng: Random) -> list[int]:
-    """Requests of which most of each PHASE are of two tasks, as when users come in groups."""
+    """Requests in phases of PHASE, most of a phase from two tasks, as from groups of users."""
     tasks = answers.tasks()
     by_task = {t: [i for i, task in enumerate(tasks) if task == t] for t in sorted(set(tasks))}
     found: list[int] = []

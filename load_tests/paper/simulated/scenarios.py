@@ -1,6 +1,6 @@
-"""Simulated traffic of the `paper` experiment: every policy, a flash crowd, 1,000 SLM-hours.
+"""Simulated traffic of the `paper` experiment: every policy, and a flash crowd.
 
-Each function runs one seed and returns plain figures by name; `paper_simulated` runs the seeds.
+Each function runs one seed and returns figures by name; `benchmark` runs the seeds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
 from load_tests.paper.simulated.belady import belady
 from load_tests.paper.simulated.call import Row
-from load_tests.paper.simulated.memory import half
+from load_tests.paper.simulated.memory import half_of_fleet
 from load_tests.paper.simulated.world import World
 
 OURS, PAPER, LARGEST, SHARES, ORACLE = "calm", "paper", "largest", "shares", "oracle"
-THRIFTY = "calm_thrifty"  # ours, with other weights: see `thrifty`
+THRIFTY = "calm_thrifty"  # ours with other weights, see `thrifty`
 PLAIN = ("random", "round_robin", "least_loaded", "rules", "fastest")
 BUSY_RATIO = (
     0.4  # mean load, of what the largest SLM alone could serve; the day's peak is 2.5 times
@@ -42,7 +42,7 @@ Arrivals = Sequence[tuple[float, int]]
 
 
 class Oracle:
-    """Knows every answer beforehand: the bound of what prediction can do under our objective."""
+    """A predictor that knows every answer: the bound of prediction under our scoring."""
 
     version = PredictorVersion("oracle")
 
@@ -53,9 +53,11 @@ class Oracle:
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:
-        """True success and length; times and joules as the shipped predictor has them."""
+        """True success and length; times and energy as the shipped predictor predicts them."""
         request, found = self._rows[id(context.features.numbers)], []
-        for spec, said in zip(specs, self._inner.predict(context, specs, states), strict=True):
+        for spec, prediction in zip(
+            specs, self._inner.predict(context, specs, states), strict=True
+        ):
             column = self._answers.column(spec.id)
             tokens = float(self._answers.tables["output_tokens"][request, column])
             found.append(
@@ -63,9 +65,9 @@ class Oracle:
                     spec.id,
                     float(self._answers.tables["credit"][request, column]),
                     tokens,
-                    said.ttft_s,
-                    said.tpot_s,
-                    said.energy_j * tokens / max(said.output_tokens, 1.0),
+                    prediction.ttft_s,
+                    prediction.tpot_s,
+                    prediction.energy_j * tokens / max(prediction.output_tokens, 1.0),
                 )
             )
         return found
@@ -80,10 +82,11 @@ def capacity_rps(answers: Answers, slm_id: str) -> float:
 
 
 def thrifty(answers: Answers) -> Goals:
-    """Ours for an operator who gives up half of all quality for one answer of the largest's cost.
+    """Goals that value the cost of one answer of the largest SLM like half the range of quality.
 
-    Where the paper's policy is cheap and often wrong, this compares at its own costs. The weights
-    were picked among a dozen on one seed of `half_memory`, to cost less than the paper's there.
+    The paper's policy is cheap and often wrong; this compares ours at similar cost. The weights
+    were picked from a dozen on one seed of `half_memory`, so as to cost less than the paper's
+    there.
     """
     seconds, joules = answers.alone()
     return Goals(
@@ -93,8 +96,8 @@ def thrifty(answers: Answers) -> Goals:
     )
 
 
-def workload(answers: Answers, at_s: Sequence[float], seed: int) -> list[tuple[float, int]]:
-    """Arrivals with requests of the standard workload: shuffled, each once before any again."""
+def with_requests(answers: Answers, at_s: Sequence[float], seed: int) -> list[tuple[float, int]]:
+    """Arrivals with requests of the workload: shuffled, each once before any again."""
     rng, found = Random(seed), list[int]()
     while len(found) < len(at_s):
         found += rng.sample(range(len(answers)), len(answers))
@@ -104,7 +107,7 @@ def workload(answers: Answers, at_s: Sequence[float], seed: int) -> list[tuple[f
 def arrivals_of(
     kind: str, count: int, rate: float, seed: int, trace: Sequence[float]
 ) -> list[float]:
-    """Seconds of `count` arrivals: a compressed day of `fifa` shape, or a part of `azure`."""
+    """Seconds of `count` arrivals: a compressed day (`fifa`), or a part of the trace (`azure`)."""
     rng = Random(seed)
     if kind == "fifa":
         return arrivals.day(count, rate, rng)
@@ -112,7 +115,7 @@ def arrivals_of(
 
 
 def options_of(policy: str, budget: int) -> ResidencyOptions:
-    """Half of the memory under a residency policy, with the service's own defaults."""
+    """Residency under a memory budget in bytes, with the service's defaults."""
     return ResidencyOptions.model_validate({"memory_budget_bytes": budget, "policy": policy})
 
 
@@ -127,15 +130,15 @@ def policies_on(
     policies: Sequence[str],
     load: float,
 ) -> Figures:
-    """All policies on `count` arrivals at `load` of what the largest SLM alone could serve.
+    """All policies on `count` arrivals at the rate `load` times the largest SLM's capacity.
 
-    With half of the memory, requests come no faster than SLMs can wake, as in the CALM paper:
-    faster, everybody waits for wake-ups and the choice is the same for all.
+    With memory for half the fleet, requests arrive no faster than SLMs can wake, as in the CALM
+    paper; at higher rates wake-ups dominate and the policies no longer differ.
     """
     rate = load * capacity_rps(answers, answers.largest)
     if memory:
         rate = min(rate, 1.0 / max(s.wake_s for s in answers.speeds.values()))
-    arrived = workload(answers, arrivals_of(kind, count, rate, seed, trace), seed)
+    arrived = with_requests(answers, arrivals_of(kind, count, rate, seed, trace), seed)
     found = every_policy(answers, arrived, seed, memory=memory, policies=policies)
     return {"rate_rps": rate} | found
 
@@ -143,7 +146,7 @@ def policies_on(
 def every_policy(
     answers: Answers, arrived: Arrivals, seed: int, *, memory: bool, policies: Sequence[str]
 ) -> Figures:
-    """All policies on the same arrivals. With half the memory, ours has our planner, others LRU."""
+    """All policies on the same arrivals. With limited memory, ours uses our planner, others LRU."""
     found: Figures = {}
     predictor = shipped(answers.fleet)
     shares: Mapping[str, float] = {}
@@ -154,16 +157,16 @@ def every_policy(
             goals = Goals(policy=policy_of(name, answers, shares))
         residency = None
         if memory:
-            kept = (
+            residency_policy = (
                 ResidencyPolicyName.CALM
                 if name in (OURS, THRIFTY, ORACLE)
                 else ResidencyPolicyName.LRU
             )
-            residency = options_of(kept, half(answers))
+            residency = options_of(residency_policy, half_of_fleet(answers))
         fleet = answers.fleet
         chooses: Predictor = predictor
         if name == ORACLE:
-            # A rule decides without a prediction, and the oracle knows better.
+            # Rules would decide without the oracle's predictions.
             fleet = answers.fleet.model_copy(update={"rules": ()})
             chooses = Oracle(answers, predictor)
         world = World(
@@ -193,7 +196,7 @@ def policy_of(name: str, answers: Answers, shares: Mapping[str, float]) -> Selec
 
 
 def summary(world: World) -> Figures:
-    """Means over requests; what was not answered has no marks and no latency."""
+    """Means over requests; one without an answer has the grade 0 and no latency."""
     rows = world.rows
     latency = np.array([r.latency_s for r in rows])
     joules = float(np.nansum([r.energy_j for r in rows]))
@@ -213,14 +216,14 @@ def summary(world: World) -> Figures:
 
 
 def against_belady(world: World) -> Figures:
-    """The served hit rate over Belady's on whom the same router preferred, blind to residency."""
+    """Hit rates over Belady's on the SLMs that the router prefers independently of residency."""
     answers = world.answers
     trace = [r.preferred for r in world.rows if r.preferred]
     places = len(answers.fleet.slms) // 2
     best = belady(trace, places, [s.id for s in answers.fleet.slms][:places]) / len(trace)
     served = float(np.mean([r.hit for r in world.rows]))
-    # As the live half counts: a request that went elsewhere is no hit, and Belady may pass by. On
-    # shuffled requests no online policy exceeds the one that keeps the most wanted ones for ever.
+    # As the served half counts: a request sent to another SLM is not a hit, and Belady may bypass.
+    # On shuffled requests no online policy exceeds keeping the most requested SLMs all the time.
     preferred = float(np.mean([r.preferred_hot for r in world.rows if r.preferred]))
     bound = belady(trace, places, list(dict.fromkeys(trace))[:places], bypass=True) / len(trace)
     popular = sum(n for _, n in Counter(trace).most_common(places)) / len(trace)
@@ -234,7 +237,7 @@ def against_belady(world: World) -> Figures:
 
 
 def flash_crowd(answers: Answers, seed: int, *, policies: Sequence[str]) -> Figures:
-    """`CROWD` times the usual rate for `CROWD_S`, then a minute of the usual one again."""
+    """`CROWD` times the usual rate for `CROWD_S`, then a minute at the usual rate."""
     rate, rng = 0.2 * capacity_rps(answers, answers.largest), Random(seed)
     at_s, now = list[float](), 0.0
     start, end = 20.0, 20.0 + CROWD_S
@@ -242,7 +245,7 @@ def flash_crowd(answers: Answers, seed: int, *, policies: Sequence[str]) -> Figu
         busy = start <= now < end
         now += rng.expovariate(rate * (CROWD if busy else 1.0))
         at_s.append(now)
-    arrived = workload(answers, at_s, seed)
+    arrived = with_requests(answers, at_s, seed)
     found: Figures = {"crowd.rate_rps": rate * CROWD}
     for name in policies:
         world = World(
@@ -254,11 +257,11 @@ def flash_crowd(answers: Answers, seed: int, *, policies: Sequence[str]) -> Figu
         world.serve(arrived)
         world.finish()
         crowd = [r for r in world.rows if start <= r.at_s < end]
-        found |= {f"crowd.{name}.{key}": v for key, v in _crowd(world.rows, crowd).items()}
+        found |= {f"crowd.{name}.{key}": v for key, v in _crowd_figures(world.rows, crowd).items()}
     return found
 
 
-def _crowd(rows: Sequence[Row], crowd: Sequence[Row]) -> Figures:
+def _crowd_figures(rows: Sequence[Row], crowd: Sequence[Row]) -> Figures:
     latency = np.array([r.latency_s for r in crowd])
     good = np.array([r.latency_s <= GOODPUT_S for r in crowd])
     right = np.array([r.exact for r in crowd])
@@ -270,6 +273,6 @@ def _crowd(rows: Sequence[Row], crowd: Sequence[Row]) -> Figures:
         "after_p95_s": float(np.nanpercentile(after, 95)),
         "exact": float(right.mean()),
         "shed_ratio": float(np.mean([r.error == "shed" for r in crowd])),
-        # Neither answered nor refused with a reason, or failed in spite of healthy SLMs.
+        # Neither answered nor rejected because queues are full.
         "lost": float(sum(not r.slm and r.error != "shed" for r in rows)),
     }

@@ -61,7 +61,7 @@ def test_a_repeat_without_answers_is_left_out() -> None:
 
 
 def test_goodput_counts_what_met_the_slo_of_its_own_slm() -> None:
-    slos = {"sql": runs.Slo(0.02, 0.003), "general": runs.Slo(0.5, 0.003)}
+    slos = {"sql": runs.ServiceLevel(0.02, 0.003), "general": runs.ServiceLevel(0.5, 0.003)}
     requests = [post("http://x:1", "/", b"", slm) for slm in ("sql", "sql", "general", "sql")]
     answers = [answer(0.01), answer(0.03), answer(0.03), Answer("status 429")]
     assert runs.goodput(Run(answers, 9.0, 0.1), requests, slos, 4.0) == 0.5

@@ -71,7 +71,7 @@ def test_quality_as_a_target_is_what_the_other_policy_had_in_all_scenarios() -> 
     found = [record(PAPER, i, credit=0.5 * (i % 2)) for i in range(4)]
     found += [record(OURS, 5, credit=1.0)]
     assert quality_of(found, PAPER) == 0.25
-    with pytest.raises(ValueError, match="generalist has answered nothing yet"):
+    with pytest.raises(ValueError, match="generalist has no answers yet"):
         quality_of(found, GENERALIST)
 
 

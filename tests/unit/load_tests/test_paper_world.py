@@ -15,7 +15,7 @@ from load_tests.paper.simulated.adaptation import first_window
 from load_tests.paper.simulated.answers import Answers, Speed, fit
 from load_tests.paper.simulated.benchmark import interval, summarised
 from load_tests.paper.simulated.call import Fault, Row
-from load_tests.paper.simulated.scenarios import capacity_rps, workload
+from load_tests.paper.simulated.scenarios import capacity_rps, with_requests
 from load_tests.paper.simulated.world import World
 
 SPEED = Speed(
@@ -36,10 +36,10 @@ def make_answers(*slms: str, right: tuple[float, ...] = ()) -> Answers:
     tables = dict.fromkeys(("exact", "credit"), marks)
     tables |= {name: np.full((REQUESTS, len(slms)), 11.0) for name in ("output_tokens",)}
     tables |= {"prompt_tokens": np.full((REQUESTS, len(slms)), 40.0)}
-    asked: list[Request] = []
+    requests: list[Request] = []
     contexts = [make_context() for _ in range(REQUESTS)]
     fleet = make_fleet(*(make_spec(i) for i in slms))
-    return Answers(asked, contexts, slms, tables, fleet, dict.fromkeys(slms, SPEED))
+    return Answers(requests, contexts, slms, tables, fleet, dict.fromkeys(slms, SPEED))
 
 
 def run(answers: Answers, count: int = 40, every_s: float = 1.0, **options: object) -> World:
@@ -103,14 +103,14 @@ def test_a_failing_slm_is_left_and_its_requests_are_answered_elsewhere() -> None
     assert sum("bad" in r.tried for r in world.rows[40:]) < 5
 
 
-def test_wrong_answers_lower_the_marks_and_the_belief_in_the_slm() -> None:
+def test_wrong_answers_lower_the_grades_and_the_calibration_factor() -> None:
     answers = make_answers("one", right=(1.0,))
     world = World(answers, Goals(), seed=1)
     world.faults = {"one": Fault(wrong=1.0)}
     world.serve([(float(n), n % REQUESTS) for n in range(60)])
     world.finish()
     assert {r.credit for r in world.rows} == {0.0}
-    assert world.state(world.loop.specs["one"]).calibration_factor < 0.5
+    assert world.state(world.selector.specs["one"]).calibration_factor < 0.5
 
 
 def test_at_half_memory_a_sleeping_slm_wakes_in_its_time_and_costs_its_energy() -> None:
@@ -141,7 +141,9 @@ def test_capacity_counts_slots_at_their_slowed_pace() -> None:
 
 
 def test_every_request_comes_once_before_any_again() -> None:
-    drawn = [r for _, r in workload(make_answers("one"), [float(n) for n in range(20)], seed=3)]
+    drawn = [
+        r for _, r in with_requests(make_answers("one"), [float(n) for n in range(20)], seed=3)
+    ]
     assert sorted(drawn[:REQUESTS]) == list(range(REQUESTS))
     assert sorted(drawn[REQUESTS : 2 * REQUESTS]) == list(range(REQUESTS))
 

@@ -17,14 +17,16 @@ from load_tests.prefix.simulation import (
     ceiling,
     imbalance,
 )
-from load_tests.prefix.world import Ask, Workload
+from load_tests.prefix.world import Request, Workload
 
 SMALL = world.chats(20, 60.0)
 
 
 def workload(*prompts: tuple[int, ...], every_s: float = 10.0) -> Workload:
-    asks = (Ask(i * every_s, blocks, 10 * len(blocks), 5) for i, blocks in enumerate(prompts))
-    return Workload("own", 10, tuple(asks))
+    requests = (
+        Request(i * every_s, blocks, 10 * len(blocks), 5) for i, blocks in enumerate(prompts)
+    )
+    return Workload("own", 10, tuple(requests))
 
 
 def chains(of: Workload) -> list[tuple[int, ...]]:
@@ -33,46 +35,46 @@ def chains(of: Workload) -> list[tuple[int, ...]]:
 
 def test_the_shipped_trace_is_the_published_beginning() -> None:
     trace = world.mooncake()
-    assert len(trace.asks) == 3000
-    assert trace.asks[0].input_tokens == 6758
-    assert trace.asks[0].blocks == tuple(range(14))
-    assert all(a.at_s <= b.at_s for a, b in zip(trace.asks, trace.asks[1:], strict=False))
+    assert len(trace.requests) == 3000
+    assert trace.requests[0].input_tokens == 6758
+    assert trace.requests[0].blocks == tuple(range(14))
+    assert all(a.at_s <= b.at_s for a, b in zip(trace.requests, trace.requests[1:], strict=False))
     assert ceiling(trace, 1 << 60) == pytest.approx(0.32, abs=0.01)
     assert (world.TRACE.parent / "LICENSE").is_file()
 
 
 def test_every_turn_of_a_chat_holds_the_whole_history() -> None:
     assert world.chats(20, 60.0) == SMALL
-    last: dict[str, Ask] = {}
-    for ask in SMALL.asks:
-        before = last.get(ask.session)
+    last: dict[str, Request] = {}
+    for request in SMALL.requests:
+        before = last.get(request.session)
         if before is not None:
-            assert ask.blocks[: len(before.blocks)] == before.blocks
-            assert ask.ends[: len(before.ends)] == before.ends
-        assert ask.ends[-1] == len(ask.blocks)
-        last[ask.session] = ask
-    assert not any(a.session for a in world.without_sessions(SMALL).asks)
+            assert request.blocks[: len(before.blocks)] == before.blocks
+            assert request.ends[: len(before.ends)] == before.ends
+        assert request.ends[-1] == len(request.blocks)
+        last[request.session] = request
+    assert not any(a.session for a in world.without_sessions(SMALL).requests)
 
 
 def test_thinning_keeps_conversations_whole() -> None:
     trace = world.mooncake()
     kept = world.thinned(trace, 0.25)
-    names = {a.blocks[:2] for a in kept.asks}
-    assert kept.asks == tuple(a for a in trace.asks if a.blocks[:2] in names)
-    assert 0.2 < len(kept.asks) / len(trace.asks) < 0.3
+    names = {a.blocks[:2] for a in kept.requests}
+    assert kept.requests == tuple(a for a in trace.requests if a.blocks[:2] in names)
+    assert 0.2 < len(kept.requests) / len(trace.requests) < 0.3
 
 
 def test_copies_share_the_first_block_only() -> None:
     doubled = world.copies(workload((1, 2), (1, 3)), 2, 5.0)
-    assert sorted(a.blocks[0] for a in doubled.asks) == [1, 1, 1, 1]
-    assert len({b for a in doubled.asks for b in a.blocks[1:]}) == 4
+    assert sorted(a.blocks[0] for a in doubled.requests) == [1, 1, 1, 1]
+    assert len({b for a in doubled.requests for b in a.blocks[1:]}) == 4
 
 
 def test_a_smaller_and_a_faster_workload() -> None:
     small = world.scaled(workload((1, 2, 3), (1, 2), (4,)), 8, 2)
-    assert [a.input_tokens for a in small.asks] == [16, 16, 8]
+    assert [a.input_tokens for a in small.requests] == [16, 16, 8]
     fast = world.at_pace(small, 1.0, 16)
-    assert [a.at_s for a in fast.asks] == [0.0, 0.5, 1.0]
+    assert [a.at_s for a in fast.requests] == [0.0, 0.5, 1.0]
 
 
 def test_texts_begin_alike_as_far_as_their_blocks_do() -> None:
@@ -112,12 +114,12 @@ def test_asking_a_policy_changes_nothing(name: str) -> None:
     prompt = Prompt("d", (1, 2, 3), (1, 2, 3), "s")
     if name not in ("power_of_two", "least_loaded", "ours"):  # these may draw
         assert choose(policy, prompt) == choose(policy, prompt)
-    policy.placed(prompt, "r0")
+    policy.record(prompt, "r0")
 
 
 def test_the_ray_rule_follows_matches_whatever_the_load_and_else_the_smallest_tree() -> None:
     first, second = makers(100)["ray_prefix_rule"](2)
-    first.placed(Prompt("d", (), tuple(range(20))), "r0")
+    first.record(Prompt("d", (), tuple(range(20))), "r0")
     assert choose(second, Prompt("d", (), tuple(range(20))), (8, 0)) == "r0"
     assert choose(second, Prompt("d", (), (0, *range(50, 70))), (0, 8)) == "r1"
 
@@ -126,7 +128,7 @@ def test_round_robin_and_least_loaded() -> None:
     (robin,), (least,) = makers(1)["round_robin"](1), makers(1)["least_loaded"](1)
     prompt = Prompt("d", (1,), (1,))
     one = choose(robin, prompt)
-    robin.placed(prompt, one)
+    robin.record(prompt, one)
     assert choose(robin, prompt) != one
     assert choose(least, prompt, (3, 1)) == "r1"
 
@@ -185,14 +187,14 @@ def writer(tmp_path: Path) -> live.Writer:
 def test_blocks_of_text_have_the_tokens_they_say(writer: live.Writer) -> None:
     assert len(writer.tokenizer.encode(writer.block(7, 64)).ids) == 64
     assert writer.block(7, 64) == writer.block(7, 64) != writer.block(8, 64)
-    one = writer.messages(Ask(0.0, (1, 2, 3), 0, 0), 64)
+    one = writer.messages(Request(0.0, (1, 2, 3), 0, 0), 64)
     assert [m["role"] for m in one] == ["user"]
-    several = writer.messages(Ask(0.0, (1, 2, 3), 0, 0, "s", (1, 2, 3)), 64)
+    several = writer.messages(Request(0.0, (1, 2, 3), 0, 0, "s", (1, 2, 3)), 64)
     assert [m["role"] for m in several] == ["system", "user", "assistant"]
     assert "".join(m["content"] for m in several) == one[0]["content"]
     tokens, blocks = writer.kv_blocks(one)
     assert (tokens, len(blocks)) == (194, 6)
-    longer = writer.kv_blocks(writer.messages(Ask(0.0, (1, 2, 3, 4), 0, 0), 64))[1]
+    longer = writer.kv_blocks(writer.messages(Request(0.0, (1, 2, 3, 4), 0, 0), 64))[1]
     assert longer[:6] == blocks
 
 
@@ -207,8 +209,8 @@ def test_the_served_figures_come_from_the_rows() -> None:
         live.Row("a", 100, 80, 10, 0.1),
         live.Row("b", 100, 40, 10, 0.3),
     ]
-    asks = [("chats", SMALL.asks[0], None)] * 2 + [("mooncake", SMALL.asks[0], None)]
-    found = live.summary(asks, rows, {"pooled_ceiling": 0.5})
+    requests = [("chats", SMALL.requests[0], None)] * 2 + [("mooncake", SMALL.requests[0], None)]
+    found = live.summary(requests, rows, {"pooled_ceiling": 0.5})
     assert found["cached_share"] == 0.4
     assert found["hit_share_of_ceiling"] == 0.8
     assert found["load_imbalance"] == pytest.approx(140 / 105, abs=1e-4)
@@ -218,5 +220,5 @@ def test_the_served_figures_come_from_the_rows() -> None:
 
 def test_the_served_workloads_fit_the_model() -> None:
     for one in live.workloads().values():
-        assert one.asks[-1].at_s == pytest.approx(live.DURATION_S)
-        assert max(a.input_tokens for a in one.asks) <= live.MOST_TOKENS
+        assert one.requests[-1].at_s == pytest.approx(live.DURATION_S)
+        assert max(a.input_tokens for a in one.requests) <= live.MAX_PROMPT_TOKENS

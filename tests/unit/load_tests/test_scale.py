@@ -59,7 +59,7 @@ def test_a_queue_cache_counts_own_calls_and_forgets_what_is_too_old() -> None:
     assert cache.get("a") is None
     cache.finished("a")
     assert cache.get("a") is None
-    cache.heard("a", 2)
+    cache.report("a", 2)
     cache.finished("a")
     assert cache.get("a") == 1
     clock.advance(FACTS_LIFETIME_S + 0.1)
@@ -78,16 +78,16 @@ def test_a_router_process_decides_ranks_and_remembers() -> None:
     assert len(router.view.index(f"slm-{decision.slm_id}")) == 1
     router.finished(make_outcome("d1", slm_id=decision.slm_id), make_facts(ranking[0]))
     assert router.queues.get(ranking[0]) == 3
-    assert router.monitor.snapshot(decision.slm_id, clock()).requests == 1
+    assert router.stats.snapshot(decision.slm_id, clock()).requests == 1
 
 
 def test_a_router_process_keeps_a_state_for_as_long_as_the_fleet_view() -> None:
     clock = FakeClock()
     states = {i: [make_replica(i)] for i in ("small", "large")}
     router = RouterProcess(make_fleet(), MetadataPrior(), states, clock, Random(0))
-    spec = router.loop.specs["small"]
+    spec = router.selector.specs["small"]
     before = router.state(spec)
-    router.queues.heard("small", 9)
+    router.queues.report("small", 9)
     assert router.state(spec) is before
     clock.advance(0.1)
     assert router.state(spec).running == 9
@@ -105,7 +105,7 @@ def test_answers_come_back_to_the_router_that_sent_them() -> None:
     done = [o for _ in range(800) for o in simulation.step()]
     assert len({o.outcome_id for o in done}) == len(done) > 100
     seen = sum(
-        r.monitor.snapshot(slm, simulation.clock()).requests
+        r.stats.snapshot(slm, simulation.clock()).requests
         for r in simulation.routers
         for slm in ("small", "large")
     )
@@ -165,32 +165,32 @@ def test_the_exponent_tells_flat_from_linear_from_quadratic() -> None:
 
 
 def test_old_views_are_the_same_every_time_and_worse_than_the_truth() -> None:
-    least = Balance(Setting("least"), 1500, seed=1).play()
-    assert least == Balance(Setting("least"), 1500, seed=1).play()
-    fresh = Balance(Setting("board"), 1500, seed=1).play()
-    blind = Balance(Setting("random"), 1500, seed=1).play()
+    least = Balance(Setting("least"), 1500, seed=1).run()
+    assert least == Balance(Setting("least"), 1500, seed=1).run()
+    fresh = Balance(Setting("board"), 1500, seed=1).run()
+    blind = Balance(Setting("random"), 1500, seed=1).run()
     assert least["waiting_share"] <= fresh["waiting_share"]
     assert least["mean_wait_ms"] < blind["mean_wait_ms"]
     assert fresh["sent_to_full_share"] == 0.0 < blind["sent_to_full_share"]
 
 
-def test_one_process_that_counts_its_own_calls_needs_no_board() -> None:
-    fresh = Balance(Setting("board"), 800, seed=1).play()
-    assert Balance(Setting("board", 10.0, 1), 800, seed=1).play() == fresh
-    assert Balance(Setting("served", 0.0, 1), 800, seed=1).play() == fresh
+def test_one_process_that_counts_its_own_calls_needs_no_snapshot() -> None:
+    fresh = Balance(Setting("board"), 800, seed=1).run()
+    assert Balance(Setting("board", 10.0, 1), 800, seed=1).run() == fresh
+    assert Balance(Setting("served", 0.0, 1), 800, seed=1).run() == fresh
 
 
-def test_a_board_shows_the_load_of_its_own_moment() -> None:
+def test_a_snapshot_has_the_load_at_its_publication() -> None:
     balance = Balance(Setting("reports", 1.0, 1), 0, seed=1)
     balance._advance(0.5)
     balance._arrive(0)
-    assert sum(balance._believed(0)) == 0
-    ends = balance._endings[0][0]
-    balance._endings[0] = (max(ends, 1.5), *balance._endings[0][1:])
+    assert sum(balance._view(0)) == 0
+    ends = balance._completions[0][0]
+    balance._completions[0] = (max(ends, 1.5), *balance._completions[0][1:])
     balance._advance(1.2)
-    assert sum(balance._believed(0)) == 1
-    balance._advance(balance._endings[0][0] + 1.0)
-    assert sum(balance._believed(0)) == 0
+    assert sum(balance._view(0)) == 1
+    balance._advance(balance._completions[0][0] + 1.0)
+    assert sum(balance._view(0)) == 0
 
 
 def test_every_setting_has_its_own_name() -> None:

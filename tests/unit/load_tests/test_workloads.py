@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 
-from deployments.reference_fleet.corpora.phrasing import TELLING
+from deployments.reference_fleet.corpora.phrasing import INSTRUCTIONS
 from deployments.reference_fleet.grading.rows import load
 from load_tests.common import report
-from load_tests.common.asking import Answer
+from load_tests.common.client import Answer
 from load_tests.common.workloads import request, standard
 from load_tests.fleet import benchmark
 
@@ -23,12 +23,12 @@ def test_the_workload_is_the_same_every_time_and_another_with_another_seed() -> 
 def test_half_of_the_workload_names_neither_task_nor_format() -> None:
     asked = standard()
     assert len(asked) >= 1000
-    assert sum(not r.told for r in asked) > len(asked) / 2
+    assert sum(not r.instructed for r in asked) > len(asked) / 2
 
 
 def test_three_tasks_and_more_have_easy_and_hard_requests() -> None:
     counts = Counter((r.row.task, r.row.difficulty) for r in standard())
-    both = [t for t in TELLING if min(counts[t, "easy"], counts[t, "hard"]) >= 30]
+    both = [t for t in INSTRUCTIONS if min(counts[t, "easy"], counts[t, "hard"]) >= 30]
     assert len(both) >= 3
 
 
@@ -39,10 +39,10 @@ def test_no_predictor_was_fitted_on_the_workload() -> None:
     assert not fitted & {r.row.prompt for r in standard()}
 
 
-def test_told_requests_say_their_task_in_words() -> None:
+def test_an_instructed_request_keeps_its_prompt() -> None:
     row = load("sql")[0]
-    asked = request(row, Random(0), told_ratio=1.0)
-    assert asked.told
+    asked = request(row, Random(0), instructed_ratio=1.0)
+    assert asked.instructed
     assert row.prompt in asked.messages[0]["content"] != row.prompt
 
 
@@ -62,15 +62,15 @@ def test_a_report_says_what_it_was_measured_on(tmp_path: Path) -> None:
     assert document["machine"]["cores"]
 
 
-def _asked(text: str) -> benchmark.Asked:
+def _row_answer(text: str) -> benchmark.RowAnswer:
     row = next(r for r in load("reason") if r.slice == "1 step")
-    return benchmark.Asked(
+    return benchmark.RowAnswer(
         "reason", row, Answer(text or row.answers[0], "reason", "pinned", "d", 0.1, 9, 9)
     )
 
 
 def test_scores_are_shares_with_intervals() -> None:
-    figures = benchmark.scores([_asked(""), _asked("#### 123456")])
+    figures = benchmark.scores([_row_answer(""), _row_answer("#### 123456")])
     assert figures["reason.reason.1_step.n"] == 2
     assert figures["reason.reason.1_step.exact"] == 0.5
     low, high = figures["reason.reason.1_step.exact_ci95"]

@@ -98,8 +98,8 @@ def test_three_in_five_prompts_are_bare() -> None:
     assert all(m[-1]["role"] == "user" for m in drawn)
 
 
-def test_text_with_braces_survives_telling_words() -> None:
-    assert "rm {} +" in phrasing.told("shell", "rm {} +", Random(0))
+def test_text_with_braces_survives_an_instruction() -> None:
+    assert "rm {} +" in phrasing.with_instruction("shell", "rm {} +", Random(0))
 
 
 def test_the_held_out_side_is_stable() -> None:
@@ -112,7 +112,7 @@ def test_chat_is_the_same_for_the_same_seed() -> None:
     assert [chat.chat(Random(3)) for _ in range(3)] == [chat.chat(Random(3))] * 3
 
 
-def test_data_dir_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_dir_has_to_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATA_DIR", raising=False)
     with pytest.raises(RuntimeError, match="DATA_DIR"):
         sources.data_dir()
@@ -137,8 +137,8 @@ def test_two_requests_are_answered_in_order() -> None:
     assert pair.answer == "1) 1\n2) 2"
 
 
-def test_chatter_keeps_the_request_whole() -> None:
-    texts = [phrasing.chatty("how many?", Random(seed)) for seed in range(50)]
+def test_filler_keeps_the_request_whole() -> None:
+    texts = [phrasing.with_filler("how many?", Random(seed)) for seed in range(50)]
     assert all("how many?" in text for text in texts)
     assert len(set(texts)) > 10
 
@@ -149,7 +149,7 @@ def test_adapters_answer_in_a_schema_of_their_own() -> None:
     music = json.loads(adapter_schemas.reshaped("music", "PlayMusic", slots))
     assert flat == {"task": "play_music", "artist": "Bach"}
     assert music == {"action": "play", "music": slots}
-    assert not adapter_schemas.answers("music", "GetWeather")
+    assert not adapter_schemas.covers("music", "GetWeather")
 
 
 def test_reading_the_data_rules_imports_no_training_library() -> None:

@@ -1,4 +1,4 @@
-"""Pinned and routed questions to a running endpoint, a bounded number at a time."""
+"""Chat requests to a running endpoint, pinned or routed, with bounded concurrency."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tqdm import tqdm
 from deployments.reference_fleet.corpora.phrasing import Message
 
 TIMEOUT_S = 180.0
-# More than the longest right answer of the task; an answer that is cut short would count as wrong.
+# More than the longest right answer of each task; a truncated answer would count as wrong.
 MAX_TOKENS = {"sql": 320, "mixed": 400, "extract": 200, "shell": 120, "reason": 140, "intent": 40}
 OTHER_MAX_TOKENS = 80
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is sent: `model` is an SLM's id, `slm:adapter`, or `auto`."""
+    """A request: `model` is an SLM's id, `slm:adapter`, or `auto`."""
 
     model: str
     messages: list[Message]
@@ -30,7 +30,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `latency_s` is the client's, from sending to the last byte."""
+    """An answer; `latency_s` is measured by the client, from sending to the last byte."""
 
     text: str
     slm: str
@@ -42,12 +42,12 @@ class Answer:
 
 
 def max_tokens(task: str) -> int:
-    """Bound of the answer's tokens for a task."""
+    """Limit of the answer's tokens for a task."""
     return MAX_TOKENS.get(task, OTHER_MAX_TOKENS)
 
 
 async def ask(client: httpx.AsyncClient, question: Question, **body: Any) -> Answer:
-    """Send one question, greedy. Raises httpx.HTTPStatusError for an error status."""
+    """Send one question, decoded greedily. Raises httpx.HTTPStatusError for an error status."""
     sent = time.perf_counter()
     got = await client.post(
         "/v1/chat/completions",
@@ -76,7 +76,7 @@ async def ask(client: httpx.AsyncClient, question: Question, **body: Any) -> Ans
 async def ask_all(
     url: str, questions: Sequence[Question], concurrency: int, label: str
 ) -> list[Answer]:
-    """Every question's answer, in their order, with a progress bar."""
+    """The answers in the order of the questions; shows a progress bar."""
     slots = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
