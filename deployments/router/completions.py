@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -78,28 +78,34 @@ class CompletionsEndpoint:
         except CalmError as error:
             return http.error_response(error, headers)
         call = self._call(decision)
-        hints: Hints = {
-            "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
-            "schema": dict(parsed.schema) if parsed.schema is not None else None,
-            "labels": overrides.labels,
-        }
         prompt = parsed.text if self._args.learning.keep_prompts else None
         task = overrides.task
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
+        opening = self._dispatcher.open(call, method, body, _hints(parsed, overrides))
+        return await self._respond(call, opening, parsed.stream, headers, finish)
+
+    async def _respond(
+        self,
+        call: dispatch.Call,
+        opening: Coroutine[Any, Any, AsyncIterator[bytes] | ErrorReply],
+        stream: bool,
+        headers: dict[str, str],
+        finish: outcome.Finish,
+    ) -> Response:
+        """The response to a request whose SLM is chosen; `opening` sends it there."""
         answer: AsyncIterator[bytes] | ErrorReply | None = None
         try:
             async with asyncio.timeout(self._args.router.request_timeout_s):
-                opening = self._dispatcher.open(call, method, body, hints)
-                if parsed.stream and call.state.residency is not Residency.HOT:
+                if stream and call.state.residency is not Residency.HOT:
                     waking = await wakeup_queue.wait_briefly(
                         opening, wakeup_queue.KEEPALIVE_AFTER_S
                     )
                     if not waking.done():
-                        stream = wakeup_queue.cancel_with(
+                        events = wakeup_queue.cancel_with(
                             self._keep_alive(call, waking, finish), waking
                         )
-                        return StreamingResponse(stream, 200, headers, EVENTS)
+                        return StreamingResponse(events, 200, headers, EVENTS)
                     answer = waking.result()
                 else:
                     answer = await opening
@@ -108,7 +114,7 @@ class CompletionsEndpoint:
                 if isinstance(answer, ErrorReply):
                     call.http_status, call.status = answer.http_status, "rejected"
                     return finish(Response(answer.body, answer.http_status, headers, JSON))
-                if not parsed.stream:
+                if not stream:
                     payload = b"".join([part async for part in answer])
                     return finish(Response(payload, 200, headers, JSON))
         except asyncio.CancelledError:
@@ -191,3 +197,12 @@ class CompletionsEndpoint:
             if call.final is None:
                 dispatch.cancel(answer)
             finish()
+
+
+def _hints(parsed: ChatRequest, overrides: Overrides) -> Hints:
+    """What the client asked to be checked in the answer."""
+    return {
+        "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
+        "schema": dict(parsed.schema) if parsed.schema is not None else None,
+        "labels": overrides.labels,
+    }

@@ -93,15 +93,28 @@ class Router:
             self._metrics,
             self._outcomes,
         )
-        answering = CompletionsEndpoint(
+        completions = CompletionsEndpoint(
             args, self._loop, self._view, self._wakeup_queue, dispatcher, self.record
         )
+        self._routes = self._endpoints(completions)
+        self._outcomes.start()
+        self._tasks = [
+            asyncio.create_task(self._knowledge.follow(self._subscriptions.apply)),
+            asyncio.create_task(self._refresh()),
+            asyncio.create_task(self._steer()),
+            asyncio.create_task(
+                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._loop.fleet)
+            ),
+        ]
+
+    def _endpoints(self, completions: CompletionsEndpoint) -> dict[tuple[str, str], Endpoint]:
+        """Method and path to what answers them; `__call__` adds the paths that end in an id."""
         goals = GoalsEndpoint(self._loop, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
         residency = ResidencyEndpoint(self._loop, self._view.residency, self._knowledge)
-        self._routes: dict[tuple[str, str], Endpoint] = {
-            ("POST", "/v1/chat/completions"): answering.chat,
-            ("POST", "/v1/completions"): answering.complete,
+        return {
+            ("POST", "/v1/chat/completions"): completions.chat,
+            ("POST", "/v1/completions"): completions.complete,
             ("POST", "/v1/route"): self._route,
             ("POST", "/v1/feedback"): self._feedback,
             ("GET", "/v1/models"): self._operations.models,
@@ -115,15 +128,6 @@ class Router:
             ("GET", "/health"): self._operations.health,
             ("GET", "/metrics"): self._metrics_text,
         }
-        self._outcomes.start()
-        self._tasks = [
-            asyncio.create_task(self._knowledge.follow(self._subscriptions.apply)),
-            asyncio.create_task(self._refresh()),
-            asyncio.create_task(self._steer()),
-            asyncio.create_task(
-                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._loop.fleet)
-            ),
-        ]
 
     async def __call__(self, request: Request) -> Response:
         """Serve one HTTP request."""
