@@ -15,6 +15,7 @@ from calm_serve.errors import CalmError
 from calm_serve.prediction import live_load
 from calm_serve.requests import (
     ChatRequest,
+    Overrides,
     parse_chat,
     parse_completion,
     parse_overrides,
