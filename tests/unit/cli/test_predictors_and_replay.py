@@ -13,6 +13,13 @@ import yaml
 
 from calm_serve.cli import main
 from calm_serve.config import Goals
+from calm_serve.protocol.outcomes import OUTCOME
+from calm_serve.protocol.topics import (
+    LiveComparison,
+    PredictorChange,
+    PredictorStatus,
+    ShadowReport,
+)
 from tests.logged_decisions import serve
 
 ENTRY = {
@@ -25,26 +32,16 @@ ENTRY = {
     "published_at": 1000.0,
     "note": "won the gate",
 }
+STATUS = PredictorStatus(
+    challenger="lgbm-3",
+    pinned="lgbm-2",
+    shadow=ShadowReport("lgbm-3", 12, 0.75, 0.1, (0.05, 0.15)),
+    post_promotion=LiveComparison(60, 0.3, 0.4, 0.1, (0.02, 0.18), 0.03, 0.05, False),
+    last_change=PredictorChange(5.0, "rolled_back", "lgbm-2", "lgbm-1", "log loss 0.9 against 0.3"),
+)
 DOCUMENT: dict[str, Any] = {
     "object": "list",
     "data": [ENTRY, ENTRY | {"version": "lgbm-1", "state": "rolled_back", "note": "worse"}],
-    "previous": "",
-    "challenger": "lgbm-3",
-    "pinned": "lgbm-2",
-    "shadow": {
-        "version": "lgbm-3",
-        "requests": 12,
-        "agreement_ratio": 0.75,
-        "predicted_gain": 0.1,
-        "predicted_gain_ci95": [0.05, 0.15],
-    },
-    "probation": {
-        "labelled": 60,
-        "log_loss": 0.3,
-        "previous_log_loss": 0.4,
-        "gain": 0.1,
-        "gain_ci95": [0.02, 0.18],
-    },
     "last_training": {
         "reason": "better",
         "version": "lgbm-3",
@@ -55,13 +52,7 @@ DOCUMENT: dict[str, Any] = {
         "held_out": 60,
         "then": "shadow",
     },
-    "last_change": {
-        "at": 5.0,
-        "action": "rolled_back",
-        "version": "lgbm-2",
-        "before": "lgbm-1",
-        "reason": "log loss 0.9 against 0.3",
-    },
+    **json.loads(json.dumps(asdict(STATUS))),
 }
 
 
@@ -140,7 +131,7 @@ def test_an_answer_of_something_else_is_one_line(capsys: pytest.CaptureFixture[s
 def log(tmp_path: Path) -> str:
     path = tmp_path / "log.jsonl"
     outcomes = serve(60, Goals(exploration_ratio=0.2))
-    path.write_text("".join(json.dumps(asdict(o)) + "\n" for o in outcomes))
+    path.write_bytes(b"".join(OUTCOME.encode(o) + b"\n" for o in outcomes))
     return str(path)
 
 
