@@ -1,5 +1,7 @@
-"""Prediction: what each SLM would answer, how fast and for how many joules. Owner: router; the
-training child writes what is read here. Never blocks.
+"""Prediction of success, length, latency and energy. Owner: router. Never blocks.
+
+Takes contexts and live states, gives a `Prediction` per SLM. The training child of the knowledge
+actor writes the artifacts that are read here.
 """
 
 from calm_serve.prediction.artifact import (

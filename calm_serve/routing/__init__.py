@@ -1,4 +1,8 @@
-"""Routing: the choice of the SLM. Owner: router, on the path of every request. Never blocks."""
+"""Routing: the choice of the SLM for each request. Owner: router. Never blocks.
+
+Takes a parsed request and the SLMs' live states from memory, gives a `Decision`. On the path of
+every request, so no I/O, no remote call and no wait.
+"""
 
 from calm_serve.routing.scoring import above_floor, reward, slo_penalty, weights_of
 from calm_serve.routing.selector import ModelSelector, config_version

@@ -1,5 +1,6 @@
-"""Telemetry: what was measured, kept in bounded statistics. Owner: router and SLM replica (the
-knowledge actor reads along). Never blocks, but for the energy meters' system calls.
+"""Telemetry: bounded statistics of measurements. Owner: router, SLM replica. Never blocks.
+
+The knowledge actor uses some of them too. The energy meters make system calls.
 """
 
 from calm_serve.telemetry.alarms import Alarms
