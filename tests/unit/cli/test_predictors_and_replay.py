@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from calm_serve.cli import main
 from calm_serve.config import Goals
+from calm_serve.protocol.outcomes import OUTCOME
 from tests.logged_decisions import serve
 
 ENTRY = {
@@ -140,7 +140,7 @@ def test_an_answer_of_something_else_is_one_line(capsys: pytest.CaptureFixture[s
 def log(tmp_path: Path) -> str:
     path = tmp_path / "log.jsonl"
     outcomes = serve(60, Goals(exploration_ratio=0.2))
-    path.write_text("".join(json.dumps(asdict(o)) + "\n" for o in outcomes))
+    path.write_bytes(b"".join(OUTCOME.encode(o) + b"\n" for o in outcomes))
     return str(path)
 
 
