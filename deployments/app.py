@@ -26,7 +26,7 @@ from calm_serve.config import (
     check_resources,
     load_args,
 )
-from calm_serve.routing import scoring
+from calm_serve.routing import weights_of
 from deployments.knowledge.actor import start_knowledge
 from deployments.knowledge.registration import Registration
 from deployments.launch import check_engine_arguments
@@ -51,7 +51,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     # Started before the SLMs, so that it receives their start-up reports.
     knowledge = start_knowledge(APP_NAME, fleet, learning)
     knowledge.configure_goals.remote(typed.goals)
-    weights = scoring.weights_of(typed.goals)
+    weights = weights_of(typed.goals)
     knowledge.configure_residency.remote(
         typed.residency, weights.latency_per_s, weights.energy_per_j
     )

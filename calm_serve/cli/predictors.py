@@ -66,12 +66,11 @@ def _predictors(answer: Mapping[str, Any]) -> str:
             text += f", agreement {shadow['agreement_ratio']:.2f}, expected gain "
             text += render.interval(shadow["predicted_gain"], shadow["predicted_gain_ci95"])
         lines.append(text)
-    if probation := answer["probation"]:
+    if live := answer["post_promotion"]:
         lines.append(
-            f"probation: log loss {probation['log_loss']:.3f} live, "
-            f"{probation['previous_log_loss']:.3f} of the previous predictor, on "
-            f"{probation['labelled']} labelled outcomes; gain "
-            + render.interval(probation["gain"], probation["gain_ci95"])
+            f"since promotion: log loss {live['log_loss']:.3f}, of the previous predictor "
+            f"{live['previous_log_loss']:.3f}, on {live['labelled']} labelled outcomes; gain "
+            + render.interval(live["gain"], live["gain_ci95"])
         )
     if training := answer["last_training"]:
         lines.append(f"last training: {_training(training)}")

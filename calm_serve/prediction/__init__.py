@@ -15,7 +15,7 @@ from calm_serve.prediction.artifact import (
     own_head,
 )
 from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
-from calm_serve.prediction.cold_start import with_cold_start
+from calm_serve.prediction.cold_start import LABELLED, known_slms, with_cold_start
 from calm_serve.prediction.latency import wake_s
 from calm_serve.prediction.lightgbm import (
     MAX_LOG_RESIDUAL,
@@ -39,6 +39,7 @@ __all__ = [
     "COLUMNS",
     "FIRST_BUCKET",
     "FIRST_LOAD",
+    "LABELLED",
     "LOAD_NAMES",
     "MAX_LOG_RESIDUAL",
     "OUTPUT_TOKENS",
@@ -57,6 +58,7 @@ __all__ = [
     "Values",
     "fits_layout",
     "joined",
+    "known_slms",
     "live_load",
     "load_artifact",
     "outcome_rows",
