@@ -7,7 +7,7 @@ CalmError
 │   └── NoCandidateError      400: every SLM was excluded by a hard filter
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
 │   └── AsleepError           503: the SLM will not be awake in time
-└── ComponentError            a part is dead; someone else has to restart it
+└── ComponentError            a component is dead; the caller cannot restart it
     ├── SLMUnavailableError   503: no replica of the chosen SLM answers
     └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class CalmError(Exception):
-    """Base of all errors; knows how to show itself in OpenAI's error format."""
+    """Base of all errors; `to_openai` gives OpenAI's error format."""
 
     http_status = 500
     error_type = "server_error"

@@ -1,10 +1,10 @@
-"""The whole graph on one page.
+"""The Serve applications: router, one deployment per SLM, knowledge actor.
 
     router (HTTP ingress, N replicas) ──► slm-<id> (one deployment per SLM, one engine per replica)
           └──────────────► knowledge actor (detached; outcomes in, predictors out)
 
-`build_app` is one fleet as one application. `build_slm` is one further SLM as an application of its
-own: adding it restarts nothing, and the routers learn of it from the knowledge actor.
+`build_app` is one fleet as one application. `build_slm` is a further SLM as an application of its
+own: adding it restarts nothing, and the routers receive it from the knowledge actor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from calm_serve.config import (
     check_resources,
     load_args,
 )
-from calm_serve.routing import scoring
+from calm_serve.routing import weights_of
 from deployments.knowledge.actor import start_knowledge
 from deployments.knowledge.registration import Registration
-from deployments.launch.engine_arguments import check_engine_arguments
+from deployments.launch import check_engine_arguments
 from deployments.router.deployment import Router
 from deployments.wire import deployment_name
 
@@ -43,14 +43,15 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     typed, fleet = load_args(args, Path.cwd())
     check_engine_arguments(fleet)
     _check_cluster(fleet, typed.router.total_cpus)
-    # Started here, so that it hears the SLMs' start-up reports. Paths of this process's folder.
+    # The actor's working directory differs, so paths are made absolute here.
     learning = typed.learning.model_copy(
         update={"state_dir": str(Path(typed.learning.state_dir).expanduser().absolute())}
     )
     typed = typed.model_copy(update={"learning": learning})
+    # Started before the SLMs, so that it receives their start-up reports.
     knowledge = start_knowledge(APP_NAME, fleet, learning)
     knowledge.configure_goals.remote(typed.goals)
-    weights = scoring.weights_of(typed.goals)
+    weights = weights_of(typed.goals)
     knowledge.configure_residency.remote(
         typed.residency, weights.latency_per_s, weights.energy_per_j
     )
@@ -59,7 +60,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def build_slm(args: dict[str, Any]) -> serve.Application:
-    """Build one SLM as an application of its own that joins the application `joins` (calm).
+    """Build one SLM as an application that joins the one named by `joins` (default calm).
 
     The rest of `args` is the SLM's entry as in a fleet file. Raises ConfigError.
     """
@@ -71,7 +72,7 @@ def build_slm(args: dict[str, Any]) -> serve.Application:
     (spec,) = fleet.slms
     return (
         serve.deployment(Registration)
-        .options(name="announcer", ray_actor_options={"num_cpus": 0})
+        .options(name="registration", ray_actor_options={"num_cpus": 0})
         .bind(spec, app_name, bind_slm(spec, app_name))
     )
 
@@ -79,7 +80,7 @@ def build_slm(args: dict[str, Any]) -> serve.Application:
 def bind_router(
     args: ServeArgs, fleet: Fleet, handles: dict[str, DeploymentHandle]
 ) -> serve.Application:
-    """The ingress."""
+    """Return the ingress."""
     options: RouterOptions = args.router
     return (
         serve.deployment(Router)
@@ -97,8 +98,8 @@ def bind_router(
 
 
 def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
-    """The deployment of one SLM; it reports its start to the application `app_name`."""
-    # Imported here: only the SLM's own process may pay for what its engine needs.
+    """Return the deployment of one SLM; it reports to the knowledge actor of `app_name`."""
+    # Imported here, because the router imports this module and needs none of it.
     from deployments.slm.deployment import slm_class
     from deployments.slm.remote import RemoteSLM
 
@@ -128,7 +129,7 @@ def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
 def _scaling(spec: SLMSpec) -> dict[str, Any]:
     scaling = spec.scaling
     if scaling.min_replicas == scaling.max_replicas:
-        # Every handle and replica sends what an autoscaler would need, ten times a second.
+        # With an autoscaler every handle and replica reports its metrics ten times a second.
         return {"num_replicas": scaling.min_replicas}
     config = AutoscalingConfig(
         min_replicas=scaling.min_replicas,

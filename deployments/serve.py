@@ -1,4 +1,4 @@
-"""`python -m deployments.serve CONFIG`: `serve run CONFIG`, with its progress made visible.
+"""`python -m deployments.serve CONFIG`: check the configuration, then `serve run CONFIG`.
 
 Sets Serve's transport flags before the cluster starts (they cannot be set later), prints the SLMs'
 states while they load, and one ready line with a command to try. Ctrl-C stops everything.
@@ -32,16 +32,14 @@ from calm_serve.config import (
     read_yaml,
 )
 from calm_serve.errors import ConfigError
-from deployments.launch.engine_arguments import check_engine_arguments
-from deployments.launch.haproxy import write_launcher
-from deployments.launch.ports import PortClaim
+from deployments.launch import PortClaim, check_engine_arguments, write_launcher
 
 # Serve's fast transport: HAProxy in front, gRPC between replicas, one event loop per replica.
 FAST_TRANSPORT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
-    # Ray's workers give way to everything else (15); here they are what the machine is for.
+    # By default Ray's workers yield to every other process (15); here they are the main load.
     "RAY_worker_niceness": "0",
 }
 POLL_S = 0.5
@@ -77,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
     """Run `serve run` until it ends or a signal ends it. Returns the exit status."""
-    # Before the child exists: a program started in the background has SIGINT ignored, and only a
-    # handled signal is back at its default in the child, which must hear it to shut down.
+    # Before the child exists: a program started in the background ignores SIGINT, and only a
+    # handled signal is reset to its default in the child, which needs it to shut down.
     child: subprocess.Popen[bytes] | None = None
 
     def stop(*_: object) -> None:
@@ -93,8 +91,9 @@ def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # Ctrl-C reaches us alone; we pass it on once. A session of its own would do that too, but
-        # Linux shares its time out by sessions, and a fleet would get no more than a shell.
+        # So that Ctrl-C reaches this process alone, which sends it on once. A session of its own
+        # would do that too, but Linux's autogroup scheduling shares CPU time equally among
+        # sessions, and the whole fleet would get one shell's share.
         process_group=0,
     )
     output = Output(child)
@@ -103,7 +102,7 @@ def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
 
 
 def check(path: Path) -> str:
-    """Validate the configuration and return the endpoint's URL. Raises ConfigError."""
+    """Validate the configuration and return the service's URL. Raises ConfigError."""
     config = read_yaml(path)
     args, fleet = load_args(find_application_args(config, path.name), Path.cwd())
     check_engine_arguments(fleet)
@@ -132,14 +131,14 @@ def local_resources() -> ClusterResources:
 
 
 def serve_environment(own: Mapping[str, str], *, fast: bool) -> dict[str, str]:
-    """Environment for `serve run`, `own` being this run's; the operator's variables win."""
+    """Return the environment of `serve run`; the operator's variables override `own`."""
     return {**QUIET, **own, **(FAST_TRANSPORT if fast else {}), **os.environ}
 
 
 class Output:
-    """Passes the child's output on, and notices when the application could not be built.
+    """Copies the child's output to stdout and detects that the application could not be built.
 
-    `serve run` itself only logs that, and then serves nothing for ever.
+    `serve run` only logs that and keeps running without an application.
     """
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
@@ -156,7 +155,7 @@ class Output:
 
 
 def follow(child: subprocess.Popen[bytes], url: str, output: Output) -> None:
-    """Print changes of state until the fleet is ready or the child has ended."""
+    """Print state changes until the fleet is ready or the child has ended."""
     started, shown = time.monotonic(), ""
     while child.poll() is None:
         if output.build_failed:
@@ -176,7 +175,7 @@ def follow(child: subprocess.Popen[bytes], url: str, output: Output) -> None:
 
 
 def ready_line(url: str, elapsed_s: float) -> str:
-    """What to try first."""
+    """Return the ready line and a command to try."""
     message = {"role": "user", "content": "bash command to find all log files in /var"}
     body = json.dumps({"model": "auto", "messages": [message]})
     return (
@@ -186,7 +185,7 @@ def ready_line(url: str, elapsed_s: float) -> str:
 
 
 def fetch(url: str) -> tuple[int, dict[str, Any]]:
-    """GET a JSON document: (status, document); status 0 when nobody answers."""
+    """GET a JSON document and return (status, document); status 0 without an answer."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status, json.load(response)
@@ -200,7 +199,7 @@ def fetch(url: str) -> tuple[int, dict[str, Any]]:
 
 
 def port_taken(url: str) -> bool:
-    """True when something already answers there."""
+    """Return whether a server already answers at `url`."""
     return fetch(f"{url}/health")[0] != 0
 
 

@@ -1,4 +1,4 @@
-"""`calm goals`: what a running service is asked to hold, how it stands, and who asked."""
+"""`calm goals`: targets of a running service, their status, the weights, and recent changes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ def add_command(
     commands: Any, default_url: str, run: Callable[[argparse.Namespace, Any], None]
 ) -> None:
     """Add the command; `run` prints `args.text(args, fetch)`."""
-    goals = commands.add_parser("goals", help="show what a running service holds, and its weights")
+    goals = commands.add_parser("goals", help="show targets and weights of a running service")
     goals.add_argument("--url", default=default_url, help="the service (%(default)s)")
     goals.add_argument(
-        "--history", type=int, default=0, metavar="N", help="and the last N changes of the goals"
+        "--history",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also show the last N changes of the goals",
     )
     goals.set_defaults(run=run, text=_goals)
 
@@ -38,7 +42,7 @@ def _goals(args: argparse.Namespace, fetch: Callable[[str, None], dict[str, Any]
 
 
 def goals_text(answer: Mapping[str, Any]) -> str:
-    """Return GET /v1/goals' answer for people."""
+    """Return the answer of GET /v1/goals as text."""
     stated, changed = answer["goals"], answer["changed"]
     policy = f"policy {answer['policy']}, goals {answer['version']}"
     if changed["by"]:
@@ -48,8 +52,8 @@ def goals_text(answer: Mapping[str, Any]) -> str:
             target["name"],
             render.number(target["target"]),
             render.number(target["measured"]),
-            _said(target["held"]),
-            _said(target["feasible"]),
+            _yes_no(target["held"]),
+            _yes_no(target["feasible"]),
             str(target["samples"]),
         )
         for target in answer["targets"]
@@ -66,7 +70,7 @@ def goals_text(answer: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _said(value: bool | None) -> str:
+def _yes_no(value: bool | None) -> str:
     return "-" if value is None else "yes" if value else "no"
 
 

@@ -1,7 +1,7 @@
-"""`calm`: check a configuration, explain a decision, look at the fleet and at what it learned.
+"""`calm`: check a configuration, explain a decision, show a running fleet and its predictors.
 
-Exit status: 0 done; 1 the service or the request said no; 2 the configuration is wrong. Every error
-is one line on stderr.
+Exit status: 0 success; 1 the service or the request failed; 2 the configuration is wrong. Every
+error is one line on stderr.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TIMEOUT_S = 30.0
 WATCH_PERIOD_S = 2.0
 _CLEAR = "\x1b[H\x1b[2J"
 
-# Ray sets this much of a node's memory aside for its object store, so SLMs cannot have it.
+# Share of a node's memory that Ray reserves for its object store.
 _OBJECT_STORE_RATIO = 0.3
 
 Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
@@ -57,8 +57,8 @@ Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
     """GET `url`, or POST `body` to it, and return the JSON object.
 
-    Raises ComponentError when nothing answers and RequestError when the answer is an error or
-    no JSON object.
+    Raises ComponentError when there is no answer and RequestError when the answer is an error or
+    not a JSON object.
     """
     data = None if body is None else json.dumps(body).encode()
     try:
@@ -72,11 +72,11 @@ def fetch_json(url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         raise RequestError(f"{url}: {_error_message(error)}") from error
     except urllib.error.URLError as error:
         raise ComponentError(f"cannot reach {url}: {error.reason}") from error
-    # Reset or timed out while it was answering, or it speaks no HTTP.
+    # Reset or timed out during the answer, or the peer does not speak HTTP.
     except (OSError, http.client.HTTPException) as error:
         raise ComponentError(f"cannot reach {url}: {error}") from error
     except ValueError as error:
-        raise RequestError(f"{url}: no JSON answer: {error}") from error
+        raise RequestError(f"{url}: the answer is not JSON: {error}") from error
     if not isinstance(answer, dict):
         raise RequestError(f"{url}: expected a JSON object")
     return answer
@@ -101,7 +101,7 @@ def this_machine() -> ClusterResources:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the commands touch outside this process."""
+    """Everything that the commands use outside this process; tests replace it."""
 
     fetch: Fetch = fetch_json
     machine: Callable[[], ClusterResources] = this_machine
@@ -115,13 +115,13 @@ def main(argv: Sequence[str] | None = None, world: World | None = None) -> int:
         args.run(args, world or World())
         sys.stdout.flush()
     except ConfigError as error:
-        return _complain(error.message, 2)
+        return _fail(error.message, 2)
     except CalmError as error:
-        return _complain(error.message, 1)
+        return _fail(error.message, 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone; without this Python complains again while exiting.
+        # The reader (`| head`) has ended; without this Python reports the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
@@ -135,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", nargs="?", default=DEFAULT_CONFIG, metavar="CONFIG")
     check.set_defaults(run=_check)
 
-    route = commands.add_parser("route", help="explain where a prompt would go, and why")
+    route = commands.add_parser("route", help="explain which SLM a prompt would go to, and why")
     route.add_argument("prompt", metavar="PROMPT")
     source = route.add_mutually_exclusive_group()
     source.add_argument(
-        "--config", default=DEFAULT_CONFIG, help="decide here, for an idle fleet (%(default)s)"
+        "--config", default=DEFAULT_CONFIG, help="decide locally, for an idle fleet (%(default)s)"
     )
     source.add_argument("--url", help=f"ask a running service, such as {DEFAULT_URL}")
     route.add_argument("--json", action="store_true", help="print the whole decision record")
@@ -175,7 +175,7 @@ def _route(args: argparse.Namespace, world: World) -> None:
     if args.url:
         decision = world.fetch(f"{args.url.rstrip('/')}/v1/route", body)
     else:
-        decision = _decide_here(Path(args.config), body)
+        decision = _decide_locally(Path(args.config), body)
     if args.json:
         print(json.dumps(decision, indent=2))
     else:
@@ -201,15 +201,15 @@ def _load(path: Path) -> tuple[ServeArgs, Fleet]:
     return load_args(args, path.resolve().parent)
 
 
-def _decide_here(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
-    # Imported here: `calm fleet` should not wait for numpy and LightGBM.
+def _decide_locally(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
+    # Imported here, so that other commands do not wait for numpy and LightGBM.
     from calm_serve.requests import parse_chat, parse_overrides
     from calm_serve.routing import ModelSelector
 
     args, fleet = _load(config)
-    loop = ModelSelector(fleet, args.goals, predictor=_shipped_predictor(fleet))
-    decision = loop.decide(parse_chat(body), parse_overrides({}), "local")
-    return loop.explain(decision)
+    selector = ModelSelector(fleet, args.goals, predictor=_shipped_predictor(fleet))
+    decision = selector.decide(parse_chat(body), parse_overrides({}), "local")
+    return selector.explain(decision)
 
 
 def _shipped_predictor(fleet: Fleet) -> Predictor | None:
@@ -238,6 +238,6 @@ def _cgroup(name: str) -> str:
         return ""
 
 
-def _complain(message: str, status: int) -> int:
+def _fail(message: str, status: int) -> int:
     print(f"calm: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -1,23 +1,20 @@
-"""`calm predictors`: what was learned, which predictor decides, and a pin."""
+"""`calm predictors`: list the stored predictors; pin one, unpin, or roll back."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calm_serve.cli import render
 from calm_serve.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 
 
 def add_command(commands: Any, default_url: str, run: Callable[..., None]) -> None:
-    """Describe the command to argparse; `run` is called with this module's function."""
+    """Add the command; `run` prints `args.text(args, fetch)`."""
     predictors: ArgumentParser = commands.add_parser(
         "predictors", help="list stored predictors; pin one, unpin, or roll back"
     )
@@ -29,10 +26,10 @@ def add_command(commands: Any, default_url: str, run: Callable[..., None]) -> No
 
 
 def predictors_text(args: Namespace, fetch: Fetch) -> str:
-    """Ask the service, or tell it; return the list as it is afterwards."""
+    """Send the action, if any; return the list of predictors afterwards as text."""
     url = f"{args.url.rstrip('/')}/v1/predictors"
     if (args.action == "pin") != bool(args.version):
-        raise ConfigError("VERSION is required to pin, and only then")
+        raise ConfigError("VERSION is required with pin, and only with pin")
     body = None
     if args.action not in (None, "list"):
         body = {"action": args.action}

@@ -1,4 +1,4 @@
-"""What `calm` prints: plain-text tables from configuration and from the service's JSON."""
+"""Plain-text tables of `calm`, from configuration and from the service's JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def size(count: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Return a time in the unit that reads best, "-" for None."""
+    """Return a time in us, ms or s, "-" for None."""
     if value is None:
         return _UNKNOWN
     if value < 1e-3:
@@ -61,16 +61,16 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def rendered(render: Callable[[Mapping[str, Any]], str], answer: Mapping[str, Any]) -> str:
-    """Return what `render` makes of a service's answer. Raises RequestError for another one."""
+    """Return `render(answer)`. Raises RequestError when the answer is not calm_serve's."""
     try:
         return render(answer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # A service of another version, or something else behind the URL.
+        # A service of another version, or another program at the URL.
         raise RequestError(f"the answer does not look like calm_serve's: {error!r}") from error
 
 
 def fleet_file(fleet: Fleet) -> str:
-    """Return the table of `calm check`: what each SLM is and what one replica takes."""
+    """Return the table of `calm check`: each SLM and the resources of one replica."""
     rows = [
         (
             slm.id,
@@ -118,21 +118,21 @@ def fleet_state(answer: Mapping[str, Any]) -> str:
 
 
 def decision(record: Mapping[str, Any]) -> str:
-    """Return a decision record (as `ModelSelector.explain` gives it) for people."""
+    """Return a decision record of `ModelSelector.explain` as text."""
     context, versions = record["context"], record["versions"]
     chosen = f"{record['slm_id']}:{record['adapter']}" if record["adapter"] else record["slm_id"]
-    because = f"{record['path']}, {record['reason']}"
+    reason = f"{record['path']}, {record['reason']}"
     if record["rule"]:
-        because += f", rule {record['rule']}"
-    seen = [
+        reason += f", rule {record['rule']}"
+    prompt = [
         f"about {context['prompt_tokens']} tokens",
         f"output {context['output_shape']}",
         f"language {context['language']}",
     ]
     if context["markers"]:
-        seen.append(f"markers {', '.join(context['markers'])}")
+        prompt.append(f"markers {', '.join(context['markers'])}")
     if context["safety_class"] not in ("", "none"):
-        seen.append(f"safety class {context['safety_class']}")
+        prompt.append(f"safety class {context['safety_class']}")
     facts = [f"propensity {record['propensity']:.3g}"]
     facts.append(f"decided in {seconds(record['decided_in_s'])}")
     facts.append(f"predictor {versions['predictor']}")
@@ -141,8 +141,8 @@ def decision(record: Mapping[str, Any]) -> str:
     rows = [_candidate(c, record["slm_id"]) for c in record["candidates"]]
     return "\n".join(
         (
-            f"-> {chosen}  ({because})",
-            f"   prompt: {'; '.join(seen)}",
+            f"-> {chosen}  ({reason})",
+            f"   prompt: {'; '.join(prompt)}",
             f"   {'; '.join(facts)}",
             "",
             table(_DECISION, rows),
@@ -155,19 +155,19 @@ def _candidate(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
     if candidate["excluded_by"]:
         return (f"  {name}", *[_UNKNOWN] * 10, f"excluded: {candidate['excluded_by']}")
     name = f"{'>' if name == chosen else ' '} {name}"
-    expected = candidate["prediction"]
-    if expected is None:  # a rule named it, so nothing was predicted
+    prediction = candidate["prediction"]
+    if prediction is None:  # chosen by a rule, without a prediction
         return (name, number(candidate["score"]), *[_UNKNOWN] * 9, "")
-    e2e_s = expected["ttft_s"] + expected["tpot_s"] * max(expected["output_tokens"] - 1, 0)
+    e2e_s = prediction["ttft_s"] + prediction["tpot_s"] * max(prediction["output_tokens"] - 1, 0)
     return (
         name,
         number(candidate["score"]),
         *(number(candidate[term]) for term in ("quality", "latency", "energy", "switching")),
-        number(expected["success_ratio"], ".2f"),
-        number(expected["output_tokens"], ".0f"),
-        seconds(expected["ttft_s"]),
+        number(prediction["success_ratio"], ".2f"),
+        number(prediction["output_tokens"], ".0f"),
+        seconds(prediction["ttft_s"]),
         seconds(e2e_s),
-        number(expected["energy_j"]),
+        number(prediction["energy_j"]),
         "",
     )
 
@@ -178,5 +178,5 @@ def _replicas(scaling: Scaling) -> str:
 
 
 def interval(value: float, ci95: list[float] | tuple[float, float]) -> str:
-    """A value with its 95 % interval."""
+    """Return a value with its 95 % interval."""
     return f"{value:.4g} [{ci95[0]:.4g}, {ci95[1]:.4g}]"

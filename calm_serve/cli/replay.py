@@ -1,4 +1,4 @@
-"""`calm replay`: what other goals, or another predictor, would have done with the log."""
+"""`calm replay`: decide logged requests again under other goals or with another predictor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Fetch = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 
 
 def add_command(commands: Any, run: Callable[..., None]) -> None:
-    """Describe the command to argparse; `run` is called with this module's function."""
+    """Add the command; `run` prints `args.text(args, fetch)`."""
     replay: ArgumentParser = commands.add_parser(
         "replay", help="decide logged requests again under other goals, and estimate the effect"
     )
@@ -44,9 +44,9 @@ def add_command(commands: Any, run: Callable[..., None]) -> None:
 
 
 def replay_text(args: Namespace, fetch: Fetch) -> str:
-    """Read the log, decide again, estimate; progress goes to a terminal's stderr."""
+    """Read the log, decide again, estimate the effect; progress goes to stderr on a terminal."""
     del fetch
-    # Imported here: `calm fleet` should not wait for numpy, LightGBM and SQLAlchemy.
+    # Imported here, so that other commands do not wait for numpy, LightGBM and SQLAlchemy.
     from calm_serve.knowledge import read_outcomes
     from calm_serve.learning import Replay, Rules
     from calm_serve.routing import config_version
@@ -67,7 +67,7 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
 
 
 def read_goals(given: str) -> Goals:
-    """Goals from JSON text, a file of goals, or a serve_config.yaml. Raises ConfigError."""
+    """Return goals from JSON text, a file of goals, or a serve_config.yaml. Raises ConfigError."""
     name = "--goals"
     if not given.lstrip().startswith("{"):
         name = Path(given).name
@@ -135,7 +135,7 @@ def _replay(report: Mapping[str, Any]) -> str:
     if any(report["estimates"].values()):
         clip = max(found["clip"] for found in report["estimates"].values() if found)
         lines.append(
-            "CI95 by bootstrap; DIFFERENCE is doubly robust less logged; weights are clipped at "
-            f"{clip:.3g}. Estimated: what the other SLM's queue would have done is not known."
+            "CI95 by bootstrap; DIFFERENCE is doubly robust minus logged; weights are clipped at "
+            f"{clip:.3g}. An estimate: the effect on the other SLM's queue is not known."
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Configuration: what an operator may write down. Owner: any process.
+"""Configuration: fleet, goals, service. Owner: any. Only `loading` blocks, because it reads files.
 
-Only `loading` blocks: it reads files. Everything else is validation.
+Takes mappings and YAML files and gives frozen, validated sections. It reads the files that it is
+given and the model folders that they name, and writes nothing.
 """
 
 from calm_serve.config.base import Config, error_field, first_error

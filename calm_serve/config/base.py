@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""Base class of configuration sections, shared field types, and the text of validation errors."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Config(BaseModel):
 
 
 def unique(kind: str, names: list[str]) -> None:
-    """Raise ValueError that names the first of `names` that is there twice."""
+    """Raise ValueError with the first duplicate in `names`."""
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"duplicate or reserved {kind} {twice[0]!r}")
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """The end of an error message: the known name that is most like `word`."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+def nearest(name: str, known: list[str]) -> str:
+    """Return the end of an error message: the known name closest to `name`."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"; the nearest is {near[0]!r}" if near else ""
 
 

@@ -39,8 +39,8 @@ class Batching:
     max_queued_requests: int
 
 
-# Ongoing is a little above max_num_seqs, so the engine always has the next request at hand, and
-# the queue bound keeps the wait short where somebody is watching the answer appear.
+# max_ongoing_requests is a little above max_num_seqs, so that the engine always has a next request.
+# The queue bound limits the wait; it is lowest where a person watches the answer appear.
 BATCHING: dict[BatchingProfile, Batching] = {
     BatchingProfile.EXTRACTION: Batching(32, 4096, 40, 256),
     BatchingProfile.BALANCED: Batching(16, 2048, 20, 128),
@@ -57,7 +57,7 @@ class Adapter(Config):
 
 
 class Resources(Config):
-    """What one replica may take. Ray gates on these; the engine is told to stay inside them."""
+    """Resources of one replica: Ray schedules by them, and the engine is limited to them."""
 
     num_cpus: float = Field(default=1.0, gt=0, le=512, description="Ray CPUs; fractions share.")
     num_gpus: float = Field(default=0.0, ge=0, le=64, description="Ray GPUs.")
@@ -105,7 +105,7 @@ class Capabilities(Config):
 
 
 class Priors(Config):
-    """What is believed before anything was measured; outcomes replace it, nothing starts at 0."""
+    """Estimates used until outcomes are measured, so that no prediction starts at 0."""
 
     quality: Ratio = Field(default=0.5, description="P(success) on a prompt outside its skills.")
     skill_quality: Ratio = Field(default=0.8, description="P(success) on a prompt of its skills.")
@@ -158,7 +158,7 @@ class SLMSpec(Config):
     capabilities: Capabilities = Field(default=Capabilities(), description="See Capabilities.")
     resources: Resources = Field(default=Resources(), description="Per replica.")
     scaling: Scaling = Field(default=Scaling(), description="Replicas and autoscaling.")
-    priors: Priors = Field(default=Priors(), description="Beliefs before outcomes.")
+    priors: Priors = Field(default=Priors(), description="Estimates before outcomes.")
     remote: Remote | None = Field(default=None, description="Required when locality is remote.")
 
     @model_validator(mode="after")
@@ -203,7 +203,7 @@ class Rule(Config):
 
 
 class Safety(Config):
-    """A pattern that pins the request to one SLM, whatever anybody else wants."""
+    """A pattern that pins the request to one SLM, before the client's choice and every rule."""
 
     name: Identifier = Field(description="Shown in decisions as the safety class.")
     pattern: str = Field(description="Regular expression, case-insensitive.")

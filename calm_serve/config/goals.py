@@ -1,4 +1,4 @@
-"""What the operator wants of the fleet, and who decides. Both may change while it serves."""
+"""Operator goals and the selection policy. Both may be changed at run time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from calm_serve.config.base import Config, Identifier, Ratio
 
 
 class SelectionPolicyName(StrEnum):
-    """Who chooses the SLM. All but `calm` are baselines to compare with."""
+    """How the SLM is chosen. All but `calm` are baselines for comparison."""
 
-    CALM = "calm"  # rules, then predictions under the goals
+    CALM = "calm"  # rules, then the best score of the predictions under the goals
     PAPER = "paper"  # the CALM paper's score: similarity and recent QoS, fixed weights
     RANDOM = "random"
     ROUND_ROBIN = "round_robin"
@@ -20,12 +20,12 @@ class SelectionPolicyName(StrEnum):
     LARGEST = "largest"  # most parameters
     SINGLE = "single"  # one SLM for everything: the best one, or the generalist
     SHARES = "shares"  # random with given shares: content-blind, matched to another policy
-    RULES = "rules"  # the fast path alone, else the broadest SLM
-    FASTEST = "fastest"  # the shortest predicted answer
+    RULES = "rules"  # rules alone; without a match the SLM with most skills
+    FASTEST = "fastest"  # the lowest predicted end-to-end latency
 
 
 class SelectionPolicy(Config):
-    """Which policy chooses the SLM, and what it needs to be told."""
+    """The selection policy and its parameters."""
 
     name: SelectionPolicyName = Field(
         default=SelectionPolicyName.CALM, description="See SelectionPolicyName."
@@ -47,10 +47,10 @@ class SelectionPolicy(Config):
 
 
 class Goals(Config):
-    """What the operator wants: targets that are held, or weights that are taken as they are.
+    """Targets to meet, and the weights of the score.
 
-    With a target, the weights are where its controller starts, and it moves them until the target
-    holds. Weights are quality points (0 to 1) per unit.
+    Without a target the weights stay as they are. With one they are where the controller starts,
+    and it moves them until the target is met. Weights are quality points (0 to 1) per unit.
     """
 
     ttft_p95_s: float | None = Field(
@@ -75,7 +75,10 @@ class Goals(Config):
         default=0.002, ge=0, le=100, description="Quality given up to save one joule."
     )
     switching_weight: float = Field(
-        default=0.05, ge=0, le=100, description="Cost of losing a session's cached prefix."
+        default=0.05,
+        ge=0,
+        le=100,
+        description="Cost of an SLM that is not hot, besides its wake-up time.",
     )
     quality_floor: Ratio = Field(default=0.0, description="Exclude SLMs predicted below this.")
     exploration_ratio: float = Field(

@@ -1,4 +1,4 @@
-"""Read configuration files and say in one line what is wrong with them, before anything starts."""
+"""Read and check configuration files. Every error is one line, raised before anything starts."""
 
 from __future__ import annotations
 
@@ -152,9 +152,10 @@ def parse_residency(data: Mapping[str, Any], fleet: Fleet) -> ResidencyOptions:
 
 
 def check_budget(residency: ResidencyOptions, fleet: Fleet) -> None:
-    """Raise ConfigError when an SLM, or all that are pinned together, exceed the memory budget.
+    """Raise ConfigError when an SLM, or all pinned SLMs together, exceed the memory budget.
 
-    A budget is per node and nobody knows the nodes yet, so one replica of each pinned SLM counts.
+    The budget is per node and the nodes are not known yet, so one replica of each pinned SLM
+    counts.
     """
     budget = residency.memory_budget_bytes
     if budget is None:

@@ -1,4 +1,4 @@
-"""Which SLMs may stay in memory, and what may be done to those that may not."""
+"""The memory budget that SLMs share, and the policy that keeps it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from calm_serve.config.base import Config
 
 
 class ResidencyPolicyName(StrEnum):
-    """Who chooses the SLMs that are hot. All but `calm` are baselines to compare with."""
+    """How hot SLMs are chosen. All but `calm` are baselines for comparison."""
 
-    CALM = "calm"  # forecast value per byte, with prefetch and guards against thrash
-    LRU = "lru"  # the CALM paper's: the least recently wanted goes first
-    LFU = "lfu"  # the least often wanted goes first
-    STATIC = "static"  # pinned SLMs, then the fleet file's order; nothing ever moves
+    CALM = "calm"  # forecast value per byte, with prefetch and guards against thrashing
+    LRU = "lru"  # the CALM paper's: the least recently requested goes to sleep first
+    LFU = "lfu"  # the least often requested goes to sleep first
+    STATIC = "static"  # pinned SLMs, then the fleet file's order; nothing changes at run time
 
 
 class ResidencyOptions(Config):
-    """Memory that SLMs share, and how they take turns. Without a budget every SLM stays hot.
+    """The memory budget of all SLMs, and its policy. Without a budget every SLM stays hot.
 
     An SLM counts with its declared bytes (see `SLMSpec.declared_bytes`) for each hot replica, on
-    the node where the replica runs. `residency: pinned` keeps an SLM hot whatever happens; `hot`
-    starts hot as far as the budget goes; both, and `on_demand` SLMs that have replicas, sleep and
+    the node where the replica runs. `residency: pinned` always keeps an SLM hot; `hot` starts hot
+    as far as the budget allows. `hot` SLMs, and `on_demand` SLMs that have replicas, sleep and
     wake in place.
     """
 
@@ -47,5 +47,5 @@ class ResidencyOptions(Config):
         gt=0,
         le=86_400,
         description="on_demand SLMs with min_replicas 0 lose their replicas after this long "
-        "without being wanted, by deployments.slm.autoscaling:ColdTierPolicy; null: never.",
+        "without a request for them, by deployments.slm.autoscaling:ColdTierPolicy; null: never.",
     )

@@ -1,4 +1,4 @@
-"""The `args` of the application: the fleet, its goals, and how router and knowledge actor work."""
+"""The `args` of the application: fleet, goals, residency, and options of router and learning."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Learning(Config):
         default=50,
         ge=0,
         le=10**6,
-        description="Scored requests on which a better predictor decides silently before it does "
-        "so in earnest, for 60 s at most; 0 is at once.",
+        description="Scored requests that a better predictor decides in shadow before it is "
+        "promoted, for 60 s at most; 0 promotes at once.",
     )
 
 

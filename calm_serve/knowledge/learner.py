@@ -10,10 +10,14 @@ from typing import Any
 from calm_serve.config import Fleet, Learning, SLMSpec
 from calm_serve.knowledge.background import take_steps
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.learning.cold_start import ColdStartTrainer
-from calm_serve.learning.monitor import OutcomeMonitor
-from calm_serve.learning.promotion import Promotion
-from calm_serve.learning.retraining import RetrainingScheduler, RetrainJob, RetrainResult
+from calm_serve.learning import (
+    ColdStartTrainer,
+    OutcomeMonitor,
+    Promotion,
+    RetrainingScheduler,
+    RetrainJob,
+    RetrainResult,
+)
 from calm_serve.protocol.topics import Topic
 from calm_serve.types import Outcome, QualitySignal
 

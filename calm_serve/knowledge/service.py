@@ -31,7 +31,7 @@ from calm_serve.knowledge.publisher import Publisher
 from calm_serve.knowledge.slm_registry import SLMRegistry, StartupStates
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.training_process import retrain_in_child
-from calm_serve.learning.retraining import RetrainJob, RetrainResult
+from calm_serve.learning import RetrainJob, RetrainResult
 from calm_serve.protocol.outcomes import OUTCOME, decode_batch
 from calm_serve.protocol.reports import (
     DEMAND_REPLY,
@@ -40,7 +40,7 @@ from calm_serve.protocol.reports import (
     REPLICA_REPORT,
 )
 from calm_serve.protocol.topics import FORMATS, Topic, Update
-from calm_serve.residency.coordinator import RESIDENCY_KEY, ResidencyCoordinator
+from calm_serve.residency import RESIDENCY_KEY, ResidencyCoordinator
 from calm_serve.types import QualitySignal
 
 TICK_S = 5.0

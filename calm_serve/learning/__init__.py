@@ -1,5 +1,7 @@
-"""Learning: labels, training, evaluation, promotion and what watches over them. Owner: knowledge
-actor and its training child; the router uses `shadow` and `decision_log`. Blocks where it says so.
+"""Learning: labels, training, evaluation and promotion. Owner: knowledge actor. May block.
+
+Training runs in a child process of the actor. The router uses `shadow` and `decision_log`, which
+never block.
 """
 
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit

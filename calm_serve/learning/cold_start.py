@@ -27,13 +27,14 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.learning.labels import quality_label
 from calm_serve.learning.training import fit_heads
 from calm_serve.prediction import (
+    LABELLED,
     LOAD_NAMES,
     OWN_HEADS,
     Artifact,
     fits_layout,
+    known_slms,
     own_head,
 )
-from calm_serve.prediction.cold_start import LABELLED, known_slms
 from calm_serve.protocol.topics import PublishedPredictor
 from calm_serve.requests import ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.types import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from calm_serve.requests import NUMBER_NAMES
-from calm_serve.routing import scoring
+from calm_serve.routing import above_floor, evaluate, explore, ranked
 from calm_serve.types import (
     FREE_PATHS,
     Candidate,
@@ -115,9 +115,9 @@ def rescore(
 ) -> list[Candidate]:
     """The candidates, best first, under other weights or another predictor's values."""
     limit = _max_output_tokens(logged.outcome)
-    return scoring.ranked(
+    return ranked(
         [
-            scoring.evaluate(
+            evaluate(
                 logged.slo,
                 _updated(prediction, (values or {}).get(prediction.slm_id), limit),
                 state,
@@ -140,8 +140,8 @@ def redecide(
     draw is the logged decision's.
     """
     floor = max(quality_floor, logged.terms.quality_floor)
-    order = scoring.above_floor(ranked, floor)
-    chosen, _, _ = scoring.explore(order, logged.outcome.outcome_id, exploration_ratio)
+    order = above_floor(ranked, floor)
+    chosen, _, _ = explore(order, logged.outcome.outcome_id, exploration_ratio)
     return chosen.slm_id
 
 

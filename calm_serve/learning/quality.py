@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from calm_serve.telemetry.change_detection import Cusum
+from calm_serve.telemetry import Cusum
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
 # Labels behind a factor. More would be steadier, but slower to follow.

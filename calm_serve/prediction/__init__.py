@@ -1,5 +1,7 @@
-"""Prediction: what each SLM would answer, how fast and for how many joules. Owner: router; the
-training child writes what is read here. Never blocks.
+"""Prediction of success, length, latency and energy. Owner: router. Never blocks.
+
+Takes contexts and live states, gives a `Prediction` per SLM. The training child of the knowledge
+actor writes the artifacts that are read here.
 """
 
 from calm_serve.prediction.artifact import (
@@ -13,7 +15,7 @@ from calm_serve.prediction.artifact import (
     own_head,
 )
 from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
-from calm_serve.prediction.cold_start import with_cold_start
+from calm_serve.prediction.cold_start import LABELLED, known_slms, with_cold_start
 from calm_serve.prediction.latency import wake_s
 from calm_serve.prediction.lightgbm import (
     MAX_LOG_RESIDUAL,
@@ -37,6 +39,7 @@ __all__ = [
     "COLUMNS",
     "FIRST_BUCKET",
     "FIRST_LOAD",
+    "LABELLED",
     "LOAD_NAMES",
     "MAX_LOG_RESIDUAL",
     "OUTPUT_TOKENS",
@@ -55,6 +58,7 @@ __all__ = [
     "Values",
     "fits_layout",
     "joined",
+    "known_slms",
     "live_load",
     "load_artifact",
     "outcome_rows",

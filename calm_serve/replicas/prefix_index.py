@@ -1,4 +1,4 @@
-"""Which replicas recently served which prompt prefixes, as this process saw it."""
+"""Which replicas recently served which prompt prefixes, from this process's own requests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from threading import Lock
 
 ANSWER_BLOCKS = 8
-"""What an answer counts as work, in prompt blocks of about 32 tokens; its length is not known."""
+"""Work of an answer, in prompt blocks of about 32 tokens; its length is not known in advance."""
 
 WORK_MEMORY = 64
-"""Requests per replica after which work counts for a third (1/e)."""
+"""Requests per replica after which work counts 1/e."""
 
 _SEVERAL = -1  # no block: blocks are CRC-32 values
 
@@ -25,8 +25,8 @@ class PrefixIndex:
     and `shared` are linear in the chain, `retain` and `emptied` in the number of replicas, `add`
     in both.
 
-    A replica that gives its cache away is known by another name from then on, so its old blocks
-    are cleaned like those of a replica that is gone: when they are next touched.
+    A replica that loses its cache gets a new internal name, so its old blocks are cleaned like
+    those of a removed replica: when they are next touched.
     """
 
     def __init__(self, max_blocks: int) -> None:
@@ -38,8 +38,8 @@ class PrefixIndex:
         self._next: dict[int, int] = {}  # the block that followed, or `_SEVERAL`
         self._work: dict[str, float] = {}
         self._live: frozenset[str] | None = None  # names; None until membership is known
-        self._names: dict[str, str] = {}  # replica to its name, where that is another
-        self._ids: dict[str, str] = {}  # and back
+        self._names: dict[str, str] = {}  # replica id to internal name, where they differ
+        self._ids: dict[str, str] = {}  # the inverse
         self._emptied = 0
         self._membership = Lock()
 
@@ -54,24 +54,24 @@ class PrefixIndex:
         replicas without any are left out.
         """
         matched: dict[str, int] = {}
-        holding: tuple[str, ...] = ()
+        matching: tuple[str, ...] = ()  # replicas that served all blocks so far
         depth = 0
         for block in chain:
             holders = self._holders.get(block)
             if holders is None:
                 break
             if depth == 0:
-                holding = holders
-            elif holders is not holding and holders != holding:
-                kept = frozenset(holders)  # a block may be held by all of a thousand replicas
-                for replica_id in holding:
+                matching = holders
+            elif holders is not matching and holders != matching:
+                kept = frozenset(holders)  # a block may be cached by all of a thousand replicas
+                for replica_id in matching:
                     if replica_id not in kept:
                         matched[replica_id] = depth
-                holding = tuple(r for r in holding if r in kept)
-                if not holding:
+                matching = tuple(r for r in matching if r in kept)
+                if not matching:
                     break
             depth += 1
-        for replica_id in holding:
+        for replica_id in matching:
             matched[replica_id] = depth
         live = self._live
         if live is not None and not live.issuperset(matched):
@@ -80,12 +80,12 @@ class PrefixIndex:
         return {ids.get(r, r): blocks for r, blocks in matched.items()} if ids else matched
 
     def shared(self, chain: Sequence[int]) -> int:
-        """Return how many leading blocks of `chain` other conversations begin with too.
+        """Return how many leading blocks of `chain` are shared with other conversations.
 
-        That is the deepest block after which different prompts went on differently, such as the
-        end of a system prompt. The block after it is a conversation's own: all its turns have it,
-        and other processes, which have seen other turns, find the same one. Last blocks do not
-        count; they are partial and change with every turn.
+        That is the deepest block after which prompts diverged, such as the end of a system prompt.
+        The block after it identifies the conversation: all its turns have it, and processes that
+        served other turns find the same one. Last blocks do not count, because they are partial
+        and change with every turn.
         """
         depth = 0
         for i in range(len(chain) - 2):
@@ -100,11 +100,11 @@ class PrefixIndex:
 
     @property
     def work(self) -> Mapping[str, float]:
-        """Blocks that each replica had to compute for this process, the latest counting most."""
+        """Blocks that each replica computed for this process, decaying with later requests."""
         return self._work
 
     def add(self, chain: Sequence[int], replica_id: str) -> None:
-        """Remember that `replica_id` served `chain`; a replica known to be gone is ignored."""
+        """Record that `replica_id` served `chain`; a replica known to be removed is ignored."""
         live, name = self._live, self._names.get(replica_id, replica_id)
         if live is not None and name not in live:
             return
@@ -142,32 +142,32 @@ class PrefixIndex:
         """Forget every other replica.
 
         Blocks are cleaned when they are next touched, so a membership change never sweeps the
-        index while requests wait. A new replica starts with the mean work of the others: it is
-        to get its share, not everything.
+        index while requests wait. A new replica starts with the mean work of the others, so that
+        it receives its share of the requests and not all of them.
         """
-        here = frozenset(replica_ids)
+        present = frozenset(replica_ids)
         with self._membership:
-            self._names = {r: name for r, name in self._names.items() if r in here}
-            self._rename(here)
-        old = [self._work[r] for r in here if r in self._work]
+            self._names = {r: name for r, name in self._names.items() if r in present}
+            self._rename(present)
+        old = [self._work[r] for r in present if r in self._work]
         mean = sum(old) / len(old) if old else 0.0
-        self._work = {r: self._work.get(r, mean) for r in here}
+        self._work = {r: self._work.get(r, mean) for r in present}
 
     def emptied(self, replica_id: str) -> None:
-        """Forget what a replica has served: its cache is gone, as after sleep."""
+        """Forget what a replica served: its cache is gone, as after sleep."""
         with self._membership:
             live = self._live
             name = self._names.get(replica_id, replica_id)
             if live is None or name not in live:
                 return
             self._emptied += 1
-            here = frozenset(self._ids.get(r, r) for r in live)
+            present = frozenset(self._ids.get(r, r) for r in live)
             self._names = {**self._names, replica_id: f"{replica_id}#{self._emptied}"}
-            self._rename(here)
+            self._rename(present)
 
-    def _rename(self, here: Iterable[str]) -> None:
+    def _rename(self, present: Iterable[str]) -> None:
         self._ids = {name: r for r, name in self._names.items()}
-        self._live = frozenset(self._names.get(r, r) for r in here)
+        self._live = frozenset(self._names.get(r, r) for r in present)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a bound or an invariant is broken; call it where `add` runs."""

@@ -21,22 +21,22 @@ Bounded-load consistent hashing (arXiv 1608.01350). The bound is taken of `mean 
 fleet keeps affinity. Below it, affinity is weighed against load; see `_Scale`.
 """
 
-# What speaks for a replica, in shares of a prompt that need not be computed. Found with the
-# simulation of `python -m load_tests prefix`.
-SHARED_VALUE = 0.5  # of a cached block that many conversations share: another replica pays it once
-HOME_VALUE = 0.5  # of being the conversation's rendezvous choice, which all processes agree on
-SESSION_VALUE = 1.5  # the same where the client names the session: more than any match
-# Of being its second choice, while nobody has any of the prompt: two choices avoid most of a queue
-# that one choice by hash runs into, and processes still look for the conversation in two places.
-SECOND_HOME_VALUE = 0.45
+# Positive terms of a replica's score, in shares of the prompt that need not be computed. Tuned with
+# the simulation of `python -m load_tests prefix`.
+SHARED_VALUE = 0.5  # of a cached block that many conversations share: computed once per replica
+PREFERRED_VALUE = 0.5  # of the first choice by rendezvous hash, which is the same in all processes
+SESSION_VALUE = 1.5  # the same when the client names the session: more than any prefix match
+# Of the second choice by rendezvous hash, while no replica has any of the prompt: two choices avoid
+# most of the queue that builds up at one, and processes still find the conversation in two places.
+SECOND_PREFERRED_VALUE = 0.45
 
-# What speaks against it.
+# Negative terms.
 QUEUE_COST = 0.4  # of a request more than in the shortest queue, over the mean queue + 1
 QUEUE_SLACK = 1  # requests that cost nothing: a difference of one is noise
-# Recent work above the mean takes away the value of home: nothing of it up to the first ratio, all
-# and `WORK_EXCESS_COST` more from the second on. Work in the past may thus undo a choice by hash,
-# never what is cached: a lone chat stays where it is. It has no say over a named session, because
-# every process counts its own work, and all are to send a session's turns to the same replica.
+# Recent work above the mean cancels the value of the preferred replica: none of it up to the first
+# ratio, all of it and `WORK_EXCESS_COST` more from the second on. Past work may thus override the
+# hash but no cached prefix: a single chat stays on its replica. It does not apply to a named
+# session, because every process counts its own work and all must agree on a session's replica.
 WORK_RATIOS = (1.1, 1.22)
 WORK_EXCESS_COST = 0.1
 WORK_START_BLOCKS = 256.0  # added to each replica: a few requests more are not yet uneven
@@ -50,7 +50,7 @@ _NO_WORK: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRequest:
-    """What replica selection may know of a request; empty strings say nothing."""
+    """What replica selection reads of a request; empty strings mean unknown."""
 
     decision_id: str = ""
     prefix_family: str = ""
@@ -71,10 +71,10 @@ def rank_for_prompt(
     random: Random,
     exploration_ratio: float = EXPLORATION_RATIO,
 ) -> list[list[str]]:
-    """Return `rank_replicas` of a prompt with all that `index` knows of it.
+    """Return `rank_replicas` for a prompt, with the matches and the work in `index`.
 
-    Where the prompt begins like others, the first block of its own takes the place of the prefix
-    family, which would be the same for every conversation with the same system prompt.
+    When the prompt's start is shared with other conversations, its first own block replaces the
+    prefix family, which is the same for all conversations with one system prompt.
     """
     shared = index.shared(chain)
     family = f"{chain[shared]:08x}" if shared else request.prefix_family
@@ -101,11 +101,11 @@ def rank_replicas(
 ) -> list[list[str]]:
     """Return groups of replica ids, best group first; every replica appears exactly once.
 
-    In this order: saturated replicas and the one to avoid are last, as one group; replicas
-    holding the requested adapter come before the others; within each such tier those above the
-    load bound follow those below. Below the bound, what a replica has of the prompt and being the
-    rendezvous home of the session, or of the prefix family, are weighed against its queue and the
-    work it was given recently; requests without any of this go to the least loaded replica, the
+    Saturated replicas and the one to avoid are last, as one group. Replicas that have loaded the
+    requested adapter come before the others. Within each such tier, replicas above the load bound
+    follow those below. Below the bound, a replica's cached share of the prompt, and being the
+    preferred replica (by rendezvous hash) of the session or prefix family, are weighed against its
+    queue and its recent work; a request without affinity goes to the least loaded replica, of the
     local node first. `matches` and `work` are those of `PrefixIndex`. Without exploration
     (`exploration_ratio` 0, or a request with a session) equal input gives equal output in every
     process.
@@ -113,10 +113,10 @@ def rank_replicas(
     tiers: tuple[list[ReplicaState], ...] = ([], [], [])
     for replica in replicas:
         tiers[_tier(request, replica)].append(replica)
-    *preferred, last = tiers
+    *eligible, last = tiers
     ranked: list[list[str]] = []
     explore = exploration_ratio > 0.0 and not request.session_key
-    for tier in preferred:
+    for tier in eligible:
         if not tier:
             continue
         within, above = _rank_tier(request, tier, matches, work, local_node_id)
@@ -128,7 +128,7 @@ def rank_replicas(
         ranked += [[r.replica_id] for r in within]
         ranked += [[r.replica_id] for r in above]
     if last:
-        # One group: whoever asks for real queue lengths asks all of them at once.
+        # One group, so that real queue lengths are asked of all of them at once.
         ranked.append([r.replica_id for r in sorted(last, key=_by_load)])
     return ranked
 
@@ -161,11 +161,11 @@ def _rank_tier(
     within = [r for r in tier if r.queue_length <= bound]
     above = [r for r in tier if r.queue_length > bound]
     if affinity or matches:
-        homes = _homes(request, weight, matches) if affinity else {}
+        preferred = _preferred_values(request, weight, matches) if affinity else {}
         scale = _scale(request, tier, matches, work, mean)
         within.sort(
             key=lambda r: (
-                -scale.score(r, matches, work, homes),
+                -scale.score(r, matches, work, preferred),
                 -weight[r.replica_id],
                 r.replica_id,
             )
@@ -178,11 +178,11 @@ def _rank_tier(
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """What one tier's replicas are compared by."""
+    """Reference values by which one tier's replicas are scored."""
 
     blocks: int  # of the prompt
     shared_blocks: int
-    work_cost: float  # of a replica that had too much of it
+    work_cost: float  # of a replica with recent work far above the mean
     shortest_queue: int
     mean_queue: float
     mean_work: float
@@ -192,14 +192,14 @@ class _Scale:
         replica: ReplicaState,
         matches: Mapping[str, int],
         work: Mapping[str, float],
-        homes: Mapping[str, float],
+        preferred: Mapping[str, float],
     ) -> float:
-        """Value less cost, in shares of the prompt."""
+        """Return value minus cost, in shares of the prompt."""
         rid = replica.replica_id
         matched = matches.get(rid, 0)
         shared = min(matched, self.shared_blocks)
         value = (matched - shared + SHARED_VALUE * shared) / self.blocks
-        value += homes.get(rid, 0.0)
+        value += preferred.get(rid, 0.0)
         queued = max(0, replica.queue_length - self.shortest_queue - QUEUE_SLACK)
         low, high = WORK_RATIOS
         worked = (work.get(rid, 0.0) + WORK_START_BLOCKS) / self.mean_work
@@ -207,16 +207,16 @@ class _Scale:
         return value - QUEUE_COST * queued / (self.mean_queue + 1.0) - uneven * self.work_cost
 
 
-def _homes(
+def _preferred_values(
     request: ReplicaRequest, weight: Mapping[str, int], matches: Mapping[str, int]
 ) -> dict[str, float]:
-    """Return what being the rendezvous choice is worth, for the replicas that are it."""
+    """Return the score terms of the first and second rendezvous choice."""
     first, *others = heapq.nlargest(2, weight, key=lambda r: (weight[r], r))
     if request.session_key:
         return {first: SESSION_VALUE}
     if matches or not others:
-        return {first: HOME_VALUE}
-    return {first: HOME_VALUE, others[0]: SECOND_HOME_VALUE}
+        return {first: PREFERRED_VALUE}
+    return {first: PREFERRED_VALUE, others[0]: SECOND_PREFERRED_VALUE}
 
 
 def _scale(
@@ -231,7 +231,7 @@ def _scale(
     return _Scale(
         blocks=max(request.prompt_blocks, max(matches.values(), default=0), 1),
         shared_blocks=request.shared_blocks,
-        work_cost=0.0 if request.session_key else HOME_VALUE + WORK_EXCESS_COST,
+        work_cost=0.0 if request.session_key else PREFERRED_VALUE + WORK_EXCESS_COST,
         shortest_queue=min(r.queue_length for r in tier),
         mean_queue=mean_queue,
         mean_work=worked + WORK_START_BLOCKS,
@@ -247,7 +247,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-# Replica ids recur with every request; keys do not, and would only push them out.
+# Replica ids recur with every request; keys do not and would evict them.
 _replica_hash = lru_cache(maxsize=4096)(_hash)
 
 

@@ -1,4 +1,8 @@
-"""Requests: an HTTP body becomes plain fields and numbers. Owner: router. Never blocks."""
+"""Requests: an HTTP body becomes plain fields and numbers. Owner: router. Never blocks.
+
+Takes the parsed body and the headers, gives a `RoutingContext` without prompt text. Touches
+nothing else: no files, no network, no state between requests.
+"""
 
 from calm_serve.requests.context import BLOCK_CHARS, MAX_BLOCKS, ContextBuilder, prefix_chain
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES, fill_features, text_buckets

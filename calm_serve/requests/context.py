@@ -1,8 +1,8 @@
 """A request becomes a `RoutingContext`: plain fields, no prompt text.
 
-No tokenizer, bounded in time for any prompt length but for one thing: safety patterns see the whole
-text, which is as long as the body may be. Markers see its first and last `SCAN_CHARS` characters,
-the prefix chain the first `MAX_BLOCKS` blocks.
+No tokenizer. The time does not grow with the prompt, except for safety patterns, which search the
+whole text (the body's size is limited). Markers see its first and last `SCAN_CHARS` characters, the
+prefix chain its first `MAX_BLOCKS` blocks.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from calm_serve.config import Fleet
 from calm_serve.requests.features import FOCUS_CHARS
 from calm_serve.requests.openai import ChatRequest, Overrides
 from calm_serve.requests.patterns import Pattern, Patterns, plain
-from calm_serve.requests.tokens import ends, language_words
+from calm_serve.requests.tokens import ends, letter_runs
 from calm_serve.types import RoutingContext, ServiceLevel
 
-SCAN_CHARS = 1024
-LANGUAGE_CHARS = 256
-BLOCK_CHARS = 128
+SCAN_CHARS = 1024  # at each end of the text
+LANGUAGE_CHARS = 256  # of the last user message
+BLOCK_CHARS = 128  # about 32 tokens; bytes for text beyond ASCII
 MAX_BLOCKS = 64
-CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts for real
+CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts exactly
 
 _CODE = Pattern(
     r"```|^\s*(?:def |class |import |#include|function |SELECT )|Traceback \(most recent"
     r"|error: |\w\(\)|=>|::|;\s*$|\{\s*$",
     ignore_case=False,
 )
-# A few frequent words are enough to tell these languages apart in a sentence; others are "und".
-# Words that English has too ("was", "as", "come", "per", "die") are left out of the other lists.
+# A few frequent words distinguish these languages in a sentence; every other language is "und".
+# Words that are English too ("was", "as", "come", "per", "die") are left out of the other lists.
 _FREQUENT = {
     "en": "the a an is are of to in and what how for with on my me i you it as was by which",
     "de": "der das und ist ein eine nicht ich zu mit auf wie für den",
@@ -45,21 +45,21 @@ _MESSAGE_START = re.compile("\x02\\w+\x03")
 
 
 class ContextBuilder:
-    """Turns requests into RoutingContexts for one fleet; compile once, use for every request."""
+    """Builds RoutingContexts for one fleet; its patterns are compiled once."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._markers = Patterns(dict(sorted(fleet.markers.items())))
         self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
 
     def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
-        """The context without features. Only the safety patterns' cost grows with the prompt."""
+        """Return the context without features; only safety patterns cost more for long prompts."""
         whole = request.text
-        both_agree = plain(whole)
-        # Everything, not the ends: a secret in the middle is a secret. The body's size bounds it.
+        is_plain = plain(whole)
+        # The whole text, because a secret may be in the middle; the body's size limit bounds it.
         lines = _lines(whole) if self._safety else ""
         short = self._safety and len(whole) <= 2 * SCAN_CHARS
         scan = lines if short else _lines(ends(whole, SCAN_CHARS))
-        safety = next((s for s, p in self._safety if p.occurs(lines, both_agree)), None)
+        safety = next((s for s, p in self._safety if p.occurs(lines, is_plain)), None)
         chain = prefix_chain(whole)
         session = overrides.session_id
         return RoutingContext(
@@ -72,10 +72,10 @@ class ContextBuilder:
             turns=request.turns,
             stream=request.stream,
             language=detect_language(request.last_user[:LANGUAGE_CHARS]),
-            has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), both_agree),
+            has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), is_plain),
             has_image=request.has_image,
             safety_class=safety.name if safety else "none",
-            markers=tuple(self._markers.found(scan, both_agree)),
+            markers=tuple(self._markers.found(scan, is_plain)),
             session_key=f"{_hash(session):08x}" if session else "",
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             prefix_chain=chain,
@@ -86,10 +86,11 @@ class ContextBuilder:
 
 
 def prefix_chain(text: str) -> tuple[int, ...]:
-    """Chained CRC-32 of the first blocks of `text`: equal prefixes give equal chain starts.
+    """Return chained CRC-32 values of the first blocks of `text`.
 
-    The last, partial block is included, so that even a short prompt has a family. CRC is stable
-    across processes (Python's hash is not), which is what lets routers agree without talking.
+    Equal prefixes give equal starts of the chain. The last, partial block is included, so that a
+    short prompt has a family too. CRC is the same in every process (Python's hash is not), so
+    routers agree without communication.
 
     >>> long = "You are a helpful assistant. " * 10
     >>> prefix_chain(long + "one")[0] == prefix_chain(long + "two")[0]
@@ -106,25 +107,25 @@ def prefix_chain(text: str) -> tuple[int, ...]:
 
 
 def detect_language(text: str) -> str:
-    """ISO 639-1 code by counting frequent words; "und" when nothing tells.
+    """Return an ISO 639-1 code by counting frequent words; "und" when undecided.
 
     >>> detect_language("Wie ist das Wetter in Berlin?")
     'de'
     """
-    words = language_words(text)
+    words = letter_runs(text)
     hits = _ANY_STOPWORD.intersection(words)
     best, best_hits = "und", 0
     for code, stopwords in _STOPWORDS.items():
         count = len(hits & stopwords)
         if count > best_hits:
             best, best_hits = code, count
-    # One word proves little: names and commands hold some. A request taken for the wrong language
-    # finds no SLM, so plain ASCII letters are English unless two words say otherwise.
+    # One frequent word is weak evidence: names and commands contain some. A request taken for the
+    # wrong language finds no SLM, so ASCII text is English unless two words indicate another one.
     return "en" if best_hits < 2 and words and text.isascii() else best
 
 
 def _hash(text: str) -> int:
-    # A lone surrogate is legal in a Python string and must not fail a request.
+    # A lone surrogate is legal in a Python string, so it must not make a request fail.
     return crc32(text.encode("utf-8", "surrogatepass"))
 
 

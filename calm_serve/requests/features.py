@@ -1,7 +1,7 @@
-"""What a predictor reads of a prompt: numbers, and the presence of hashed words.
+"""Prompt features of the predictors: numbers, and the presence of hashed tokens.
 
-Word hashing sees the first and last words of the last user message. Everything is plain data
-afterwards, so a logged context replays to the same decision.
+Token hashing sees the first and last tokens of the last user message. Features are plain data, so
+a logged context replays to the same decision.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 
 from calm_serve.requests.openai import ChatRequest
-from calm_serve.requests.tokens import Hashes, Words, ends, pair_hashes, read_words, word_hashes
+from calm_serve.requests.tokens import (
+    Hashes,
+    TokenStats,
+    ends,
+    pair_hashes,
+    read_tokens,
+    token_hashes,
+)
 from calm_serve.types import WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
 
-FOCUS_CHARS = 512
+FOCUS_CHARS = 512  # at each end of the last user message
 BUCKETS = 2 * WORD_BUCKETS
 
 NUMBER_NAMES: tuple[str, ...] = (
@@ -51,31 +58,31 @@ NUMBER_NAMES: tuple[str, ...] = (
     "quantity_words",
     "type_token_ratio",
 )
-_QUANTITIES = word_hashes(
+_QUANTITIES = token_hashes(
     "each every per times twice half double more less fewer total left altogether many much remain"
     " remains remaining"
 )
 
 
 def fill_features(context: RoutingContext, request: ChatRequest) -> None:
-    """Put what a predictor reads of the prompt into `context`, unless it is there.
+    """Add the prompt's features to `context`, unless it has them.
 
-    They cost more than the rest of the context together, and a rule needs none of them. So they
-    are added to a record that exists: by the decision where it predicts, or when the answer is out.
+    They cost more than the rest of the context, and a rule needs none of them. So they are added
+    to the existing record: before a prediction, or after the answer of a rule's SLM.
     """
     if context.features.numbers:
         return
     focus = ends(request.last_user, FOCUS_CHARS)
-    words = read_words(focus)
-    numbers = _numbers(request, context, focus, words)
-    features = PromptFeatures(numbers, word_buckets(words.hashes))
+    tokens = read_tokens(focus)
+    numbers = _numbers(request, context, focus, tokens)
+    features = PromptFeatures(numbers, token_buckets(tokens.hashes))
     object.__setattr__(context, "features", features)
 
 
-def word_buckets(hashes: Hashes) -> tuple[int, ...]:
-    """Words and pairs of neighbours as `BUCKETS` presence features (the hashing trick)."""
+def token_buckets(hashes: Hashes) -> tuple[int, ...]:
+    """Return tokens and pairs of neighbours as `BUCKETS` presence features (feature hashing)."""
     half = WORD_BUCKETS
-    # The high bits of a product are its best mixed ones.
+    # The high bits of the product in a hash are its best mixed ones.
     shift = np.uint64(64 - half.bit_length() + 1)
     present = np.zeros(BUCKETS, dtype=np.bool_)
     present[hashes >> shift] = True
@@ -84,23 +91,23 @@ def word_buckets(hashes: Hashes) -> tuple[int, ...]:
 
 
 def text_buckets(text: str) -> tuple[int, ...]:
-    """What `PromptFeatures.buckets` would be for a prompt of this text."""
-    return word_buckets(read_words(ends(text, FOCUS_CHARS)).hashes)
+    """Return `PromptFeatures.buckets` of a prompt with this text."""
+    return token_buckets(read_tokens(ends(text, FOCUS_CHARS)).hashes)
 
 
 def _numbers(
-    request: ChatRequest, context: RoutingContext, text: str, words: Words
+    request: ChatRequest, context: RoutingContext, text: str, tokens: TokenStats
 ) -> tuple[float, ...]:
-    size = max(words.bytes, 1)
+    size = max(tokens.bytes, 1)
     shape = request.output_shape
     upper, lower, digit, question_marks, quotes, slashes, braces, operators, newlines = (
-        words.characters
+        tokens.characters
     )
     return (
         math.log1p(len(request.text)),
         math.log1p(len(request.last_user)),
-        float(words.words),
-        (upper + lower) / max(words.words, 1),
+        float(tokens.words),
+        (upper + lower) / max(tokens.words, 1),
         float(request.turns),
         1.0 if request.system_chars else 0.0,
         math.log1p(request.system_chars),
@@ -108,12 +115,12 @@ def _numbers(
         1.0 if shape is OutputShape.TOOLS else 0.0,
         1.0 if shape is OutputShape.GUIDED else 0.0,
         math.log1p(request.max_output_tokens or 0),
-        float(words.numerals),
-        float(words.large_numerals),
+        float(tokens.numerals),
+        float(tokens.large_numerals),
         digit / size,
         upper / size,
-        (words.tokens - words.words - words.numerals) / size,
-        float(words.sentences),
+        (tokens.tokens - tokens.words - tokens.numerals) / size,
+        float(tokens.sentences),
         float(question_marks),
         float(quotes),
         float(slashes),
@@ -124,12 +131,12 @@ def _numbers(
         1.0 if text[:1].isupper() else 0.0,
         1.0 if context.has_code else 0.0,
         float(len(context.markers)),
-        words.non_ascii / size,
-        float(len(_QUANTITIES & words.vocabulary)),
-        len(words.vocabulary) / max(len(words.hashes), 1),
+        tokens.non_ascii / size,
+        float(len(_QUANTITIES & tokens.vocabulary)),
+        len(tokens.vocabulary) / max(len(tokens.hashes), 1),
     )
 
 
 def describe(context: RoutingContext) -> Mapping[str, Any]:
-    """The numeric features by name, for explanations."""
+    """Return the numeric features by name, for explanations."""
     return dict(zip(NUMBER_NAMES, context.features.numbers, strict=True))

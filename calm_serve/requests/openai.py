@@ -1,7 +1,7 @@
-"""Read an OpenAI request body and the routing headers; refuse what is wrong, with its field's name.
+"""Parse an OpenAI request body and the routing headers; every error names the field.
 
-Only what the decision needs is read here. The engine validates the rest of the body, and what it
-says is passed on, so that a parameter OpenAI adds tomorrow is not refused today.
+Only the fields that the decision needs are read. The engine validates the rest of the body and its
+errors are passed on, so the router accepts parameters that OpenAI adds later.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _OVERRIDES = (
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """The parts of a chat or completion body that the decision reads."""
+    """The fields of a chat or completion body that the decision reads."""
 
     model: str
-    text: str  # roles and contents joined in order; what a prefix cache would see
+    text: str  # roles and contents in order, as the engine's prefix cache sees them
     last_user: str
     system_chars: int
     turns: int
@@ -45,7 +45,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the request's headers ask for."""
+    """Constraints and labels from the request's headers."""
 
     session_id: str = ""
     slo_ttft_ms: float | None = None
@@ -58,7 +58,7 @@ class Overrides:
     labels: tuple[str, ...] = ()
 
 
-_NOTHING_ASKED = Overrides()
+_NO_OVERRIDES = Overrides()
 
 
 def parse_chat(body: Any) -> ChatRequest:
@@ -105,7 +105,7 @@ def parse_overrides(headers: Mapping[str, str]) -> Overrides:
     Raises RequestError for a value out of range and for an unknown `x-calm-` header.
     """
     if not headers:
-        return _NOTHING_ASKED
+        return _NO_OVERRIDES
     for name in headers:
         if name.startswith("x-calm-") and name not in _OVERRIDES:
             near = difflib.get_close_matches(name, _OVERRIDES, n=1, cutoff=0.0)[0]
@@ -181,14 +181,14 @@ def _output_shape(body: Mapping[str, Any]) -> tuple[OutputShape, Mapping[str, An
     guided = body.get("structured_outputs")
     if isinstance(guided, Mapping) and any(guided.values()):
         return OutputShape.GUIDED, None
-    wanted = body.get("response_format")
-    if wanted is None:
+    response_format = body.get("response_format")
+    if response_format is None:
         return OutputShape.TEXT, None
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind == "json_object":
         return OutputShape.JSON, None
     if kind == "json_schema":
-        schema = wanted.get("json_schema")
+        schema = response_format.get("json_schema")
         inner = schema.get("schema") if isinstance(schema, Mapping) else None
         return OutputShape.JSON_SCHEMA, inner if isinstance(inner, Mapping) else None
     if kind == "text":
@@ -225,7 +225,7 @@ def _message(message: Any, position: int) -> tuple[str, str, bool]:
             image = True
         else:
             raise RequestError(
-                f"'{where}.content' holds an unsupported part", param=f"{where}.content"
+                f"'{where}.content' contains an unsupported part", param=f"{where}.content"
             )
     return role, "\n".join(texts), image
 

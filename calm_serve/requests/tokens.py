@@ -1,8 +1,8 @@
 """Tokens of a text of bounded length: counts, and a hash for each token.
 
-A token is a run of letters, a run of digits, or one sign; from U+2000 on, where scripts put no
-blanks between words, every character starts one. The text is one array of bytes, and each step is
-one numpy call for all of it, so that a thousand characters cost some thirty microseconds.
+A token is a run of letters, a run of digits, or one sign. From U+2000 on, where scripts have no
+blanks between words, every character is a token. The text is one array of bytes, and each step is
+one numpy call for all of it: a thousand characters take about 30 us.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 8192
-HEAD_WORDS, TAIL_WORDS = 48, 16
+HEAD_TOKENS, TAIL_TOKENS = 48, 16  # of a longer text only these are hashed
 LARGE_DIGITS = 3
 _SPACE, _LETTER, _DIGIT, _SIGN, _INSIDE = range(5)
 _MASK = (1 << 64) - 1
-_NUMBER = 0x9E3779B97F4A7C15  # stands for every run of digits; and, being odd, spreads a hash
+_NUMBER = 0x9E3779B97F4A7C15  # hash of every run of digits; as an odd factor it spreads a hash
 _FACTOR = 0xD1342543DE82EF95  # of the polynomial; odd, so that it has an inverse modulo 2**64
 
 Hashes = NDArray[np.uint64]
 Places = NDArray[np.intp]
 
 
-class Words(NamedTuple):
-    """What a text is made of."""
+class TokenStats(NamedTuple):
+    """Counts and hashes of a text's tokens."""
 
     hashes: Hashes  # of the first and last tokens, in lower case; all numerals are alike
-    vocabulary: set[int]  # the same, each once
+    vocabulary: set[int]  # the distinct hashes
     tokens: int
     words: int
     numerals: int
@@ -41,7 +41,7 @@ class Words(NamedTuple):
     bytes: int
 
 
-# Characters that are counted, by name; the place of a name is its class.
+# Characters that are counted, by name; the index of a name is its class.
 CHARACTERS = {
     "upper": ascii_uppercase,
     "lower": ascii_lowercase,
@@ -69,7 +69,7 @@ def _kind_of(byte: int) -> int:
 
 
 def _class_of(byte: int) -> int:
-    found = [i for i, wanted in enumerate(CHARACTERS.values()) if chr(byte) in wanted]
+    found = [i for i, members in enumerate(CHARACTERS.values()) if chr(byte) in members]
     return found[0] if found else len(CHARACTERS)
 
 
@@ -91,18 +91,18 @@ _VALUES = np.array([_mixed(b) for b in range(256)], dtype=np.uint64)
 _POWERS = np.array([pow(_FACTOR, i, 1 << 64) for i in range(MAX_BYTES)], dtype=np.uint64)
 _INVERSES = np.array([pow(_FACTOR, -i, 1 << 64) for i in range(MAX_BYTES)], dtype=np.uint64)
 _NONE = np.zeros(0, dtype=np.uint64)
-_OUTER: Places = np.r_[0:HEAD_WORDS, -TAIL_WORDS:0]
+_OUTER: Places = np.r_[0:HEAD_TOKENS, -TAIL_TOKENS:0]
 
 
-def read_words(text: str) -> Words:
-    """Count what `text` is made of; all but its first MAX_BYTES bytes are left out.
+def read_tokens(text: str) -> TokenStats:
+    """Tokenize the first MAX_BYTES bytes of `text`.
 
-    >>> read_words("Two apples, 12 pears?").words
+    >>> read_tokens("Two apples, 12 pears?").words
     3
     """
     raw = text.encode("utf-8", "surrogatepass")[:MAX_BYTES]
     if not raw:
-        return Words(_NONE, set(), 0, 0, 0, 0, 0, (0,) * len(CHARACTERS), 0, 0)
+        return TokenStats(_NONE, set(), 0, 0, 0, 0, 0, (0,) * len(CHARACTERS), 0, 0)
     plain = raw.isascii()
     low = raw.lower() if plain else text.lower().encode("utf-8", "surrogatepass")[:MAX_BYTES]
     kinds = np.frombuffer(low.translate(_KINDS), dtype=np.uint8)
@@ -113,14 +113,14 @@ def read_words(text: str) -> Words:
     if counts[_DIGIT]:
         numerals = of_token == _DIGIT
         large = int(np.count_nonzero((ends - starts)[numerals] > LARGE_DIGITS))
-    if len(starts) > HEAD_WORDS + TAIL_WORDS:
+    if len(starts) > HEAD_TOKENS + TAIL_TOKENS:
         starts, ends, of_token = starts.take(_OUTER), ends.take(_OUTER), of_token.take(_OUTER)
     hashes = _hashes(np.frombuffer(low, dtype=np.uint8), starts, ends)
     if counts[_DIGIT]:
         hashes[of_token == _DIGIT] = _NUMBER
     stops = raw.translate(_STOPS)
     classes = np.frombuffer(raw.translate(_CLASSES), dtype=np.uint8)
-    return Words(
+    return TokenStats(
         hashes,
         set(hashes.tolist()),
         sum(counts),
@@ -135,33 +135,33 @@ def read_words(text: str) -> Words:
 
 
 def ends(text: str, limit: int) -> str:
-    """The first and last `limit` characters of a text, or all of a shorter one."""
+    """Return the first and last `limit` characters of a text, or all of a shorter one."""
     if len(text) <= 2 * limit:
         return text
     return text[:limit] + "\n" + text[-limit:]
 
 
-def language_words(text: str) -> list[str]:
-    """Runs of letters, in lower case; several times faster than reading everything."""
+def letter_runs(text: str) -> list[str]:
+    """Return runs of letters in lower case; several times faster than `read_tokens`."""
     if text.isascii():
         return text.lower().encode().translate(_LETTERS_ONLY).decode().split()
     return _LETTERS.findall(text.lower())
 
 
-def word_hashes(words: str) -> frozenset[int]:
-    """Hashes of words, to be looked up in a vocabulary."""
-    return frozenset(read_words(words).vocabulary)
+def token_hashes(text: str) -> frozenset[int]:
+    """Return the distinct hashes of a text's tokens, to be looked up in a vocabulary."""
+    return frozenset(read_tokens(text).vocabulary)
 
 
 def pair_hashes(hashes: Hashes) -> Hashes:
-    """One hash for each two neighbours; their order counts."""
+    """Return one hash for each pair of neighbours; their order counts."""
     return np.asarray(hashes[:-1] * np.uint64(_FACTOR) + hashes[1:])
 
 
 def _tokens(kinds: NDArray[np.uint8], plain: bool) -> tuple[Places, Places]:
-    """Where each token starts and ends: a run of one kind, or a sign by itself."""
+    """Return where each token starts and ends: a run of one kind, or a single sign."""
     begins = kinds == _SIGN
-    if not plain:  # every byte of a character is of its first byte's kind
+    if not plain:  # every byte of a character has its first byte's kind
         inside = kinds == _INSIDE
         lead = np.where(inside, 0, np.arange(len(kinds)))
         kinds = kinds.take(np.maximum.accumulate(lead))
@@ -174,7 +174,7 @@ def _tokens(kinds: NDArray[np.uint8], plain: bool) -> tuple[Places, Places]:
 
 
 def _hashes(low: NDArray[np.uint8], starts: Places, ends: Places) -> Hashes:
-    """Polynomial hashes of tokens, from the sums over all bytes before them."""
+    """Return polynomial hashes of tokens, as differences of sums over all bytes before."""
     sums = np.empty(len(low) + 1, dtype=np.uint64)
     sums[0] = 0
     np.cumsum(_VALUES.take(low) * _POWERS[: len(low)], out=sums[1:])

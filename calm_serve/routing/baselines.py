@@ -1,4 +1,4 @@
-"""What every policy to compare with keeps to, and the draw that random ones share."""
+"""Baseline selection policies for comparison, and the random draw that some share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Choice = tuple[Sequence[str], float]  # ids best first; probability of the first
 
 
 class Baseline(ABC):
-    """What the loop asks of a policy. Single-threaded, bounded by the number of SLMs."""
+    """Interface of a baseline. Single-threaded; the time is bounded by the number of SLMs."""
 
     def __init__(self) -> None:
         self._specs: Mapping[str, SLMSpec] = {}
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Follow SLMs that came or went."""
+        """Swap the fleet: SLMs were added or removed."""
         self._specs = {spec.id: spec for spec in fleet.slms}
 
     @abstractmethod
@@ -29,18 +29,18 @@ class Baseline(ABC):
         candidates: Sequence[Candidate],
         states: Mapping[str, SLMState],
     ) -> Choice:
-        """Rank the candidates: at least one, all scored, none excluded."""
+        """Rank the candidates: at least one, all with predictions, none excluded."""
 
     def observe(self, outcome: Outcome) -> None:
-        """Learn from a finished request, whoever chose its SLM."""
+        """Learn from a finished request, of this policy or of another one."""
         del outcome
 
     def _by_size(self, slm_id: str) -> tuple[int, str]:
         return -self._specs[slm_id].parameters, slm_id
 
 
-def from_anywhere(ids: Sequence[str], context: RoutingContext) -> Choice:
-    """Start at a random one of `ids`; the others follow in turn."""
+def random_rotation(ids: Sequence[str], context: RoutingContext) -> Choice:
+    """Rotate `ids` to start at a random one."""
     start = int(draw(context.request_id) * len(ids))
     return [*ids[start:], *ids[:start]], 1.0 / len(ids)
 
@@ -54,15 +54,15 @@ class Uniform(Baseline):
         candidates: Sequence[Candidate],
         states: Mapping[str, SLMState],
     ) -> Choice:
-        """Start anywhere; the others follow in the order of their ids."""
+        """A random one first; the others follow in cyclic order of their ids."""
         del states
-        return from_anywhere(sorted(c.slm_id for c in candidates), context)
+        return random_rotation(sorted(c.slm_id for c in candidates), context)
 
 
 class RoundRobin(Baseline):
-    """Whoever of the candidates has waited longest for a turn.
+    """The candidate whose last turn is longest ago.
 
-    The propensity is 1/n: turns know nothing of the request that comes next.
+    The propensity is 1/n, because turns do not depend on the request.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class RoundRobin(Baseline):
         self._last: dict[str, int] = {}
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Follow SLMs that came or went; a new one has the next turn."""
+        """Swap the fleet; a new SLM has the next turn."""
         super().set_fleet(fleet)
         self._last = {i: turn for i, turn in self._last.items() if i in self._specs}
 
@@ -102,7 +102,7 @@ class LeastLoaded(Baseline):
         """Lowest load first."""
         order = sorted((states[c.slm_id].load_ratio, c.slm_id) for c in candidates)
         idle = [slm_id for load, slm_id in order if load == order[0][0]]
-        first, propensity = from_anywhere(idle, context)
+        first, propensity = random_rotation(idle, context)
         return [*first, *(slm_id for _, slm_id in order[len(idle) :])], propensity
 
 
@@ -121,21 +121,21 @@ class Largest(Baseline):
 
 
 class Single(Largest):
-    """One SLM for everything it may serve; for the rest, the largest."""
+    """One SLM for every request that it may serve; for the others the largest."""
 
     def __init__(self, slm_id: str) -> None:
         super().__init__()
         self._slm_id = slm_id
 
     def _by_size(self, slm_id: str) -> tuple[int, str]:
-        smaller, name = super()._by_size(slm_id)
-        return -1 << 62 if slm_id == self._slm_id else smaller, name
+        size, name = super()._by_size(slm_id)
+        return -1 << 62 if slm_id == self._slm_id else size, name
 
 
 class Shares(Baseline):
-    """Random with given shares, so that it spends what another policy does and reads nothing.
+    """Random with given shares: matches another policy's SLM mix without reading the request.
 
-    Shares are scaled to the candidates at hand; candidates without any are as likely as another.
+    Shares are scaled to the candidates. When no candidate has a share, all are equally likely.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
@@ -148,13 +148,13 @@ class Shares(Baseline):
         candidates: Sequence[Candidate],
         states: Mapping[str, SLMState],
     ) -> Choice:
-        """The drawn one, then the others by share."""
+        """The drawn candidate, then the others by share."""
         del states
         shares = {c.slm_id: self._shares.get(c.slm_id, 0.0) for c in candidates}
         order = sorted(shares, key=lambda i: (-shares[i], i))
-        total = sum(shares[i] for i in order)  # in one order: floats do not add up alike in all
+        total = sum(shares[i] for i in order)  # in a fixed order, since float sums depend on it
         if total <= 0.0:
-            return from_anywhere(order, context)
+            return random_rotation(order, context)
         left = draw(context.request_id) * total
         for chosen in order:
             left -= shares[chosen]
@@ -166,7 +166,7 @@ class Shares(Baseline):
 
 
 class Broadest(Baseline):
-    """Where no rule decides: whoever lists most skills, then most parameters."""
+    """The policy `rules` where no rule matches: most skills, then most parameters."""
 
     def choose(
         self,
@@ -183,7 +183,7 @@ class Broadest(Baseline):
 
 
 class Fastest(Baseline):
-    """The shortest predicted answer, whatever it is worth."""
+    """The lowest predicted end-to-end latency, regardless of quality."""
 
     def choose(
         self,

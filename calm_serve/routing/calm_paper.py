@@ -1,10 +1,9 @@
-"""How like an SLM's own words a prompt is: cosine over TF-IDF of hashed words.
+"""The CALM paper's selection policy (arXiv 2602.03632): prompt similarity and recent QoS.
 
-It stands in for the sentence embedder of the CALM paper (arXiv 2602.03632, MiniLM), which this
-project does not have and whose milliseconds no router here would pay: a context holds no text, but
-the hashed words of the prompt (`RoutingContext.buckets`), and an SLM's description, skills and
-example prompts are hashed the same way. An embedder knows that "flight" is like "travel"; hashed
-words do not, so an SLM is worth as much here as its examples say.
+The paper embeds sentences (MiniLM), which takes milliseconds per request, and a `RoutingContext`
+has no text. In its place similarity is the cosine of TF-IDF vectors over hashed words: those of the
+prompt (`RoutingContext.buckets`) and those of an SLM's description, skills and example prompts. An
+embedder relates "flight" to "travel"; hashed words do not, so similarity depends on the examples.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ Reader = Callable[[str], Buckets]  # a text's buckets, as in `RoutingContext`
 
 
 class Similarity:
-    """Compares prompts with the texts of each SLM.
+    """Cosine similarity of prompts with the texts of each SLM.
 
     An SLM's vector is the mean of its texts' unit vectors (Rocchio's centroid); the inverse
     document frequency is smoothed and counts every text once.
     """
 
     def __init__(self, specs: Sequence[SLMSpec], read: Reader) -> None:
-        self._place = {spec.id: i for i, spec in enumerate(specs)}
+        self._ids = [spec.id for spec in specs]
         texts = [[_words(read(text)) for text in texts_of(spec)] for spec in specs]
-        every = [words for own in texts for words in own]
-        seen = np.zeros(WORD_BUCKETS)
-        for words in every:
-            seen[words] += 1.0
-        self._idf = np.log((1.0 + len(every)) / (1.0 + seen)) + 1.0
+        documents = [words for own in texts for words in own]
+        frequency = np.zeros(WORD_BUCKETS)
+        for words in documents:
+            frequency[words] += 1.0
+        self._idf = np.log((1.0 + len(documents)) / (1.0 + frequency)) + 1.0
         self._vectors = np.zeros((len(specs), WORD_BUCKETS))
         for vector, own in zip(self._vectors, texts, strict=True):
             for words in own:
@@ -46,15 +45,15 @@ class Similarity:
             vector /= _length(vector) or 1.0
 
     def of(self, buckets: Buckets) -> Mapping[str, float]:
-        """SLM id to cosine in [0, 1]; 0 for all when no word is known of the prompt."""
+        """Return SLM id to cosine in [0, 1]; 0 for all when the prompt has no words."""
         words = _words(buckets)
         idf = self._idf[words]
-        found = (self._vectors[:, words] @ idf) / (_length(idf) or 1.0)
-        return dict(zip(self._place, found.tolist(), strict=True))
+        cosines = (self._vectors[:, words] @ idf) / (_length(idf) or 1.0)
+        return dict(zip(self._ids, cosines.tolist(), strict=True))
 
 
 def texts_of(spec: SLMSpec) -> list[str]:
-    """What the fleet file says about an SLM, one text for each statement."""
+    """Return an SLM's texts in the fleet file: description with skills, then each example."""
     return [f"{spec.description} {' '.join(spec.skills)}", *spec.examples]
 
 
@@ -72,14 +71,14 @@ ENERGY_WEIGHT = 0.1
 WINDOW = 100  # requests, as the paper's monitor
 
 
-class Paper(Baseline):
-    """The score of the CALM paper (arXiv 2602.03632): likeness, and recent QoS of the SLM.
+class CalmPaper(Baseline):
+    """The score of the CALM paper (arXiv 2602.03632): similarity, and recent QoS of the SLM.
 
         score = (1 - similarity) + w_latency * latency + w_energy * energy, lowest first
 
-    Latency and energy are means over the SLM's last `WINDOW` requests, with the lowest value
-    in any window at 0 and the highest at 1; an SLM without a request yet is at 0, as in the paper.
-    No queue, no prompt length and no learning. What stands in for its embedder: `similarity.py`.
+    Latency and energy are means over the SLM's last `WINDOW` requests, scaled so that the lowest
+    value in any window is 0 and the highest is 1; an SLM without requests has 0, as in the paper.
+    No queue, no prompt length and no learning.
     """
 
     def __init__(self, read: Reader) -> None:
@@ -90,13 +89,13 @@ class Paper(Baseline):
         self._costs: dict[str, float] = {}
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Follow SLMs that came or went, and read the descriptions again."""
+        """Swap the fleet and rebuild the similarity index."""
         super().set_fleet(fleet)
         self._similarity = Similarity(fleet.slms, self._read)
         for windows in self._windows:
             for slm_id in windows.keys() - self._specs.keys():
                 del windows[slm_id]
-        self._weigh()
+        self._update_costs()
 
     def choose(
         self,
@@ -106,12 +105,13 @@ class Paper(Baseline):
     ) -> Choice:
         """Lowest score first."""
         del states
-        like = self._similarity.of(context.features.buckets)
-        scores = {c.slm_id: self._costs.get(c.slm_id, 0.0) - like[c.slm_id] for c in candidates}
+        similarity = self._similarity.of(context.features.buckets)
+        costs = self._costs
+        scores = {c.slm_id: costs.get(c.slm_id, 0.0) - similarity[c.slm_id] for c in candidates}
         return sorted(scores, key=lambda i: (scores[i], i)), 1.0
 
     def observe(self, outcome: Outcome) -> None:
-        """Take the latency and energy of an answer into the SLM's window."""
+        """Add the latency and energy of an answer to the SLM's windows."""
         if outcome.status != "ok" or outcome.slm_id not in self._specs:
             return
         for windows, value in zip(
@@ -119,9 +119,9 @@ class Paper(Baseline):
         ):
             if value is not None:
                 windows.setdefault(outcome.slm_id, deque(maxlen=WINDOW)).append(value)
-        self._weigh()
+        self._update_costs()
 
-    def _weigh(self) -> None:
+    def _update_costs(self) -> None:
         weights = (LATENCY_WEIGHT, ENERGY_WEIGHT)
         self._costs = {}
         for weight, windows in zip(weights, self._windows, strict=True):

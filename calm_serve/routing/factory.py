@@ -1,4 +1,4 @@
-"""The selection policy that the goals name, with what it remembers while another one chooses."""
+"""Builds the baseline that the goals name and keeps its memory while another policy is active."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from calm_serve.routing.baselines import (
     Single,
     Uniform,
 )
-from calm_serve.routing.calm_paper import Paper, Reader
+from calm_serve.routing.calm_paper import CalmPaper, Reader
 
 
 def rules_of(goals: Goals, fleet: Fleet) -> tuple[Rule, ...]:
-    """The declarative rules, which only `calm` and `rules` follow."""
+    """Return the fleet's rules for the policies that follow them, `calm` and `rules`; else none."""
     return (
         fleet.rules
         if goals.policy.name in (SelectionPolicyName.CALM, SelectionPolicyName.RULES)
@@ -29,9 +29,9 @@ def rules_of(goals: Goals, fleet: Fleet) -> tuple[Rule, ...]:
 
 
 def build(goals: Goals, fleet: Fleet, read: Reader) -> Baseline | None:
-    """The policy that the goals name, None for `calm`; `read` hashes texts as contexts are."""
+    """Return the goals' baseline, None for `calm`; `read` gives the buckets of a text."""
     make: dict[SelectionPolicyName, Callable[[SelectionPolicy], Baseline]] = {
-        SelectionPolicyName.PAPER: lambda _: Paper(read),
+        SelectionPolicyName.PAPER: lambda _: CalmPaper(read),
         SelectionPolicyName.RANDOM: lambda _: Uniform(),
         SelectionPolicyName.ROUND_ROBIN: lambda _: RoundRobin(),
         SelectionPolicyName.LEAST_LOADED: lambda _: LeastLoaded(),
@@ -49,14 +49,14 @@ def build(goals: Goals, fleet: Fleet, read: Reader) -> Baseline | None:
 
 
 class BaselineRegistry:
-    """Keeps what policies remember while another one chooses; at most one of each name."""
+    """Baselines with their memory, also while inactive; at most one of each name."""
 
     def __init__(self, read: Reader) -> None:
         self._read = read
         self._kept: dict[SelectionPolicyName, tuple[SelectionPolicy, Baseline]] = {}
 
     def take(self, goals: Goals, fleet: Fleet) -> Baseline | None:
-        """The policy that the goals name, as it was when it last chose; None for `calm`."""
+        """Return the goals' baseline with the memory of its last use; None for `calm`."""
         policy, kept = self._kept.get(goals.policy.name, (None, None))
         if kept is None or policy != goals.policy:
             kept = build(goals, fleet, self._read)

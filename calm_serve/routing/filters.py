@@ -1,7 +1,7 @@
-"""Hard filters: they remove candidates, and no fallback ever relaxes them (language excepted).
+"""Hard filters: they exclude candidates and are never relaxed, except the language filter.
 
-Each filter answers with True when the SLM may serve the request. Order only matters for the name
-shown in the explanation.
+A filter returns True when the SLM may serve the request. Their order decides only which filter's
+name the explanation shows.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from calm_serve.types import Candidate, OutputShape, RoutingContext, SLMState
 
 Filter = Callable[[RoutingContext, SLMSpec, SLMState], bool]
 
-# Estimated tokens may be wrong by this factor before a prompt is called too long; the engine
-# counts for real and answers 400 itself when the estimate was too kind.
+# A prompt is too long when its estimated tokens divided by this exceed the context. The engine
+# counts exactly and answers 400 when the estimate was too low.
 ESTIMATE_TOLERANCE = 2.0
 
 
 def fits_context(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
-    """Prompt, and the output asked for, fit the SLM's context."""
+    """Prompt and requested output fit the SLM's context."""
     del state
-    wanted = context.prompt_tokens / ESTIMATE_TOLERANCE + (context.max_output_tokens or 0)
-    return wanted <= spec.context_tokens
+    tokens = context.prompt_tokens / ESTIMATE_TOLERANCE + (context.max_output_tokens or 0)
+    return tokens <= spec.context_tokens
 
 
 def has_capability(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
-    """Tools, structured output and images only go where they work."""
+    """The SLM supports the images, tools or structured output of the request."""
     del state
-    can = spec.capabilities
-    if context.has_image and not can.vision:
+    supported = spec.capabilities
+    if context.has_image and not supported.vision:
         return False
     if context.output_shape is OutputShape.TOOLS:
-        return can.tools
+        return supported.tools
     if context.output_shape is OutputShape.TEXT:
         return True
-    return can.json_output
+    return supported.json_output
 
 
 def has_adapter(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
-    """A pinned adapter exists on the SLM."""
+    """The SLM has the adapter that the client named."""
     del state
     return not context.adapter or any(a.name == context.adapter for a in spec.adapters)
 
@@ -78,14 +78,14 @@ FILTERS: dict[str, Filter] = {
     "available": is_available,
     "language": speaks_language,  # last: an SLM excluded by it passed everything else
 }
-# A language nobody in the fleet claims is tried anyway: a poor answer beats none.
-RELAXED_IF_NOBODY_PASSES = "language"
-# What a pinned request is held to: the client may insist on a language or on a struggling SLM,
-# but not on what cannot work or must not happen.
+# When no SLM passes, those that only this filter excluded are tried: a poor answer beats none.
+RELAXED_IF_NONE_PASSES = "language"
+# Filters of a pinned request: a client may insist on an SLM that lacks the language or whose
+# breaker is open, but not on what cannot work or violates the data policy.
 PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
 _EVERY = tuple(FILTERS.items())
 _PINNED = tuple((name, FILTERS[name]) for name in PINNED_FILTERS)
-# Most requests ask for text from whoever is best: nothing that an SLM might lack.
+# Filters of a plain request (see `is_plain`), which is most of them.
 _PLAIN = tuple(
     (name, keep)
     for name, keep in FILTERS.items()
@@ -94,7 +94,7 @@ _PLAIN = tuple(
 
 
 def is_plain(context: RoutingContext) -> bool:
-    """Whether no SLM lacks what the request needs, whatever its capabilities."""
+    """Return whether the request is for text only: no image, no adapter, no data policy."""
     return not (
         context.has_image
         or context.local_only
@@ -111,9 +111,9 @@ def excluded_by(
     pinned: bool = False,
     plain: bool = False,
 ) -> str:
-    """Name of the first filter that removes the SLM, "" when it stays.
+    """Return the name of the first filter that excludes the SLM, "" when none does.
 
-    `plain` is `is_plain(context)`, which saves the filters that remove nothing then.
+    `plain` is `is_plain(context)`; it skips the filters that cannot exclude anything then.
     """
     for name, keep in _PINNED if pinned else _PLAIN if plain else _EVERY:
         if not keep(context, spec, state):
@@ -124,9 +124,9 @@ def excluded_by(
 def split(
     context: RoutingContext, specs: Mapping[str, SLMSpec], states: Mapping[str, SLMState]
 ) -> tuple[list[str], list[Candidate]]:
-    """Ids that may serve the request, and the others with what excludes them.
+    """Return ids of SLMs that may serve the request, and the excluded ones with their filter.
 
-    Raises SLMUnavailableError or NoCandidateError when there is nobody, with each SLM's reason.
+    Raises SLMUnavailableError or NoCandidateError, with each SLM's filter, when all are excluded.
     """
     allowed: list[str] = []
     excluded: list[Candidate] = []
@@ -138,7 +138,7 @@ def split(
         else:
             allowed.append(slm_id)
     if not allowed:
-        soft = RELAXED_IF_NOBODY_PASSES
+        soft = RELAXED_IF_NONE_PASSES
         allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
         excluded = [c for c in excluded if c.excluded_by != soft]
     if not allowed:

@@ -1,17 +1,17 @@
-"""Stage 1: ordered declarative rules from the fleet file; the first match names the short list."""
+"""Stage 1: declarative rules of the fleet file in order; the first match gives the candidates."""
 
 from __future__ import annotations
 
 from calm_serve.config import Rule
 from calm_serve.types import Residency, RoutingContext, SLMState
 
-# A rule promises that its SLM can do the job. Once less than this share of the usual successes
-# is left, the request is scored like any other.
+# A rule asserts that its SLM can answer. When the SLM's calibration factor (measured over predicted
+# successes) falls below this, the request is scored instead.
 MIN_CALIBRATION_FACTOR = 0.5
 
 
 def matches(rule: Rule, context: RoutingContext) -> bool:
-    """True when every condition the rule states holds; a rule with none always matches."""
+    """Return whether all conditions of the rule are met; a rule without any always matches."""
     if rule.marker and rule.marker not in context.markers:
         return False
     if rule.without and not set(rule.without).isdisjoint(context.markers):
@@ -26,15 +26,15 @@ def matches(rule: Rule, context: RoutingContext) -> bool:
 
 
 def rule_target_is_usable(state: SLMState) -> bool:
-    """Whether an SLM that a rule names is awake and answers about as well as it used to.
+    """Return whether an SLM that a rule names is hot and answers about as well as predicted.
 
-    One that must be woken first is weighed against those that need not.
+    An SLM that has to be woken is scored against the others.
     """
     return state.calibration_factor >= MIN_CALIBRATION_FACTOR and state.residency is Residency.HOT
 
 
 def first_match(rules: tuple[Rule, ...], context: RoutingContext) -> Rule | None:
-    """The first rule that matches, or None."""
+    """Return the first rule that matches, or None."""
     for rule in rules:
         if matches(rule, context):
             return rule

@@ -1,10 +1,11 @@
-"""Stage 2: weigh quality against latency, energy and switching, and choose.
+"""Stage 2: score quality against latency, energy and switching, and choose.
 
 `reward` is the one formula; the choice, the goals and off-policy evaluation call it. Quality is
-P(success) corrected by the SLM's recent labels; latency is seconds, with a penalty for an SLO that
-will probably be missed; energy is joules; switching is 1 when the SLM would have to be woken. The
-CALM paper (arXiv 2602.03632) weighs semantic fit and recent QoS by hand-tuned weights in the same
-shape; here every term is a prediction for this request on the fleet as it is now.
+P(success) times the SLM's calibration factor (recent successes over predicted ones); latency is
+seconds, with a penalty for an SLO that will probably be missed; energy is joules; switching is 1
+when the SLM is not hot. The CALM paper (arXiv 2602.03632) weighs semantic fit and recent QoS by
+hand-tuned weights in the same form; here every term is a prediction for this request in the fleet's
+present state.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from calm_serve.types import Candidate, Prediction, Residency, ServiceLevel, SLM
 # One number of a candidate, or the same of many candidates as an array.
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
-# A request that names an SLO loses up to this much quality for an SLM that will miss it.
+# Quality points that a certain miss of the request's SLO costs.
 SLO_PENALTY = 0.5
 MIN_SPREAD = 0.01  # of log(measured / predicted)
 _SQRT2 = math.sqrt(2.0)
 
 
 def weights_of(goals: Goals) -> Weights:
-    """The weights that the operator stated; a controller starts from them."""
+    """Return the weights that the operator configured; a controller starts from them."""
     return Weights(goals.latency_weight_per_s, goals.energy_weight_per_j, goals.switching_weight)
 
 
@@ -70,7 +71,7 @@ def reward(
 def evaluate(
     slo: ServiceLevel, prediction: Prediction, state: SLMState, weights: Weights
 ) -> Candidate:
-    """Score one candidate; every term of the sum is kept for the explanation."""
+    """Score one candidate; the terms of the sum are kept for the explanation."""
     quality = min(prediction.success_ratio * state.calibration_factor, 1.0)
     value, latency, energy = reward(
         weights,
@@ -93,10 +94,10 @@ def evaluate(
 
 
 def slo_penalty(slo: ServiceLevel, prediction: Prediction) -> float:
-    """SLO_PENALTY times the probability that an SLO which the request named is missed.
+    """Return SLO_PENALTY times the probability that the request's SLO is missed.
 
-    What is measured is taken to be log-normal around what is predicted. Of several SLOs the one
-    most likely to be missed counts, because one slow moment misses all of them.
+    Measured times are assumed log-normal around the predicted ones. Of several SLOs the one most
+    likely to be missed counts, because one slow phase misses all of them.
     """
     if not (slo.ttft_ms or slo.tpot_ms or slo.deadline_s):
         return 0.0
@@ -121,12 +122,12 @@ def _above_one(middle: float, spread: float) -> float:
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
-    """Best score first; equal scores by id, so that every process agrees."""
+    """Return candidates by score, best first; ties by id, so that every process agrees."""
     return sorted(candidates, key=lambda c: (-c.score, c.slm_id))
 
 
 def above_floor(candidates: list[Candidate], floor: float) -> list[Candidate]:
-    """Candidates at or above the quality floor; the best-quality one alone if none reaches it."""
+    """Return candidates at or above the floor; the one of best quality if none reaches it."""
     kept = [c for c in candidates if c.quality >= floor]
     return kept or [max(candidates, key=lambda c: (c.quality, c.slm_id))]
 
@@ -139,7 +140,7 @@ def preferred(
     weights: Weights,
     floor: float,
 ) -> str:
-    """The SLM that would win if all were hot; "" when they are, which costs next to nothing."""
+    """Return the SLM that would win if all were hot; "" when all are."""
     if all(states[c.slm_id].residency is Residency.HOT for c in scored):
         return ""
     awake: list[Candidate] = []
@@ -162,10 +163,12 @@ def draw(decision_id: str) -> float:
 def explore(
     order: list[Candidate], decision_id: str, ratio: float
 ) -> tuple[Candidate, float, bool]:
-    """Maybe deviate from the best candidate, inside SLO headroom only.
+    """Choose the best candidate, or with probability `ratio` another one at random.
 
-    Returns (candidate, its propensity, whether this was exploration). The draw is a hash of the
-    decision's id, so a replay of the record makes the same choice.
+    Eligible are candidates whose latency term exceeds the best one's by at most half of
+    SLO_PENALTY, and that need no wake-up where the best one needs none. Returns (candidate, its
+    propensity, whether this was exploration). The draw is a hash of the decision's id, so a replay
+    of the record makes the same choice.
 
     >>> explore([Candidate("a", score=1.0), Candidate("b", score=0.9)], "some-id", 0.0)[1:]
     (1.0, False)
@@ -174,7 +177,7 @@ def explore(
     others = [
         c
         for c in order[1:]
-        # Nobody is woken, and nobody else sent to sleep, to try something.
+        # Exploration wakes no SLM, and so puts no other one to sleep.
         if c.latency <= best.latency + SLO_PENALTY / 2 and c.switching <= best.switching
     ]
     if not others or ratio <= 0.0:

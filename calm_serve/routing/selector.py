@@ -1,8 +1,8 @@
-"""The decision on the hot path: context, rules, filters, predictions, objective, record.
+"""The decision on the hot path: context, rules, filters, predictions, score, record.
 
-`ModelSelector` composes the stages and owns no policy. It never blocks, does no I/O and makes no
-remote call; everything it reads is in memory, and `predictor` and `goals` are swapped as one
-attribute.
+`ModelSelector` composes the stages and owns no policy. It does no I/O and makes no remote call:
+everything it reads is in memory. `predictor` and `goals` are each replaced by one assignment, so a
+decision never sees half of a change.
 """
 
 from __future__ import annotations
@@ -40,46 +40,46 @@ StateReader = Callable[[SLMSpec], SLMState]
 
 
 def assume_hot(spec: SLMSpec) -> SLMState:
-    """The state of an idle fleet; what `calm route` explains against without a running service."""
+    """Return the state of an idle SLM; `calm route` uses it without a running service."""
     return SLMState(
         slm_id=spec.id, residency=Residency.HOT, replicas=1, capacity=spec.limits.max_num_seqs
     )
 
 
 def config_version(*sections: Any) -> str:
-    """Short stable hash of validated configuration, for decision records."""
+    """Return a short stable hash of validated configuration, for decision records."""
     text = json.dumps([s.model_dump(mode="json") for s in sections], sort_keys=True)
     return f"{crc32(text.encode()):08x}"
 
 
 class WeightController(Protocol):
-    """What moves the weights while the fleet serves: `goals.GoalController`, or nothing."""
+    """What moves the weights at run time: `goals.GoalController` or `StatedWeights`."""
 
     weights: Weights
 
     def set_goals(self, goals: Goals) -> None:
-        """Swap the goals; the stated weights are back at once."""
+        """Swap the goals; the weights return to the stated ones at once."""
         ...
 
     def retain(self, slm_ids: Iterable[str]) -> None:
-        """Follow SLMs that left the fleet."""
+        """Forget SLMs that left the fleet."""
         ...
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        """Take a finished request."""
+        """Learn from a finished request."""
         ...
 
     def step(self) -> Weights:
-        """Move the weights by what was learned since the last step, and return them."""
+        """Move the weights by the outcomes since the last step, and return them."""
         ...
 
     def status(self) -> list[GoalStatus]:
-        """Every target that is set, and how it stands."""
+        """Return the status of each target that is set."""
         ...
 
 
 class StatedWeights:
-    """The weights that the operator stated, whatever happens."""
+    """The weights that the operator configured, unchanged."""
 
     def __init__(self, goals: Goals) -> None:
         self.set_goals(goals)
@@ -89,17 +89,17 @@ class StatedWeights:
         self.weights: Weights = scoring.weights_of(goals)
 
     def retain(self, slm_ids: Iterable[str]) -> None:
-        """Nothing is kept by SLM."""
+        """Do nothing: no state per SLM."""
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        """Nothing is learned."""
+        """Do nothing."""
 
     def step(self) -> Weights:
-        """The stated weights."""
+        """Return the configured weights."""
         return self.weights
 
     def status(self) -> list[GoalStatus]:
-        """Nobody holds a target here."""
+        """Return no status: without a controller no target is pursued."""
         return []
 
 
@@ -117,7 +117,7 @@ class ModelSelector:
         decision_log: int = 2048,
         controller: WeightController | None = None,
     ) -> None:
-        """`controller` moves the weights towards targets; without one they stay as stated."""
+        """Without a `controller` the weights stay as the goals state them."""
         self.predictor: Predictor = predictor or MetadataPrior()
         self._read_state = read_state
         self._timer = timer
@@ -125,13 +125,13 @@ class ModelSelector:
         self._log_size = decision_log
         self.goals = goals
         self._baseline: Baseline | None = None
-        self._policies = BaselineRegistry(text_buckets)
+        self._baselines = BaselineRegistry(text_buckets)
         self.controller: WeightController = controller or StatedWeights(goals)
         self.set_fleet(fleet)
         self.set_goals(goals)
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Swap the fleet (an SLM came or went). Decisions in flight keep their records."""
+        """Swap the fleet: SLMs were added or removed. Decisions in flight keep their records."""
         self.fleet = fleet
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
         self._breadth = {s.id: (-len(s.skills), -s.parameters) for s in fleet.slms}
@@ -144,8 +144,8 @@ class ModelSelector:
         self.controller.retain(self.specs)
 
     def set_goals(self, goals: Goals) -> None:
-        """Swap the goals; the next decision uses them. A policy keeps its memory."""
-        self._baseline = self._policies.take(goals, self.fleet)
+        """Swap the goals; the next decision uses them. Baselines keep their memory."""
+        self._baseline = self._baselines.take(goals, self.fleet)
         self._rules = rules_of(goals, self.fleet)
         self.goals = goals
         self.controller.set_goals(goals)
@@ -154,7 +154,7 @@ class ModelSelector:
 
     @property
     def versions(self) -> Versions:
-        """Versions that the next decision will carry."""
+        """Versions that the next decision records."""
         return Versions(self.predictor.version, self._goals_version, self._fleet_version)
 
     def decide(self, request: ChatRequest, overrides: Overrides, decision_id: str) -> Decision:
@@ -166,7 +166,7 @@ class ModelSelector:
         started = self._timer()
         context = self._builder.build(request, overrides, decision_id)
         decision = self._decide(context, request)
-        # Nobody else has the record yet, and a copy for one field costs as much as the filters.
+        # The record is not shared yet, and a copy for one field costs as much as the filters.
         object.__setattr__(decision, "decided_in_s", self._timer() - started)
         self._log[decision_id] = decision
         while len(self._log) > self._log_size:
@@ -174,10 +174,7 @@ class ModelSelector:
         return decision
 
     def _decide(self, context: RoutingContext, request: ChatRequest | None) -> Decision:
-        """Return the decision; the same context and states give the same one.
-
-        Without a request (a replay, a simulation) the context has its features already.
-        """
+        """Return the decision; without a `request` the context has its features already."""
         if context.safety_class in self._pins:
             pin = self._pins[context.safety_class]
             reason = DecisionReason.SAFETY_PIN
@@ -192,33 +189,33 @@ class ModelSelector:
         states = {i: self._read_state(s) for i, s in self.specs.items()}
         allowed, excluded = filters.split(context, self.specs, states)
         if rule is not None:
-            short = [
+            usable = [
                 i for i in rule.slms if i in allowed and rules.rule_target_is_usable(states[i])
             ]
-            if len(short) == 1 or (short and self._baseline is not None):
-                return self._by_rule(context, short[0], rule.name, allowed, excluded)
-            if short:
-                return self._scored(context, request, short, excluded, states, rule.name)
+            if len(usable) == 1 or (usable and self._baseline is not None):
+                return self._by_rule(context, usable[0], rule.name, allowed, excluded)
+            if usable:
+                return self._scored(context, request, usable, excluded, states, rule.name)
         return self._scored(context, request, allowed, excluded, states, "")
 
     def recall(self, decision_id: str) -> Decision | None:
-        """A recent decision, None when it is unknown or too old."""
+        """Return a recent decision, None when it is unknown or too old."""
         return self._log.get(decision_id)
 
     def explain(self, decision: Decision) -> dict[str, Any]:
-        """The decision as plain JSON-ready data."""
+        """Return the decision as plain data for JSON."""
         record = asdict(decision)
         record["versions"]["predictor"] = str(decision.versions.predictor)
         return record
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        """Show what adapts in this process how a decision ended."""
+        """Pass a finished request to the controller and to the active baseline."""
         self.controller.learn(decision, outcome)
         if self._baseline is not None:
             self._baseline.observe(outcome)
 
     def tick(self) -> None:
-        """Move the weights towards the goals; a few times a second, between requests."""
+        """Let the controller move the weights; call it a few times a second, between requests."""
         self.weights = self.controller.step()
 
     def _pinned(
@@ -234,26 +231,21 @@ class ModelSelector:
         if adapter and not any(a.name == adapter for a in spec.adapters):
             raise UnknownModelError(_unknown(self.fleet, context.requested_model), param="model")
         state = self._read_state(spec)
-        # A safety pin answers instead of the model and adapter that the client named.
+        # A safety pin replaces the model and adapter that the client named.
         named = context.requested_model == slm_id or adapter
-        held_to = context if named else replace(context, requested_model=slm_id)
-        why = filters.excluded_by(held_to, spec, state, pinned=True)
-        if why == "available":
+        filtered = context if named else replace(context, requested_model=slm_id)
+        excluded_by = filters.excluded_by(filtered, spec, state, pinned=True)
+        if excluded_by == "available":
             raise SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
-        if why:
-            raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {why}")
+        if excluded_by:
+            raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {excluded_by}")
         if request is not None:
             fill_features(context, request)
         (prediction,) = self.predictor.predict(context, [spec], [state])
         candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
+        path = DecisionPath.PINNED
         return self._record(
-            context,
-            DecisionPath.PINNED,
-            reason,
-            (candidate,),
-            (slm_id,),
-            rule=rule,
-            adapter=adapter,
+            context, path, reason, (candidate,), (slm_id,), rule=rule, adapter=adapter
         )
 
     def _by_rule(
@@ -264,16 +256,16 @@ class ModelSelector:
         allowed: list[str],
         excluded: list[Candidate],
     ) -> Decision:
-        # The rest stays in the ranking as failover targets, broadest first: whoever lists most
-        # skills is the likeliest to do somebody else's job, and no scoring was paid.
-        rest = [i for i in allowed if i != slm_id]
-        rest.sort(key=self._breadth.__getitem__)
+        # The others are failover targets, most skills first: without scores, the broadest SLM is
+        # the likeliest to answer a request of another one.
+        others = [i for i in allowed if i != slm_id]
+        others.sort(key=self._breadth.__getitem__)
         return self._record(
             context,
             DecisionPath.RULE,
             DecisionReason.RULE_MATCH,
             (Candidate(slm_id=slm_id, score=1.0), *excluded),
-            (slm_id, *rest),
+            (slm_id, *others),
             rule=rule,
         )
 
@@ -295,8 +287,10 @@ class ModelSelector:
         if self._baseline is not None:
             ids, propensity = self._baseline.choose(context, scored, states)
             path, reason = DecisionPath.BASELINE, DecisionReason.BASELINE
-            found = (*scoring.ranked(scored), *excluded)
-            return self._record(context, path, reason, found, tuple(ids), propensity=propensity)
+            candidates = (*scoring.ranked(scored), *excluded)
+            return self._record(
+                context, path, reason, candidates, tuple(ids), propensity=propensity
+            )
         floor = max(self.goals.quality_floor, context.quality_floor)
         scored = scoring.ranked(scored)
         order = scoring.above_floor(scored, floor)

@@ -1,9 +1,16 @@
-"""Telemetry: what was measured, kept in bounded statistics. Owner: router and SLM replica (the
-knowledge actor reads along). Never blocks, but for the energy meters' system calls.
+"""Telemetry: bounded statistics of measurements. Owner: router, SLM replica. Never blocks.
+
+The knowledge actor uses some of them too. The energy meters make system calls.
 """
 
 from calm_serve.telemetry.alarms import Alarms
-from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, LevelChange, PopulationShift
+from calm_serve.telemetry.change_detection import (
+    PSI_ALARM,
+    PSI_CLEAR,
+    Cusum,
+    LevelChange,
+    PopulationShift,
+)
 from calm_serve.telemetry.circuit_breaker import BreakerState
 from calm_serve.telemetry.content_gain import ContentGainMonitor
 from calm_serve.telemetry.energy import (
@@ -27,6 +34,7 @@ __all__ = [
     "Alarms",
     "BreakerState",
     "ContentGainMonitor",
+    "Cusum",
     "DecayedRate",
     "EnergyMeter",
     "Ewma",

@@ -1,5 +1,7 @@
-"""Validation: does an answer have the form that it should? Owner: SLM replica, off its event loop.
-May block.
+"""Validation of an answer's form. Owner: SLM replica, in a thread of it. May block.
+
+Takes an answer's text with a JSON schema or labels, gives a `QualitySignal`. Touches no file and no
+network; a check can take some 100 ms of CPU.
 """
 
 from calm_serve.validation.validators import validate

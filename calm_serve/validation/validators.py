@@ -1,6 +1,6 @@
-"""Quality signals from an answer's text: does it parse, does it fit, is it in the set.
+"""Quality signals from an answer's text: it parses, fits its schema, or is one of the labels.
 
-Never from the finish reason: "stop" says that the model was done, not that it was right. The work
+The finish reason is no signal: "stop" means that the model ended, not that it was right. The work
 is bounded (text size, schema steps) but can take some 100 ms: call it off the event loop.
 """
 
@@ -27,8 +27,8 @@ from calm_serve.types import VALIDATOR_PREFIX, QualitySignal
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_SCHEMA_STEPS = 20_000
-# Written by the client and run here: a regular expression may backtrack for ever, and comparing
-# every item with every other is quadratic.
+# The client writes the schema and it is evaluated here: a regular expression may backtrack without
+# end, and comparing every item with every other is quadratic.
 _UNBOUNDED_KEYWORDS = ("pattern", "patternProperties", "uniqueItems")
 _STATEMENTS = (sql.Query, sql.DML, sql.Create, sql.Drop, sql.Alter)
 _FENCE = re.compile(r"\A```[\w-]*\n(.*?)\n?```\Z", re.DOTALL)
@@ -84,14 +84,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether `value` fits; a schema that cannot be checked here does not count against it."""
+    """Return whether `value` fits the schema; True when the schema cannot be checked here."""
     token = _steps_left.set(MAX_SCHEMA_STEPS)
     try:
         text = json.dumps(schema)
         if len(text) > MAX_TEXT_BYTES:
             return True
         draft = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-        # An inner "$schema" would make jsonschema go on with its own, unbounded class.
+        # At an inner "$schema" jsonschema would switch to its own, unbounded class.
         plain = json.loads(text, object_hook=_without_dialect)
         draft.check_schema(plain)
         # An empty registry resolves references inside the schema only: nothing is fetched.
@@ -108,7 +108,7 @@ def _without_dialect(schema: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _bounded(draft: Any) -> Any:
-    """The draft's validator class with a budget of steps and without unbounded keywords."""
+    """Return the draft's validator class, with a budget of steps, without unbounded keywords."""
     keywords = {
         name: _counted(check)
         for name, check in draft.VALIDATORS.items()
@@ -138,7 +138,7 @@ def _sql_ok(text: str, _schema: Mapping[str, Any] | None) -> bool:
         statements = sqlglot.parse(_unfenced(text))
     except (SqlglotError, RecursionError):
         return False
-    # sqlglot reads two plain words as an aliased column, so only real statements count.
+    # sqlglot parses two plain words as an aliased column, so only statements count.
     found = [s for s in statements if s is not None]
     return bool(found) and all(isinstance(s, _STATEMENTS) for s in found)
 
@@ -151,7 +151,7 @@ def _shell_ok(text: str, _schema: Mapping[str, Any] | None) -> bool:
         return False
     if not tokens or tokens[0] in _OPERATORS or tokens[-1] in _OPERATORS:
         return False
-    if "case" in tokens:  # its patterns close parentheses that nothing opened
+    if "case" in tokens:  # its patterns close parentheses without opening them
         return True
     depth = 0
     for token in tokens:

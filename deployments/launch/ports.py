@@ -1,7 +1,7 @@
-"""Ports of a cluster's own processes, so that two clusters on one machine never share one.
+"""Ports of a cluster's own processes, so that no two clusters on one machine share one.
 
 Serve opens its routers' ports with SO_REUSEPORT: a second cluster with Ray's default ports would
-not fail to start, it would take part of the first one's requests.
+not fail to start but receive part of the first one's requests.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _SINGLE = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
 }
 _FIRST_INGRESS_PORT, _INGRESS_PORTS = 30_000, 512  # two per router replica, 256 replicas at most
-_CLUSTERS = 5  # the blocks end below the ports that Linux hands out (32768 and up)
+_CLUSTERS = 5  # the blocks end below Linux's ephemeral ports (32768 and up)
 _HOST = "127.0.0.1"
 
 
 class PortClaim:
-    """A block of ports that no other claim on this machine holds, until `close`."""
+    """Exclusive use of a block of ports on this machine, until `close`."""
 
     def __init__(self) -> None:
-        """Take the first free block. Raises ConfigError when there is none."""
+        """Claim the first free block. Raises ConfigError when there is none."""
         for index in range(_CLUSTERS):
             first = _FIRST_INGRESS_PORT + index * _INGRESS_PORTS
-            # Serve opens its ports seconds later; a UDP port of the same number says "taken" now,
-            # and is given back by the kernel however this process ends.
+            # Serve opens its ports seconds later. Until then a bound UDP port of the same number
+            # marks the block as taken; the kernel releases it however this process ends.
             self._lock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             single = {name: port + index for name, port in _SINGLE.items()}
             if _bound(self._lock, first) and all(map(_free, (*single.values(), first, first + 1))):
@@ -44,7 +44,7 @@ class PortClaim:
         raise ConfigError(f"the ports of {_CLUSTERS} Ray clusters are taken on this machine")
 
     def close(self) -> None:
-        """Give the block back."""
+        """Release the block."""
         self._lock.close()
 
 
@@ -58,6 +58,6 @@ def _bound(probe: socket.socket, port: int) -> bool:
 
 def _free(port: int) -> bool:
     with socket.socket() as probe:
-        # Connections that are closing do not count, only somebody who listens.
+        # So that connections in TIME_WAIT do not count as a listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return _bound(probe, port)

@@ -1,5 +1,6 @@
-"""Reference fleet: five small specialists and one generalist, trained from scratch.
+"""Reference fleet: its corpora, training and grading. Owner: command line. May block.
 
-Owner: command line and benchmarks; a running service reads only its weights, `models/` and
-`predictor/`. `corpora` makes the data, `training` the weights, `grading` the scores. May block.
+Five small specialists and one generalist, trained from scratch. A running service reads only the
+weights, `models/` and `predictor/`. `corpora` makes the data, `training` the weights, `grading` the
+scores.
 """

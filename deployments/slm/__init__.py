@@ -1,4 +1,4 @@
-"""SLM deployment: one vLLM engine, or one remote upstream, behind Serve. Owner: SLM replica.
+"""SLM deployment: a vLLM engine or a remote upstream. Owner: SLM replica. Blocks in threads only.
 
-What blocks runs in threads. Imports nothing of learning or of the knowledge service.
+Imports nothing of learning or of the knowledge service.
 """

@@ -1,4 +1,4 @@
-"""A LoRA adapter that is resident in an SLM replica."""
+"""A LoRA adapter in the memory of an SLM replica."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import threading
 from typing import Any
 
-# An adapter with running requests is unloaded after this long even if they have not ended.
-UNLOAD_PATIENCE_S = 120.0
+# Longest that unloading waits for the adapter's running requests before it frees the slot.
+UNLOAD_TIMEOUT_S = 120.0
 
 
 class ResidentAdapter:
-    """A loaded adapter. Serve's LRU may drop it while requests run; unloading waits for them."""
+    """A loaded adapter. Serve's LRU may evict it while requests run; unloading waits for them."""
 
     def __init__(self, name: str, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.name = name
@@ -25,7 +25,7 @@ class ResidentAdapter:
 
     @contextlib.contextmanager
     def in_use(self) -> Any:
-        """Keep the adapter in memory for one request."""
+        """Keep the adapter loaded for the duration of one request."""
         self._running += 1
         self._idle.clear()
         try:
@@ -36,14 +36,15 @@ class ResidentAdapter:
                 self._idle.set()
 
     def __del__(self) -> None:
-        # Serve calls this in a thread when its LRU drops the adapter, and the collector once more.
+        # Serve calls this in a thread when its LRU evicts the adapter; the garbage collector calls
+        # it again.
         if self._unloaded or self._loop.is_closed():
             return
         self._unloaded = True
         with contextlib.suppress(RuntimeError):
             if asyncio.get_running_loop() is self._loop:
-                return  # collected on the loop itself: the replica and its engine are being deleted
-        self._idle.wait(UNLOAD_PATIENCE_S)
+                return  # collected on the event loop: the replica shuts down, and the engine too
+        self._idle.wait(UNLOAD_TIMEOUT_S)
         asyncio.run_coroutine_threadsafe(self._engine.unload_adapter(self.name), self._loop).result(
-            UNLOAD_PATIENCE_S
+            UNLOAD_TIMEOUT_S
         )

@@ -22,7 +22,7 @@ import yaml
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import CalmError
-from deployments.launch.ports import PortClaim
+from deployments.launch import PortClaim
 from deployments.serve import serve_environment
 from load_tests.common.direct import Server, started
 from load_tests.common.load import closed_loop

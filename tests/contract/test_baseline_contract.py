@@ -35,7 +35,7 @@ FLEET = make_fleet(
     make_spec("small", parameters=1, description="Small talk."),
 )
 # What a policy has to be told; a new policy needs an entry only if that is more than its name.
-TOLD: dict[SelectionPolicyName, dict[str, object]] = {
+PARAMETERS: dict[SelectionPolicyName, dict[str, object]] = {
     SelectionPolicyName.SINGLE: {"slm": "quick"},
     SelectionPolicyName.SHARES: {"shares": {"broad": 0.5, "quick": 0.3, "small": 0.1}},
 }
@@ -88,7 +88,7 @@ def _named(context: RoutingContext, request_id: UUID) -> RoutingContext:
 
 
 def policy(name: SelectionPolicyName) -> Baseline:
-    goals: Goals = make_goals(policy={"name": name, **TOLD.get(name, {})})
+    goals: Goals = make_goals(policy={"name": name, **PARAMETERS.get(name, {})})
     found = build(goals, FLEET, text_buckets)
     assert found is not None
     return found
@@ -156,9 +156,9 @@ def test_an_slm_is_chosen_as_often_as_its_propensity_says(
 @EVERY
 def test_a_policy_follows_the_fleet(name: SelectionPolicyName) -> None:
     chooser = policy(name)
-    newcomer = make_spec("newcomer", skills=["sql"])
-    chooser.set_fleet(make_fleet(FLEET.slms[0], newcomer))
-    ids = ("broad", "newcomer")
+    joined = make_spec("joined", skills=["sql"])
+    chooser.set_fleet(make_fleet(FLEET.slms[0], joined))
+    ids = ("broad", "joined")
     candidates = [Candidate(i, prediction=make_prediction(i)) for i in ids]
     ranking, _ = chooser.choose(make_context(), candidates, {i: make_state(i) for i in ids})
     assert sorted(ranking) == list(ids)

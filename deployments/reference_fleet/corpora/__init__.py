@@ -1,5 +1,5 @@
-"""Corpora: public data sets and templates as training streams and held-out sides.
+"""Corpora: training streams and held-out sides from data sets. Owner: command line. May block.
 
-Owner: command line (training and building `eval/`); the benchmarks use `phrasing` and
-`adapter_schemas`. Readers block on files; nothing is downloaded, nothing imports torch.
+Used for training and for building `eval/`; the benchmarks use `phrasing` and `adapter_schemas`.
+Readers block on files; nothing is downloaded, nothing imports torch.
 """

@@ -1,4 +1,4 @@
-"""Grading: the held-out rows in `eval/` and how right an answer to one is.
+"""Grading: held-out rows in `eval/` and marks of answers. Owner: command line. May block.
 
-Owner: command line and benchmarks. Reading and writing rows blocks; grading is pure.
+The benchmarks use it too. Reading and writing rows blocks; grading is pure.
 """

@@ -1,4 +1,4 @@
-"""Training: models, adapters and int8 copies, and their model cards.
+"""Training of models, adapters and int8 copies, and their cards. Owner: command line. May block.
 
-Owner: command line, one process per model, for minutes. Blocks. The only room that imports torch.
+One process per model, for minutes. The only room that imports torch.
 """

@@ -1,7 +1,6 @@
-"""An engine, its OpenAI layer, and the facts it knows.
+"""A vLLM engine with vLLM's OpenAI layer, and the facts of each request.
 
-With `engine_metrics.py`, `engine_sleep.py` and `forked_core.py` all that touches vLLM: an upgrade
-is an edit here. Pinned to vLLM 0.32.
+This room is all that imports vLLM, so an upgrade changes nothing else. Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from deployments.slm.engine.sleep import fall_asleep, sleep_arguments, wake_up
 __all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
 
 EVENTS_PER_S = 500  # of all streams of a replica together
-MAX_SPACING_S = 0.05
-MIN_WAIT_S = 0.0015  # shorter than a step of the smallest models: not worth a timer
+MAX_SPACING_S = 0.05  # between two events of a stream
+MIN_WAIT_S = 0.0015  # a shorter wait is below a step of the smallest models: no timer
 _ERROR_EVENT = 'data: {"error"'
 _ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
 
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What the engine knows of one request; filled while it runs. Times in seconds."""
+    """Facts of one request from the engine, filled while it runs. Times in seconds."""
 
     started: float = field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
@@ -66,11 +65,11 @@ _facts: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("fa
 
 
 class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
-    """AsyncLLM that writes what it learns of a request into the caller's RequestFacts.
+    """AsyncLLM that records each request's facts in the caller's RequestFacts.
 
-    It also bounds the events of all streams together. A token costs the engine less than it costs
-    everybody on its way to the client, so with many streams at once each takes its tokens a few at
-    a time: vLLM puts them together while they wait. The first token never waits.
+    It also limits the events of all streams together to EVENTS_PER_S. An event costs less in the
+    engine than in the processes between it and the client, so with many streams each sends several
+    tokens per event: vLLM merges them while they wait. The first token never waits.
     """
 
     load: EngineLoad | None = None
@@ -91,7 +90,7 @@ class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
 
 
 class Engine:
-    """One SLM's vLLM engine with vLLM's own OpenAI serving layer on top."""
+    """One SLM's vLLM engine with vLLM's own OpenAI serving layer."""
 
     def __init__(self, spec: SLMSpec, llm: AsyncLLM, state: State, load: EngineLoad) -> None:
         self.spec = spec
@@ -104,7 +103,7 @@ class Engine:
 
     @classmethod
     async def start(cls, spec: SLMSpec) -> Engine:
-        """Load the weights and start the engine. Raises what vLLM raises on a bad model."""
+        """Load the weights and start the engine. Raises vLLM's errors for a bad model."""
         args = engine_args(spec)
         config = args.create_engine_config()
         if current_platform.is_cpu():
@@ -124,12 +123,12 @@ class Engine:
     async def chat(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
         """Yield a `/v1/chat/completions` answer: SSE events, or one JSON document.
 
-        Raises CalmError for a request the engine refuses, before anything was yielded.
+        Raises CalmError, before the first item, for a request that the engine rejects.
         """
         first, is_first = b"", bool(body.get("stream"))
         async for chunk in self._run(ChatCompletionRequest, self._chat_call, body, facts):
             if is_first:
-                # It names the role and no more; the event with the first text is right behind it.
+                # It has the role only; it is sent together with the event of the first text.
                 first, is_first = chunk, False
                 continue
             yield first + chunk
@@ -143,7 +142,7 @@ class Engine:
             yield chunk
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter under `name`. Raises ComponentError when the engine refuses."""
+        """Load a LoRA adapter as `name`. Raises ComponentError when the engine rejects it."""
         answer = await self._models.load_lora_adapter(
             LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
         )
@@ -151,29 +150,29 @@ class Engine:
             raise ComponentError(f"adapter {name!r}: {answer.error.message}")
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its slot."""
+        """Unload an adapter and free its slot."""
         request = self._models.lora_requests.get(name)
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         if request is not None:
             await self._llm.engine_core.remove_lora_async(request.lora_int_id)
 
     async def sleep(self) -> None:
-        """Give weights and KV cache back once nothing runs; later requests wait for `wake`.
+        """Release weights and KV cache when no request runs; later requests wait for `wake`.
 
-        Raises what vLLM raises; the engine is awake then.
+        Raises vLLM's errors, and then the engine is awake.
         """
         if not self.asleep:
             await fall_asleep(self._llm)
             self.asleep = True
 
     async def wake(self) -> None:
-        """Be as before `sleep`, with an empty prefix cache. Raises what vLLM raises."""
+        """Restore the state before `sleep`, with an empty prefix cache. Raises vLLM's errors."""
         if self.asleep:
             await wake_up(self._llm)
             self.asleep = False
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError when the engine process is gone."""
+        """Raise EngineDeadError when the engine process has ended."""
         await self._llm.check_health()
 
     def pids(self) -> list[int]:
@@ -207,21 +206,21 @@ class Engine:
         finally:
             _facts.reset(token)
         if isinstance(answer, ErrorResponse):
-            raise _refusal(answer)
+            raise _error_of(answer)
         if hasattr(answer, "__aiter__"):
             # The engine's generator is created lazily, on the first iteration.
             token = _facts.set(facts)
             async for event in answer:
                 if event.startswith(_ERROR_EVENT):
                     # vLLM would end the stream with [DONE] as if the answer were complete.
-                    raise _refusal(ErrorResponse.model_validate_json(event[len("data: ") :]))
+                    raise _error_of(ErrorResponse.model_validate_json(event[len("data: ") :]))
                 yield event.encode()
         else:
             yield answer.model_dump_json(exclude_none=False).encode()
 
 
 def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
-    """vLLM's arguments: the batching profile's, the resources', then the operator's own."""
+    """Return vLLM's arguments: batching profile, resources, then the operator's `engine:`."""
     limits = spec.limits
     values: dict[str, Any] = {
         "model": spec.model,
@@ -247,14 +246,14 @@ def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
             "max_cpu_loras": spec.max_resident_adapters,
             "max_lora_rank": max(_lora_rank(a.path) for a in spec.adapters),
         }
-    frontend = vars(FrontendArgs())  # such as tool_call_parser: not the engine's own
+    frontend = vars(FrontendArgs())  # such as tool_call_parser, which are no engine arguments
     own = {k: v for k, v in spec.engine.items() if k not in frontend or k in _ENGINE_FIELDS}
     return AsyncEngineArgs(**(values | own))
 
 
 def _lora_rank(path: str) -> int:
     rank = int(json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))["r"])
-    return max(8, 1 << (rank - 1).bit_length())  # vLLM takes powers of two from 8
+    return max(8, 1 << (rank - 1).bit_length())  # vLLM accepts powers of two from 8
 
 
 def _observe(facts: RequestFacts, output: Any) -> None:
@@ -266,7 +265,7 @@ def _observe(facts: RequestFacts, output: Any) -> None:
     if facts.keep_text and output.outputs and output.outputs[0].index == 0:
         facts.text.append(output.outputs[0].text)
     if output.metrics is not None:
-        # An answer in one piece reaches us at its end; the engine knows when its first token was.
+        # An answer that is not streamed arrives at its end; the engine measured its first token.
         facts.ttft_s = output.metrics.first_token_latency or facts.ttft_s
         facts.output_tokens = output.metrics.num_generation_tokens
         facts.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
@@ -276,12 +275,12 @@ def _parse(protocol: type[Any], body: dict[str, Any]) -> Any:
     try:
         return protocol(**body)
     except ValidationError as error:
-        # One wrong message is an error for each kind of message that vLLM tries: not counted.
+        # Not counted: vLLM tries each kind of message, and one wrong message fails them all.
         message = first_error("", error, counted=False)
         raise RequestError(message, param=error_field(error) or None) from error
 
 
-def _refusal(answer: ErrorResponse) -> CalmError:
+def _error_of(answer: ErrorResponse) -> CalmError:
     status = HTTPStatus(answer.error.code)
     kind = RequestError if status < HTTPStatus.INTERNAL_SERVER_ERROR else ComponentError
     error = kind(answer.error.message, param=answer.error.param)
@@ -290,7 +289,7 @@ def _refusal(answer: ErrorResponse) -> CalmError:
 
 
 def error_body(error: CalmError) -> bytes:
-    """OpenAI's error document for `error`, encoded."""
+    """Return OpenAI's error document for `error`, encoded."""
     return json.dumps(
         openai_error(error.message, error.error_type, error.param, error.code)
     ).encode()

@@ -1,4 +1,4 @@
-"""The engine core as a fork of the process that has imported vLLM. Pinned to vLLM 0.32."""
+"""The engine core as a fork of the replica, which has imported vLLM. Pinned to vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _ForkedCore(ForkProcess):
     """An engine-core process that inherits the parent's imports and dies with the parent."""
 
     def run(self) -> None:
-        # The replica may be killed without a chance to clean up; its engine must not outlive it.
+        # The replica may be killed before it can clean up; its engine must not outlive it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         super().run()
 
@@ -28,9 +28,9 @@ class _CoreContext(ForkContext):
 def fork_cores() -> None:
     """Have vLLM fork its engine cores from this process.
 
-    The core is a child process. vLLM spawns it inside Ray actors, which imports vLLM a second time:
-    6 to 7 s of CPU and 0.5 GB each. A fork shares both. It is safe here because the child only uses
-    what vLLM creates after the fork, never Ray's client.
+    The core is a child process. Inside Ray actors vLLM spawns it, which imports vLLM a second time:
+    6 to 7 s of CPU and 0.5 GB each. A fork saves both. It is safe here, because the child uses only
+    what vLLM creates after the fork, and never Ray's client.
     """
     engine_utils.get_mp_context = lambda: _CoreContext()
     multiprocessing.current_process().daemon = False

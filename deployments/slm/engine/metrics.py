@@ -1,6 +1,6 @@
-"""What the engine says of its steps: the load that routers read, and vLLM's metrics in Ray's.
+"""Statistics of the engine's steps: the load that routers read, and vLLM's metrics through Ray.
 
-One of the modules that touch vLLM, see `engine.py`. Pinned to vLLM 0.32.
+Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-RECORD_S = 0.25
-# vLLM has no sum for these: a step that has one is recorded at once.
-_NOT_ADDED = (
+RECORD_PERIOD_S = 0.25
+# Statistics that cannot be summed over steps: a step that has one is recorded at once.
+_NOT_SUMMED = (
     "connector_prefix_cache_stats",
     "spec_decoding_stats",
     "kv_connector_stats",
@@ -26,7 +26,7 @@ _NOT_ADDED = (
 
 @dataclass(slots=True)
 class EngineLoad:
-    """The scheduler's last word on its load; replaced in place by the stat logger."""
+    """The scheduler's last reported load; updated in place by the stat logger."""
 
     running: int = 0
     waiting: int = 0
@@ -41,7 +41,7 @@ class EngineLoad:
 
 
 def load_logger(load: EngineLoad) -> type[StatLoggerBase]:
-    """A stat logger that copies scheduler statistics into `load` after every step."""
+    """Return a stat logger that copies scheduler statistics into `load` after every step."""
 
     class LoadLogger(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
@@ -70,10 +70,10 @@ def load_logger(load: EngineLoad) -> type[StatLoggerBase]:
 
 
 class BatchedStatLogger(RayPrometheusStatLogger):  # type: ignore[misc]
-    """vLLM's Ray metrics, recorded four times a second and when the engine falls idle.
+    """vLLM's Ray metrics, recorded every RECORD_PERIOD_S and when the engine becomes idle.
 
-    vLLM records after every step, which for a small model costs a fifth of its replica's time. The
-    steps in between are added up, so that counters and histograms end at the same values.
+    vLLM records after every step, which takes a fifth of a small model's CPU time. The steps in
+    between are summed, so that counters and histograms reach the same values.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,9 +81,9 @@ class BatchedStatLogger(RayPrometheusStatLogger):  # type: ignore[misc]
         self._scheduler: SchedulerStats | None = None
         self._iterations: IterationStats | None = None
         self._due_s = 0.0
-        # A sum over steps must not be counted as one step.
+        # Observed per step in `record`: a sum over steps is not one step.
         self._step_tokens: Any = vars(self)["histogram_iteration_tokens"]
-        self.histogram_iteration_tokens: Any = dict.fromkeys(self.engine_indexes, _Nowhere())
+        self.histogram_iteration_tokens: Any = dict.fromkeys(self.engine_indexes, _NullHistogram())
 
     def record(
         self,
@@ -92,35 +92,35 @@ class BatchedStatLogger(RayPrometheusStatLogger):  # type: ignore[misc]
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Add a step up, or record what was added up."""
+        """Add a step to the sums; record the sums when they are due."""
         if iteration_stats is not None:
             tokens = iteration_stats.prompt_token_stats.computed
             tokens += iteration_stats.num_generation_tokens
             self._step_tokens[engine_idx].observe(tokens)
-        self._iterations = _added(self._iterations, iteration_stats)
+        self._iterations = _merge_iterations(self._iterations, iteration_stats)
         if scheduler_stats is not None and self._scheduler is not None:
-            scheduler_stats = _after(self._scheduler, scheduler_stats)
+            scheduler_stats = _merge_scheduler(self._scheduler, scheduler_stats)
         self._scheduler = scheduler_stats or self._scheduler
         now_s = time.monotonic()
         idle = self._scheduler is None or not self._scheduler.num_running_reqs
-        whole = mm_cache_stats is not None or any(
-            getattr(scheduler_stats, name, None) for name in _NOT_ADDED
+        must_record = mm_cache_stats is not None or any(
+            getattr(scheduler_stats, name, None) for name in _NOT_SUMMED
         )
-        if now_s < self._due_s and not idle and not whole:
+        if now_s < self._due_s and not idle and not must_record:
             return
-        self._due_s = now_s + RECORD_S
+        self._due_s = now_s + RECORD_PERIOD_S
         scheduler, iterations = self._scheduler, self._iterations
         self._scheduler = self._iterations = None
         super().record(scheduler, iterations, mm_cache_stats, engine_idx)
 
 
-class _Nowhere:
+class _NullHistogram:
     def observe(self, value: float) -> None:
-        """Forget it."""
+        """Do nothing."""
 
 
-def _after(before: SchedulerStats, now: SchedulerStats) -> SchedulerStats:
-    """The newest state, with the counts of both."""
+def _merge_scheduler(before: SchedulerStats, now: SchedulerStats) -> SchedulerStats:
+    """Return the newest state, with the counts of both."""
     cache, older = now.prefix_cache_stats, before.prefix_cache_stats
     changes: dict[str, Any] = {
         "prefix_cache_stats": replace(
@@ -134,18 +134,20 @@ def _after(before: SchedulerStats, now: SchedulerStats) -> SchedulerStats:
     return replace(now, **changes)
 
 
-def _added(total: IterationStats | None, step: IterationStats | None) -> IterationStats | None:
+def _merge_iterations(
+    total: IterationStats | None, step: IterationStats | None
+) -> IterationStats | None:
     if total is None or step is None:
         return step or total
-    _add(vars(total), vars(step))
+    _add_fields(vars(total), vars(step))
     return total
 
 
-def _add(total: dict[str, Any], step: dict[str, Any]) -> None:
+def _add_fields(total: dict[str, Any], step: dict[str, Any]) -> None:
     for name, value in step.items():
         if isinstance(value, int):
             total[name] += value
         elif isinstance(value, list):
             total[name].extend(value)
         elif name == "prompt_token_stats":
-            _add(vars(total[name]), vars(value))
+            _add_fields(vars(total[name]), vars(value))

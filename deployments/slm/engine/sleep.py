@@ -1,9 +1,9 @@
-"""How an engine gives its weights and its KV cache back, and takes them again.
+"""Sleep and wake-up of an engine: weights and KV cache are released and restored in place.
 
-On GPUs that is vLLM's sleep mode. On CPU vLLM has none: its `sleep` does nothing, and then
-`is_sleeping` says True. So here the worker gets two methods. Weights go to a file and their pages
-to the kernel, while every tensor keeps its address; on waking, the same bytes are read back into
-place. Nothing is imported, compiled or prepared a second time. Pinned to vLLM 0.32.
+On GPUs this is vLLM's sleep mode. On CPU vLLM has none: its `sleep` does nothing, and `is_sleeping`
+then returns True. There the worker gets two methods: weights are written to a file and their pages
+returned to the kernel, while every tensor keeps its address; on wake-up the same bytes are read
+back into place. Nothing is imported, compiled or packed again. Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 Span = tuple[int, int]
-"""First address and length in bytes of the whole pages of a tensor's memory."""
+"""First address and length in bytes of the whole pages inside a tensor's memory."""
 
 Product = tuple[Any, torch.dtype]
-"""vLLM's handler of one oneDNN matrix product, and the type of its weight."""
+"""vLLM's handler of one oneDNN matrix product, and its weight's type."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _MADV_DONTNEED = 4
-_READ_BACK_ROWS = 256
+_READ_BACK_ROWS = 256  # of a packed weight at once, which bounds the extra memory
 _CACHED_PRIMITIVES = 32  # as in vLLM's own call
 
 
 def sleep_arguments() -> dict[str, Any]:
-    """Engine arguments without which the engine cannot sleep."""
+    """Return engine arguments that sleep requires."""
     if current_platform.is_cpu():
         return {"worker_extension_cls": f"{__name__}.{SleepingWorker.__name__}"}
     return {"enable_sleep_mode": current_platform.is_sleep_mode_available()}
 
 
 async def fall_asleep(llm: Any) -> None:
-    """Let running requests end, forget the prefix cache, give the memory back.
+    """Wait for running requests, clear the prefix cache, release the memory.
 
-    Requests that still reach the engine wait in it. When this raises, the engine is awake.
+    Requests that reach the engine later wait in it. When this raises, the engine is awake.
     """
     if not current_platform.is_cpu():
         await llm.sleep(level=1, mode="wait")
@@ -49,13 +49,13 @@ async def fall_asleep(llm: Any) -> None:
     await llm.pause_generation(mode="wait")
     try:
         await llm.collective_rpc("release_memory")
-    except Exception:  # whatever it was: a paused engine would hold requests for ever
+    except Exception:  # any error: a paused engine would never answer its requests
         await llm.resume_generation()
         raise
 
 
 async def wake_up(llm: Any) -> None:
-    """Take the memory again. When this raises, the engine is of no use any more."""
+    """Restore the memory. When this raises, the engine is unusable and must be restarted."""
     if not current_platform.is_cpu():
         await llm.wake_up()
         return
@@ -64,30 +64,30 @@ async def wake_up(llm: Any) -> None:
 
 
 class SleepingWorker:
-    """What vLLM mixes into its CPU worker (`worker_extension_cls`), called by `collective_rpc`."""
+    """Methods that vLLM mixes into its CPU worker (`worker_extension_cls`) for `collective_rpc`."""
 
     model_runner: Any
 
     def release_memory(self) -> int:
-        """Save what cannot be had again, then let go of it all; return the bytes let go.
+        """Save what cannot be recomputed, then release all memory; return the released bytes.
 
-        Raises OSError when the file cannot be written; nothing has been let go then.
+        Raises OSError when the file cannot be written; then nothing was released.
         """
         if not hasattr(self, "_memory"):
             self._memory = _Memory()
         return self._memory.release(self.model_runner.get_model(), self.model_runner.kv_caches)
 
     def restore_memory(self) -> None:
-        """Put everything back where it was; the KV cache comes back empty."""
+        """Restore everything in place, except the KV cache, which is empty."""
         self._memory.restore()
 
 
 class _Memory:
-    """The memory of one worker's model: in place, or let go with what is needed in files."""
+    """The memory of one worker's model: in place, or released with its contents in files."""
 
     def __init__(self) -> None:
-        self._weights, self._state, self._products = _File(), _File(), _Products()
-        self._saved: tuple[Span, ...] = ()  # weights that the file holds
+        self._weights, self._state, self._products = _SpillFile(), _SpillFile(), _MatrixProducts()
+        self._saved: tuple[Span, ...] = ()  # weights in the file
         self._changing: tuple[Span, ...] = ()
 
     def release(self, model: torch.nn.Module, kv_caches: Iterable[Any]) -> int:
@@ -95,26 +95,28 @@ class _Memory:
         fixed, changing = dict(cache), dict(cache)
         products: list[Product] = []
         for module in model.modules():
-            left = getattr(module, "weight", None)  # empty once packed, but of the right type
+            weight = getattr(module, "weight", None)  # empty once packed, but its type is kept
             for name, value in vars(module).items():
-                # What a function holds is weights too, packed for the CPU's matrix units.
+                # Tensors in a closure are weights too, packed for the CPU's matrix units.
                 is_fixed = name == "_parameters" or callable(value)
                 (fixed if is_fixed else changing).update(dict.fromkeys(_spans(value)))
-                if isinstance(left, torch.Tensor):
-                    found = (h for h in _held(value) if isinstance(h, ops.CPUDNNLGEMMHandler))
-                    products += ((h, left.dtype) for h in found)
+                if isinstance(weight, torch.Tensor):
+                    handlers = (
+                        h for h in _contents(value) if isinstance(h, ops.CPUDNNLGEMMHandler)
+                    )
+                    products += ((h, weight.dtype) for h in handlers)
         weights = tuple(s for s in fixed if s not in cache)
         self._changing = tuple(s for s in changing if s not in fixed)
-        if weights != self._saved:  # they do not change while they serve
+        if weights != self._saved:  # weights do not change, so they are written once
             self._saved = ()
             self._weights.write(_view(*s) for s in weights)
             self._saved = weights
-        self._state.write(_view(*s) for s in self._changing)  # LoRA slots do
+        self._state.write(_view(*s) for s in self._changing)  # such as LoRA slots
         self._products.save(products)
         spans = (*fixed, *self._changing)
         try:
             for start, length in spans:
-                _let_go(start, length)
+                _release_pages(start, length)
         except OSError:
             self._restore_spans()
             raise
@@ -131,11 +133,11 @@ class _Memory:
         self._state.read(_view(*s) for s in self._changing)
 
 
-class _Products:
-    """oneDNN's matrix products: each keeps its packed weight in memory that is no tensor's."""
+class _MatrixProducts:
+    """oneDNN's matrix products: each has its packed weight in memory outside any tensor."""
 
     def __init__(self) -> None:
-        self._file = _File()
+        self._file = _SpillFile()
         self._saved: list[Product] = []
         self._pointers: list[torch.Tensor] = []
 
@@ -150,7 +152,7 @@ class _Products:
         self._pointers = [handler.handler_tensor for handler, _ in self._saved]
         for handler, _ in self._saved:
             handler.dtor(handler.handler_tensor.item())
-            handler.handler_tensor = None  # so that it is not released again
+            handler.handler_tensor = None  # so that it is not released twice
         return sum(handler.n * handler.k * dtype.itemsize for handler, dtype in self._saved)
 
     def restore(self) -> None:
@@ -159,34 +161,34 @@ class _Products:
     def _places(self) -> Iterator[memoryview]:
         for (handler, dtype), pointer in zip(self._saved, self._pointers, strict=True):
             weight = torch.empty(handler.n, handler.k, dtype=dtype)
-            yield _bytes_of(weight)  # the file is read into it before we go on
-            made = ops.create_onednn_mm(weight.t(), _CACHED_PRIMITIVES)
-            handler.handler_tensor = pointer.copy_(made.handler_tensor)
-            made.handler_tensor = None  # the old handler owns it now
+            yield _bytes_of(weight)  # filled from the file before the next line runs
+            packed = ops.create_onednn_mm(weight.t(), _CACHED_PRIMITIVES)
+            handler.handler_tensor = pointer.copy_(packed.handler_tensor)
+            packed.handler_tensor = None  # the old handler owns it now
 
     def _weights_of(self, products: list[Product]) -> Iterator[memoryview]:
         for handler, dtype in products:
-            # vLLM has dropped the weight itself. Its product with the identity is the weight,
-            # exactly: every sum has one term that is not zero.
+            # vLLM has dropped the unpacked weight. The product with the identity equals it
+            # exactly, because every sum has one term that is not zero.
             parts = []
             for start in range(0, handler.k, _READ_BACK_ROWS):
                 rows = torch.zeros(min(_READ_BACK_ROWS, handler.k - start), handler.k, dtype=dtype)
                 rows.diagonal(start).fill_(1.0)
                 parts.append(ops.onednn_mm(handler, rows, None))
             weight = torch.cat(parts).t().contiguous()
-            yield _bytes_of(weight)  # is written before we go on
+            yield _bytes_of(weight)  # written before the next product is computed
 
 
-class _File:
-    """Bytes in a file that has no name and goes with its process."""
+class _SpillFile:
+    """Bytes in a file without a name, which the kernel removes with the process."""
 
     def __init__(self) -> None:
-        # Not /tmp by default: where that is kept in memory, nothing would come free.
+        # Not /tmp by default: where that is in memory, no memory would be released.
         folder = os.environ.get("TMPDIR") or "/var/tmp"
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
 
     def write(self, views: Iterable[memoryview]) -> None:
-        """Replace the file's bytes. Raises OSError, as when the disk is full."""
+        """Replace the file's bytes. Raises OSError, for example when the disk is full."""
         self._file.seek(0)
         self._file.truncate()
         for view in views:
@@ -195,7 +197,7 @@ class _File:
                 done += self._file.write(view[done:])
 
     def read(self, views: Iterable[memoryview]) -> None:
-        """Fill the views, in the order and the sizes in which they were written."""
+        """Fill the views, in the order and with the sizes in which they were written."""
         self._file.seek(0)
         for view in views:
             done = 0
@@ -206,21 +208,21 @@ class _File:
                 done += count
 
 
-def _held(value: Any) -> Iterator[Any]:
-    """What an attribute holds: itself, its items, the variables of a function."""
+def _contents(value: Any) -> Iterator[Any]:
+    """Yield an attribute's value, or its items, or the variables of a function's closure."""
     if isinstance(value, dict):
         value = list(value.values())
     elif inspect.isfunction(value):
         value = [cell.cell_contents for cell in value.__closure__ or ()]
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _held(item) if isinstance(item, list | tuple) else (item,)
+            yield from _contents(item) if isinstance(item, list | tuple) else (item,)
     else:
         yield value
 
 
 def _spans(value: Any) -> Iterator[Span]:
-    for item in _held(value):
+    for item in _contents(value):
         if isinstance(item, torch.Tensor) and item.device.type == "cpu":
             storage = item.untyped_storage()
             start = -(-storage.data_ptr() // _PAGE) * _PAGE
@@ -237,8 +239,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return _view(tensor.data_ptr(), tensor.nbytes)
 
 
-def _let_go(start: int, length: int) -> None:
-    # Private pages without a file read as zeros afterwards, which is what an empty KV cache holds.
+def _release_pages(start: int, length: int) -> None:
+    # Private pages without a file read as zeros afterwards, as an empty KV cache must.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "madvise")

@@ -11,8 +11,14 @@ import numpy as np
 
 from calm_serve.config import Fleet, Goals
 from calm_serve.learning import ColdStartSLMs, fit
-from calm_serve.prediction import Artifact, MetadataPrior, load_artifact, own_head
-from calm_serve.prediction.cold_start import known_slms, with_cold_start
+from calm_serve.prediction import (
+    Artifact,
+    MetadataPrior,
+    known_slms,
+    load_artifact,
+    own_head,
+    with_cold_start,
+)
 from load_tests.paper.simulated.adaptation import (
     AFTER,
     BEFORE,

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import ConfigError
-from deployments.launch.haproxy import write_launcher
-from deployments.launch.ports import PortClaim
+from deployments.launch import PortClaim, write_launcher
 from tests.integration.served_fleet import free_port
 
 FIRST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"

@@ -41,7 +41,7 @@ def test_an_slm_joins_as_an_application_of_its_own_and_leaves_again(fleet: Serve
     candidates = {c["slm_id"] for c in fleet.route("How many apples?")["candidates"]}
     assert "joined" in candidates
     after = pids(fleet)
-    assert after.pop("slm-joined") and after.pop("announcer")
+    assert after.pop("slm-joined") and after.pop("registration")
     assert after == before
 
     fleet.deploy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +75,10 @@ def test_models_shows_every_predictor_and_what_happened(
     assert lines[1].split()[:4] == ["lgbm-2", "(pinned)", "champion", "trained"]
     assert "rolled back" in lines[2]
     assert "lgbm-3 compared on 12 requests, agreement 0.75" in out
-    assert "log loss 0.300 live, 0.400 of the previous predictor" in out
+    assert "log loss 0.300, of the previous predictor 0.400" in out
     assert "rolled back lgbm-1 -> lgbm-2: log loss 0.9 against 0.3" in out
-    said = "lgbm-3 against lgbm-2: better, log loss gain 0.1 [0.02, 0.18] on 60 labels; shadow"
-    assert f"last training: {said}" in out
+    verdict = "lgbm-3 against lgbm-2: better, log loss gain 0.1 [0.02, 0.18] on 60 labels; shadow"
+    assert f"last training: {verdict}" in out
 
 
 def test_models_shows_a_training_that_taught_too_little_or_failed(

@@ -26,14 +26,14 @@ from calm_serve.requests.features import (
     FOCUS_CHARS,
     NUMBER_NAMES,
     fill_features,
-    word_buckets,
+    token_buckets,
 )
 from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.requests.tokens import (
-    HEAD_WORDS,
-    TAIL_WORDS,
-    Words,
-    read_words,
+    HEAD_TOKENS,
+    TAIL_TOKENS,
+    TokenStats,
+    read_tokens,
 )
 from calm_serve.testing import make_fleet, make_state
 from calm_serve.types import RoutingContext
@@ -153,29 +153,29 @@ def test_no_text_of_the_prompt_is_in_the_context() -> None:
 
 
 def test_word_order_and_words_are_told_apart() -> None:
-    one, other = read_words("dog bites man"), read_words("man bites dog")
-    assert word_buckets(one.hashes) != word_buckets(other.hashes)
-    assert word_buckets(read_words("dog").hashes) != word_buckets(read_words("man").hashes)
+    one, other = read_tokens("dog bites man"), read_tokens("man bites dog")
+    assert token_buckets(one.hashes) != token_buckets(other.hashes)
+    assert token_buckets(read_tokens("dog").hashes) != token_buckets(read_tokens("man").hashes)
 
 
 @pytest.mark.parametrize("other", ["x", "ø"])
 def test_only_the_first_and_last_words_are_hashed(other: str) -> None:
     head = " ".join(f"{a}{b}" for a in "abcdef" for b in "abcdefgh")
     tail = " ".join(f"z{a}" for a in "abcdefghijklmnop")
-    one, two = (read_words(f"{head} {x} {tail}").hashes.tolist() for x in ("y", other))
+    one, two = (read_tokens(f"{head} {x} {tail}").hashes.tolist() for x in ("y", other))
     assert one == two
-    assert len(one) == HEAD_WORDS + TAIL_WORDS
+    assert len(one) == HEAD_TOKENS + TAIL_TOKENS
 
 
 @pytest.mark.parametrize("character", ["a", "é", " ", "!"])
 def test_words_are_read_from_the_ends_only(character: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
 
-    def reading(text: str) -> Words:
+    def reading(text: str) -> TokenStats:
         lengths.append(len(text))
-        return read_words(text)
+        return read_tokens(text)
 
-    monkeypatch.setattr(features, "read_words", reading)
+    monkeypatch.setattr(features, "read_tokens", reading)
     build(character * 1_000_000)
     assert lengths == [2 * FOCUS_CHARS + 1]
 

@@ -1,4 +1,4 @@
-"""What each policy to compare with does by itself, and how the loop uses them."""
+"""What each baseline chooses, and how the selector uses it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ IDS = tuple(s.id for s in FLEET.slms)
 STATES = {i: make_state(i) for i in IDS}
 
 
-def policy(name: str, **told: Any) -> Baseline:
-    found = build(make_goals(policy={"name": name, **told}), FLEET, text_buckets)
+def policy(name: str, **options: Any) -> Baseline:
+    found = build(make_goals(policy={"name": name, **options}), FLEET, text_buckets)
     assert found is not None
     return found
 
@@ -96,20 +96,20 @@ def test_shares_are_scaled_to_the_candidates_at_hand() -> None:
 
 
 def test_likeness_finds_the_slm_whose_words_the_prompt_has() -> None:
-    like = Similarity(FLEET.slms, text_buckets).of(text_buckets("a poem about the sea"))
-    assert max(like, key=like.__getitem__) == "poet"
-    assert 0.0 <= min(like.values()) <= max(like.values()) <= 1.0
+    similarity = Similarity(FLEET.slms, text_buckets).of(text_buckets("a poem about the sea"))
+    assert max(similarity, key=similarity.__getitem__) == "poet"
+    assert 0.0 <= min(similarity.values()) <= max(similarity.values()) <= 1.0
     same = Similarity(FLEET.slms, text_buckets).of(text_buckets("Poems and sonnets about the sea."))
     assert same["poet"] == pytest.approx(1.0)
 
 
 def test_an_example_makes_an_slm_like_prompts_of_its_kind() -> None:
-    taught = make_fleet(
+    fleet = make_fleet(
         make_spec("music", description="Utterances.", examples=["play some jazz by miles davis"]),
         make_spec("rest", description="Everything."),
     )
-    like = Similarity(taught.slms, text_buckets).of(text_buckets("play jazz"))
-    assert like["music"] > like["rest"]
+    similarity = Similarity(fleet.slms, text_buckets).of(text_buckets("play jazz"))
+    assert similarity["music"] > similarity["rest"]
 
 
 def test_a_prompt_without_words_is_like_nobody() -> None:
@@ -121,8 +121,8 @@ def test_the_papers_score_is_likeness_less_recent_qos_by_fixed_weights() -> None
     assert choose(paper, text)[0] == "poet"
     for slm_id, seconds in (("poet", 3.0), ("sql", 1.0), ("wide", 1.0), ("huge", 1.0)):
         paper.observe(make_outcome(slm_id=slm_id, e2e_s=seconds, energy_j=seconds))
-    like = Similarity(FLEET.slms, text_buckets).of(text_buckets(text))
-    assert like["poet"] > LATENCY_WEIGHT + ENERGY_WEIGHT
+    similarity = Similarity(FLEET.slms, text_buckets).of(text_buckets(text))
+    assert similarity["poet"] > LATENCY_WEIGHT + ENERGY_WEIGHT
     assert choose(paper, text)[0] == "poet"  # the dearest by far, and still the likest
     assert choose(paper, "xyzzy")[-1] == "poet"  # like nobody: cost decides
 
@@ -150,13 +150,13 @@ def decide(target: ModelSelector, text: str = "good morning", **fields: Any) -> 
     return target.decide(parse_chat(body), Overrides(), "decision")
 
 
-def loop(name: str, fleet: Fleet = FLEET, **told: Any) -> ModelSelector:
-    goals = make_goals(policy={"name": name, **told}, exploration_ratio=0.5)
+def selector(name: str, fleet: Fleet = FLEET, **options: Any) -> ModelSelector:
+    goals = make_goals(policy={"name": name, **options}, exploration_ratio=0.5)
     return ModelSelector(fleet, goals, read_state=assume_hot)
 
 
 def test_the_record_says_that_a_baseline_chose_and_what_was_predicted() -> None:
-    decision = decide(loop("largest"))
+    decision = decide(selector("largest"))
     assert (decision.slm_id, decision.path) == ("huge", DecisionPath.BASELINE)
     assert (decision.reason, decision.propensity) == (DecisionReason.BASELINE, 1.0)
     assert decision.ranking == ("huge", "wide", "poet", "sql")
@@ -164,14 +164,14 @@ def test_the_record_says_that_a_baseline_chose_and_what_was_predicted() -> None:
 
 
 def test_named_models_and_safety_come_before_any_policy() -> None:
-    assert decide(loop("largest"), model="sql").slm_id == "sql"
-    assert decide(loop("largest"), "my password").slm_id == "poet"
+    assert decide(selector("largest"), model="sql").slm_id == "sql"
+    assert decide(selector("largest"), "my password").slm_id == "poet"
 
 
 def test_hard_filters_come_before_any_policy() -> None:
     away = make_spec("away", parameters=99, locality="remote", remote={"base_url": "http://x/v1"})
     fleet = make_fleet(make_spec("home"), away)
-    target = loop("single", fleet, slm="away")
+    target = selector("single", fleet, slm="away")
     local = Overrides(local_only=True)
     body = parse_chat({"messages": [{"role": "user", "content": "hello"}]})
     assert target.decide(body, local, "decision").slm_id == "home"
@@ -181,17 +181,17 @@ def test_hard_filters_come_before_any_policy() -> None:
 
 @pytest.mark.parametrize(("name", "chosen"), [("rules", "sql"), ("largest", "huge")])
 def test_only_calm_and_rules_follow_the_rules(name: str, chosen: str) -> None:
-    assert decide(loop(name), "a query").slm_id == chosen
-    assert decide(loop("calm"), "a query").path is DecisionPath.RULE
+    assert decide(selector(name), "a query").slm_id == chosen
+    assert decide(selector("calm"), "a query").path is DecisionPath.RULE
 
 
 def test_rules_alone_take_the_first_of_a_short_list() -> None:
-    decision = decide(loop("rules"), "either way")
+    decision = decide(selector("rules"), "either way")
     assert (decision.slm_id, decision.path) == ("huge", DecisionPath.RULE)
 
 
 def test_a_policy_keeps_its_memory_while_goals_change_and_others_choose() -> None:
-    target = loop("round_robin")
+    target = selector("round_robin")
     assert decide(target).slm_id == "huge"
     target.set_goals(target.goals.model_copy(update={"energy_weight_per_j": 1.0}))
     assert decide(target).slm_id == "poet"
@@ -203,13 +203,13 @@ def test_a_policy_keeps_its_memory_while_goals_change_and_others_choose() -> Non
 
 
 def test_another_policy_of_the_same_name_starts_anew() -> None:
-    target = loop("single", slm="sql")
+    target = selector("single", slm="sql")
     target.set_goals(make_goals(policy={"name": "single", "slm": "poet"}))
     assert decide(target).slm_id == "poet"
 
 
-def test_the_loop_shows_outcomes_to_the_policy() -> None:
-    target = loop("paper")
+def test_the_selector_passes_outcomes_to_the_policy() -> None:
+    target = selector("paper")
     decision = decide(target, "xyzzy")
     slow = make_outcome(slm_id=decision.slm_id, e2e_s=9.0, energy_j=9.0)
     target.learn(decision, slow)

@@ -193,14 +193,14 @@ def test_a_short_list_shrunk_to_one_is_the_rules_choice() -> None:
 def test_without_a_predictor_the_priors_decide() -> None:
     decision = decide(loop())
     assert label(decision) == ("chat", DecisionPath.PRIOR, DecisionReason.BEST_PRIOR, "")
-    assert decision.versions.predictor == "prior"
+    assert str(decision.versions.predictor) == "prior"
 
 
 def test_with_a_predictor_the_best_score_wins_and_the_rest_is_the_fallback_order() -> None:
     decision = decide(loop(predictor=Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)))
     assert label(decision) == ("guard", DecisionPath.SCORED, DecisionReason.BEST_SCORE, "")
     assert decision.ranking == ("guard", "sql", "cloud", "chat")
-    assert decision.versions.predictor == "oracle-1"
+    assert str(decision.versions.predictor) == "oracle-1"
 
 
 def test_no_excluded_slm_is_ever_in_the_fallback_order() -> None:
@@ -316,7 +316,8 @@ def test_the_explanation_is_plain_data_of_the_whole_record() -> None:
     target = loop()
     decision = decide(target)
     explained = target.explain(decision)
-    assert explained == asdict(decision)
+    versions = {**asdict(decision.versions), "predictor": "prior"}
+    assert explained == {**asdict(decision), "versions": versions}
     assert {c["slm_id"] for c in explained["candidates"]} == set(target.specs)
 
 

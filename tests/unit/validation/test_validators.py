@@ -170,8 +170,8 @@ def test_feedback_overrides_validators_both_ways() -> None:
 
 
 def test_the_latest_feedback_counts() -> None:
-    said = [QualitySignal("feedback", 0.25, 9.0), QualitySignal("feedback", 1.0, 2.0)]
-    assert quality_label(said) == (0.25, 1.0)
+    signals = [QualitySignal("feedback", 0.25, 9.0), QualitySignal("feedback", 1.0, 2.0)]
+    assert quality_label(signals) == (0.25, 1.0)
 
 
 def test_one_failing_validator_makes_the_label_zero() -> None:
