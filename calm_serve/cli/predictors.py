@@ -68,9 +68,8 @@ def _predictors(answer: Mapping[str, Any]) -> str:
         lines.append(text)
     if live := answer["post_promotion"]:
         lines.append(
-            f"after promotion: log loss {live['log_loss']:.3f} live, "
-            f"{live['previous_log_loss']:.3f} of the previous predictor, on "
-            f"{live['labelled']} labelled outcomes; gain "
+            f"since promotion: log loss {live['log_loss']:.3f}, of the previous predictor "
+            f"{live['previous_log_loss']:.3f}, on {live['labelled']} labelled outcomes; gain "
             + render.interval(live["gain"], live["gain_ci95"])
         )
     if training := answer["last_training"]:
