@@ -123,4 +123,4 @@ class Learner:
     async def _fit_cold_start(self) -> None:
         champion = self.promotion.champion
         artifact = champion.artifact if champion else None
-        await self._cold_start.teach(self._fleet, self._joined(), artifact)
+        await self._cold_start.fit_if_due(self._fleet, self._joined(), artifact)

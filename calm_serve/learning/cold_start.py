@@ -204,7 +204,7 @@ class ColdStartTrainer:
         if self._new:
             self._newcomers.feedback(outcome_id, signals)
 
-    async def teach(
+    async def fit_if_due(
         self, fleet: Fleet, joined: Sequence[SLMSpec], champion: Artifact | None
     ) -> None:
         """Follow fleet and champion, fit what is due and publish it; cheap when nothing is."""

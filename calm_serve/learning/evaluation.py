@@ -1,9 +1,10 @@
-"""Champion against challenger on the newest outcomes: publish only what is surely better.
+"""Comparisons of champion and challenger: offline, in the shadow and after promotion.
 
-Two questions on outcomes that neither was trained on. Does it predict better: a paired interval of
-the log loss, above zero. Does it then choose no worse: a paired interval of the doubly robust value
-of both policies, above -VALUE_TOLERANCE; asked once enough of the rows were explored, because until
-then the log hardly says anything about other choices.
+The promotion test asks two questions on outcomes that neither was trained on. Does the challenger
+predict better: the paired interval of the difference in log loss is above zero. Does it choose no
+worse: the paired interval of the difference in doubly robust value is above -VALUE_TOLERANCE. The
+second question needs MIN_EXPLORED explored rows, because the log otherwise holds almost no evidence
+about other choices.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from calm_serve.learning.metrics import (
     calibration_error,
     ci95,
     log_losses,
+    normal_ci95,
     resampled,
 )
 from calm_serve.learning.off_policy import Estimate, PolicyLog, measured
@@ -43,14 +45,26 @@ from calm_serve.prediction import (
 from calm_serve.protocol.topics import LiveComparison
 from calm_serve.types import Candidate, Outcome
 
-MIN_HOLDOUT = 10
-MIN_EXPLORED = 20  # rows below which the log says too little about other choices
-EXPLORED_PROPENSITY = 0.5  # a choice less likely than this was not the logged policy's own
-VALUE_TOLERANCE = 0.02  # quality points a request
+# Promotion test.
+MIN_HOLDOUT = 10  # labelled outcomes; with fewer no interval is computed
+MIN_EXPLORED = 20  # explored rows; with fewer the value of other choices is not tested
+EXPLORED_PROPENSITY = 0.5  # a less likely choice was not the logged policy's own: it was explored
+VALUE_TOLERANCE = 0.02  # loss of value that is accepted, in quality points per request
+
+# Post-promotion evaluation. `load_tests paper --changes` (swapped feedback) notices a change: it
+# counts the requests until the rollback.
+LIVE_LABELS = 500  # newest labelled outcomes that are compared
+MIN_LIVE_LABELS = 30  # with fewer there is no verdict
+CHECK_EVERY_LABELS = 25  # new labels between two comparisons, each of which reads LIVE_LABELS rows
+# The comparison is repeated with every few labels, so "surely" is one in two thousand (one-sided).
+SURE_SIGMAS = 3.3
+# In a small sample without the mistakes to be expected, the more confident predictor has the lower
+# loss, by little but on every row. So the difference must also matter: nats, on average.
+LOSS_TOLERANCE = 0.1
 
 
 class VerdictReason(StrEnum):
-    """Why a challenger was published or not."""
+    """Why a challenger passed the promotion test or not."""
 
     BETTER = "better"
     NOT_BETTER = "not_better"  # the interval of the difference reaches zero
@@ -60,9 +74,9 @@ class VerdictReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The comparison: log losses in nats; a positive difference favours the challenger.
+    """Result of a promotion test: log losses in nats; a positive difference favours the challenger.
 
-    The value is the reward of `evaluation` under the weights that each row was decided with.
+    The value is the reward of `off_policy` under the weights that each row was decided with.
     """
 
     publish: bool
@@ -71,7 +85,7 @@ class Verdict:
     challenger_loss: float | None
     difference_ci95: tuple[float, float] | None
     held_out: int
-    value_difference: float | None = None  # None where no choice can be made again from the log
+    value_difference: float | None = None  # None where no choice can be replayed
     value_difference_ci95: tuple[float, float] | None = None
     value_rows: int = 0
     explored: int = 0  # of the value's rows
@@ -87,9 +101,9 @@ def promotion_test(
 ) -> Verdict:
     """Compare both on labelled outcomes that neither was trained on.
 
-    Without a champion the opponent is the predictor that always says `base_rate`; the same value
-    stands in for an SLM that one of the two does not know. The interval is a paired bootstrap
-    percentile interval; equal input and seed give an equal verdict.
+    Without a champion the challenger is compared with a constant `base_rate`, which is also used
+    for an SLM that one of the two does not know. The interval is a paired bootstrap percentile
+    interval; equal input and seed give an equal verdict.
     """
     labels, weights = label_arrays(holdout)
     if champion is None:
@@ -101,12 +115,12 @@ def promotion_test(
     gain = value_gain(holdout, champion, challenger, seed=seed)
     if gain is None:
         return verdict
-    sure = gain.explored >= MIN_EXPLORED
-    falls = sure and gain.estimate.ci95[0] <= -VALUE_TOLERANCE
+    enough = gain.explored >= MIN_EXPLORED
+    may_fall = enough and gain.estimate.ci95[0] <= -VALUE_TOLERANCE
     return replace(
         verdict,
-        publish=verdict.publish and not falls,
-        reason=VerdictReason.VALUE_MAY_FALL if verdict.publish and falls else verdict.reason,
+        publish=verdict.publish and not may_fall,
+        reason=VerdictReason.VALUE_MAY_FALL if verdict.publish and may_fall else verdict.reason,
         value_difference=gain.estimate.value,
         value_difference_ci95=gain.estimate.ci95,
         value_rows=gain.rows,
@@ -115,7 +129,7 @@ def promotion_test(
 
 
 def compare(champion: Values, challenger: Values, weights: Values, *, seed: int) -> Verdict:
-    """Decide from the losses of both on the same outcomes, in nats."""
+    """The first question: from the losses of both on the same outcomes, in nats."""
     count = len(champion)
     if count < MIN_HOLDOUT:
         return Verdict(False, VerdictReason.TOO_FEW_HELD_OUT, None, None, None, count)
@@ -143,11 +157,11 @@ class ValueGain:
 def value_gain(
     outcomes: Sequence[Outcome], champion: Artifact | None, challenger: Artifact, *, seed: int
 ) -> ValueGain | None:
-    """Compare what both would have chosen; None without a labelled, logged choice.
+    """The second question: value of what both would have chosen; None without a labelled choice.
 
-    The challenger's predictions are the reward model: it is asked after it has predicted better.
-    Without a champion the other policy are the predictions that were logged. Goals' own quality
-    floor is not in the log and left out.
+    The challenger's predictions are the reward model, because it has predicted better. Without a
+    champion the challenger is compared with the logged predictions. The goals' quality floor is not
+    in the log and therefore ignored.
     """
     old = None if champion is None else LightGBMPredictor(champion, MetadataPrior())
     new = LightGBMPredictor(challenger, MetadataPrior())
@@ -178,26 +192,17 @@ def _rescored(logged: LoggedDecision, predictor: LightGBMPredictor | None) -> li
     )
 
 
-LIVE_LABELS = 500  # labelled outcomes
-MIN_LABELLED = 30
-# The question is asked again and again as labels come, so "surely" is one in two thousand.
-SURE_SIGMAS = 3.3
-# A small sample without the mistakes that are to be expected favours whoever is surest of itself,
-# by little and very regularly. So a difference has to matter too: nats, on the mean.
-LOSS_TOLERANCE = 0.1
-
-
-def live_calibration(
+def compare_live(
     outcomes: Sequence[Outcome], champion: Artifact, previous: Artifact
 ) -> LiveComparison | None:
-    """Compare on the labelled `outcomes` that the champion predicted; None below MIN_LABELLED.
+    """Compare on the labelled `outcomes` that the champion predicted; None below MIN_LIVE_LABELS.
 
-    Those of an SLM that it does not know were predicted by somebody else under its version.
-    Weighted by label weight; the interval is the normal one of a weighted mean of paired
-    differences.
+    Outcomes of an SLM that the champion does not know are left out: the prior or a cold-start
+    booster predicted them. Weighted by label weight; the interval is the normal one of a weighted
+    mean of paired differences.
     """
     known = {s for s in champion.slm_ids if own_head(SUCCESS, s) in champion.boosters}
-    mine = [
+    own = [
         o
         for o in outcomes
         if o.decision.predicted
@@ -205,23 +210,24 @@ def live_calibration(
         and fits_layout(o)
         and o.decision.versions.predictor.champion == champion.version
     ]
-    if len(mine) < MIN_LABELLED:
+    if len(own) < MIN_LIVE_LABELS:
         return None
-    labels, weights = label_arrays(mine)
-    said = np.array([p.success_ratio for o in mine if (p := o.decision.predicted)])
-    other = success_probabilities(previous, mine, float(previous.metrics.get("base_rate", 0.5)))
-    losses, others = log_losses(labels, said), log_losses(labels, other)
-    gain = others - losses
+    labels, weights = label_arrays(own)
+    predicted = np.array([p.success_ratio for o in own if (p := o.decision.predicted)])
+    base_rate = float(previous.metrics.get("base_rate", 0.5))
+    previous_predicted = success_probabilities(previous, own, base_rate)
+    losses, previous_losses = log_losses(labels, predicted), log_losses(labels, previous_predicted)
+    gain = previous_losses - losses
     mean = float(np.average(gain, weights=weights))
     error = float(np.sqrt(np.sum((weights * (gain - mean)) ** 2)) / weights.sum())
     return LiveComparison(
-        labelled=len(mine),
+        labelled=len(own),
         log_loss=float(np.average(losses, weights=weights)),
-        previous_log_loss=float(np.average(others, weights=weights)),
+        previous_log_loss=float(np.average(previous_losses, weights=weights)),
         gain=mean,
-        gain_ci95=(mean - 1.96 * error, mean + 1.96 * error),
-        calibration_error=calibration_error(labels, said, weights),
-        previous_calibration_error=calibration_error(labels, other, weights),
+        gain_ci95=normal_ci95(mean, error),
+        calibration_error=calibration_error(labels, predicted, weights),
+        previous_calibration_error=calibration_error(labels, previous_predicted, weights),
         surely_worse=mean < -LOSS_TOLERANCE and mean + SURE_SIGMAS * error < 0.0,
     )
 
@@ -229,24 +235,24 @@ def live_calibration(
 def shadow_verdict(
     outcomes: Sequence[Outcome], champion: Artifact, challenger: Artifact
 ) -> Verdict:
-    """Both on labelled outcomes since the shadow began, by the gate's two questions."""
+    """The promotion test on labelled outcomes since the shadow began."""
     base_rate = float(champion.metrics.get("base_rate", 0.5))
     rows = [o for o in outcomes if fits_layout(o)]
     return promotion_test(rows, champion, challenger, base_rate=base_rate, seed=0)
 
 
 def objection(verdict: Verdict) -> str:
-    """What live answers say against a challenger, "" for nothing."""
+    """Why live answers speak against a challenger, "" when they do not."""
     loss, value = verdict.difference_ci95, verdict.value_difference_ci95
     if loss is not None and loss[1] < -LOSS_TOLERANCE:
         return "live log loss is worse"
     if verdict.explored >= MIN_EXPLORED and value is not None and value[1] < 0.0:
-        return "its choices are worth less"
+        return "its choices have a lower value"
     return ""
 
 
 def shadow_note(tally: ShadowTally, verdict: Verdict) -> str:
-    """The evidence in one line."""
+    """The evidence of a shadow in one line."""
     parts = [f"shadow of {tally.requests} requests"]
     if tally.requests:
         parts.append(f"agreement {tally.agreed / tally.requests:.2f}")
@@ -259,11 +265,8 @@ def shadow_note(tally: ShadowTally, verdict: Verdict) -> str:
     return ", ".join(parts)
 
 
-CHECK_EVERY_LABELS = 25
-
-
 class LabelledLog(Protocol):
-    """What an evaluation asks of the store of outcomes; both methods block."""
+    """The store of outcomes, as an evaluation reads it; both methods block."""
 
     def recent(self, limit: int, *, labelled: bool = False) -> list[Outcome]:
         """The newest `limit` outcomes, or `labelled` ones, oldest first."""
@@ -275,7 +278,7 @@ class LabelledLog(Protocol):
 
 
 class PostPromotionEvaluation:
-    """What live answers said of the present champion so far. Used from one event loop."""
+    """Compares the champion with its predecessor as labels arrive. Used from one event loop."""
 
     def __init__(
         self, store: LabelledLog, in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -286,19 +289,19 @@ class PostPromotionEvaluation:
         self._champions = 0
 
     def begin(self) -> None:
-        """Another champion decides."""
+        """Start anew: another champion was published."""
         self._found = None
         self._champions += 1
 
     async def check(self, champion: Artifact, previous: Artifact) -> LiveComparison | None:
-        """Compare both on the newest labels, if that is due; None if not, or with too few."""
+        """Compare both on the newest labels; None when not due, or with too few labels."""
         total = await self._in_thread(self._store.labelled_total)
         if total - self._checked_labels < CHECK_EVERY_LABELS:
             return None
-        self._checked_labels, asked = total, self._champions
+        self._checked_labels, evaluated = total, self._champions
         rows = await self._in_thread(lambda: self._store.recent(LIVE_LABELS, labelled=True))
-        found = await asyncio.to_thread(live_calibration, rows, champion, previous)
-        if self._champions != asked:
+        found = await asyncio.to_thread(compare_live, rows, champion, previous)
+        if self._champions != evaluated:  # another one was published meanwhile
             return None
         self._found = found
         return found

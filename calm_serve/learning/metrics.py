@@ -1,4 +1,7 @@
-"""How good predicted probabilities were: log loss, AUC, calibration. Labels may be soft."""
+"""Metrics of predicted probabilities: log loss, AUC, calibration error, and their intervals.
+
+Labels may be soft, in [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-RESAMPLES = 1000
-MANY_ROWS = 20_000  # the ends of an interval that is narrow anyway may be a little rougher
+RESAMPLES = 1000  # of a bootstrap; a 95 % percentile interval needs some 25 beyond each end
+# From so many rows on a fifth of the resamples is drawn: the interval is narrow, its ends may be
+# rougher, and each resample takes time in proportion to the rows.
+MANY_ROWS = 20_000
+NORMAL_95 = 1.96  # standard errors on each side of a 95 % normal interval
 CALIBRATION_BINS = 10
-# One confident mistake must not decide a comparison: losses are capped at -log(0.001), about 6.9.
+# Probabilities are clipped so that one confident mistake cannot decide a comparison: a loss is at
+# most -log(0.001), about 6.9 nats.
 CLIP = 1e-3
 
 
@@ -44,10 +51,10 @@ def auc(labels: Values, predicted: Values, weights: Values) -> float | None:
 
 
 def resampled(columns: Values, statistic: Callable[[Values], Values], *, seed: int) -> Values:
-    """Bootstrap: `statistic` of every resample's column sums; fewer resamples of many rows.
+    """Bootstrap: `statistic` of the column sums of every resample.
 
-    columns has shape (n, k), statistic maps sums of shape (resamples, k) to (resamples, m). Equal
-    input and seed give equal values.
+    columns has shape (n, k); statistic maps sums of shape (resamples, k) to (resamples, m). Above
+    MANY_ROWS rows fewer resamples are drawn. Equal input and seed give equal values.
     """
     random, count = np.random.default_rng(seed), len(columns)
     resamples = RESAMPLES if count <= MANY_ROWS else RESAMPLES // 5
@@ -61,6 +68,11 @@ def ci95(values: Values) -> tuple[float, float]:
     """Percentile interval of resampled values of shape (resamples,)."""
     low, high = (float(x) for x in np.quantile(values, (0.025, 0.975)))
     return low, high
+
+
+def normal_ci95(mean: float, standard_error: float) -> tuple[float, float]:
+    """Normal interval of a mean."""
+    return mean - NORMAL_95 * standard_error, mean + NORMAL_95 * standard_error
 
 
 def calibration_error(labels: Values, predicted: Values, weights: Values) -> float:

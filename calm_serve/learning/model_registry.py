@@ -1,7 +1,7 @@
-"""Predictors on disk: the last ones with their metrics, what became of each, and a pin.
+"""Model registry: predictors on disk with their metrics and states, and an operator's pin.
 
-`models/models.json` is the index and `models/VERSION.bin` an artifact. The index is replaced in one
-step and only after the artifact it names is there, so after a crash one of both states is found.
+`models/models.json` is the index, `models/VERSION.bin` an artifact. Artifacts are written first,
+then the index is replaced in one step, so after a crash every artifact that it names exists.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from calm_serve.protocol.topics import PredictorChange
 
 FOLDER = "models"
 INDEX = "models.json"
-KEPT = 5  # besides those that still have a part to play
+SHIPPED_FILE = "predictor.bin"
+TRAINED, SHIPPED = "trained", "shipped"  # where a predictor comes from
+
+# Predictors kept besides those in use, for an operator to pin. That of six SLMs has 250 kB.
+KEPT = 5
 
 _log = logging.getLogger(__name__)
 
 
 class PredictorState(StrEnum):
-    """What a predictor is, or what became of it."""
+    """What a predictor is used for, or why it is not used any more."""
 
     CHAMPION = "champion"  # decides
-    PREVIOUS = "previous"  # decided before; the way back
+    PREVIOUS = "previous"  # decided before; a rollback publishes it again
     CHALLENGER = "challenger"  # decides in the shadow
     ROLLED_BACK = "rolled_back"
     REJECTED = "rejected"  # worse in the shadow
@@ -41,24 +45,41 @@ _IN_USE = (PredictorState.CHAMPION, PredictorState.PREVIOUS, PredictorState.CHAL
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """One predictor of the index."""
+class LoadedPredictor:
+    """A predictor in memory; `source` is TRAINED or SHIPPED."""
+
+    artifact: Artifact
+    blob: bytes
+    source: str
+
+    @property
+    def version(self) -> str:
+        """The artifact's version."""
+        return self.artifact.version
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredPredictor:
+    """One entry of the index."""
 
     version: str
-    source: str  # "trained" or "shipped"
+    source: str  # TRAINED or SHIPPED
     state: PredictorState
     created_at: float  # Unix time in seconds
     trained_on: int  # labelled outcomes
     metrics: Mapping[str, Any]
-    published_at: float | None = None  # Unix time in seconds, None before it decided
-    note: str = ""  # why it is what it is
+    published_at: float | None = None  # Unix time in seconds, None before it was champion
+    note: str = ""  # why it is in its state
 
     @classmethod
-    def of(cls, artifact: Artifact, source: str, state: PredictorState, note: str = "") -> Model:
-        """The entry of an artifact."""
+    def of(
+        cls, predictor: LoadedPredictor, state: PredictorState, note: str = ""
+    ) -> RegisteredPredictor:
+        """The entry of a predictor."""
+        artifact = predictor.artifact
         return cls(
             version=artifact.version,
-            source=source,
+            source=predictor.source,
             state=state,
             created_at=artifact.created_at,
             trained_on=artifact.trained_on,
@@ -69,73 +90,113 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What the index file says."""
+    """Content of the index file."""
 
-    models: tuple[Model, ...] = ()  # the latest to enter comes first
+    predictors: tuple[RegisteredPredictor, ...] = ()  # the latest to enter comes first
     pinned: str = ""
     last_change: PredictorChange | None = None
-    by_version: Mapping[str, Model] = field(init=False)
+    by_version: Mapping[str, RegisteredPredictor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by_version", {m.version: m for m in self.models})
+        object.__setattr__(self, "by_version", {p.version: p for p in self.predictors})
 
-    def of(self, state: PredictorState) -> Model | None:
-        """The model in a state, None when there is none."""
-        return next((m for m in self.models if m.state is state), None)
+    def of(self, state: PredictorState) -> RegisteredPredictor | None:
+        """The predictor in a state, None when there is none."""
+        return next((p for p in self.predictors if p.state is state), None)
 
     def was_worse(self, version: str) -> bool:
-        """Whether it was tried before and taken back; it is not tried again by itself."""
+        """Whether it was rolled back or rejected; such a predictor is not promoted again."""
         known = self.by_version.get(version)
         return known is not None and known.state in (
             PredictorState.ROLLED_BACK,
             PredictorState.REJECTED,
         )
 
-    def turned(self, state: PredictorState, into: PredictorState, note: str | None = None) -> Index:
-        """This index with whoever is in `state` turned into something else."""
-        models = tuple(
-            replace(m, state=into, note=m.note if note is None else note) if m.state is state else m
-            for m in self.models
+    def with_transition(
+        self, state: PredictorState, into: PredictorState, note: str | None = None
+    ) -> Index:
+        """This index with the predictor in `state` moved into another; None keeps its note."""
+        predictors = tuple(
+            replace(p, state=into, note=p.note if note is None else note) if p.state is state else p
+            for p in self.predictors
         )
-        return replace(self, models=models)
+        return replace(self, predictors=predictors)
 
-    def with_model(self, model: Model) -> Index:
-        """This index with a model added or replaced; beyond KEPT the oldest unused one goes."""
-        models = [model, *(m for m in self.models if m.version != model.version)]
-        unused = [m.version for m in models if m.state not in _IN_USE and m.version != self.pinned]
-        gone = set(unused[KEPT:])
-        return replace(self, models=tuple(m for m in models if m.version not in gone))
+    def with_predictor(self, predictor: RegisteredPredictor) -> Index:
+        """This index with a predictor added or replaced; of those not in use KEPT stay."""
+        entries = [predictor, *(p for p in self.predictors if p.version != predictor.version)]
+        unused = [p.version for p in entries if p.state not in _IN_USE and p.version != self.pinned]
+        dropped = set(unused[KEPT:])
+        return replace(self, predictors=tuple(p for p in entries if p.version not in dropped))
+
+    def promoted(self, champion: RegisteredPredictor, replaces_challenger: bool) -> Index:
+        """This index with another champion; the one before becomes the previous predictor."""
+        index = self.with_transition(PredictorState.PREVIOUS, PredictorState.RETIRED)
+        index = index.with_transition(PredictorState.CHAMPION, PredictorState.PREVIOUS)
+        if replaces_challenger:
+            index = index.with_transition(
+                PredictorState.CHALLENGER, PredictorState.RETIRED, "another predictor was promoted"
+            )
+        return index.with_predictor(champion)
+
+    def rolled_back(self, reason: str) -> Index:
+        """This index with the previous predictor as champion and the champion marked."""
+        index = self.with_transition(
+            PredictorState.CHALLENGER,
+            PredictorState.RETIRED,
+            "beat a predictor that was rolled back",
+        )
+        index = index.with_transition(PredictorState.CHAMPION, PredictorState.ROLLED_BACK, reason)
+        return index.with_transition(
+            PredictorState.PREVIOUS, PredictorState.CHAMPION, "rolled back to"
+        )
 
 
 class ModelRegistry:
     """The folder. Methods block and raise KnowledgeError; `index` is what was last written."""
 
     def __init__(self, state_dir: Path) -> None:
-        """Read the index; an unreadable one is logged and begun anew."""
+        """Read the index; an unreadable one is logged and replaced by an empty one."""
         self._folder = state_dir / FOLDER
         self.index = self._read_index()
 
     def read(self, version: str) -> bytes:
-        """The artifact of a model in the index."""
+        """The artifact of a predictor in the index."""
         path = self._path(version)
         try:
             return path.read_bytes()
         except OSError as error:
             raise KnowledgeError(f"{path.name}: cannot be read: {error.strerror}") from error
 
+    def load(self, entry: RegisteredPredictor) -> LoadedPredictor:
+        """A predictor of the index."""
+        blob = self.read(entry.version)
+        return LoadedPredictor(Artifact.from_bytes(blob), blob, entry.source)
+
+    def find(self, state: PredictorState) -> LoadedPredictor | None:
+        """The predictor in a state; None for none, and for an unreadable one, which is logged."""
+        entry = self.index.of(state)
+        if entry is None:
+            return None
+        try:
+            return self.load(entry)
+        except KnowledgeError as error:
+            _log.warning("predictor ignored: %s", error.message)
+            return None
+
     def write(self, index: Index, blobs: Mapping[str, bytes] | None = None) -> None:
         """Store artifacts, then the index, then delete artifacts that it does not name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for version, blob in (blobs or {}).items():
-            write_atomically(self._path(version), blob)
+            _write_atomically(self._path(version), blob)
         data = {
             "pinned": index.pinned,
             "last_change": None if index.last_change is None else asdict(index.last_change),
-            "models": [asdict(m) for m in index.models],
+            "models": [asdict(p) for p in index.predictors],
         }
-        write_atomically(self._folder / INDEX, json.dumps(data, indent=1).encode())
+        _write_atomically(self._folder / INDEX, json.dumps(data, indent=1).encode())
         self.index = index
-        named = {self._path(m.version) for m in index.models}
+        named = {self._path(p.version) for p in index.predictors}
         for path in self._folder.glob("*.bin"):
             if path not in named:
                 path.unlink(missing_ok=True)
@@ -151,18 +212,54 @@ class ModelRegistry:
             data = json.loads(path.read_text(encoding="utf-8"))
             change = data["last_change"]
             return Index(
-                models=tuple(
-                    Model(**{**m, "state": PredictorState(m["state"])}) for m in data["models"]
+                predictors=tuple(
+                    RegisteredPredictor(**{**p, "state": PredictorState(p["state"])})
+                    for p in data["models"]
                 ),
                 pinned=str(data["pinned"]),
                 last_change=None if change is None else PredictorChange(**change),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("index of predictors begun anew: %s: %r", path.name, error)
+            _log.warning("unreadable index of predictors ignored: %s: %r", path.name, error)
             return Index()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def load_shipped(shipped_dir: str) -> LoadedPredictor | None:
+    """The fleet's own predictor; None for none, and for an unreadable one, which is logged."""
+    path = Path(shipped_dir) / SHIPPED_FILE
+    if not shipped_dir or not path.is_file():
+        return None
+    try:
+        artifact = load_artifact(path)
+    except KnowledgeError as error:
+        _log.warning("predictor ignored: %s", error.message)
+        return None
+    return LoadedPredictor(artifact, artifact.to_bytes(), SHIPPED)
+
+
+def restore_champion(registry: ModelRegistry, shipped_dir: str) -> LoadedPredictor | None:
+    """The last champion, unless another predictor is shipped now, which is then registered.
+
+    A trained or pinned champion stays. Blocks. Raises KnowledgeError when the registry cannot be
+    written.
+    """
+    index = registry.index
+    entry = index.of(PredictorState.CHAMPION)
+    if entry is not None and (entry.source == TRAINED or entry.version == index.pinned):
+        champion = registry.find(PredictorState.CHAMPION)
+        if champion is not None:
+            return champion
+    shipped = load_shipped(shipped_dir)
+    if shipped is None or (entry is not None and index.was_worse(shipped.version)):
+        return registry.find(PredictorState.CHAMPION)
+    if entry is None or entry.version != shipped.version:
+        index = index.with_transition(PredictorState.CHAMPION, PredictorState.RETIRED)
+        new_entry = RegisteredPredictor.of(shipped, PredictorState.CHAMPION)
+        registry.write(index.with_predictor(new_entry), {shipped.version: shipped.blob})
+    return shipped
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
     """Replace a file; after a crash either the old or the new one is there."""
     temporary = path.with_suffix(".tmp")
     try:
@@ -178,82 +275,3 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise KnowledgeError(f"{path.name}: cannot be saved: {error.strerror}") from error
-
-
-CHAMPION_FILE = "champion.bin"  # of versions that kept one predictor only
-SHIPPED_FILE = "predictor.bin"
-TRAINED, SHIPPED = "trained", "shipped"
-
-
-@dataclass(frozen=True, slots=True)
-class Champion:
-    """A published predictor; `source` is TRAINED or SHIPPED."""
-
-    artifact: Artifact
-    blob: bytes
-    source: str
-
-
-def load_champion(state_dir: Path, shipped_dir: str) -> Champion | None:
-    """The champion of an earlier run, else the shipped predictor, else None.
-
-    An unreadable file is logged and passed over: decisions must go on.
-    """
-    return _load(state_dir / CHAMPION_FILE, TRAINED) or load_shipped(shipped_dir)
-
-
-def load_shipped(shipped_dir: str) -> Champion | None:
-    """The fleet's own predictor; None when there is none or it cannot be read, which is logged."""
-    return _load(Path(shipped_dir) / SHIPPED_FILE, SHIPPED) if shipped_dir else None
-
-
-def _load(path: Path, source: str) -> Champion | None:
-    if not path.is_file():
-        return None
-    try:
-        artifact = load_artifact(path)
-    except KnowledgeError as error:
-        _log.warning("predictor passed over: %s", error.message)
-        return None
-    return Champion(artifact, artifact.to_bytes(), source)
-
-
-def read_model(shelf: ModelRegistry, model: Model) -> Champion:
-    """A model of the shelf's index. Raises KnowledgeError."""
-    blob = shelf.read(model.version)
-    return Champion(Artifact.from_bytes(blob), blob, model.source)
-
-
-def find_model(shelf: ModelRegistry, state: PredictorState) -> Champion | None:
-    """The model in a state; None when there is none, or it cannot be read, which is logged."""
-    model = shelf.index.of(state)
-    if model is None:
-        return None
-    try:
-        return read_model(shelf, model)
-    except KnowledgeError as error:
-        _log.warning("predictor passed over: %s", error.message)
-        return None
-
-
-def restore_champion(shelf: ModelRegistry, state_dir: Path, shipped_dir: str) -> Champion | None:
-    """The champion that decided last, unless another one is shipped now; the shelf follows.
-
-    Blocks. Raises KnowledgeError when the shelf cannot be written.
-    """
-    index = shelf.index
-    entry = index.of(PredictorState.CHAMPION)
-    if entry is not None and (entry.source == TRAINED or entry.version == index.pinned):
-        found = find_model(shelf, PredictorState.CHAMPION)
-        if found is not None:
-            return found
-    found = load_champion(state_dir, shipped_dir)
-    if found is None or (entry is not None and index.was_worse(found.artifact.version)):
-        return find_model(shelf, PredictorState.CHAMPION)
-    if entry is None or entry.version != found.artifact.version:
-        index = index.turned(PredictorState.CHAMPION, PredictorState.RETIRED)
-        model = Model.of(found.artifact, found.source, PredictorState.CHAMPION)
-        shelf.write(index.with_model(model), {model.version: found.blob})
-    if found.source == TRAINED:
-        (state_dir / CHAMPION_FILE).unlink(missing_ok=True)  # it is in the folder now
-    return found

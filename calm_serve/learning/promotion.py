@@ -1,9 +1,9 @@
-"""Which predictor decides: the champion, its challenger in the shadow, and the way back.
+"""Promotion: which predictor is the champion, which the challenger, and when to roll back.
 
-A challenger that won the gate decides silently until `learning.shadow_requests` scored requests
-have been compared, then replaces the champion unless live answers speak against it. The champion
-stays on probation: when it is surely worse than its predecessor would have been, on the answers
-that it was itself responsible for, the predecessor is published again.
+A challenger that passed the promotion test decides in the shadow until `learning.shadow_requests`
+scored requests have been compared, then replaces the champion unless live answers speak against it.
+After that the champion is compared with its predecessor on the answers that it predicted itself;
+when it is surely worse, the predecessor is published again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from calm_serve.learning.evaluation import (
 from calm_serve.learning.model_registry import (
     SHIPPED,
     TRAINED,
-    Champion,
     Index,
-    Model,
+    LoadedPredictor,
     ModelRegistry,
     PredictorState,
-    find_model,
+    RegisteredPredictor,
     load_shipped,
-    read_model,
     restore_champion,
 )
 from calm_serve.learning.shadow import ShadowTally
@@ -42,19 +40,20 @@ from calm_serve.prediction import Artifact
 from calm_serve.protocol.topics import PredictorChange, PredictorStatus, PublishedPredictor, Topic
 from calm_serve.types import Outcome
 
-# Thin traffic must not hold a better predictor back: after this long the shadow is judged anyway.
+# The shadow ends after this many seconds even with too few requests, so that thin traffic does not
+# delay a better predictor.
 SHADOW_MAX_S = 60.0
-SHADOW_ROWS = 2000
+SHADOW_ROWS = 2000  # newest labelled outcomes that are read for its verdict
 
 InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 _log = logging.getLogger(__name__)
 
 
 class Promotion:
-    """The published predictor and its rivals. Used from one event loop.
+    """Champion, challenger and previous predictor of one application. Used from one event loop.
 
     `publish` takes a topic (PREDICTOR, CHALLENGER, PREDICTORS) and its record. `in_thread` runs
-    what blocks on the store or the disk; `clock` returns Unix seconds.
+    calls that block on the store or the disk; `clock` returns Unix seconds.
     """
 
     def __init__(
@@ -68,63 +67,62 @@ class Promotion:
         in_thread: InThread,
         clock: Callable[[], float],
     ) -> None:
-        """Load what an earlier run left (blocks; once). Raises KnowledgeError."""
+        """Load the predictors of an earlier run (blocks; once). Raises KnowledgeError."""
         self.learning = learning
         self._store, self._publish, self._in_thread = store, publish, in_thread
         self._clock = clock
         self._lock = asyncio.Lock()
         self._registry = ModelRegistry(state_dir)
         self._post_promotion = PostPromotionEvaluation(store, in_thread)
-        self._announced: PredictorStatus | None = None
+        self._published_status: PredictorStatus | None = None
         self._tally: ShadowTally | None = None
-        self._challenger = find_model(self._registry, PredictorState.CHALLENGER)
-        self._previous = find_model(self._registry, PredictorState.PREVIOUS)
-        self.champion = restore_champion(self._registry, state_dir, shipped_dir)
-        self._announce_all()
+        self._challenger = self._registry.find(PredictorState.CHALLENGER)
+        self._previous = self._registry.find(PredictorState.PREVIOUS)
+        self.champion = restore_champion(self._registry, shipped_dir)
+        self._publish_all()
 
     async def offer(self, blob: bytes, against: str | None = None) -> str:
-        """Take a challenger that won the gate, `against` a champion's version; say what became.
+        """Take a challenger that passed the promotion test `against` a champion's version.
 
-        "promoted": it decides; "shadow": it has to be compared first; "refused": it was tried
-        before and was worse; "outdated": another champion decides than the one that it beat.
+        Returns "promoted": it is the champion; "shadow": it decides in the shadow first; "refused":
+        it was rolled back or rejected before; "outdated": the champion is not the one it beat.
         """
-        offered = Champion(Artifact.from_bytes(blob), blob, TRAINED)
+        offered = LoadedPredictor(Artifact.from_bytes(blob), blob, TRAINED)
         async with self._lock:
             if against is not None and against != self._version:
                 return "outdated"
-            if self._registry.index.was_worse(offered.artifact.version):
+            if self._registry.index.was_worse(offered.version):
                 return "refused"
             pinned = bool(self._registry.index.pinned)
             if not pinned and (self.champion is None or not self.learning.shadow_requests):
-                await self._promote(offered, "won the gate")
+                await self._promote(offered, "passed the promotion test")
                 return "promoted"
-            index = self._registry.index.turned(
+            index = self._registry.index.with_transition(
                 PredictorState.CHALLENGER, PredictorState.RETIRED, "replaced before it was promoted"
             )
-            entry = Model.of(offered.artifact, TRAINED, PredictorState.CHALLENGER)
-            await self._write(index.with_model(entry), offered)
-            # The clock of a challenger that is replaced goes on: trainings that follow each other
-            # quickly would otherwise never get one promoted.
+            entry = RegisteredPredictor.of(offered, PredictorState.CHALLENGER)
+            await self._write(index.with_predictor(entry), offered)
+            # The wait of a replaced challenger counts for its successor: otherwise trainings in
+            # quick succession would never end in a promotion.
             now = self._clock()
             waiting = self._tally.waiting_since if self._tally else now
             self._challenger = offered
-            self._tally = ShadowTally(offered.artifact.version, now, waiting)
-            self._announce_challenger()
+            self._tally = ShadowTally(offered.version, now, waiting)
+            self._publish_challenger()
             return "shadow"
 
     async def ship(self, shipped_dir: str) -> None:
-        """Follow a fleet that ships another predictor; one that was trained or pinned stays."""
+        """Promote the predictor of a redeployed fleet; a trained or pinned champion stays."""
         async with self._lock:
-            found = await self._in_thread(lambda: load_shipped(shipped_dir))
+            shipped = await self._in_thread(lambda: load_shipped(shipped_dir))
             index, trained = self._registry.index, self.champion and self.champion.source != SHIPPED
-            if found is None or index.pinned or trained:
+            if shipped is None or index.pinned or trained:
                 return
-            version = found.artifact.version
-            if version != self._version and not index.was_worse(version):
-                await self._promote(found, "shipped with the fleet")
+            if shipped.version != self._version and not index.was_worse(shipped.version):
+                await self._promote(shipped, "shipped with the fleet")
 
     async def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Count what routers report of the challenger; promote or reject it when that is enough."""
+        """Count logged choices of the challenger; promote or reject it after enough of them."""
         if self._tally is None:
             return
         for outcome in outcomes:
@@ -133,15 +131,15 @@ class Promotion:
             await self._end_shadow(self._tally)
 
     async def tick(self) -> None:
-        """Background work that is due: probation, a shadow that got no requests, the summary."""
+        """Background work that is due: the shadow's time limit, the evaluation, the summary."""
         tally = self._tally
         if tally is not None and self._clock() - tally.waiting_since >= SHADOW_MAX_S:
             await self._end_shadow(tally)
         await self._check_champion()
-        self._announce_models()
+        self._publish_status()
 
     async def act(self, action: str, version: str) -> None:
-        """What an operator asks for: "pin" a version, "unpin", "rollback". Raises RequestError."""
+        """An operator's command: "pin" a version, "unpin", "rollback". Raises RequestError."""
         if action == "pin":
             await self.pin(version)
         elif action == "unpin":
@@ -153,26 +151,26 @@ class Promotion:
             raise RequestError(f"unknown action {action!r}; known: {known}", param="action")
 
     async def pin(self, version: str) -> None:
-        """Let a stored predictor decide until `unpin`. Raises RequestError for an unknown one."""
+        """Make a stored predictor champion until `unpin`; RequestError for an unknown version."""
         async with self._lock:
-            model = self._registry.index.by_version.get(version)
-            if model is None:
+            entry = self._registry.index.by_version.get(version)
+            if entry is None:
                 raise RequestError(f"no predictor {version!r} is stored", param="version")
-            if self.champion is None or version != self.champion.artifact.version:
-                target = await self._in_thread(lambda: read_model(self._registry, model))
+            if version != self._version:
+                target = await self._in_thread(lambda: self._registry.load(entry))
                 await self._promote(target, "pinned by the operator", pinned=version)
             else:
                 await self._write(replace(self._registry.index, pinned=version))
-            self._announce_models()
+            self._publish_status()
 
     async def unpin(self) -> None:
-        """Let challengers be promoted again; the champion stays."""
+        """Allow promotions again; the champion stays."""
         async with self._lock:
             await self._write(replace(self._registry.index, pinned=""))
-            self._announce_models()
+            self._publish_status()
 
-    async def rollback(self, reason: str = "asked for by the operator") -> None:
-        """Publish the previous predictor again and mark the champion.
+    async def rollback(self, reason: str = "requested by the operator") -> None:
+        """Publish the previous predictor again and mark the champion as rolled back.
 
         Raises RequestError without a previous one, or when one is pinned.
         """
@@ -184,11 +182,11 @@ class Promotion:
             await self._roll_back(self.champion, self._previous, reason)
 
     def summary(self) -> PredictorStatus:
-        """What routers show under `predictor` in /v1/fleet, and what `document` starts with."""
+        """Status of all predictors, for /v1/fleet and /v1/predictors."""
         index = self._registry.index
         return PredictorStatus(
-            previous=self._previous.artifact.version if self._previous else "",
-            challenger=self._challenger.artifact.version if self._challenger else "",
+            previous=self._previous.version if self._previous else "",
+            challenger=self._challenger.version if self._challenger else "",
             pinned=index.pinned,
             shadow=None if self._tally is None else self._tally.report(),
             post_promotion=self._post_promotion.latest,
@@ -196,14 +194,14 @@ class Promotion:
         )
 
     def document(self) -> dict[str, Any]:
-        """What GET /v1/predictors answers: the summary and every stored predictor."""
-        models = [asdict(model) for model in self._registry.index.models]
-        return {"object": "list", "data": models, **asdict(self.summary())}
+        """Answer of GET /v1/predictors: every stored predictor, and the summary."""
+        predictors = [asdict(entry) for entry in self._registry.index.predictors]
+        return {"object": "list", "data": predictors, **asdict(self.summary())}
 
     async def _end_shadow(self, tally: ShadowTally) -> None:
         async with self._lock:
             challenger, champion = self._challenger, self.champion
-            if tally is not self._tally:  # another challenger came while this one's end was due
+            if tally is not self._tally:  # another challenger replaced this one meanwhile
                 return
             if challenger is None or champion is None or self._registry.index.pinned:
                 return
@@ -212,60 +210,44 @@ class Promotion:
             verdict = await asyncio.to_thread(
                 shadow_verdict, rows, champion.artifact, challenger.artifact
             )
-            against, note = objection(verdict), shadow_note(tally, verdict)
-            if not against:
+            reason, note = objection(verdict), shadow_note(tally, verdict)
+            if not reason:
                 await self._promote(challenger, note)
                 return
-            _log.warning(
-                "challenger %s rejected: %s; %s", challenger.artifact.version, against, note
-            )
-            index = self._registry.index.turned(
-                PredictorState.CHALLENGER, PredictorState.REJECTED, f"{against}; {note}"
+            _log.warning("challenger %s rejected: %s; %s", challenger.version, reason, note)
+            index = self._registry.index.with_transition(
+                PredictorState.CHALLENGER, PredictorState.REJECTED, f"{reason}; {note}"
             )
             await self._write(index)
             self._challenger, self._tally = None, None
-            self._announce_challenger()
+            self._publish_challenger()
 
-    async def _promote(self, target: Champion, note: str, pinned: str = "") -> None:
-        before = self.champion
-        index = self._registry.index.turned(PredictorState.PREVIOUS, PredictorState.RETIRED)
-        index = index.turned(PredictorState.CHAMPION, PredictorState.PREVIOUS)
-        if self._challenger and self._challenger.artifact.version != target.artifact.version:
-            index = index.turned(
-                PredictorState.CHALLENGER, PredictorState.RETIRED, "another one decides"
-            )
-        entry = Model.of(target.artifact, target.source, PredictorState.CHAMPION, note)
-        index = replace(
-            index.with_model(replace(entry, published_at=self._clock())),
-            pinned=pinned,
-            last_change=self._change("pinned" if pinned else "promoted", target, note),
+    async def _promote(self, target: LoadedPredictor, note: str, pinned: str = "") -> None:
+        entry = RegisteredPredictor.of(target, PredictorState.CHAMPION, note)
+        index = self._registry.index.promoted(
+            replace(entry, published_at=self._clock()),
+            self._challenger is not None and self._challenger.version != target.version,
         )
-        await self._write(index, target)
-        self.champion, self._previous = target, before
+        change = self._change("pinned" if pinned else "promoted", target, note)
+        await self._write(replace(index, pinned=pinned, last_change=change), target)
+        self.champion, self._previous = target, self.champion
         self._challenger, self._tally = None, None
         self._post_promotion.begin()
-        self._announce_all()
+        self._publish_all()
 
-    async def _roll_back(self, champion: Champion, previous: Champion, reason: str) -> None:
-        index = self._registry.index.turned(
-            PredictorState.CHALLENGER,
-            PredictorState.RETIRED,
-            "beat a predictor that was rolled back",
-        )
-        index = index.turned(PredictorState.CHAMPION, PredictorState.ROLLED_BACK, reason)
-        index = index.turned(PredictorState.PREVIOUS, PredictorState.CHAMPION, "rolled back to")
+    async def _roll_back(
+        self, champion: LoadedPredictor, previous: LoadedPredictor, reason: str
+    ) -> None:
         change = self._change("rolled_back", previous, reason)
+        index = self._registry.index.rolled_back(reason)
         await self._write(replace(index, last_change=change))
         _log.warning(
-            "predictor %s rolled back to %s: %s",
-            champion.artifact.version,
-            previous.artifact.version,
-            reason,
+            "predictor %s rolled back to %s: %s", champion.version, previous.version, reason
         )
         self.champion, self._previous = previous, None
         self._challenger, self._tally = None, None
         self._post_promotion.begin()
-        self._announce_all()
+        self._publish_all()
 
     async def _check_champion(self) -> None:
         champion, previous = self.champion, self._previous
@@ -275,41 +257,41 @@ class Promotion:
         if found is None or not found.surely_worse:
             return
         async with self._lock:
-            # Whoever decides now may be somebody else, whom this verdict does not concern.
+            # Another predictor may have been published or pinned before the lock was free.
             if self.champion is champion and not self._registry.index.pinned:
-                await self._roll_back(champion, previous, found.reason(previous.artifact.version))
+                await self._roll_back(champion, previous, found.reason(previous.version))
 
     @property
     def _version(self) -> str:
-        return self.champion.artifact.version if self.champion else ""
+        return self.champion.version if self.champion else ""
 
-    def _change(self, action: str, target: Champion, reason: str) -> PredictorChange:
-        return PredictorChange(
-            self._clock(), action, target.artifact.version, self._version, reason
-        )
+    def _change(self, action: str, target: LoadedPredictor, reason: str) -> PredictorChange:
+        return PredictorChange(self._clock(), action, target.version, self._version, reason)
 
-    async def _write(self, index: Index, model: Champion | None = None) -> None:
-        blobs = {} if model is None else {model.artifact.version: model.blob}
+    async def _write(self, index: Index, predictor: LoadedPredictor | None = None) -> None:
+        blobs = {} if predictor is None else {predictor.version: predictor.blob}
         await self._in_thread(lambda: self._registry.write(index, blobs))
 
-    def _announce_all(self) -> None:
+    def _publish_all(self) -> None:
         if self.champion is not None:
-            self._publish(Topic.PREDICTOR, _published(self.champion))
-        if self._challenger is not None and self._tally is None:  # after a restart: begin anew
+            self._publish(Topic.PREDICTOR, _record(self.champion))
+        if (
+            self._challenger is not None and self._tally is None
+        ):  # after a restart the shadow starts anew
             now = self._clock()
-            self._tally = ShadowTally(self._challenger.artifact.version, now, now)
-        self._announce_challenger()
+            self._tally = ShadowTally(self._challenger.version, now, now)
+        self._publish_challenger()
 
-    def _announce_challenger(self) -> None:
+    def _publish_challenger(self) -> None:
         challenger = self._challenger
-        self._publish(Topic.CHALLENGER, None if challenger is None else _published(challenger))
-        self._announce_models()
+        self._publish(Topic.CHALLENGER, None if challenger is None else _record(challenger))
+        self._publish_status()
 
-    def _announce_models(self) -> None:
-        if (summary := self.summary()) != self._announced:
-            self._announced = summary
+    def _publish_status(self) -> None:
+        if (summary := self.summary()) != self._published_status:
+            self._published_status = summary
             self._publish(Topic.PREDICTORS, summary)
 
 
-def _published(champion: Champion) -> PublishedPredictor:
-    return PublishedPredictor(champion.artifact.version, champion.source, champion.blob)
+def _record(predictor: LoadedPredictor) -> PublishedPredictor:
+    return PublishedPredictor(predictor.version, predictor.source, predictor.blob)

@@ -1,8 +1,8 @@
-"""Shadow mode: a challenger decides silently on live requests, and the difference is logged.
+"""Shadow: a challenger decides silently on live requests, and the difference is logged.
 
-In the router, after the answer is out, `Shadow.compare` makes the logged decision again with the
-challenger's predictions; the outcome keeps the difference. In the knowledge service,
-`ShadowTally` adds the differences up.
+In the router, after the reply has been sent, `Shadow.compare` repeats the logged decision with the
+challenger's predictions, and the outcome keeps the difference. In the knowledge actor `ShadowTally`
+adds the differences up.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from calm_serve.learning.decision_log import (
     redecide,
     rescore,
 )
+from calm_serve.learning.metrics import normal_ci95
 from calm_serve.prediction import fits_layout
 from calm_serve.protocol.topics import ShadowReport
 from calm_serve.types import Outcome, ShadowChoice
 
-# About 0.2 ms each with six candidates, on the router's event loop: half a percent of it.
+# Upper limit. One takes about 0.2 ms with six candidates on the router's event loop: half a percent
+# of its time.
 COMPARISONS_PER_S = 20.0
 
 
 class Shadow:
-    """A router's silent second opinion. `clock` is monotonic, in seconds."""
+    """A router's side of the shadow. `clock` is monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -34,9 +36,9 @@ class Shadow:
         self.challenger: PromptPredictor | None = None
 
     def compare(self, outcome: Outcome, quality_floor: float = 0.0) -> ShadowChoice | None:
-        """What the challenger would have chosen for a scored request.
+        """The challenger's choice for a scored request.
 
-        None without a challenger, for other requests, and above COMPARISONS_PER_S.
+        None without a challenger, for requests that were not scored, and above COMPARISONS_PER_S.
         """
         if self.challenger is None or self._clock() < self._next_s:
             return None
@@ -61,18 +63,18 @@ class Shadow:
 
 @dataclass(slots=True)
 class ShadowTally:
-    """What routers reported of one challenger."""
+    """Sum of the comparisons that routers logged for one challenger."""
 
     version: str
-    since: float  # Unix time in seconds: it has seen no outcome after this
-    waiting_since: float  # the same, or when the first of those came that it replaced
+    since: float  # Unix time in seconds; no later outcome was used to train it
+    waiting_since: float  # `since` of the first of the challengers that replaced one another
     requests: int = 0
     agreed: int = 0
     gain: float = 0.0
     gain_squared: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
-        """Count an outcome, if it holds this challenger's decision."""
+        """Count an outcome that has a choice of this challenger."""
         shadow = outcome.decision.shadow
         if shadow is None or shadow.version != self.version:
             return
@@ -82,11 +84,10 @@ class ShadowTally:
         self.gain_squared += shadow.gain**2
 
     def report(self) -> ShadowReport:
-        """Agreement, and the gain in score that the challenger itself expects, with its CI95."""
+        """Agreement, and the mean gain in score by the challenger's own predictions, with CI95."""
         n = self.requests
         if not n:
             return ShadowReport(self.version, 0)
         mean = self.gain / n
         error = math.sqrt(max(self.gain_squared / n - mean * mean, 0.0) / n)
-        interval = (mean - 1.96 * error, mean + 1.96 * error)
-        return ShadowReport(self.version, n, self.agreed / n, mean, interval)
+        return ShadowReport(self.version, n, self.agreed / n, mean, normal_ci95(mean, error))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from calm_serve.errors import ConfigError, KnowledgeError
-from calm_serve.learning.model_registry import CHAMPION_FILE
+from calm_serve.learning.model_registry import SHIPPED_FILE
 from calm_serve.learning.training import train
 from calm_serve.protocol.outcomes import OUTCOME, encode_batch
 from calm_serve.protocol.topics import Topic, decode
@@ -225,15 +225,15 @@ async def test_a_trained_champion_goes_before_the_shipped_one(world: World, tmp_
     assert (await again.status())["predictor_source"] == "trained"
 
 
-async def test_a_broken_champion_file_is_passed_over(
+async def test_an_unreadable_shipped_predictor_is_ignored_and_logged(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / CHAMPION_FILE).write_bytes(b"half a fi")
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / SHIPPED_FILE).write_bytes(b"half a fi")
     with caplog.at_level(logging.WARNING):
-        service = world.start(predictor=ship(tmp_path / "shipped"))
-    assert (await service.status())["predictor_source"] == "shipped"
-    assert CHAMPION_FILE in caplog.text
+        service = world.start(predictor=str(tmp_path / "shipped"))
+    assert (await service.status())["predictor_source"] == "prior"
+    assert SHIPPED_FILE in caplog.text
 
 
 async def test_a_redeployment_changes_thresholds_but_not_where_the_log_lives(

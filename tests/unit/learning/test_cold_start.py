@@ -49,8 +49,8 @@ def answer_of(fleet: Fleet, text: str, number: int, score: float | None) -> Outc
     )
 
 
-def success(fleet: Fleet, newcomers: ColdStartSLMs, text: str) -> float:
-    job = newcomers.job()
+def success(fleet: Fleet, new_slms: ColdStartSLMs, text: str) -> float:
+    job = new_slms.job()
     assert job is not None
     artifact = fit(job, 0.0)
     assert artifact is not None
@@ -60,125 +60,126 @@ def success(fleet: Fleet, newcomers: ColdStartSLMs, text: str) -> float:
     return found.success_ratio
 
 
-def test_examples_alone_tell_its_prompts_from_others() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
-    own = success(fleet, newcomers, SQL[-1])
-    newcomers = ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
+def test_examples_alone_separate_its_prompts_from_others() -> None:
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
+    own = success(fleet, new_slms, SQL[-1])
+    new_slms = ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
     assert own > 0.7
-    assert success(fleet, newcomers, SHELL[-1]) < 0.4
+    assert success(fleet, new_slms, SHELL[-1]) < 0.4
 
 
-def test_its_answers_overrule_what_the_examples_promised() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
-    before = success(fleet, newcomers, SQL[-1])
-    newcomers.observe(answer_of(fleet, text, n, 0.0) for n, text in enumerate(SQL * 3))
-    assert success(fleet, newcomers, SQL[-1]) < before - 0.3
+def test_labelled_answers_outweigh_the_examples() -> None:
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
+    before = success(fleet, new_slms, SQL[-1])
+    new_slms.observe(answer_of(fleet, text, n, 0.0) for n, text in enumerate(SQL * 3))
+    assert success(fleet, new_slms, SQL[-1]) < before - 0.3
 
 
 def test_a_fit_is_due_at_once_then_whenever_the_labels_have_doubled() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
     due = []
     for number in range(4 * FIRST_LABELS + 1):
-        if newcomers.job() is not None:
+        if new_slms.job() is not None:
             due.append(number)
-        newcomers.observe([answer_of(fleet, SQL[0], number, 1.0)])
+        new_slms.observe([answer_of(fleet, SQL[0], number, 1.0)])
     assert due == [0, FIRST_LABELS, 2 * FIRST_LABELS, 4 * FIRST_LABELS]
 
 
 def test_feedback_that_comes_later_counts_once() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
-    newcomers.job()
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
+    new_slms.job()
     for number in range(FIRST_LABELS):
-        newcomers.observe([answer_of(fleet, SQL[0], number, None)])
-        assert newcomers.job() is None
-        newcomers.feedback(f"o{number}", [QualitySignal("feedback", 1.0)])
-        newcomers.feedback("unknown", [QualitySignal("feedback", 1.0)])
-    assert newcomers.job() is not None
+        new_slms.observe([answer_of(fleet, SQL[0], number, None)])
+        assert new_slms.job() is None
+        new_slms.feedback(f"o{number}", [QualitySignal("feedback", 1.0)])
+        new_slms.feedback("unknown", [QualitySignal("feedback", 1.0)])
+    assert new_slms.job() is not None
 
 
-def test_a_champion_that_knows_the_slm_ends_its_being_new() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"sql", "shell"})
-    newcomers.observe([answer_of(fleet, SQL[0], 1, 1.0)])
-    assert newcomers.job() is None
+def test_an_slm_that_the_champion_knows_is_not_fitted() -> None:
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"sql", "shell"})
+    new_slms.observe([answer_of(fleet, SQL[0], 1, 1.0)])
+    assert new_slms.job() is None
 
 
-def test_what_is_kept_of_a_newcomer_is_bounded() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
+def test_the_answers_kept_of_a_cold_start_slm_are_bounded() -> None:
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
     row = answer_of(fleet, SQL[0], 0, 1.0)
     for number in range(MAX_ANSWERS + 50):
-        newcomers.observe([make_outcome(f"o{number}", slm_id="sql", numbers=row.features.numbers)])
-    job = newcomers.job()
+        new_slms.observe([make_outcome(f"o{number}", slm_id="sql", numbers=row.features.numbers)])
+    job = new_slms.job()
     assert job is not None
     assert len(dict(job.rows)["sql"]) <= MAX_ANSWERS + len(example_outcomes(fleet, fleet.slms[0]))
 
 
 def test_the_champions_own_predictions_stay_as_they_are() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known=set())
-    job = newcomers.job()
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known=set())
+    job = new_slms.job()
     assert job is not None
     champion = fit(job, 0.0)
     assert champion is not None
     assert known_slms(champion) == {"sql", "shell"}
     grown = make_fleet(*fleet.slms, make_spec("new", examples=("bake a cake",), priors=PRIORS))
-    newcomers.follow(grown, known_slms(champion))
-    job = newcomers.job()
+    new_slms.follow(grown, known_slms(champion))
+    job = new_slms.job()
     assert job is not None
     both = with_cold_start(champion, fit(job, 0.0), MetadataPrior())
     alone = with_cold_start(champion, None, MetadataPrior())
     states = [make_state(s.id) for s in fleet.slms]
     context = context_of(grown, SQL[0])
     assert both.predict(context, fleet.slms, states) == alone.predict(context, fleet.slms, states)
-    assert str(both.version).startswith(f"{champion.version}+new-")
+    assert both.version.champion == champion.version
+    assert both.version.cold_start.startswith("new-")
 
 
 def test_equal_jobs_give_equal_artifacts() -> None:
     fleet = make_two()
     found = []
     for _ in range(2):
-        newcomers = ColdStartSLMs()
-        newcomers.follow(fleet, known=set())
-        job = newcomers.job()
+        new_slms = ColdStartSLMs()
+        new_slms.follow(fleet, known=set())
+        job = new_slms.job()
         assert job is not None
         found.append(fit(job, 0.0))
     assert found[0] == found[1]
 
 
-def test_prompts_that_a_rule_gives_it_stand_in_for_examples_that_its_entry_does_not_name() -> None:
+def test_without_examples_the_prompts_that_a_rule_gives_it_are_examples() -> None:
     fleet = make_fleet(
         make_spec("sql", priors=PRIORS),
         make_spec("shell", examples=tuple(SHELL[:16]), priors=PRIORS),
     )
-    newcomers = ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
-    newcomers.job()
+    new_slms = ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
+    new_slms.job()
     named = [
         change_outcome(answer_of(fleet, t, n, None), path="rule") for n, t in enumerate(SQL[:16])
     ]
-    newcomers.observe(named)
-    assert success(fleet, newcomers, SQL[-1]) > 0.7
-    # What is said of such an answer counts instead of the promise.
+    new_slms.observe(named)
+    assert success(fleet, new_slms, SQL[-1]) > 0.7
+    # Feedback on such an answer replaces the assumed label.
     for outcome in named:
-        newcomers.feedback(outcome.outcome_id, [QualitySignal("feedback", 0.0)])
-    newcomers.observe(
+        new_slms.feedback(outcome.outcome_id, [QualitySignal("feedback", 0.0)])
+    new_slms.observe(
         change_outcome(answer_of(fleet, text, 100 + n, 0.0), path="rule")
         for n, text in enumerate(SQL)
     )
-    assert success(fleet, newcomers, SQL[-1]) < 0.4
+    assert success(fleet, new_slms, SQL[-1]) < 0.4
 
 
-def test_a_rules_word_adds_nothing_where_there_are_examples() -> None:
-    fleet, newcomers = make_two(), ColdStartSLMs()
-    newcomers.follow(fleet, known={"shell"})
-    newcomers.job()
-    newcomers.observe(
+def test_with_examples_the_prompts_of_a_rule_add_nothing() -> None:
+    fleet, new_slms = make_two(), ColdStartSLMs()
+    new_slms.follow(fleet, known={"shell"})
+    new_slms.job()
+    new_slms.observe(
         change_outcome(answer_of(fleet, text, n, None), path="rule") for n, text in enumerate(SQL)
     )
-    assert newcomers.job() is None
+    assert new_slms.job() is None

@@ -1,13 +1,13 @@
-"""The knowledge actor tells routers of SLMs that the champion does not know."""
+"""Fits of SLMs that the champion does not know, as they are published."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from calm_serve.config import Fleet
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
 from calm_serve.prediction.artifact import Artifact
+from calm_serve.protocol.topics import PublishedPredictor
 from calm_serve.testing import make_fleet, make_spec
 
 PRIORS = {"quality": 0.05, "skill_quality": 0.9}
@@ -18,9 +18,9 @@ JOINED = make_spec("new", examples=tuple(f"bake cake number {i}" for i in range(
 
 
 def champion_of(fleet: Fleet) -> Artifact:
-    newcomers = ColdStartSLMs()
-    newcomers.follow(fleet, known=())
-    job = newcomers.job()
+    new_slms = ColdStartSLMs()
+    new_slms.follow(fleet, known=())
+    job = new_slms.job()
     assert job is not None
     champion = fit(job, 0.0)
     assert champion is not None
@@ -30,28 +30,29 @@ def champion_of(fleet: Fleet) -> Artifact:
 BOTH = make_fleet(*FLEET.slms, JOINED)
 
 
-def test_an_slm_that_joins_is_learned_once_and_forgotten_when_a_champion_knows_it() -> None:
-    told: list[dict[str, Any] | None] = []
+def test_an_slm_that_joins_is_fitted_once_until_a_champion_knows_it() -> None:
+    published: list[PublishedPredictor | None] = []
     knows_both = champion_of(BOTH)
     boosters = {k: v for k, v in knows_both.boosters.items() if k.endswith(":old")}
     knows_old = Artifact("champion", ("old",), boosters, {}, 32, 0.0)
 
     async def go() -> None:
-        desk = ColdStartTrainer(told.append, lambda: 0.0)
-        await desk.teach(FLEET, (), knows_old)
-        assert told == []
-        await desk.teach(FLEET, (JOINED,), knows_old)
-        await desk.teach(FLEET, (JOINED,), knows_old)
-        await desk.teach(FLEET, (JOINED,), knows_both)
+        trainer = ColdStartTrainer(published.append, lambda: 0.0)
+        await trainer.fit_if_due(FLEET, (), knows_old)
+        assert published == []
+        await trainer.fit_if_due(FLEET, (JOINED,), knows_old)
+        await trainer.fit_if_due(FLEET, (JOINED,), knows_old)
+        await trainer.fit_if_due(FLEET, (JOINED,), knows_both)
 
     asyncio.run(go())
-    first, last = told
+    first, last = published
     assert first is not None
     assert Artifact.from_bytes(first.blob).slm_ids == ("new",)
     assert last is None
 
 
-def test_without_a_champion_nobody_is_new() -> None:
-    told: list[dict[str, Any] | None] = []
-    asyncio.run(ColdStartTrainer(told.append, lambda: 0.0).teach(FLEET, (JOINED,), None))
-    assert told == []
+def test_without_a_champion_no_slm_is_fitted() -> None:
+    published: list[PublishedPredictor | None] = []
+    trainer = ColdStartTrainer(published.append, lambda: 0.0)
+    asyncio.run(trainer.fit_if_due(FLEET, (JOINED,), None))
+    assert published == []

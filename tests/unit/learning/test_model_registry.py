@@ -1,4 +1,4 @@
-"""Predictors on disk."""
+"""The model registry on disk."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from calm_serve.learning.model_registry import (
     INDEX,
     KEPT,
     Index,
-    Model,
     ModelRegistry,
+    RegisteredPredictor,
 )
 from calm_serve.learning.model_registry import PredictorState as State
 from calm_serve.protocol.topics import PredictorChange
 
 
-def model(number: int, state: State = State.RETIRED) -> Model:
-    return Model(f"lgbm-{number}", "trained", state, 1000.0 + number, 50, {"log_loss": 0.3})
+def entry(number: int, state: State = State.RETIRED) -> RegisteredPredictor:
+    return RegisteredPredictor(
+        f"lgbm-{number}", "trained", state, 1000.0 + number, 50, {"log_loss": 0.3}
+    )
 
 
 def filled(count: int) -> tuple[Index, dict[str, bytes]]:
     index = Index()
     for i in range(count):
-        index = index.with_model(model(i))
-    return index, {m.version: m.version.encode() for m in index.models}
+        index = index.with_predictor(entry(i))
+    return index, {p.version: p.version.encode() for p in index.predictors}
 
 
 def test_index_and_artifacts_survive_a_restart(tmp_path: Path) -> None:
@@ -44,28 +46,28 @@ def test_index_and_artifacts_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_only_the_last_ones_and_those_in_use_are_kept(tmp_path: Path) -> None:
-    shelf, index = ModelRegistry(tmp_path), Index()
+    registry, index = ModelRegistry(tmp_path), Index()
     for i, state in enumerate((State.PREVIOUS, State.CHAMPION)):
-        index = index.with_model(model(i, state))
-        shelf.write(index, {f"lgbm-{i}": b"x"})
+        index = index.with_predictor(entry(i, state))
+        registry.write(index, {f"lgbm-{i}": b"x"})
     for i in range(2, 4 + KEPT):
-        index = index.with_model(model(i))
-        shelf.write(index, {f"lgbm-{i}": b"x"})
-    kept = {m.version for m in shelf.index.models}
+        index = index.with_predictor(entry(i))
+        registry.write(index, {f"lgbm-{i}": b"x"})
+    kept = {p.version for p in registry.index.predictors}
     assert kept == {"lgbm-0", "lgbm-1", *(f"lgbm-{i}" for i in range(4, 4 + KEPT))}
     assert {p.stem for p in (tmp_path / FOLDER).glob("*.bin")} == kept
 
 
 def test_a_pinned_one_is_kept(tmp_path: Path) -> None:
-    index = replace(Index().with_model(model(0)), pinned="lgbm-0")
+    index = replace(Index().with_predictor(entry(0)), pinned="lgbm-0")
     for i in range(1, 3 + KEPT):
-        index = index.with_model(model(i))
+        index = index.with_predictor(entry(i))
     assert "lgbm-0" in index.by_version
     assert "lgbm-1" not in index.by_version
 
 
 @pytest.mark.parametrize("content", ["{", '{"models": [{"version": 1}]}', "[]"])
-def test_a_broken_index_is_begun_anew(
+def test_an_unreadable_index_is_ignored_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
     (tmp_path / FOLDER).mkdir()
@@ -77,13 +79,13 @@ def test_a_broken_index_is_begun_anew(
 
 def test_an_index_that_could_not_be_written_changes_nothing(tmp_path: Path) -> None:
     index, blobs = filled(1)
-    shelf = ModelRegistry(tmp_path)
-    shelf.write(index, blobs)
-    more = index.with_model(model(7))
+    registry = ModelRegistry(tmp_path)
+    registry.write(index, blobs)
+    more = index.with_predictor(entry(7))
     (tmp_path / FOLDER / "lgbm-7.tmp").mkdir()  # the artifact cannot be written
     with pytest.raises(KnowledgeError, match="lgbm-7"):
-        shelf.write(more, {"lgbm-7": b"x"})
-    assert ModelRegistry(tmp_path).index == shelf.index == index
+        registry.write(more, {"lgbm-7": b"x"})
+    assert ModelRegistry(tmp_path).index == registry.index == index
 
 
 def test_a_missing_artifact_is_an_error_with_its_name(tmp_path: Path) -> None:
@@ -91,9 +93,11 @@ def test_a_missing_artifact_is_an_error_with_its_name(tmp_path: Path) -> None:
         ModelRegistry(tmp_path).read("nowhere")
 
 
-def test_a_state_is_handed_on_with_its_reason() -> None:
-    index = Index().with_model(model(1, State.CHAMPION)).with_model(model(2, State.CHALLENGER))
-    turned = index.turned(State.CHAMPION, State.ROLLED_BACK, "too sure of itself")
-    assert turned.of(State.CHAMPION) is None
-    assert turned.by_version["lgbm-1"].note == "too sure of itself"
-    assert turned.by_version["lgbm-2"] == index.by_version["lgbm-2"]
+def test_a_transition_changes_one_predictor_and_notes_the_reason() -> None:
+    index = (
+        Index().with_predictor(entry(1, State.CHAMPION)).with_predictor(entry(2, State.CHALLENGER))
+    )
+    changed = index.with_transition(State.CHAMPION, State.ROLLED_BACK, "overconfident")
+    assert changed.of(State.CHAMPION) is None
+    assert changed.by_version["lgbm-1"].note == "overconfident"
+    assert changed.by_version["lgbm-2"] == index.by_version["lgbm-2"]

@@ -1,4 +1,4 @@
-"""What the knowledge actor finds in a stream of outcomes, and whom it tells."""
+"""What the outcome monitor finds in a stream of outcomes, and what it publishes."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from calm_serve.types import Outcome, Prediction, PredictorVersion, QualitySigna
 
 
 class World:
-    """A watch, what it published, and how often it asked for training."""
+    """An outcome monitor, what it published, and how often it asked for training."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.published: list[MonitorFindings] = []
         self.trainings = 0
-        self.watch = OutcomeMonitor(self.clock, self.clock, self.published.append, self._train)
+        self.monitor = OutcomeMonitor(self.clock, self.clock, self.published.append, self._train)
         self._count = 0
 
     def outcome(self, **fields: Any) -> Outcome:
         """An outcome with an id of its own; a second passes."""
         self._count += 1
         self.clock.advance(1.0)
-        predicted = Prediction("small", 0.9, 10.0, 0.05, 0.01, 1.0)
-        return make_outcome(f"o{self._count}", **{"predicted": predicted, **fields})
+        slm_id = fields.get("slm_id", "small")
+        values = {"predicted": predicted(slm_id=slm_id), **fields}
+        return make_outcome(f"o{self._count}", **values)
 
     def send(self, **fields: Any) -> None:
         """One outcome as a batch."""
-        self.watch.observe([self.outcome(**fields)])
+        self.monitor.observe([self.outcome(**fields)])
 
     @property
     def last(self) -> MonitorFindings:
-        """The newest published document."""
+        """The newest published findings."""
         return self.published[-1]
 
     def alarms(self) -> set[tuple[str, str]]:
@@ -59,23 +60,31 @@ def world() -> World:
     return World()
 
 
+def predicted(
+    success_ratio: float = 0.9, tokens: float = 10.0, slm_id: str = "small"
+) -> Prediction:
+    return Prediction(slm_id, success_ratio, tokens, 0.05, 0.01, 1.0)
+
+
 def feedback(value: float) -> tuple[QualitySignal, ...]:
     return (QualitySignal("feedback", value),)
 
 
 @pytest.mark.parametrize(("output_tokens", "falls"), [(10, False), (30, True)])
-def test_bad_answers_of_another_length_are_believed_sooner(output_tokens: int, falls: bool) -> None:
+def test_bad_answers_of_another_length_lower_the_factor_sooner(
+    output_tokens: int, falls: bool
+) -> None:
     world, draw = World(), Random(4)
-    expected = Prediction("small", 0.5, 10.0, 0.05, 0.01, 1.0)
+    expected = predicted(0.5)
     for _ in range(100):
-        said = feedback(float(draw.random() < 0.5))
-        world.send(predicted=expected, output_tokens=10, signals=said)
+        signals = feedback(float(draw.random() < 0.5))
+        world.send(predicted=expected, output_tokens=10, signals=signals)
     for _ in range(25):
         world.send(predicted=expected, output_tokens=output_tokens)
     assert (("tokens", "small") in world.alarms()) is falls
     for _ in range(10):
         world.send(predicted=expected, output_tokens=output_tokens, signals=feedback(0.0))
-    assert (world.watch._factors["small"] < 0.5) is falls
+    assert (world.monitor._factors["small"] < 0.5) is falls
 
 
 def test_a_collapse_lowers_the_factor_and_raises_one_alarm_logged_once(
@@ -96,9 +105,9 @@ def test_a_collapse_lowers_the_factor_and_raises_one_alarm_logged_once(
 def test_feedback_counts_whether_it_comes_before_or_after_its_outcome(world: World) -> None:
     for _ in range(20):
         first, second = world.outcome(), world.outcome(slm_id="large")
-        world.watch.feedback(first.outcome_id, feedback(0.0))
-        world.watch.observe([first, second])
-        world.watch.feedback(second.outcome_id, feedback(0.0))
+        world.monitor.feedback(first.outcome_id, feedback(0.0))
+        world.monitor.observe([first, second])
+        world.monitor.feedback(second.outcome_id, feedback(0.0))
     factors = world.last.calibration_factors
     assert factors["small"] == factors["large"] < 0.4
 
@@ -106,9 +115,9 @@ def test_feedback_counts_whether_it_comes_before_or_after_its_outcome(world: Wor
 def test_an_outcome_that_is_delivered_twice_counts_once(world: World) -> None:
     outcome = world.outcome(signals=feedback(0.0))
     once, twice = World(), World()
-    once.watch.observe([outcome])
-    twice.watch.observe([outcome, outcome])
-    twice.watch.observe([outcome])
+    once.monitor.observe([outcome])
+    twice.monitor.observe([outcome, outcome])
+    twice.monitor.observe([outcome])
     assert once.last == twice.last
 
 
@@ -118,7 +127,7 @@ def test_a_factor_fades_by_time_alone(world: World) -> None:
     assert world.last.calibration_factors["small"] < 0.3
     for _ in range(300):
         world.clock.advance(5.0)
-        world.watch.tick()
+        world.monitor.tick()
     assert world.last.calibration_factors.get("small", 1.0) > 0.9
 
 
@@ -126,7 +135,7 @@ def test_a_new_predictor_is_not_corrected_for_what_the_old_one_got_wrong(world: 
     for _ in range(30):
         world.send(signals=feedback(0.0))
     assert world.last.calibration_factors["small"] < 0.3
-    learned = Prediction("small", 0.1, 10.0, 0.05, 0.01, 1.0)
+    learned = predicted(0.1)
     world.send(versions=Versions(PredictorVersion("newer"), "goals", "fleet"), predicted=learned)
     assert (world.last.calibration_factors, world.alarms()) == ({}, set())
     for _ in range(5):
@@ -134,23 +143,23 @@ def test_a_new_predictor_is_not_corrected_for_what_the_old_one_got_wrong(world: 
     assert world.last.calibration_factors.get("small", 1.0) > 0.3
 
 
-def test_a_predictor_that_says_other_lengths_is_no_drift(world: World) -> None:
+def test_a_predictor_with_other_lengths_is_no_drift(world: World) -> None:
     draw = Random(8)
     for number in range(600):
         version, tokens = ("old", 10.0) if number < 300 else ("new", 25.0)
         world.send(
             versions=Versions(PredictorVersion(version), "goals", "fleet"),
-            predicted=Prediction("small", 0.9, tokens, 0.05, 0.01, 1.0),
+            predicted=predicted(tokens=tokens),
             output_tokens=round(25 * draw.lognormvariate(0.0, 0.3)),
         )
     assert world.alarms() == set()
 
 
-def test_silence_of_an_slms_own_validator_is_its_usual_from_the_first_answer_on(
+def test_answers_that_an_slms_own_validator_passes_count_as_usual_from_the_first_on(
     world: World,
 ) -> None:
     world.send()
-    world.watch.set_slms([make_spec("small", validator="sql"), make_spec("large")])
+    world.monitor.set_slms([make_spec("small", validator="sql"), make_spec("large")])
     for _ in range(60):
         world.send()
     for _ in range(10):
@@ -159,7 +168,7 @@ def test_silence_of_an_slms_own_validator_is_its_usual_from_the_first_answer_on(
     assert ("quality", "small") in world.alarms()
 
 
-def test_an_slm_named_by_rules_is_held_to_what_it_usually_achieves(world: World) -> None:
+def test_an_slm_named_by_rules_is_compared_with_its_usual_score(world: World) -> None:
     for _ in range(50):
         world.send(predicted=None, path="rule", signals=feedback(1.0))
     assert "small" not in world.last.calibration_factors
@@ -215,12 +224,11 @@ def test_a_wrong_predictor_is_a_calibration_alarm_until_it_is_right_again(world:
     draw = Random(6)
     for number in range(300):
         # Too high as often as too low: no factor helps.
-        p = 0.9 if number % 2 else 0.1
-        wrong = Prediction("small", p, 10.0, 0.05, 0.01, 1.0)
+        wrong = predicted(0.9 if number % 2 else 0.1)
         world.send(signals=feedback(float(draw.random() < 0.5)), predicted=wrong)
     assert ("calibration", "") in world.alarms()
     assert world.last.calibration_error == pytest.approx(0.4, abs=0.1)
-    right = Prediction("small", 0.5, 10.0, 0.05, 0.01, 1.0)
+    right = predicted(0.5)
     for _ in range(600):
         world.send(signals=feedback(float(draw.random() < 0.5)), predicted=right)
     assert ("calibration", "") not in world.alarms()
@@ -228,21 +236,21 @@ def test_a_wrong_predictor_is_a_calibration_alarm_until_it_is_right_again(world:
 
 def test_statistics_alone_are_published_every_few_seconds_only(world: World) -> None:
     for _ in range(100):
-        world.watch.observe([make_outcome(f"fast{world.clock()}", slm_id="small")])
+        world.monitor.observe([make_outcome(f"fast{world.clock()}", slm_id="small")])
         world.clock.advance(0.1)
     assert len(world.published) <= 100 * 0.1 / PUBLISH_S + 2
 
 
-def test_alarms_end_by_themselves_and_keep_their_beginning_while_renewed() -> None:
+def test_alarms_end_by_time_and_keep_their_start_while_renewed() -> None:
     clock = FakeClock(0.0)
     alarms = Alarms(clock)
     assert alarms.start("speed", "small", 2.0) is not None
     clock.advance(LIFETIME_S / 2)
     assert alarms.start("speed", "small", 3.0) is None
-    (row,) = alarms.current()
-    assert (row.since, row.size) == (0.0, 3.0)
+    (alarm,) = alarms.current()
+    assert (alarm.since, alarm.size) == (0.0, 3.0)
     clock.advance(LIFETIME_S - 1.0)
-    assert [row.slm for row in alarms.current()] == ["small"]
+    assert [alarm.slm for alarm in alarms.current()] == ["small"]
     clock.advance(2.0)
     assert alarms.current() == ()
 

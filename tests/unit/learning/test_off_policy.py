@@ -16,7 +16,13 @@ from calm_serve.learning.off_policy import (
     measured,
 )
 from calm_serve.testing import make_outcome
-from calm_serve.types import DecisionTerms, LoggedCandidate, Prediction, QualitySignal, Weights
+from calm_serve.types import (
+    DecisionTerms,
+    LoggedCandidate,
+    Prediction,
+    QualitySignal,
+    Weights,
+)
 
 # Two kinds of prompt and three SLMs: P(success). The best choice depends on the kind.
 TRUTH = np.array([[0.9, 0.4, 0.6], [0.2, 0.8, 0.6]])
@@ -63,7 +69,7 @@ def test_doubly_robust_varies_less_than_ips_with_a_good_model() -> None:
     assert spread["self_normalised"] < spread["ips"]
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_cover_the_truth_about_as_often_as_stated() -> None:
     trials = 120
     hits = dict.fromkeys(("ips", "self_normalised", "doubly_robust"), 0)
     for seed in range(trials):
@@ -73,10 +79,10 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
             hits[name] += low <= TRUE_VALUE <= high
     # Binomial(120, 0.95) is below 106 less than once in a hundred.
     assert min(hits.values()) >= 106
-    assert sum(hits.values()) < 3 * trials  # an interval that always covers says nothing
+    assert sum(hits.values()) < 3 * trials  # an interval that always covers is too wide
 
 
-def test_weights_are_clipped_and_said_to_be() -> None:
+def test_weights_are_clipped_and_the_clip_is_reported() -> None:
     log = Log(
         value=np.ones(100),
         propensity=np.full(100, 0.001),
@@ -117,14 +123,14 @@ def test_the_reward_weighs_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("status", ["rejected", "cancelled"])
-def test_a_request_that_was_not_answered_through_no_fault_of_the_slm_says_nothing(
+def test_a_rejected_or_cancelled_request_measures_nothing(
     status: str,
 ) -> None:
     found = measured(make_outcome(status=status), Weights(0.1, 0.02, 0.5))
     assert all(np.isnan(v) for v in found.values())
 
 
-def test_an_answer_that_failed_is_worth_nothing_and_took_its_time() -> None:
+def test_a_failed_answer_has_no_quality_but_its_latency_counts() -> None:
     failed = make_outcome(status="error", e2e_s=2.0, energy_j=None, signals=())
     found = measured(failed, Weights(0.1, 0.02, 0.5))
     assert (found["quality"], found["reward"]) == (0.0, pytest.approx(-0.2))
@@ -133,22 +139,22 @@ def test_an_answer_that_failed_is_worth_nothing_and_took_its_time() -> None:
 
 def two_slms(i: int, *, other_is_right: bool, explored: bool) -> Any:
     """ "small" was predicted better; the truth about "large" is in its labels."""
-    candidates = [
+    candidates = tuple(
         LoggedCandidate(Prediction(slm_id, success_ratio, 10.0, 0.05, 0.01, 1.0), True, 1.0)
         for slm_id, success_ratio in (("small", 0.9), ("large", 0.6))
-    ]
-    chosen = candidates[::-1] if explored else candidates
+    )
+    chosen_first = candidates[::-1] if explored else candidates
     good = other_is_right if explored else not other_is_right
     return make_outcome(
         f"o{i}",
-        slm_id=chosen[0].prediction.slm_id,
+        slm_id=chosen_first[0].prediction.slm_id,
         propensity=0.2 if explored else 0.8,
         signals=(QualitySignal("feedback", float(good), 1.0),),
-        terms=DecisionTerms(tuple(chosen), Weights(0.1, 0.002, 0.05)),
+        terms=DecisionTerms(chosen_first, Weights(0.1, 0.002, 0.05)),
     )
 
 
-def test_a_policy_log_prefers_the_policy_that_the_explored_outcomes_speak_for() -> None:
+def test_a_policy_log_prefers_the_policy_that_explored_outcomes_favour() -> None:
     log = PolicyLog(["best", "other"])
     for i in range(300):
         logged = read_decision(two_slms(i, other_is_right=True, explored=i % 5 == 0))
@@ -158,12 +164,12 @@ def test_a_policy_log_prefers_the_policy_that_the_explored_outcomes_speak_for() 
         assert choices["best"] == "small"
         log.add(logged, ranked, choices, logged.weights)
     gain = log.difference("reward", "other", "best", seed=0)
-    assert gain.ci95[0] > 0.5  # the model alone says that it loses 0.3
+    assert gain.ci95[0] > 0.5  # by the model alone it loses 0.3
     assert estimate(log.metric("quality", "other"), seed=0).doubly_robust.value > 0.9
     assert log.difference("quality", "best", None, seed=0).value < -0.1
 
 
-def test_a_metric_that_nobody_measured_is_an_error() -> None:
+def test_a_metric_that_was_never_measured_is_an_error() -> None:
     log = PolicyLog(["best"])
     with pytest.raises(ValueError, match="reward"):
         log.difference("reward", "best", None, seed=0)

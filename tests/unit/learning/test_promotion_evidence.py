@@ -1,4 +1,4 @@
-"""Promotion and rollback on the right evidence, whatever else happens at the same time."""
+"""Promotion and rollback under concurrent changes, on the right evidence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Literal
 import pytest
 
 from calm_serve.config import Goals
-from calm_serve.learning.evaluation import live_calibration
+from calm_serve.learning.evaluation import compare_live
 from calm_serve.learning.promotion import Promotion
 from calm_serve.testing import change_outcome
-from calm_serve.types import Outcome, Prediction
+from calm_serve.types import Outcome
 from tests.logged_decisions import serve
-from tests.promotion_desk import (
+from tests.promotion_world import (
     BAD,
     BETTER,
     GOALS,
     GOOD,
-    Desk,
+    PromotionWorld,
     at_once,
     blob,
     predictor,
@@ -31,14 +31,14 @@ from tests.promotion_desk import (
 
 
 @pytest.fixture
-async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
-    made = Desk(tmp_path)
+async def world(tmp_path: Path) -> AsyncIterator[PromotionWorld]:
+    made = PromotionWorld(tmp_path)
     yield made
     made.store.close()
 
 
-class Gate:
-    """An `in_thread` whose next call waits until the test lets it go on."""
+class PausedThread:
+    """An `in_thread` whose next call waits until the test sets `go_on`."""
 
     def __init__(self) -> None:
         self.next_waits = False
@@ -52,139 +52,140 @@ class Gate:
         return await at_once(call)
 
 
-class Busy(asyncio.Lock):
-    """A promotion's lock that says when somebody has to wait for it."""
+class ObservedLock(asyncio.Lock):
+    """A promotion's lock that signals when a second task waits for it."""
 
     def __init__(self, promotion: Promotion) -> None:
         super().__init__()
-        self.asked_again = asyncio.Event()
+        self.contended = asyncio.Event()
         promotion._lock = self
 
     async def acquire(self) -> Literal[True]:
         if self.locked():
-            self.asked_again.set()
+            self.contended.set()
         return await super().acquire()
 
 
-async def on_trial(desk: Desk, gate: Gate) -> Promotion:
-    """BAD decides, GOOD decided before, and the log has what convicts BAD."""
-    promotion = desk.start()
+async def worse_champion(world: PromotionWorld, thread: PausedThread) -> Promotion:
+    """BAD is the champion, GOOD the previous one, and the log shows that BAD is worse."""
+    promotion = world.start()
     await promotion.offer(blob(GOOD))
     await promotion.offer(blob(BAD))
-    desk.store.append(serve(80, GOALS, predictor(BAD)))
-    promotion._in_thread = gate
+    world.store.append(serve(80, GOALS, predictor(BAD)))
+    promotion._in_thread = thread
     return promotion
 
 
-async def test_a_verdict_on_one_champion_does_not_roll_back_the_next(desk: Desk) -> None:
-    gate = Gate()
-    promotion = await on_trial(desk, gate)
-    busy, gate.next_waits = Busy(promotion), True
+async def test_a_verdict_on_one_champion_does_not_roll_back_the_next(world: PromotionWorld) -> None:
+    thread = PausedThread()
+    promotion = await worse_champion(world, thread)
+    lock, thread.next_waits = ObservedLock(promotion), True
     promoting = asyncio.create_task(promotion.offer(blob(BETTER)))
-    await gate.waiting.wait()
+    await thread.waiting.wait()
     check = asyncio.create_task(promotion.tick())
-    await busy.asked_again.wait()
-    gate.go_on.set()
+    await lock.contended.wait()
+    thread.go_on.set()
     assert await promoting == "promoted"
     await check
-    assert desk.decides == version(BETTER)
+    assert world.champion == version(BETTER)
 
 
-async def test_a_pin_that_comes_during_the_verdict_wins_and_ends_nothing(desk: Desk) -> None:
-    gate = Gate()
-    promotion = await on_trial(desk, gate)
-    busy, gate.next_waits = Busy(promotion), True
+async def test_a_pin_during_the_evaluation_prevents_the_rollback(world: PromotionWorld) -> None:
+    thread = PausedThread()
+    promotion = await worse_champion(world, thread)
+    lock, thread.next_waits = ObservedLock(promotion), True
     pinning = asyncio.create_task(promotion.pin(version(BAD)))
-    await gate.waiting.wait()
+    await thread.waiting.wait()
     check = asyncio.create_task(promotion.tick())
-    await busy.asked_again.wait()
-    gate.go_on.set()
+    await lock.contended.wait()
+    thread.go_on.set()
     await pinning
     await check
-    assert desk.decides == version(BAD)
+    assert world.champion == version(BAD)
 
 
-async def test_a_full_shadow_does_not_end_that_of_the_next_challenger(desk: Desk) -> None:
-    promotion, gate = desk.start(shadow_requests=30), Gate()
+async def test_the_end_of_one_shadow_does_not_end_the_next_challengers(
+    world: PromotionWorld,
+) -> None:
+    promotion, thread = world.start(shadow_requests=30), PausedThread()
     await promotion.offer(blob(GOOD))
     await promotion.offer(blob(BAD))
-    promotion._in_thread = gate
-    busy, gate.next_waits = Busy(promotion), True
+    promotion._in_thread = thread
+    lock, thread.next_waits = ObservedLock(promotion), True
     replacing = asyncio.create_task(promotion.offer(blob(BETTER)))
-    await gate.waiting.wait()
-    full = asyncio.create_task(promotion.observe(shadowed(30, GOOD, BAD, start_s=desk.clock())))
-    await busy.asked_again.wait()
-    gate.go_on.set()
+    await thread.waiting.wait()
+    full = asyncio.create_task(promotion.observe(shadowed(30, GOOD, BAD, start_s=world.clock())))
+    await lock.contended.wait()
+    thread.go_on.set()
     assert await replacing == "shadow"
     await full
-    assert (desk.decides, desk.board["challenger"].version) == (version(GOOD), version(BETTER))
+    assert (world.champion, world.challenger) == (version(GOOD), version(BETTER))
 
 
-async def test_a_shipped_predictor_that_was_rolled_back_does_not_come_again(
-    desk: Desk, tmp_path: Path
+async def test_a_shipped_predictor_that_was_rolled_back_is_not_promoted_again(
+    world: PromotionWorld, tmp_path: Path
 ) -> None:
     for name, training in (("old", GOOD), ("new", BAD)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "predictor.bin").write_bytes(blob(training))
-    promotion = desk.start()
+    promotion = world.start()
     await promotion.ship(str(tmp_path / "old"))
     await promotion.ship(str(tmp_path / "new"))
-    assert desk.decides == version(BAD)
+    assert world.champion == version(BAD)
     await promotion.rollback()
     await promotion.ship(str(tmp_path / "new"))  # the next router connects
-    assert desk.decides == version(GOOD)
-    desk.start(str(tmp_path / "new"))
-    assert desk.decides == version(GOOD)
+    assert world.champion == version(GOOD)
+    world.start(str(tmp_path / "new"))
+    assert world.champion == version(GOOD)
 
 
-async def test_a_challenger_that_beat_a_champion_now_gone_is_not_taken(desk: Desk) -> None:
-    promotion = desk.start()
+async def test_a_challenger_that_beat_a_replaced_champion_is_not_taken(
+    world: PromotionWorld,
+) -> None:
+    promotion = world.start()
     await promotion.offer(blob(GOOD))
     await promotion.offer(blob(BAD))
     await promotion.rollback()  # while a training against BAD was running
     assert await promotion.offer(blob(BETTER), against=version(BAD)) == "outdated"
-    assert (desk.decides, desk.board["challenger"]) == (version(GOOD), None)
+    assert (world.champion, world.challenger) == (version(GOOD), "")
     assert await promotion.offer(blob(BETTER), against=version(GOOD)) == "promoted"
 
 
-def flattering(outcomes: list[Outcome]) -> list[Outcome]:
-    """The same answers with every label the wrong way round: what BAD was trained on."""
+def inverted(outcomes: list[Outcome]) -> list[Outcome]:
+    """The same answers with inverted labels, as BAD was trained on."""
     return [
         change_outcome(o, signals=tuple(replace(s, value=1.0 - s.value) for s in o.signals))
         for o in outcomes
     ]
 
 
-async def test_a_challenger_is_not_judged_on_answers_from_before_it_came(desk: Desk) -> None:
-    promotion = desk.start(shadow_requests=50)
+async def test_a_challenger_is_compared_only_on_answers_since_it_was_offered(
+    world: PromotionWorld,
+) -> None:
+    promotion = world.start(shadow_requests=50)
     await promotion.offer(blob(GOOD))
     await promotion.offer(blob(BETTER))
-    desk.store.append(flattering(serve(200, GOALS, predictor(GOOD), start_s=desk.clock())))
-    desk.clock.advance(250.0)  # BAD is trained on these, and takes the place of BETTER
+    world.store.append(inverted(serve(200, GOALS, predictor(GOOD), start_s=world.clock())))
+    world.clock.advance(250.0)  # BAD is trained on these, and replaces BETTER
     await promotion.offer(blob(BAD))
-    await desk.log(promotion, shadowed(50, GOOD, BAD, start_s=desk.clock()))
-    assert (desk.decides, desk.board["challenger"]) == (version(GOOD), None)
+    await world.log(promotion, shadowed(50, GOOD, BAD, start_s=world.clock()))
+    assert (world.champion, world.challenger) == (version(GOOD), "")
 
 
-def prediction_of(outcome: Outcome) -> Prediction:
-    assert outcome.decision.predicted is not None
-    return outcome.decision.predicted
-
-
-def test_a_champion_answers_for_its_own_predictions_only() -> None:
+def test_a_champion_is_evaluated_on_its_own_predictions_only() -> None:
     champion = predictor(GOOD)
     outcomes = serve(40, Goals(exploration_ratio=0.0), champion)
-    # An SLM that it never saw: whoever stood in hoped for more than came.
-    strangers = [
+    # An SLM that the champion does not know: another predictor was too optimistic about it.
+    unknown = [
         change_outcome(
             o,
             outcome_id=f"new-{o.outcome_id}",
-            slm_id="newcomer",
-            predicted=replace(prediction_of(o), slm_id="newcomer", success_ratio=0.99),
+            slm_id="unknown",
+            predicted=replace(o.decision.predicted, slm_id="unknown", success_ratio=0.99),
             signals=tuple(replace(s, value=0.0) for s in o.signals),
         )
         for o in outcomes
     ]
-    found = live_calibration([*outcomes, *strangers], GOOD.artifact, BETTER.artifact)
+    found = compare_live([*outcomes, *unknown], GOOD.artifact, BETTER.artifact)
     assert found is not None
     assert (found.labelled, found.surely_worse) == (40, False)

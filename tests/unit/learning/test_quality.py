@@ -1,4 +1,4 @@
-"""Labels that come only when something is wrong do not look like an SLM that broke."""
+"""Feedback that comes mostly for failures does not look like an SLM that broke."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_feedback_on_most_answers_is_compared_with_the_prediction_at_once() -> N
     assert quality.factor < 0.5
 
 
-def test_feedback_that_begins_late_is_believed_within_tens_of_answers() -> None:
+def test_feedback_that_begins_late_counts_within_tens_of_answers() -> None:
     quality = SLMQualityStream(FakeClock())
     for _ in range(400):
         quality.answered(())
@@ -44,7 +44,7 @@ def test_feedback_that_begins_late_is_believed_within_tens_of_answers() -> None:
     assert quality.factor < 0.5
 
 
-def test_an_slm_that_reports_only_its_failures_is_not_taken_for_broken() -> None:
+def test_failures_reported_alone_do_not_lower_the_factor_much() -> None:
     clock, draw = FakeClock(), Random(2)
     quality = SLMQualityStream(clock)
     factors = []
@@ -67,7 +67,7 @@ def test_failures_far_above_the_usual_lower_the_factor_within_50_answers(seed: i
     assert quality.factor < 0.5
 
 
-def test_an_slm_that_never_failed_its_own_check_is_distrusted_once_it_does() -> None:
+def test_an_slm_that_never_failed_its_validator_loses_its_factor_once_it_does() -> None:
     clock = FakeClock()
     quality = SLMQualityStream(clock, form_is_checked=True)
     for number in range(310):
@@ -93,10 +93,10 @@ def test_feedback_on_some_answers_finds_a_broken_slm_within_50_of_them(seed: int
     assert quality.factor > 0.8
     for _ in range(50):
         answer(0.0)
-    assert quality.factor < 0.5  # where rules stop to hold
+    assert quality.factor < 0.5  # below it no rule names the SLM
 
 
-def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_published() -> None:
+def test_the_factor_of_an_slm_named_by_rules_survives_another_predictor() -> None:
     clock = FakeClock()
     quality = SLMQualityStream(clock)
     for number in range(120):
@@ -108,7 +108,7 @@ def test_an_slm_that_rules_name_stays_distrusted_when_another_predictor_is_publi
     assert quality.factor < 0.3
 
 
-def test_what_lasts_becomes_usual_in_the_end() -> None:
+def test_a_lasting_change_becomes_the_usual_score() -> None:
     clock, draw = FakeClock(), Random(3)
     quality = SLMQualityStream(clock)
     for number in range(30_000):
@@ -117,7 +117,7 @@ def test_what_lasts_becomes_usual_in_the_end() -> None:
     assert quality.factor > 0.85
 
 
-def test_another_predictor_starts_without_a_correction() -> None:
+def test_another_predictor_starts_with_a_factor_of_one() -> None:
     quality = SLMQualityStream(FakeClock())
     for _ in range(20):
         quality.answered(())
@@ -126,7 +126,7 @@ def test_another_predictor_starts_without_a_correction() -> None:
     assert quality.factor == 1.0
 
 
-def test_the_latest_feedback_counts_and_other_signals_are_none() -> None:
-    said = (QualitySignal("feedback", 1.0, 2.0), QualitySignal("feedback", 0.25, 3.0))
-    assert feedback_score((*said, *FAILED)) == 0.25
+def test_the_latest_feedback_counts_and_other_sources_do_not() -> None:
+    scores = (QualitySignal("feedback", 1.0, 2.0), QualitySignal("feedback", 0.25, 3.0))
+    assert feedback_score((*scores, *FAILED)) == 0.25
     assert feedback_score(FAILED) is None

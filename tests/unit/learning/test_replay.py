@@ -69,7 +69,7 @@ def test_other_goals_and_predictors_are_not_expected_to_reproduce() -> None:
     assert dict(prior.not_comparable) == {"decided by another predictor": 30}
 
 
-def test_what_chose_otherwise_is_counted_by_reason() -> None:
+def test_decisions_that_cannot_be_replayed_are_counted_by_reason() -> None:
     pinned, ruled, old = (
         make_outcome(str(i), path=path) for i, path in enumerate(("pinned", "rule", "scored"))
     )
@@ -84,19 +84,14 @@ def test_what_chose_otherwise_is_counted_by_reason() -> None:
 def test_a_shipped_predictor_is_recognised_by_its_version() -> None:
     outcomes = serve(20, GOALS, LEARNED)
     shipped = [
-        change_outcome(
-            o,
-            versions=replace(
-                o.decision.versions,
-                predictor=replace(o.decision.versions.predictor, shipped=True),
-            ),
-        )
+        change_outcome(o, versions=replace(o.decision.versions, predictor=replace(p, shipped=True)))
         for o in outcomes
+        if (p := o.decision.versions.predictor)
     ]
     assert replayed(shipped, GOALS, LEARNED).reproduced == 20
 
 
-def test_the_estimates_find_out_that_a_predictor_chooses_better() -> None:
+def test_the_estimates_show_that_a_predictor_chooses_better() -> None:
     outcomes = serve(600, GOALS)  # by the prior: the same SLM for every prompt
     report = replayed(outcomes, GOALS, LEARNED).report()
     assert 200 < report["changed"] < 400
@@ -110,7 +105,7 @@ def test_the_estimates_find_out_that_a_predictor_chooses_better() -> None:
     assert sum(moved.values()) == report["changed"]
 
 
-def test_goals_without_patience_choose_what_is_predicted_to_be_faster() -> None:
+def test_a_high_latency_weight_chooses_what_is_predicted_to_be_faster() -> None:
     outcomes = serve(400, GOALS, LEARNED)
     report = replayed(outcomes, Goals(exploration_ratio=0.0, latency_weight_per_s=50.0)).report()
     faster = report["estimates"]["e2e_s"]["difference"]
@@ -166,7 +161,7 @@ def test_a_log_may_be_a_store_or_json_lines(tmp_path: Path) -> None:
         ("notes.sqlite", "nothing like a database, but long enough to look at", "database"),
     ],
 )
-def test_what_is_no_log_is_refused(
+def test_a_file_that_is_no_log_is_an_error(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:

@@ -14,6 +14,7 @@ from calm_serve.learning.shadow import Shadow
 from calm_serve.learning.training import Training, train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
+from calm_serve.protocol.topics import PredictorStatus, Topic
 from calm_serve.testing import FakeClock, change_outcome
 from calm_serve.types import Outcome
 from tests.knowledge_data import CODER, TALKER, make_world
@@ -23,7 +24,7 @@ GOALS = Goals(exploration_ratio=0.2)
 
 
 def trained(seed: int, *, upside_down: bool = False) -> Training:
-    """A predictor of the world, or one that has every label the wrong way round."""
+    """A predictor of the world, or one that was trained on inverted labels."""
     outcomes = make_world(800, seed=seed)
     if upside_down:
         outcomes = [
@@ -52,23 +53,23 @@ async def at_once(call: Callable[[], Any]) -> Any:
     return call()
 
 
-class Desk:
+class PromotionWorld:
     """Promotions on one folder and store, one after another, and what they published."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = FakeClock(1000.0)
         self.store = OutcomeStore(f"sqlite:///{folder / 'outcomes.sqlite'}")
-        self.board: dict[str, Any] = {}
+        self.published: dict[Topic, Any] = {}
 
     def start(self, shipped_dir: str = "", **learning: Any) -> Promotion:
-        self.board.clear()
+        self.published.clear()
         return Promotion(
             Learning(**{"shadow_requests": 0, **learning}),
             shipped_dir,
             self.folder,
             store=self.store,
-            publish=self.board.__setitem__,
+            publish=self.published.__setitem__,
             in_thread=at_once,
             clock=self.clock,
         )
@@ -80,8 +81,21 @@ class Desk:
         await promotion.tick()
 
     @property
-    def decides(self) -> str:
-        return str(self.board["predictor"].version)
+    def champion(self) -> str:
+        """Version of the published champion."""
+        return str(self.published[Topic.PREDICTOR].version)
+
+    @property
+    def challenger(self) -> str:
+        """Version of the published challenger, "" for none."""
+        found = self.published[Topic.CHALLENGER]
+        return "" if found is None else str(found.version)
+
+    @property
+    def status(self) -> PredictorStatus:
+        """The published status of all predictors."""
+        found: PredictorStatus = self.published[Topic.PREDICTORS]
+        return found
 
 
 def shadowed(count: int, present: Training, challenger: Training, **more: Any) -> list[Outcome]:
@@ -89,8 +103,9 @@ def shadowed(count: int, present: Training, challenger: Training, **more: Any) -
     clock = FakeClock()
     shadow = Shadow(clock)
     shadow.challenger = predictor(challenger)
-    outcomes: list[Outcome] = []
-    for outcome in serve(count, GOALS, predictor(present), **more):
+    outcomes = serve(count, GOALS, predictor(present), **more)
+    compared = []
+    for outcome in outcomes:
         clock.advance(1.0)
-        outcomes.append(change_outcome(outcome, shadow=shadow.compare(outcome)))
-    return outcomes
+        compared.append(change_outcome(outcome, shadow=shadow.compare(outcome)))
+    return compared
