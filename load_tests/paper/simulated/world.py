@@ -63,17 +63,14 @@ class World:
         residency: ResidencyOptions | None = None,
         feedback_ratio: float = 1.0,
     ) -> None:
-        self.answers, self.seed = answers, seed
-        self.feedback_ratio = feedback_ratio
+        self.answers, self.seed, self.feedback_ratio = answers, seed, feedback_ratio
         self.faults: dict[str, Fault] = {}
         self.rows: list[Row] = []
         self.outcomes: list[Outcome] | None = None  # set a list to collect outcomes
-        self.clock = FakeClock(0.0)
+        clock = self.clock = FakeClock(0.0)
         fleet = fleet or answers.fleet
         self.stats = FleetStats([s.id for s in fleet.slms], self.clock)
-        self.outcome_monitor = OutcomeMonitor(
-            self.clock, self.clock, self._published, _no_retraining
-        )
+        self.outcome_monitor = OutcomeMonitor(clock, clock, self._published, _no_retraining)
         self.selector = ModelSelector(
             fleet,
             goals,
@@ -87,8 +84,7 @@ class World:
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._random = Random(seed)
         self._events: list[tuple[float, int, Event]] = []
-        self._number = 0
-        self._batch: list[Outcome] = []
+        self._number, self._batch = 0, list[Outcome]()
         self._next_tick_s = self._next_flush_s = 0.0
         self.memory = None if residency is None else Memory(self, residency)
         self.set_fleet(fleet)
