@@ -177,10 +177,8 @@ class Simulation:
                 other = routers[(at + rng.randrange(1, len(routers))) % len(routers)]
                 agreed += other.policy.choose(prompt, other.replicas()) == chosen
             engine = engines[chosen]
-            hit = min(
-                engine.cache.take(request.blocks) * self._workload.block_tokens,
-                request.input_tokens,
-            )
+            hit = engine.cache.take(request.blocks) * self._workload.block_tokens
+            hit = min(hit, request.input_tokens)
             cached += hit
             first_s, end_s = engine.submit(
                 request.at_s, request.input_tokens - hit, request.output_tokens
