@@ -202,7 +202,7 @@ class _Search:
         energy = raw[gw.ENERGY] * terms.ratio[2]
         self._rest_j = float(np.nan_to_num(terms.rest[2]) @ terms.rest_weights)
         base = terms.reward(stated)
-        # The reward is linear in the multipliers: what one more of each is worth to each candidate.
+        # The reward is linear in the multipliers: what one more of each adds to each candidate.
         features = [terms.reward(self.weights(x)) - base for x in np.eye(4)]
         self._features = np.stack(features).reshape(4, -1)
         self._base = np.where(terms.valid, base, -np.inf).reshape(-1)
@@ -250,7 +250,7 @@ class _Search:
         n = len(self._offset)
         scores = (points @ self._features + self._base).reshape(len(points), n, -1)
         picked = scores.argmax(axis=2) + self._offset
-        worth, quality, ttft, e2e, energy = self._metrics.take(picked, axis=1) @ self._weights
+        reward, quality, ttft, e2e, energy = self._metrics.take(picked, axis=1) @ self._weights
         missed = np.zeros((len(points), 4))
         goals = self._goals
         if goals.min_quality is not None:
@@ -263,7 +263,7 @@ class _Search:
             missed[:, _ENERGY] = (energy + self._rest_j) / self._energy_j - AIM_ENERGY_RATIO
         missed = np.maximum(missed, 0.0)
         # Among equals the smallest multipliers: they come back when there is headroom.
-        return worth - missed @ PENALTIES - 1e-6 * np.log1p(points).sum(axis=1), missed
+        return reward - missed @ PENALTIES - 1e-6 * np.log1p(points).sum(axis=1), missed
 
     def _unexplained(self, late: Array, kind: int, target_s: float) -> float:
         """Share of late requests that was seen and not expected."""

@@ -33,7 +33,7 @@ _CHUNK = 500  # ids per IN list
 
 
 class OutcomeStore:
-    """Outcomes and what was said about their quality. Every method raises KnowledgeError."""
+    """Outcomes and the signals of their quality. Every method raises KnowledgeError."""
 
     def __init__(self, url: str) -> None:
         """Open a store, create it, or bring an older one to the present schema.
@@ -68,8 +68,8 @@ class OutcomeStore:
                 [{**to_columns(o), "labelled": False} for o in rows],
             )
             added = set(new.scalars())
-            said = [(o.outcome_id, s) for o in rows if o.outcome_id in added for s in o.signals]
-            self._write_signals(connection, said)
+            signals = [(o.outcome_id, s) for o in rows if o.outcome_id in added for s in o.signals]
+            self._write_signals(connection, signals)
             self._mark_labelled(connection, sorted(added))
         return added
 
@@ -180,7 +180,7 @@ class OutcomeStore:
         self._engine.dispose()
 
     def _write_signals(
-        self, connection: sa.Connection, said: Sequence[tuple[str, QualitySignal]]
+        self, connection: sa.Connection, signals: Sequence[tuple[str, QualitySignal]]
     ) -> None:
         insert = self._insert(SIGNALS)
         newer = insert.on_conflict_do_update(
@@ -188,7 +188,7 @@ class OutcomeStore:
             set_={"value": insert.excluded.value, "at": insert.excluded.at},
             where=insert.excluded.at >= SIGNALS.c.at,
         )
-        for outcome_id, signal in said:
+        for outcome_id, signal in signals:
             connection.execute(
                 newer,
                 {

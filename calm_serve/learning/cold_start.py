@@ -2,14 +2,14 @@
 
 A champion that was trained before an SLM came leaves it to the metadata prior, which is one number
 for every prompt without a marker, and another champion takes hundreds of labels and minutes. But
-P(success) is one small booster per SLM, so a newcomer's can be fitted alone: at first on the
+P(success) is one small booster per SLM, so a cold-start SLM's can be fitted alone: at first on the
 prompts that the fleet file names as examples (its own succeed at its `skill_quality`, those of
 others at its `quality`), then with its labelled answers too, whenever these have doubled. Where it
 names none, the prompts that a rule gives it stand in for them: a rule promises as much.
 
-The artifact holds newcomers alone and stands in for the champion's prior (`with_cold_start`). So no
-other SLM's prediction changes, and it is out of use once a champion knows the SLM. There is no
-gate: `learning/quality.py` takes back within tens of answers what an example promised wrongly.
+The artifact holds cold-start SLMs alone and stands in for the champion's prior (`with_cold_start`).
+So no other SLM's prediction changes, and it is unused once a champion knows the SLM. It needs no
+promotion test: `learning/quality.py` corrects a wrong example within tens of answers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from calm_serve.types import (
 )
 
 FIRST_LABELS = 10  # answers before the second fit; every further one needs twice as many
-MAX_ANSWERS = 640  # of one newcomer; by then a retraining has learned it
-MAX_NEWCOMERS = 16
+MAX_ANSWERS = 640  # of one SLM; by then a retraining has learned it
+MAX_SLMS = 16
 MAX_EXAMPLES = 512  # of all SLMs
 SEED = 0
 
@@ -67,13 +67,13 @@ class _ColdStartSLM:
 
     def is_example(self, outcome: Outcome) -> bool:
         """Whether a rule's word is all there is."""
-        said = quality_label(outcome.signals) is not None
-        return not self.has_examples and not said and outcome.decision.path == DecisionPath.RULE
+        labelled = quality_label(outcome.signals) is not None
+        return not self.has_examples and not labelled and outcome.decision.path == DecisionPath.RULE
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `fit` needs: newcomers with their examples' and their answers' outcomes."""
+    """What `fit` needs: cold-start SLMs with the outcomes of their examples and answers."""
 
     rows: tuple[tuple[str, tuple[Outcome, ...]], ...]
     labelled: tuple[tuple[str, int], ...]  # answers among them
@@ -87,13 +87,13 @@ class ColdStartSLMs:
         self._new: dict[str, _ColdStartSLM] = {}
 
     def follow(self, fleet: Fleet, known: Collection[str]) -> None:
-        """Take the fleet and the SLMs that the champion knows; the others are newcomers."""
+        """Take the fleet and the SLMs that the champion knows; the others are cold-start SLMs."""
         self._fleet = fleet
-        specs = [s for s in fleet.slms if s.id not in known][:MAX_NEWCOMERS]
+        specs = [s for s in fleet.slms if s.id not in known][:MAX_SLMS]
         self._new = {s.id: self._new.get(s.id) or _ColdStartSLM(bool(s.examples)) for s in specs}
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
-        """Count answers of newcomers; those of other SLMs are ignored."""
+        """Count answers of cold-start SLMs; those of other SLMs are ignored."""
         for outcome in outcomes:
             new = self._new.get(outcome.slm_id)
             if new is None or outcome.status != "ok" or not fits_layout(outcome):
@@ -105,7 +105,7 @@ class ColdStartSLMs:
                 new.answers.popitem(last=False)
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
-        """Count what was said of a newcomer's answer."""
+        """Count the signals of a cold-start SLM's answer."""
         for new in self._new.values():
             if (outcome := new.answers.get(outcome_id)) is not None:
                 before = new.says(outcome)
@@ -114,7 +114,7 @@ class ColdStartSLMs:
                 new.count += new.says(outcome) - before
 
     def job(self) -> Job | None:
-        """The fit that is due, for all newcomers at once; None when nobody has news."""
+        """The fit that is due, for all cold-start SLMs at once; None without new answers."""
         if self._fleet is None or all(n.count < n.due_at for n in self._new.values()):
             return None
         rows, counts = [], []
@@ -130,19 +130,19 @@ class ColdStartSLMs:
         return Job(tuple(rows), tuple(counts))
 
 
-def example_outcomes(fleet: Fleet, newcomer: SLMSpec) -> list[Outcome]:
-    """The examples of all SLMs as if the newcomer had answered them as its priors say."""
-    builder, priors, found = ContextBuilder(fleet), newcomer.priors, []
+def example_outcomes(fleet: Fleet, spec: SLMSpec) -> list[Outcome]:
+    """The examples of all SLMs as if the SLM of `spec` had answered them with its priors."""
+    builder, priors, found = ContextBuilder(fleet), spec.priors, []
     texts = [(s.id, text) for s in fleet.slms for text in s.examples][:MAX_EXAMPLES]
     for number, (slm_id, text) in enumerate(texts):
         request = parse_chat({"messages": [{"role": "user", "content": text}]})
         context = builder.build(request, Overrides(), f"example-{number}")
         fill_features(context, request)
-        quality = priors.skill_quality if slm_id == newcomer.id else priors.quality
+        quality = priors.skill_quality if slm_id == spec.id else priors.quality
         found.append(
             Outcome(
                 outcome_id=context.request_id,
-                slm_id=newcomer.id,
+                slm_id=spec.id,
                 features=context.features,
                 timing=Timing(cold=True),  # it was not timed
                 engine=EngineFacts(output_tokens=max(round(priors.output_tokens), 1)),
@@ -154,7 +154,7 @@ def example_outcomes(fleet: Fleet, newcomer: SLMSpec) -> list[Outcome]:
 
 
 def fit(job: Job, created_at: float) -> Artifact | None:
-    """An artifact of the newcomers alone, in about 0.1 s each; None when there is nothing to learn.
+    """An artifact of the cold-start SLMs, in about 0.1 s each; None without anything to learn.
 
     Equal jobs give equal boosters.
     """
@@ -190,19 +190,19 @@ class ColdStartTrainer:
         self, publish: Callable[[PublishedPredictor | None], None], clock: Callable[[], float]
     ) -> None:
         self._publish, self._clock = publish, clock
-        self._newcomers = ColdStartSLMs()
+        self._slms = ColdStartSLMs()
         self._new: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Count outcomes with their signals."""
         if self._new:
-            self._newcomers.observe(outcomes)
+            self._slms.observe(outcomes)
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
-        """Count what was said of an answer."""
+        """Count the signals of an answer."""
         if self._new:
-            self._newcomers.feedback(outcome_id, signals)
+            self._slms.feedback(outcome_id, signals)
 
     async def fit_if_due(
         self, fleet: Fleet, joined: Sequence[SLMSpec], champion: Artifact | None
@@ -216,20 +216,20 @@ class ColdStartTrainer:
             new = ids - known_slms(champion) if champion is not None else frozenset[str]()
             if new != self._new:
                 whole = fleet.model_copy(update={"slms": specs})
-                self._newcomers.follow(whole, ids - new)
+                self._slms.follow(whole, ids - new)
                 if not new:
                     self._publish(None)
                 self._new = new
-            job = self._newcomers.job() if new else None
+            job = self._slms.job() if new else None
             if job is None:
                 return
             try:
                 artifact = await asyncio.to_thread(fit, job, self._clock())
             except KnowledgeError as error:
-                _log.warning("newcomers not learned: %s", error.message)
+                _log.warning("cold-start SLMs not learned: %s", error.message)
                 return
             if artifact is not None:
                 self._publish(
                     PublishedPredictor(artifact.version, "cold_start", artifact.to_bytes())
                 )
-                _log.info("newcomers %s learned as %s", sorted(new), artifact.version)
+                _log.info("cold-start SLMs %s learned as %s", sorted(new), artifact.version)

@@ -16,7 +16,7 @@ from calm_serve.prediction.base import Predictor
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
 
-LABELLED = "labelled_answers"  # of each newcomer, among an artifact's metrics
+LABELLED = "labelled_answers"  # of each SLM, among an artifact's metrics
 
 # P(success) is raised by so many standard errors of a rate after this many answers: what is not
 # known yet is tried where it may well be best, and nowhere else (upper confidence bounds; Auer,
@@ -25,7 +25,7 @@ OPTIMISM, EXAMPLE_ANSWERS = 1.0, 8.0
 
 
 class UcbPredictor:
-    """Predictions of newcomers with an upper confidence bound for P(success)."""
+    """Predictions of cold-start SLMs with an upper confidence bound for P(success)."""
 
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
         self.version = PredictorVersion(cold_start=artifact.version)
@@ -51,13 +51,13 @@ class UcbPredictor:
 
 
 def with_cold_start(
-    champion: Artifact, newcomers: Artifact | None, prior: Predictor
+    champion: Artifact, cold_start: Artifact | None, prior: Predictor
 ) -> LightGBMPredictor:
-    """The champion's predictions for whom it knows, else the newcomers', else `prior`'s."""
-    if newcomers is None:
+    """The champion's predictions for SLMs that it knows, else `cold_start`'s, else `prior`'s."""
+    if cold_start is None:
         return LightGBMPredictor(champion, prior)
-    predictor = LightGBMPredictor(champion, UcbPredictor(newcomers, prior))
-    predictor.version = PredictorVersion(champion.version, newcomers.version)
+    predictor = LightGBMPredictor(champion, UcbPredictor(cold_start, prior))
+    predictor.version = PredictorVersion(champion.version, cold_start.version)
     return predictor
 
 

@@ -145,7 +145,7 @@ class RequestEnergy:
 @dataclass(slots=True)
 class _Share:
     started: float
-    heard_at: float  # when it last told of tokens
+    updated_at: float  # when it last reported tokens
     energy_j: float = 0.0
     tokens: int = 0
     new_tokens: float = 0.0  # told since the last reading
@@ -208,15 +208,15 @@ class TokenShareAttributor:
             self._tick_if_due()  # what was spent up to here was idle and not this request's
             self._busy_at = self._clock()
         now = self._clock()
-        self._running[request_id] = _Share(started=now, heard_at=now)
+        self._running[request_id] = _Share(started=now, updated_at=now)
 
     def add_tokens(self, request_id: str, tokens: int) -> None:
         """Count tokens that `request_id` produced; KeyError if it does not run."""
         share, now = self._running[request_id], self._clock()
-        silent_s, unread_s = now - share.heard_at, now - self._read_at
+        silent_s, unread_s = now - share.updated_at, now - self._read_at
         share.tokens += tokens
         share.new_tokens += tokens if silent_s <= unread_s else tokens * unread_s / silent_s
-        share.heard_at = now
+        share.updated_at = now
 
     def finish(self, request_id: str) -> RequestEnergy:
         """Stop charging `request_id` and return its account; KeyError if it does not run."""
@@ -276,7 +276,7 @@ class TokenShareAttributor:
     def _count_made(self, now: float) -> float:
         """Count everybody's tokens since the last reading, those included that nobody told yet."""
         for share in self._running.values():
-            silent_s = now - max(share.heard_at, self._read_at)
+            silent_s = now - max(share.updated_at, self._read_at)
             share.made = share.new_tokens + self._pace * silent_s
         return sum(share.made for share in self._running.values())
 

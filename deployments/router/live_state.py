@@ -48,7 +48,7 @@ def hints_of(decision: Decision) -> Hints:
 
 
 @dataclass(frozen=True, slots=True)
-class _Heard:
+class _LastReport:
     """Engine load as the last answer of one replica reported it."""
 
     at_s: float
@@ -65,7 +65,7 @@ def _unknown_queue_length(_replica_id: str) -> int | None:
 @dataclass(slots=True)
 class _Deployment:
     states: tuple[ReplicaState, ...] = ()  # as the controller last described them
-    heard: dict[str, _Heard] = field(default_factory=dict)
+    reports: dict[str, _LastReport] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=lambda: PrefixIndex(MAX_BLOCKS))
     queue_length: Callable[[str], int | None] = _unknown_queue_length
 
@@ -98,9 +98,9 @@ class LiveView:
         record = self._of(deployment)
         before = {s.replica_id: s for s in record.states}
         record.states = tuple(states)
-        heard: dict[str, _Heard] = {}
+        reports: dict[str, _LastReport] = {}
         for state in record.states:
-            last = record.heard.get(state.replica_id)
+            last = record.reports.get(state.replica_id)
             if last is None:
                 continue
             # Broadcasts repeat old statistics; only changed ones are newer than the last answer.
@@ -113,8 +113,8 @@ class LiveView:
                     waiting=state.waiting,
                     kv_usage_ratio=state.kv_usage_ratio,
                 )
-            heard[state.replica_id] = last
-        record.heard = heard
+            reports[state.replica_id] = last
+        record.reports = reports
         record.index.retain(s.replica_id for s in record.states)
 
     def replicas(self, deployment: str) -> tuple[ReplicaState, ...]:
@@ -129,7 +129,7 @@ class LiveView:
             return ()
         now_s = self._clock()
         return tuple(
-            _merge(state, record.heard.get(state.replica_id), record.queue_length, now_s)
+            _merge(state, record.reports.get(state.replica_id), record.queue_length, now_s)
             for state in record.states
             if state.replica_id not in self._dead
         )
@@ -142,12 +142,12 @@ class LiveView:
         state = next((s for s in record.states if s.replica_id == facts.replica_id), None)
         if state is None:
             return
-        last = record.heard.get(facts.replica_id)
+        last = record.reports.get(facts.replica_id)
         cached_ratio = state.cached_prefix_ratio if last is None else last.cached_prefix_ratio
         if facts.prompt_tokens > 0:
             newest = min(facts.cached_tokens / facts.prompt_tokens, 1.0)
             cached_ratio += CACHED_RATIO_GAIN * (newest - cached_ratio)
-        record.heard[facts.replica_id] = _Heard(
+        record.reports[facts.replica_id] = _LastReport(
             self._clock(), facts.running, facts.waiting, facts.kv_usage_ratio, cached_ratio
         )
 
@@ -200,16 +200,20 @@ def _load(state: ReplicaState) -> tuple[int, int, float]:
 
 def _merge(
     state: ReplicaState,
-    heard: _Heard | None,
+    report: _LastReport | None,
     queue_length: Callable[[str], int | None],
     now_s: float,
 ) -> ReplicaState:
     running, waiting, kv_usage_ratio = _load(state)
     cached_ratio = state.cached_prefix_ratio
-    if heard is not None:
-        cached_ratio = heard.cached_prefix_ratio
-        if now_s - heard.at_s <= FACTS_LIFETIME_S:
-            running, waiting, kv_usage_ratio = heard.running, heard.waiting, heard.kv_usage_ratio
+    if report is not None:
+        cached_ratio = report.cached_prefix_ratio
+        if now_s - report.at_s <= FACTS_LIFETIME_S:
+            running, waiting, kv_usage_ratio = (
+                report.running,
+                report.waiting,
+                report.kv_usage_ratio,
+            )
     queued = queue_length(state.replica_id)
     return ReplicaState(
         replica_id=state.replica_id,

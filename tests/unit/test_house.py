@@ -16,10 +16,8 @@ FOLDERS = ("calm_serve", "deployments", "load_tests", "tests")
 OWNERS = ("router", "SLM replica", "knowledge actor", "command line", "launcher", "any")
 
 MAX_MODULES = 14
-
 MAX_FUNCTION_LINES = 50
 MAX_CLASS_LINES = 250
-
 # Modules that may be imported past their room's `__init__`, each with its reason.
 DIRECT_IMPORTS = {
     "calm_serve.cli.main": "the command line's entry point, a function of the module's name",

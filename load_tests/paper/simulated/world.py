@@ -97,18 +97,10 @@ class World:
         self.outcome_monitor.set_slms(fleet.slms)
         for spec in fleet.slms:
             if spec.id not in self.engines:
-                speed = self.answers.speeds[spec.id]
-                prompt = self.answers.tables["prompt_tokens"].mean()
-                self.engines[spec.id] = EngineSimulator(
-                    spec,
-                    prefill_s_per_token=max(speed.first_s - speed.tpot_s, 0.0) / float(prompt),
-                    tpot_s=speed.tpot_s,
-                    jitter_ratio=JITTER_RATIO,
-                    seed=self.seed,
-                )
+                self.engines[spec.id] = _engine(spec, self.answers, self.seed)
                 self.inside[spec.id] = 0
                 self.stats.add(spec.id)
-                self.stats.woke(spec.id, speed.wake_s)
+                self.stats.woke(spec.id, self.answers.speeds[spec.id].wake_s)
         for slm_id in self.engines.keys() - self.selector.specs.keys():
             self.stats.remove(slm_id)
 
@@ -182,7 +174,6 @@ class World:
             row.error = "unavailable"
             return
         row.chosen, row.path = decision.slm_id, str(decision.path)
-
         row.preferred = decision.preferred
         plan = [decision.slm_id, decision.slm_id, *decision.ranking[1:]][: 1 + RETRIES]
         call = Call(row, decision, plan)
@@ -295,6 +286,17 @@ class World:
     def _published(self, findings: MonitorFindings) -> None:
         self.stats.set_calibration_factors(findings.calibration_factors)
         self._states.clear()
+
+
+def _engine(spec: SLMSpec, answers: Answers, seed: int) -> EngineSimulator:
+    speed, prompt_tokens = answers.speeds[spec.id], answers.tables["prompt_tokens"].mean()
+    return EngineSimulator(
+        spec,
+        prefill_s_per_token=max(speed.first_s - speed.tpot_s, 0.0) / float(prompt_tokens),
+        tpot_s=speed.tpot_s,
+        jitter_ratio=JITTER_RATIO,
+        seed=seed,
+    )
 
 
 def _no_retraining() -> None:

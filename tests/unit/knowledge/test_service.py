@@ -70,10 +70,10 @@ async def test_a_malformed_row_is_dropped_and_counted_without_losing_its_batch(
 
 async def test_feedback_finds_its_outcome_in_either_order(world: World) -> None:
     service = world.start()
-    said = [{"source": "feedback", "value": 1.0, "at": 5.0}]
-    assert await service.feedback("a", said) is False
+    signals = [{"source": "feedback", "value": 1.0, "at": 5.0}]
+    assert await service.feedback("a", signals) is False
     await log(service, "b", [make_outcome("a")])
-    assert await service.feedback("a", said) is True
+    assert await service.feedback("a", signals) is True
     assert (await service.status())["labelled"] == 1
 
 

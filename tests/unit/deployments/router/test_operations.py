@@ -63,7 +63,7 @@ class Outbox:
     lost_rows = 2
 
 
-class Desk:
+class Bench:
     """Operations with everything they read."""
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> LiveView:
 
 
 @pytest.fixture
-def desk(view: LiveView) -> Desk:
-    return Desk()
+def bench(view: LiveView) -> Bench:
+    return Bench()
 
 
 def data(response: Response) -> Any:
@@ -96,9 +96,9 @@ def data(response: Response) -> Any:
 
 
 async def test_health_is_503_with_the_states_until_every_hot_slm_has_been_up(
-    desk: Desk, view: LiveView
+    bench: Bench, view: LiveView
 ) -> None:
-    response = await desk.operations.health(cast(Any, None))
+    response = await bench.operations.health(cast(Any, None))
     assert response.status_code == 503
     assert data(response) == {
         "status": "starting",
@@ -106,12 +106,12 @@ async def test_health_is_503_with_the_states_until_every_hot_slm_has_been_up(
     }
     for slm in FLEET.slms:
         view.update_replicas(deployment_name(slm.id), [make_replica()])
-    response = await desk.operations.health(cast(Any, None))
+    response = await bench.operations.health(cast(Any, None))
     assert (response.status_code, data(response)["status"]) == (200, "ok")
 
 
-async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) -> None:
-    document = data(await desk.operations.fleet(cast(Any, None)))
+async def test_the_fleet_document_names_the_predictor_and_every_slm(bench: Bench) -> None:
+    document = data(await bench.operations.fleet(cast(Any, None)))
     at_first = {
         "version": "prior",
         "source": "shipped",
@@ -120,8 +120,8 @@ async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) 
         "knowledge_reachable": True,
     }
     assert document["predictor"] == at_first
-    desk.subscriptions.predictors = PredictorStatus(challenger="lgbm-2")
-    document = data(await desk.operations.fleet(cast(Any, None)))
+    bench.subscriptions.predictors = PredictorStatus(challenger="lgbm-2")
+    document = data(await bench.operations.fleet(cast(Any, None)))
     assert document["predictor"] == {
         **at_first,
         "previous": "",
@@ -134,8 +134,8 @@ async def test_the_fleet_document_names_the_predictor_and_every_slm(desk: Desk) 
     assert [s["id"] for s in document["slms"]] == ["small", "large"]
 
 
-async def test_models_are_auto_every_slm_and_every_adapter(desk: Desk) -> None:
-    document = data(await desk.operations.models(cast(Any, None)))
+async def test_models_are_auto_every_slm_and_every_adapter(bench: Bench) -> None:
+    document = data(await bench.operations.models(cast(Any, None)))
     assert document["object"] == "list"
     by_id = {entry["id"]: entry for entry in document["data"]}
     assert list(by_id) == ["auto", "small", "small:sql", "large"]
@@ -145,30 +145,32 @@ async def test_models_are_auto_every_slm_and_every_adapter(desk: Desk) -> None:
     assert by_id["small:sql"]["description"] == "SQL only"
 
 
-def test_one_model_is_its_entry_of_the_list(desk: Desk) -> None:
-    assert data(desk.operations.model("small:sql"))["id"] == "small:sql"
+def test_one_model_is_its_entry_of_the_list(bench: Bench) -> None:
+    assert data(bench.operations.model("small:sql"))["id"] == "small:sql"
     with pytest.raises(UnknownModelError, match="'nobody' not found"):
-        desk.operations.model("nobody")
+        bench.operations.model("nobody")
 
 
 async def test_a_recent_decision_comes_from_memory_and_an_old_one_from_the_store(
-    desk: Desk,
+    bench: Bench,
 ) -> None:
-    decision = decision_for(desk.loop, make_context(request_id="new"))
-    desk.loop._log["new"] = decision
-    assert data(await desk.operations.decision("new"))["slm_id"] == decision.slm_id
-    old = data(await desk.operations.decision("old"))
+    decision = decision_for(bench.loop, make_context(request_id="new"))
+    bench.loop._log["new"] = decision
+    assert data(await bench.operations.decision("new"))["slm_id"] == decision.slm_id
+    old = data(await bench.operations.decision("old"))
     assert OUTCOMES.validate_python(old) == make_outcome("old")
     with pytest.raises(RequestError, match="'lost' not found") as caught:
-        await desk.operations.decision("lost")
+        await bench.operations.decision("lost")
     assert caught.value.http_status == 404
 
 
 @pytest.mark.parametrize(("score", "value"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (False, 0.0)])
-async def test_feedback_is_stored_as_a_quality_signal(desk: Desk, score: Any, value: float) -> None:
-    response = await desk.operations.feedback({"decision_id": "d", "score": score})
+async def test_feedback_is_stored_as_a_quality_signal(
+    bench: Bench, score: Any, value: float
+) -> None:
+    response = await bench.operations.feedback({"decision_id": "d", "score": score})
     assert data(response) == {"decision_id": "d", "accepted": True}
-    ((outcome_id, (signal,)),) = desk.knowledge.signals
+    ((outcome_id, (signal,)),) = bench.knowledge.signals
     assert (outcome_id, signal.source, signal.value) == ("d", "feedback", value)
 
 
@@ -190,11 +192,11 @@ async def test_feedback_is_stored_as_a_quality_signal(desk: Desk, score: Any, va
     ],
 )
 async def test_wrong_feedback_is_refused_and_not_stored(
-    desk: Desk, body: Any, message: str
+    bench: Bench, body: Any, message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
-        await desk.operations.feedback(body)
-    assert desk.knowledge.signals == []
+        await bench.operations.feedback(body)
+    assert bench.knowledge.signals == []
 
 
 SCORES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -202,11 +204,11 @@ SCORES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
 @given(st.dictionaries(st.sampled_from(["decision_id", "score"]), SCORES | st.just("d")) | SCORES)
 async def test_any_json_as_feedback_is_stored_or_refused(body: Any) -> None:
-    desk = Desk()
+    bench = Bench()
     try:
-        await desk.operations.feedback(body)
+        await bench.operations.feedback(body)
     except RequestError:
-        assert desk.knowledge.signals == []
+        assert bench.knowledge.signals == []
     else:
-        ((_, (signal,)),) = desk.knowledge.signals
+        ((_, (signal,)),) = bench.knowledge.signals
         assert 0.0 <= signal.value <= 1.0

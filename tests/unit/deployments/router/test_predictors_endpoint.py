@@ -52,8 +52,8 @@ async def test_the_list_is_the_actors() -> None:
     ],
 )
 async def test_an_action_reaches_the_actor(body: Any, asked: tuple[str, str]) -> None:
-    desk, knowledge = endpoint()
-    response = await desk.post(posted(body))
+    predictors, knowledge = endpoint()
+    response = await predictors.post(posted(body))
     assert knowledge.asked == [asked]
     assert json.loads(bytes(response.body))["pinned"] == asked[1]
 
@@ -69,7 +69,7 @@ async def test_an_action_reaches_the_actor(body: Any, asked: tuple[str, str]) ->
     ],
 )
 async def test_a_malformed_action_is_refused(body: Any, message: str) -> None:
-    desk, knowledge = endpoint()
+    predictors, knowledge = endpoint()
     with pytest.raises(RequestError, match=message):
-        await desk.post(posted(body))
+        await predictors.post(posted(body))
     assert knowledge.asked == []
