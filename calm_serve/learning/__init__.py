@@ -4,7 +4,7 @@ Training runs in a child process of the actor. The router uses `shadow` and `dec
 never block.
 """
 
-from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
+from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit_cold_start
 from calm_serve.learning.decision_log import decision_terms
 from calm_serve.learning.labels import quality_label
 from calm_serve.learning.monitor import OutcomeMonitor
@@ -26,7 +26,7 @@ __all__ = [
     "Rules",
     "Shadow",
     "decision_terms",
-    "fit",
+    "fit_cold_start",
     "quality_label",
     "retrain",
     "train",

@@ -1,15 +1,17 @@
-"""P(success) of SLMs that no champion knows: from their examples, then from their first answers.
+"""P(success) of cold-start SLMs: fitted from the fleet file's examples, then from first answers.
 
-A champion that was trained before an SLM came leaves it to the metadata prior, which is one number
-for every prompt without a marker, and another champion takes hundreds of labels and minutes. But
-P(success) is one small booster per SLM, so a cold-start SLM's can be fitted alone: at first on the
-prompts that the fleet file names as examples (its own succeed at its `skill_quality`, those of
-others at its `quality`), then with its labelled answers too, whenever these have doubled. Where it
-names none, the prompts that a rule gives it stand in for them: a rule promises as much.
+A champion that was trained before an SLM joined leaves it to the metadata prior, which is one
+number for every prompt without a marker, and the next champion takes hundreds of labels and
+minutes. P(success) is one small booster per SLM, so that of a cold-start SLM can be fitted alone:
+at first on the prompts that the fleet file lists as examples (its own are labelled with its
+`skill_quality`, those of other SLMs with its `quality`), then on its labelled answers too, each
+time their number has doubled. An SLM without examples uses the prompts that a rule sends to it,
+labelled alike.
 
-The artifact holds cold-start SLMs alone and stands in for the champion's prior (`with_cold_start`).
-So no other SLM's prediction changes, and it is unused once a champion knows the SLM. It needs no
-promotion test: `learning/quality.py` corrects a wrong example within tens of answers.
+The artifact contains only cold-start SLMs and replaces the champion's prior for them
+(`with_cold_start`). No other SLM's prediction changes, and the artifact is unused once a champion
+knows the SLM. There is no promotion test: recalibration (`learning/quality.py`) corrects a wrong
+example within tens of answers.
 """
 
 from __future__ import annotations
@@ -47,49 +49,53 @@ from calm_serve.types import (
     Timing,
 )
 
-FIRST_LABELS = 10  # answers before the second fit; every further one needs twice as many
-MAX_ANSWERS = 640  # of one SLM; by then a retraining has learned it
-MAX_SLMS = 16
-MAX_EXAMPLES = 512  # of all SLMs
-SEED = 0
+# `load_tests paper` notices a change of these two (new_slm_adoption_requests).
+FIRST_LABELS = 10  # answers before the second fit; each further fit needs twice as many
+MAX_EXAMPLES = 512  # of all SLMs together; bounds the time of a fit
+# Bounds of memory. An SLM with so many answers is known to the next champion.
+MAX_ANSWERS = 640  # kept of one SLM
+MAX_COLD_START_SLMS = 16
+SEED = 0  # of the boosters: equal jobs give equal artifacts
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _ColdStartSLM:
     has_examples: bool
     answers: OrderedDict[str, Outcome] = field(default_factory=OrderedDict)
-    count: int = 0  # answers that say something
-    due_at: int = 0
+    usable: int = 0  # answers that a fit can use
+    due_at: int = 0  # usable answers at which the next fit is due
 
-    def says(self, outcome: Outcome) -> bool:
-        """Whether there is anything to learn from an answer."""
+    def is_usable(self, outcome: Outcome) -> bool:
+        """Whether a fit can use an answer."""
         return quality_label(outcome.signals) is not None or self.is_example(outcome)
 
     def is_example(self, outcome: Outcome) -> bool:
-        """Whether a rule's word is all there is."""
+        """Whether an unlabelled answer counts as an example, because a rule named the SLM."""
         labelled = quality_label(outcome.signals) is not None
         return not self.has_examples and not labelled and outcome.decision.path == DecisionPath.RULE
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What `fit` needs: cold-start SLMs with the outcomes of their examples and answers."""
+class ColdStartJob:
+    """Input of `fit_cold_start`."""
 
-    rows: tuple[tuple[str, tuple[Outcome, ...]], ...]
-    labelled: tuple[tuple[str, int], ...]  # answers among them
+    rows: tuple[tuple[str, tuple[Outcome, ...]], ...]  # SLM -> outcomes of examples and answers
+    labelled: tuple[tuple[str, int], ...]  # SLM -> labelled answers among them
 
 
 class ColdStartSLMs:
-    """Which SLMs are new, and what is known of them. Used from one event loop; bounded."""
+    """Answers of the SLMs that the champion does not know. Used from one event loop; bounded."""
 
     def __init__(self) -> None:
         self._fleet: Fleet | None = None
         self._new: dict[str, _ColdStartSLM] = {}
 
     def follow(self, fleet: Fleet, known: Collection[str]) -> None:
-        """Take the fleet and the SLMs that the champion knows; the others are cold-start SLMs."""
+        """Take the fleet and the ids that the champion knows; its other SLMs are new."""
         self._fleet = fleet
-        specs = [s for s in fleet.slms if s.id not in known][:MAX_SLMS]
+        specs = [s for s in fleet.slms if s.id not in known][:MAX_COLD_START_SLMS]
         self._new = {s.id: self._new.get(s.id) or _ColdStartSLM(bool(s.examples)) for s in specs}
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
@@ -99,39 +105,39 @@ class ColdStartSLMs:
             if new is None or outcome.status != "ok" or not fits_layout(outcome):
                 continue
             if outcome.outcome_id not in new.answers:
-                new.count += new.says(outcome)
+                new.usable += new.is_usable(outcome)
                 new.answers[outcome.outcome_id] = outcome
             if len(new.answers) > MAX_ANSWERS:
                 new.answers.popitem(last=False)
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
-        """Count the signals of a cold-start SLM's answer."""
+        """Count feedback on an answer of a cold-start SLM."""
         for new in self._new.values():
             if (outcome := new.answers.get(outcome_id)) is not None:
-                before = new.says(outcome)
+                before = new.is_usable(outcome)
                 outcome = replace(outcome, signals=(*outcome.signals, *signals))
                 new.answers[outcome_id] = outcome
-                new.count += new.says(outcome) - before
+                new.usable += new.is_usable(outcome) - before
 
-    def job(self) -> Job | None:
-        """The fit that is due, for all cold-start SLMs at once; None without new answers."""
-        if self._fleet is None or all(n.count < n.due_at for n in self._new.values()):
+    def job(self) -> ColdStartJob | None:
+        """The fit that is due, of all cold-start SLMs at once; None when none is due."""
+        if self._fleet is None or all(n.usable < n.due_at for n in self._new.values()):
             return None
         rows, counts = [], []
         for slm_id, new in self._new.items():
             spec = next(s for s in self._fleet.slms if s.id == slm_id)
-            new.due_at = max(2 * new.count, FIRST_LABELS)
+            new.due_at = max(2 * new.usable, FIRST_LABELS)
             answers = new.answers.values()
-            promised = (QualitySignal(FEEDBACK, spec.priors.skill_quality),)
-            named = [replace(o, signals=promised) for o in answers if new.is_example(o)]
+            assumed = (QualitySignal(FEEDBACK, spec.priors.skill_quality),)
+            by_rule = [replace(o, signals=assumed) for o in answers if new.is_example(o)]
             labelled = [o for o in answers if quality_label(o.signals)]
-            rows.append((slm_id, (*example_outcomes(self._fleet, spec), *named, *labelled)))
+            rows.append((slm_id, (*example_outcomes(self._fleet, spec), *by_rule, *labelled)))
             counts.append((slm_id, len(labelled)))
-        return Job(tuple(rows), tuple(counts))
+        return ColdStartJob(tuple(rows), tuple(counts))
 
 
 def example_outcomes(fleet: Fleet, spec: SLMSpec) -> list[Outcome]:
-    """The examples of all SLMs as if the SLM of `spec` had answered them with its priors."""
+    """The examples of all SLMs as outcomes of `spec`, labelled with its priors."""
     builder, priors, found = ContextBuilder(fleet), spec.priors, []
     texts = [(s.id, text) for s in fleet.slms for text in s.examples][:MAX_EXAMPLES]
     for number, (slm_id, text) in enumerate(texts):
@@ -144,7 +150,7 @@ def example_outcomes(fleet: Fleet, spec: SLMSpec) -> list[Outcome]:
                 outcome_id=context.request_id,
                 slm_id=spec.id,
                 features=context.features,
-                timing=Timing(cold=True),  # it was not timed
+                timing=Timing(cold=True),  # keeps it out of the TTFT residuals
                 engine=EngineFacts(output_tokens=max(round(priors.output_tokens), 1)),
                 decision=DecisionSummary(load_features=(0.0,) * len(LOAD_NAMES)),
                 signals=(QualitySignal(FEEDBACK, quality),),
@@ -153,10 +159,10 @@ def example_outcomes(fleet: Fleet, spec: SLMSpec) -> list[Outcome]:
     return found
 
 
-def fit(job: Job, created_at: float) -> Artifact | None:
-    """An artifact of the cold-start SLMs, in about 0.1 s each; None without anything to learn.
+def fit_cold_start(job: ColdStartJob, created_at: float) -> Artifact | None:
+    """Fit an artifact of the cold-start SLMs alone; None when no booster can be fitted.
 
-    Equal jobs give equal boosters.
+    Blocks for about 0.1 s per SLM. Equal jobs give equal boosters. Raises KnowledgeError.
     """
     boosters: dict[str, str] = {}
     for slm_id, rows in job.rows:
@@ -176,14 +182,12 @@ def fit(job: Job, created_at: float) -> Artifact | None:
     )
 
 
-_log = logging.getLogger(__name__)
-
-
 class ColdStartTrainer:
-    """Used from one event loop; fits happen in a thread, one at a time.
+    """Fits and publishes boosters of cold-start SLMs; one fit at a time, in a thread.
 
-    `publish` gets the boosters, or None once no SLM is new any more; `clock` returns Unix
-    seconds. Without a champion nobody is new: there is nobody who knows the others either.
+    Used from one event loop. `publish` takes the boosters, or None once the champion knows every
+    SLM; `clock` returns Unix seconds. Without a champion all SLMs have the prior, and none is
+    fitted.
     """
 
     def __init__(
@@ -191,45 +195,45 @@ class ColdStartTrainer:
     ) -> None:
         self._publish, self._clock = publish, clock
         self._slms = ColdStartSLMs()
-        self._new: frozenset[str] = frozenset()
+        self._new_ids: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Count outcomes with their signals."""
-        if self._new:
+        if self._new_ids:
             self._slms.observe(outcomes)
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
-        """Count the signals of an answer."""
-        if self._new:
+        """Count feedback on an answer."""
+        if self._new_ids:
             self._slms.feedback(outcome_id, signals)
 
     async def fit_if_due(
         self, fleet: Fleet, joined: Sequence[SLMSpec], champion: Artifact | None
     ) -> None:
-        """Follow fleet and champion, fit what is due and publish it; cheap when nothing is."""
+        """Follow fleet and champion; fit and publish when a fit is due."""
         if self._lock.locked():
-            return  # the next batch comes within seconds
+            return  # a fit is running; the next batch of outcomes asks again within seconds
         async with self._lock:
             specs = (*fleet.slms, *joined)
             ids = frozenset(s.id for s in specs)
             new = ids - known_slms(champion) if champion is not None else frozenset[str]()
-            if new != self._new:
+            if new != self._new_ids:
                 whole = fleet.model_copy(update={"slms": specs})
                 self._slms.follow(whole, ids - new)
                 if not new:
                     self._publish(None)
-                self._new = new
+                self._new_ids = new
             job = self._slms.job() if new else None
             if job is None:
                 return
             try:
-                artifact = await asyncio.to_thread(fit, job, self._clock())
+                artifact = await asyncio.to_thread(fit_cold_start, job, self._clock())
             except KnowledgeError as error:
-                _log.warning("cold-start SLMs not learned: %s", error.message)
+                _log.warning("cold-start SLMs not fitted: %s", error.message)
                 return
             if artifact is not None:
                 self._publish(
                     PublishedPredictor(artifact.version, "cold_start", artifact.to_bytes())
                 )
-                _log.info("cold-start SLMs %s learned as %s", sorted(new), artifact.version)
+                _log.info("cold-start SLMs %s fitted as %s", sorted(new), artifact.version)

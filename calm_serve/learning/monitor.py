@@ -1,7 +1,8 @@
-"""What the knowledge actor sees in the outcomes besides training data: drift, and how wrong we are.
+"""Outcome monitor: drift, calibration factors and alarms from the outcomes of all routers.
 
-Fed with every batch, it keeps a bounded summary and publishes it for the routers as
-`protocol.topics.MonitorFindings`.
+It is fed with every batch, keeps bounded statistics and publishes them for the routers as
+`protocol.topics.MonitorFindings`. `load_tests paper` notices a change of the constants that move
+factors (broken_slm_drain_requests).
 """
 
 from __future__ import annotations
@@ -29,31 +30,51 @@ from calm_serve.telemetry import (
 )
 from calm_serve.types import Outcome, QualitySignal
 
+# Bounds of memory.
 MAX_SLMS = 256
 MAX_REPLICAS = 32  # of one SLM
-MAX_PREDICTORS = 64
-MAX_REMEMBERED = 8_192  # outcomes that feedback may still come for
-CHECK_S = 1.0  # the whole fleet's statistics are looked at this often
-PUBLISH_S = 5.0  # at most this often, unless a factor or an alarm changed
-FACTOR_STEP = 0.02
-QUALITY_ALARM, QUALITY_CLEAR = 0.6, 0.8  # factors
+MAX_PREDICTORS = 64  # whose versions are remembered
+MAX_REMEMBERED = 8_192  # outcomes for which feedback may still arrive
 
-# Drift that another predictor would do better on, and when it is worth training one: with fewer
-# outcomes after the change it would mostly learn what was before.
+CHECK_S = 1.0  # between two checks of the whole fleet's statistics
+PUBLISH_S = 5.0  # between two publications, unless a factor or an alarm has changed
+FACTOR_STEP = 0.02  # factors are published in these steps, so that noise is not published
+QUALITY_ALARM, QUALITY_CLEAR = 0.6, 0.8  # calibration factors
+
+# Kinds of drift that another predictor could learn.
 RETRAIN_KINDS = frozenset(("quality", "tokens", "prompt_mix"))
+# Outcomes after the change at which training starts; with fewer it would mostly learn the past.
 RETRAIN_OUTCOMES = 100
-RETRAIN_PAUSE_S = 600.0
+RETRAIN_PAUSE_S = 600.0  # least time between two trainings for drift
 
-# A change of the mean log ratio by a third is found in some 20 answers, noise in about 100,000.
+# Page-Hinkley test on log(measured / predicted). A change of its mean by a third is found within
+# some 20 answers; noise raises an alarm once in about 100,000.
 RATIO_SLACK, RATIO_LIMIT = 0.15, 6.0
-MAX_LOG_RATIO = 2.0
-MIN_CALIBRATION, CALIBRATION_WINDOW, CALIBRATION_ALARM = 100, 500, 0.15
+LENGTH_LIMIT = 2.0 * RATIO_LIMIT  # lengths vary more than speeds
+MAX_LOG_RATIO = 2.0  # larger deviations of one answer count as this
+MIN_CALIBRATION, CALIBRATION_WINDOW = 100, 500  # answers behind the calibration error
+CALIBRATION_ALARM = 0.15  # mean error of P(success)
+
+WORD_BINS = 32  # hash buckets of words are folded into so many bins
+LENGTH_BINS = 14  # of prompts, by powers of 2 of their tokens
+MIN_TRAIT = 0.05  # a trait with a larger value is present
+_TRAITS = tuple(
+    NUMBER_NAMES.index(name)
+    for name in (
+        "shape_json",
+        "shape_tools",
+        "has_code",
+        "has_system",
+        "markers",
+        "non_ascii_ratio",
+    )
+)
 
 _log = logging.getLogger(__name__)
 
 
 class _SLM:
-    """What is kept of one SLM."""
+    """Detectors of one SLM."""
 
     def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
         self.quality = SLMQualityStream(clock, form_is_checked)
@@ -61,19 +82,19 @@ class _SLM:
         self.speed: OrderedDict[str, LevelChange] = OrderedDict()  # by replica
 
     def forget_predictor(self) -> None:
-        """Start anew what compares with predictions, except quantiles, which adapt."""
+        """Start anew what is compared with predictions."""
         self.quality.forget_predictor()
         self.tokens = _length_test()
 
 
 class OutcomeMonitor:
-    """Detectors over all outcomes; used by one event loop.
+    """Detectors over the outcomes of all routers. Used from one event loop.
 
     Args:
-        clock: Unix time in seconds, for people.
-        monotonic: seconds that never go back.
-        publish: takes the document whenever it changed.
-        retrain: starts a training that does not wait for more data.
+        clock: Unix time in seconds, for the alarms.
+        monotonic: seconds that never go back, for intervals.
+        publish: takes the findings whenever they have changed.
+        retrain: starts a training without waiting for more labels.
     """
 
     def __init__(
@@ -87,12 +108,12 @@ class OutcomeMonitor:
         self._publish, self._retrain = publish, retrain
         self.alarms = Alarms(clock)
         self._slms: OrderedDict[str, _SLM] = OrderedDict()
-        self._checked: frozenset[str] = frozenset()  # by their own validators
+        self._validated: frozenset[str] = frozenset()  # SLMs with a validator of their own
         self._mix = PromptMix()
         self._remembered: OrderedDict[str, tuple[str, float | None]] = OrderedDict()
-        self._early: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
+        self._early_feedback: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
         self._predictors: OrderedDict[str, None] = OrderedDict()
-        self._judged: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
+        self._scored: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
         self._published: MonitorFindings | None = None
         self._factors: dict[str, float] = {}
         self._published_at = self._checked_at = self._retrained_at = -math.inf
@@ -100,9 +121,9 @@ class OutcomeMonitor:
         self._retrain_at: int | None = None
 
     def set_slms(self, specs: Iterable[SLMSpec]) -> None:
-        """Learn whose answers a validator reads, so that its silence counts from the first on."""
-        self._checked = frozenset(s.id for s in specs if s.validator)
-        for slm_id in self._checked & self._slms.keys():
+        """Take the SLMs with a validator: their answers without its signal count as passed."""
+        self._validated = frozenset(s.id for s in specs if s.validator)
+        for slm_id in self._validated & self._slms.keys():
             self._slms[slm_id].quality.form_is_checked = True
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
@@ -115,21 +136,21 @@ class OutcomeMonitor:
             _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, success_ratio))
             self._outcomes += 1
             self._observe(outcome)
-            early = self._early.pop(outcome.outcome_id, ())
-            self._judge(outcome.slm_id, success_ratio, (*outcome.signals, *early))
+            early = self._early_feedback.pop(outcome.outcome_id, ())
+            self._count_feedback(outcome.slm_id, success_ratio, (*outcome.signals, *early))
         self.tick()
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
-        """Count what was said of an answer, now or when its outcome comes."""
+        """Count feedback on an answer, now or when its outcome arrives."""
         known = self._remembered.get(outcome_id)
         if known is None:
-            _remember(self._early, outcome_id, tuple(signals))
+            _remember(self._early_feedback, outcome_id, tuple(signals))
             return
-        self._judge(*known, signals)
+        self._count_feedback(*known, signals)
         self.tick()
 
     def tick(self) -> None:
-        """Publish what changed, by time too, and retrain when that is due."""
+        """Publish changed findings, those that changed with time included; retrain when due."""
         now = self._monotonic()
         if now >= self._checked_at + CHECK_S:
             self._checked_at = now
@@ -137,7 +158,6 @@ class OutcomeMonitor:
             self._check_calibration()
             self._maybe_retrain()
             self._check_quality()
-        # Factors that differ from 1, in steps, so that noise is not news.
         factors = {i: f for i, f in self._factors.items() if f != 1.0}
         alarms, before = self.alarms.current(), self._published
         changed = before is None or (factors, alarms) != (before.calibration_factors, before.alarms)
@@ -150,10 +170,10 @@ class OutcomeMonitor:
             self._publish(findings)
 
     def calibration_error(self) -> float | None:
-        """Mean gap between P(success) and what was said, of the last answers; None with few."""
-        if len(self._judged) < MIN_CALIBRATION:
+        """Mean gap between P(success) and score of the last answers; None with too few."""
+        if len(self._scored) < MIN_CALIBRATION:
             return None
-        predicted, labels = np.array(self._judged).T
+        predicted, labels = np.array(self._scored).T
         return round(metrics.calibration_error(labels, predicted, np.ones(len(labels))), 3)
 
     def _observe(self, outcome: Outcome) -> None:
@@ -167,7 +187,7 @@ class OutcomeMonitor:
             return
         changed = slm.quality.answered(outcome.signals)
         if slm.quality.form_is_checked:
-            self._follow(outcome.slm_id, changed)
+            self._update_factor(outcome.slm_id, changed)
         predicted, replica_id = outcome.decision.predicted, outcome.engine.replica_id
         if predicted is None:
             return
@@ -185,35 +205,35 @@ class OutcomeMonitor:
     def _new_predictor(self, version: str) -> None:
         """Forget what was found against the predictions of another predictor.
 
-        It may have learned what changed: corrected again, an SLM would pay twice.
+        The new one may have learned the change; the old factor would then count it twice.
         """
         _remember(self._predictors, version, None, MAX_PREDICTORS)
-        self._judged.clear()
+        self._scored.clear()
         for slm_id, slm in self._slms.items():
             slm.forget_predictor()
             self.alarms.end("tokens", slm_id)
         self._check_quality()
 
-    def _judge(
+    def _count_feedback(
         self, slm_id: str, predicted: float | None, signals: Iterable[QualitySignal]
     ) -> None:
         score = feedback_score(signals)
         if score is None:
             return
         if predicted is not None:
-            believed = min(predicted * self._factors.get(slm_id, 1.0), 1.0)  # as decided on
-            self._judged.append((believed, score))
+            used = min(predicted * self._factors.get(slm_id, 1.0), 1.0)  # as the router decided
+            self._scored.append((used, score))
         changed = self._slm(slm_id).quality.scored(predicted, score)
-        self._follow(slm_id, changed)
+        self._update_factor(slm_id, changed)
 
-    def _follow(self, slm_id: str, changed: bool) -> None:
-        factor = self._factors[slm_id] = _step(self._slm(slm_id))
+    def _update_factor(self, slm_id: str, changed: bool) -> None:
+        factor = self._factors[slm_id] = _rounded_factor(self._slm(slm_id))
         if changed or factor < QUALITY_ALARM:
             text = f"answers succeed {factor:.2f} times as often as expected"
             self._start("quality", slm_id, factor, text)
 
     def _check_quality(self) -> None:
-        self._factors = {slm_id: _step(slm) for slm_id, slm in self._slms.items()}
+        self._factors = {slm_id: _rounded_factor(slm) for slm_id, slm in self._slms.items()}
         for slm_id, factor in self._factors.items():
             if QUALITY_CLEAR < factor < 1.0 / QUALITY_CLEAR:
                 self.alarms.end("quality", slm_id)
@@ -228,7 +248,7 @@ class OutcomeMonitor:
     def _check_calibration(self) -> None:
         error = self.calibration_error()
         if error is not None and error > CALIBRATION_ALARM:
-            self._start("calibration", "", error, "P(success) is off by this much on average")
+            self._start("calibration", "", error, "mean error of P(success)")
         else:
             self.alarms.end("calibration")
 
@@ -257,17 +277,17 @@ class OutcomeMonitor:
     def _slm(self, slm_id: str) -> _SLM:
         slm = self._slms.get(slm_id)
         if slm is None:
-            slm = _SLM(self._monotonic, slm_id in self._checked)
+            slm = _SLM(self._monotonic, slm_id in self._validated)
             _remember(self._slms, slm_id, slm, MAX_SLMS)
         return slm
 
 
-def _step(slm: _SLM) -> float:
+def _rounded_factor(slm: _SLM) -> float:
     return round(round(slm.quality.factor / FACTOR_STEP) * FACTOR_STEP, 4)
 
 
 def _length_test() -> LevelChange:
-    return LevelChange(RATIO_SLACK, 2.0 * RATIO_LIMIT)  # lengths vary more than speeds
+    return LevelChange(RATIO_SLACK, LENGTH_LIMIT)
 
 
 def _log_change(test: LevelChange, observed: float, predicted: float) -> float | None:
@@ -286,37 +306,24 @@ def _remember(
         kept.popitem(last=False)
 
 
-WORD_BINS = 32
-LENGTH_BINS = 14  # by powers of 2 of the tokens
-_TRAITS = tuple(
-    NUMBER_NAMES.index(name)
-    for name in (
-        "shape_json",
-        "shape_tools",
-        "has_code",
-        "has_system",
-        "markers",
-        "non_ascii_ratio",
-    )
-)
-
-
 class PromptMix:
-    """Two population stability indices over logged outcomes; 50 numbers each, any traffic."""
+    """Population stability of words and of shapes over logged outcomes, in bounded memory."""
 
     def __init__(self) -> None:
         self._words = PopulationShift(WORD_BINS)
         self._shapes = PopulationShift(LENGTH_BINS + len(_TRAITS))
 
     def observe(self, outcome: Outcome) -> None:
-        """Count one outcome's prompt; one without features is ignored."""
+        """Count the prompt of one outcome; without features it is ignored."""
         if not outcome.features.buckets or not fits_layout(outcome):
             return
         self._words.add({b % WORD_BINS for b in outcome.features.buckets})
         length = int(math.log2(max(outcome.engine.prompt_tokens, 1)))
         shapes = [min(length, LENGTH_BINS - 1)]
         shapes += (
-            LENGTH_BINS + i for i, at in enumerate(_TRAITS) if outcome.features.numbers[at] > 0.05
+            LENGTH_BINS + i
+            for i, at in enumerate(_TRAITS)
+            if outcome.features.numbers[at] > MIN_TRAIT
         )
         self._shapes.add(shapes)
 

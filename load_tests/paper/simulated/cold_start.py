@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 
 from calm_serve.config import Fleet, Goals
-from calm_serve.learning import ColdStartSLMs, fit
+from calm_serve.learning import ColdStartSLMs, fit_cold_start
 from calm_serve.prediction import (
     Artifact,
     MetadataPrior,
@@ -100,7 +100,7 @@ def _arriving(
     for cut in range(BEFORE, BEFORE + AFTER, 5):
         # As in the knowledge actor: outcomes come in small batches, a fit is published at once.
         if (job := cold_start.job()) is not None:
-            fitted = fit(job, world.clock.now_s)
+            fitted = fit_cold_start(job, world.clock.now_s)
             world.selector.predictor = with_cold_start(artifact, fitted, MetadataPrior())
         world.outcomes = []
         world.serve(arrived[cut : cut + 5])

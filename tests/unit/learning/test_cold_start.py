@@ -8,7 +8,7 @@ from calm_serve.learning.cold_start import (
     MAX_ANSWERS,
     ColdStartSLMs,
     example_outcomes,
-    fit,
+    fit_cold_start,
 )
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.cold_start import UcbPredictor, known_slms, with_cold_start
@@ -52,7 +52,7 @@ def answer_of(fleet: Fleet, text: str, number: int, score: float | None) -> Outc
 def success(fleet: Fleet, new_slms: ColdStartSLMs, text: str) -> float:
     job = new_slms.job()
     assert job is not None
-    artifact = fit(job, 0.0)
+    artifact = fit_cold_start(job, 0.0)
     assert artifact is not None
     predictor = UcbPredictor(artifact, MetadataPrior())
     specs = [s for s in fleet.slms if s.id == "sql"]
@@ -124,14 +124,14 @@ def test_the_champions_own_predictions_stay_as_they_are() -> None:
     new_slms.follow(fleet, known=set())
     job = new_slms.job()
     assert job is not None
-    champion = fit(job, 0.0)
+    champion = fit_cold_start(job, 0.0)
     assert champion is not None
     assert known_slms(champion) == {"sql", "shell"}
     grown = make_fleet(*fleet.slms, make_spec("new", examples=("bake a cake",), priors=PRIORS))
     new_slms.follow(grown, known_slms(champion))
     job = new_slms.job()
     assert job is not None
-    both = with_cold_start(champion, fit(job, 0.0), MetadataPrior())
+    both = with_cold_start(champion, fit_cold_start(job, 0.0), MetadataPrior())
     alone = with_cold_start(champion, None, MetadataPrior())
     states = [make_state(s.id) for s in fleet.slms]
     context = context_of(grown, SQL[0])
@@ -148,7 +148,7 @@ def test_equal_jobs_give_equal_artifacts() -> None:
         new_slms.follow(fleet, known=set())
         job = new_slms.job()
         assert job is not None
-        found.append(fit(job, 0.0))
+        found.append(fit_cold_start(job, 0.0))
     assert found[0] == found[1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from calm_serve.config import Fleet
-from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit
+from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit_cold_start
 from calm_serve.prediction.artifact import Artifact
 from calm_serve.protocol.topics import PublishedPredictor
 from calm_serve.testing import make_fleet, make_spec
@@ -22,7 +22,7 @@ def champion_of(fleet: Fleet) -> Artifact:
     new_slms.follow(fleet, known=())
     job = new_slms.job()
     assert job is not None
-    champion = fit(job, 0.0)
+    champion = fit_cold_start(job, 0.0)
     assert champion is not None
     return champion
 

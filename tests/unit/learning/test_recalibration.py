@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from calm_serve.learning.quality import (
-    HALF_LIFE_S,
+    FACTOR_HALF_LIFE_S,
     MAX_FACTOR,
     MIN_FACTOR,
     Recalibration,
@@ -71,7 +71,7 @@ def test_time_alone_brings_a_recovered_slm_back(seed: int) -> None:
     while world.choose() == "broken":
         world.ask()
     world.truth["broken"] = 0.9
-    world.clock.advance(5 * HALF_LIFE_S)
+    world.clock.advance(5 * FACTOR_HALF_LIFE_S)
     assert sum(world.ask() == "broken" for _ in range(100)) > 90
 
 
@@ -85,7 +85,7 @@ def test_exploration_brings_a_recovered_slm_back_sooner_than_time() -> None:
     while world.choose() != "broken":
         world.ask(exploration_ratio=0.05)
         asked += 1
-    assert asked * 0.1 < HALF_LIFE_S / 2
+    assert asked * 0.1 < FACTOR_HALF_LIFE_S / 2
 
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 0.95])
