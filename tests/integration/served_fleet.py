@@ -52,12 +52,12 @@ def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 60.0)
         time.sleep(POLL_S)
 
 
-def prompts(kind: str, *, told: bool, count: int, difficulty: str = "") -> list[str]:
-    """Held-out prompts of one kind; `told` ones say in words what they want."""
+def prompts(kind: str, *, instructed: bool, count: int, difficulty: str = "") -> list[str]:
+    """Held-out prompts of one kind, with an instruction that names the task if `instructed`."""
     rows = [r for r in load(kind) if difficulty in ("", r.difficulty) and r.side == "workload"]
     rng = Random(kind)
     return [
-        str(request(row, rng, instructed_ratio=float(told)).messages[0]["content"])
+        str(request(row, rng, instructed_ratio=float(instructed)).messages[0]["content"])
         for row in rng.sample(rows, count)
     ]
 

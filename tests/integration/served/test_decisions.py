@@ -30,7 +30,7 @@ def test_the_fleet_starts_with_the_shipped_predictor(fleet: ServedFleet) -> None
 
 @pytest.mark.parametrize("kind", TELLING)
 def test_telling_words_name_the_slm_by_rule(fleet: ServedFleet, kind: str) -> None:
-    asked = prompts(kind, told=True, count=BARE)
+    asked = prompts(kind, instructed=True, count=BARE)
     decisions = [fleet.route(text) for text in asked]
     ruled = [d for d in decisions if d["rule"] == TELLING[kind]]
     assert len(ruled) > BARE / 2
@@ -44,7 +44,7 @@ def test_telling_words_name_the_slm_by_rule(fleet: ServedFleet, kind: str) -> No
 @pytest.mark.parametrize("kind", SKILLED)
 def test_bare_prompts_go_to_their_specialist_by_score(fleet: ServedFleet, kind: str) -> None:
     # Hard problems are the generalist's, see below.
-    asked = prompts(kind, told=False, count=BARE, difficulty="easy")
+    asked = prompts(kind, instructed=False, count=BARE, difficulty="easy")
     decisions = [fleet.route(text) for text in asked]
     chosen = [d["slm_id"] for d in decisions]
     assert chosen.count(kind) >= SPECIALIST_RATIO * BARE
@@ -58,7 +58,7 @@ def test_hard_problems_go_to_the_generalist_more_than_easy_ones(fleet: ServedFle
     share = {
         level: sum(
             fleet.route(text)["slm_id"] == "general"
-            for text in prompts("reason", told=False, count=BARE, difficulty=level)
+            for text in prompts("reason", instructed=False, count=BARE, difficulty=level)
         )
         / BARE
         for level in ("easy", "hard")
@@ -68,7 +68,7 @@ def test_hard_problems_go_to_the_generalist_more_than_easy_ones(fleet: ServedFle
 
 
 def test_small_talk_and_prose_go_to_the_generalist(fleet: ServedFleet) -> None:
-    asked = prompts("general", told=False, count=BARE)
+    asked = prompts("general", instructed=False, count=BARE)
     chosen = [fleet.route(text)["slm_id"] for text in asked]
     assert chosen.count("general") >= TOLD_RATIO * BARE
 
@@ -82,7 +82,7 @@ def test_a_dry_run_explains_every_candidate_and_runs_nothing(fleet: ServedFleet)
     fleet.settle()
     with fleet.store() as store:
         before = store.count()
-        decision = fleet.route(prompts("reason", told=False, count=1)[0])
+        decision = fleet.route(prompts("reason", instructed=False, count=1)[0])
         assert {c["slm_id"] for c in decision["candidates"]} == {
             s["id"] for s in fleet.get("/v1/fleet")["slms"]
         }

@@ -54,7 +54,7 @@ def test_goals_reach_every_router_within_two_seconds_and_move_its_weights(
         assert time.monotonic() - sent_s < APPLIED_S
 
     stated = configured["energy_weight_per_j"]
-    asked = prompts("reason", told=False, count=REQUESTS)
+    asked = prompts("reason", instructed=False, count=REQUESTS)
     for url in routers:
         last = [ask(url, text) for text in asked][-1]
         eventually(
