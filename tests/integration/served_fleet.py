@@ -53,7 +53,7 @@ def eventually(what: str, look: Callable[[], T | None], timeout_s: float = 60.0)
 
 
 def prompts(kind: str, *, instructed: bool, count: int, difficulty: str = "") -> list[str]:
-    """Held-out prompts of one kind; `instructed` ones state the task in words."""
+    """Held-out prompts of one kind, with an instruction that names the task if `instructed`."""
     rows = [r for r in load(kind) if difficulty in ("", r.difficulty) and r.side == "workload"]
     rng = Random(kind)
     return [

@@ -24,6 +24,13 @@ def _shape(word: str) -> str:
     return "path" if "/" in word else "glob" if "*" in word else "file"
 
 
+def shared_words(english: str, bash: str) -> list[str]:
+    """Names and numbers that both texts have, the longest first."""
+    both = set(_SHARED.findall(english)) & set(_SHARED.findall(bash))
+    # The second key makes the order, and with it a seed's stream, the same in every process.
+    return sorted(both, key=lambda word: (-len(word), word))
+
+
 def shell_pair(english: str, bash: str) -> Pair:
     """English to bash; the difficulty follows the length of the command."""
     level = "easy" if len(bash) < 30 else "medium" if len(bash) < 60 else "hard"
@@ -36,9 +43,7 @@ def shell_draw() -> Draw:
     pools: dict[str, list[str]] = {}
     shared: list[list[str]] = []
     for english, bash in rows:
-        both = sorted(
-            set(_SHARED.findall(english)) & set(_SHARED.findall(bash)), key=len, reverse=True
-        )
+        both = shared_words(english, bash)
         shared.append(both)
         for word in both:
             pools.setdefault(_shape(word), []).append(word)

@@ -15,6 +15,7 @@ from deployments.reference_fleet.corpora import (
     examples,
     phrasing,
     problems,
+    shell,
     sources,
 )
 
@@ -141,6 +142,13 @@ def test_filler_keeps_the_request_whole() -> None:
     texts = [phrasing.with_filler("how many?", Random(seed)) for seed in range(50)]
     assert all("how many?" in text for text in texts)
     assert len(set(texts)) > 10
+
+
+def test_words_that_a_request_shares_with_its_command_have_one_order() -> None:
+    found = shell.shared_words(
+        "copy b.txt and a.txt to /tmp/x 30 times", "cp a.txt b.txt 30 /tmp/x"
+    )
+    assert found == ["/tmp/x", "a.txt", "b.txt", "30"]
 
 
 def test_adapters_answer_in_a_schema_of_their_own() -> None:
