@@ -21,7 +21,7 @@ from calm_serve.telemetry.residuals import (
     TtftRatio,
 )
 from calm_serve.testing import make_outcome
-from calm_serve.types import LoadAtDecision
+from calm_serve.types import LoadAtDecision, Prediction
 
 STEP_J, TOKEN_J = 0.05, 0.004
 
@@ -118,7 +118,7 @@ def test_a_correction_that_was_applied_is_not_learned_again() -> None:
     effect = LoadEffect()
     for _ in range(100):
         applied = effect.ttft.at(0.0)
-        predicted = (0.5, 64.0, 0.05 * applied, 0.01, 6.4)
+        predicted = Prediction("small", 0.5, 64.0, 0.05 * applied, 0.01, 6.4)
         effect.observe(answered(applied=applied, ttft_s=0.15, predicted=predicted))
     assert effect.ttft.at(0.0) == pytest.approx(3.0, rel=0.2)
     assert effect.ttft_spread.value < PRIOR_SPREAD  # the last predictions were right

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -371,8 +369,8 @@ def test_the_state_prices_one_more_request_at_the_present_load() -> None:
     monitor = FleetStats(["small"], clock)
     for running in (1, 4) * 40:
         joules = 10 * (0.01 + 0.08 / running)
-        met = {"load_at_decision": [running, running, 1.0]}
-        monitor.observe(change_outcome(OK, energy_j=joules, output_tokens=10, extra=met))
+        load = LoadAtDecision(running, running, 1.0)
+        monitor.observe(change_outcome(OK, energy_j=joules, output_tokens=10, load=load))
     idle = monitor.state(SPEC, [ReplicaState("r1")], clock.now)
     busy = monitor.state(SPEC, [ReplicaState("r1", running=3)], clock.now)
     twice = monitor.state(SPEC, [ReplicaState("r1", running=3), ReplicaState("r2")], clock.now)
@@ -384,7 +382,7 @@ def test_the_state_prices_one_more_request_at_the_present_load() -> None:
 def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
     clock = Clock()
     monitor = FleetStats(["small"], clock)
-    slow = replace(
+    slow = change_outcome(
         OK,
         ttft_s=0.3,
         predicted=Prediction("small", 0.5, 64.0, 0.1, 0.01, 6.4),
