@@ -142,12 +142,24 @@ def load_at_decision(state: SLMState) -> LoadAtDecision:
 class LoadEffect:
     """What the answers of one SLM say of the load they met (`load_at_decision`)."""
 
-    __slots__ = ("e2e_spread", "energy", "tpot", "ttft", "ttft_spread")
+    __slots__ = ("_champion", "e2e_spread", "energy", "tpot", "ttft", "ttft_spread")
 
-    def __init__(self) -> None:
+    def __init__(self, champion: str | None = None) -> None:
+        self._champion = champion
         self.energy = TokenEnergy()
         self.ttft, self.tpot = TtftRatio(), LoadedLatency()
         self.ttft_spread, self.e2e_spread = LogSpread(), LogSpread()
+
+    def set_champion(self, champion: str) -> None:
+        """Count predictions of this predictor only; the TTFT ratio of another one is forgotten.
+
+        A new predictor may have learned what the ratio corrects. Boosters of cold-start SLMs
+        predict no TTFT, so their version does not matter. Until this is called, predictions of
+        every predictor count.
+        """
+        if self._champion not in (None, champion):
+            self.ttft.reset()
+        self._champion = champion
 
     def observe(self, outcome: Outcome) -> None:
         """Count an answer, unless its SLM had to wake or its load was not written down."""
@@ -162,6 +174,8 @@ class LoadEffect:
         predicted = outcome.decision.predicted
         if predicted is None or not timing.ttft_s or not timing.e2e_s:
             return  # a rule's decision predicts nothing
+        if self._champion not in (None, outcome.decision.versions.predictor.champion):
+            return  # decided before the present predictor came
         ratio = timing.ttft_s / max(predicted.ttft_s, TINY_S)
         self.ttft.add(ratio * load.ttft_ratio, load.in_flight)
         self.ttft_spread.add(ratio)

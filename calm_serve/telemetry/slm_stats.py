@@ -52,7 +52,14 @@ class SLMStatsSnapshot:
 class SLMStats:
     """Recent outcomes of one SLM, forgetting with a half-life of `HALF_LIFE_S`."""
 
-    def __init__(self, slm_id: str, clock: Clock, limits: BreakerLimits | None = None) -> None:
+    def __init__(
+        self,
+        slm_id: str,
+        clock: Clock,
+        limits: BreakerLimits | None = None,
+        *,
+        champion: str | None = None,
+    ) -> None:
         now = clock()
         self._clock = clock
         self._slm_id = slm_id
@@ -65,7 +72,7 @@ class SLMStats:
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = CircuitBreaker(limits or BreakerLimits())
         self._replica_ids: frozenset[str] = frozenset()  # those that the breaker's evidence covers
-        self.effect = LoadEffect()
+        self.effect = LoadEffect(champion)
         self.wake_s: float | None = None
         self.calibration_factor = 1.0
 
@@ -197,7 +204,7 @@ class FleetStats:
         self._windows = {slm_id: SLMStats(slm_id, clock) for slm_id in slm_ids}
         self._inside: dict[str, int] = {}  # requests, when the SLM was last looked at
         self._in_flight = 0
-        self._predictor = PredictorVersion()
+        self._champion: str | None = None
 
     @property
     def slm_ids(self) -> tuple[str, ...]:
@@ -207,7 +214,7 @@ class FleetStats:
     def add(self, slm_id: str) -> None:
         """Start watching an SLM; one that is watched already keeps its window."""
         if slm_id not in self._windows:
-            self._windows[slm_id] = SLMStats(slm_id, self._clock)
+            self._windows[slm_id] = SLMStats(slm_id, self._clock, champion=self._champion)
 
     def remove(self, slm_id: str) -> None:
         """Forget an SLM; its late outcomes will be ignored."""
@@ -220,10 +227,6 @@ class FleetStats:
         `took_s` is the time since the request was sent to the SLM, which may be less than
         `e2e_s`: it may have waited, or failed elsewhere, before. None: `e2e_s` is used.
         """
-        if (predictor := outcome.decision.versions.predictor) != self._predictor:
-            self._predictor = predictor
-            for window in self._windows.values():
-                window.effect.ttft.reset()
         if found := self._windows.get(outcome.slm_id):
             found.observe(outcome, took_s)
 
@@ -243,6 +246,12 @@ class FleetStats:
         """Remember a measured time from start to ready, in seconds."""
         if window := self._windows.get(slm_id):
             window.wake_s = wake_s
+
+    def set_predictor(self, version: PredictorVersion) -> None:
+        """Tell which predictor decides from now on; see `LoadEffect.set_champion`."""
+        self._champion = version.champion
+        for window in self._windows.values():
+            window.effect.set_champion(version.champion)
 
     def set_calibration_factors(self, factors: Mapping[str, float]) -> None:
         """Correct P(success) of each SLM by its factor; one that is not named gets 1."""

@@ -12,7 +12,7 @@ from calm_serve.config import Fleet, SLMSpec
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import DesiredResidency, MonitorFindings, SLMEnergy
 from calm_serve.telemetry import Alarms, BreakerState, ContentGainMonitor, FleetStats, ReplicaStats
-from calm_serve.types import Decision, Outcome, ReplicaState, Residency, SLMState
+from calm_serve.types import Decision, Outcome, PredictorVersion, ReplicaState, Residency, SLMState
 from deployments.router.live_state import VIEW
 from deployments.router.residency_view import ResidencyView
 from deployments.wire import deployment_name
@@ -78,6 +78,11 @@ class FleetView:
         """Take what the knowledge actor found in the outcomes; see `MonitorView`."""
         self.watch.set(found)
         self._monitor.set_calibration_factors(self.watch.calibration_factors)
+        self._states.clear()
+
+    def set_predictor(self, version: PredictorVersion) -> None:
+        """Take which predictor decides from now on: its errors are learned anew."""
+        self._monitor.set_predictor(version)
         self._states.clear()
 
     def state(self, spec: SLMSpec) -> SLMState:

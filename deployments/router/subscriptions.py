@@ -14,7 +14,13 @@ from pydantic import ValidationError
 from calm_serve.config import Fleet, Goals, SLMSpec
 from calm_serve.errors import CalmError, KnowledgeError
 from calm_serve.learning import Shadow
-from calm_serve.prediction import Artifact, LightGBMPredictor, MetadataPrior, with_cold_start
+from calm_serve.prediction import (
+    Artifact,
+    LightGBMPredictor,
+    MetadataPrior,
+    Predictor,
+    with_cold_start,
+)
 from calm_serve.protocol.topics import (
     GoalChange,
     PredictorStatus,
@@ -106,14 +112,18 @@ class Subscriptions:
     async def _apply_predictor(self) -> None:
         published = self._champion
         if published is None:
-            self._selector.predictor, self.predictor_source = MetadataPrior(), PRIOR_SOURCE
+            self._swap(MetadataPrior(), PRIOR_SOURCE)
             return
         predictor = await _predictor_of(published, self._cold_start)
         if predictor is None:
             return
         shipped = published.source == "shipped"
         predictor.version = replace(predictor.version, shipped=shipped)
-        self._selector.predictor, self.predictor_source = predictor, published.source
+        self._swap(predictor, published.source)
+
+    def _swap(self, predictor: Predictor, source: str) -> None:
+        self._selector.predictor, self.predictor_source = predictor, source
+        self._view.set_predictor(predictor.version)
 
     def _apply_registry(self, registry: Mapping[str, RegisteredSLM]) -> None:
         """Extend the configured fleet by SLMs that run in applications of their own."""

@@ -379,27 +379,42 @@ def test_the_state_prices_one_more_request_at_the_present_load() -> None:
     assert twice.energy_j_per_token == pytest.approx(0.01 + 0.08 / 2.5, rel=0.05)
 
 
+def slow_by(champion: str, slm_id: str = "small") -> Outcome:
+    """An answer that took three times the TTFT that `champion` had predicted."""
+    return change_outcome(
+        OK,
+        slm_id=slm_id,
+        ttft_s=0.3,
+        predicted=Prediction(slm_id, 0.5, 64.0, 0.1, 0.01, 6.4),
+        load=LoadAtDecision(1, 1, 1.0),
+        versions=Versions(PredictorVersion(champion), "g", "f"),
+    )
+
+
 def test_another_predictor_starts_without_the_last_ones_ttft_ratio() -> None:
     clock = Clock()
     monitor = FleetStats(["small"], clock)
-    slow = change_outcome(
-        OK,
-        ttft_s=0.3,
-        predicted=Prediction("small", 0.5, 64.0, 0.1, 0.01, 6.4),
-        load=LoadAtDecision(1, 1, 1.0),
-    )
+    monitor.set_predictor(PredictorVersion("p"))
     for _ in range(20):
-        monitor.observe(slow)
+        monitor.observe(slow_by("p"))
+    monitor.set_predictor(PredictorVersion("p", cold_start="new-1"))
     assert monitor.state(SPEC, [], clock.now).ttft_ratio == pytest.approx(3.0, rel=0.15)
-    monitor.observe(
-        change_outcome(
-            slow,
-            versions=Versions(PredictorVersion("next"), "g", "f"),
-            status="error",
-            http_status=500,
-        )
-    )
+    monitor.set_predictor(PredictorVersion("next"))
+    monitor.observe(slow_by("p"))
     assert monitor.state(SPEC, [], clock.now).ttft_ratio == 1.0
+    monitor.observe(slow_by("next"))
+    assert monitor.state(SPEC, [], clock.now).ttft_ratio > 1.0
+
+
+def test_an_slm_that_is_added_later_counts_the_present_predictor_only() -> None:
+    clock = Clock()
+    monitor = FleetStats([], clock)
+    monitor.set_predictor(PredictorVersion("p"))
+    monitor.add("small")
+    monitor.observe(slow_by("old"))
+    assert monitor.state(SPEC, [], clock.now).ttft_ratio == 1.0
+    monitor.observe(slow_by("p"))
+    assert monitor.state(SPEC, [], clock.now).ttft_ratio > 1.0
 
 
 def test_state_without_replicas_is_what_the_caller_says() -> None:

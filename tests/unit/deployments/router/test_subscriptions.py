@@ -31,8 +31,8 @@ from calm_serve.protocol.topics import (
     Update,
 )
 from calm_serve.routing.selector import ModelSelector
-from calm_serve.testing import make_fleet, make_goals, make_spec
-from calm_serve.types import PredictorVersion, Residency
+from calm_serve.testing import make_fleet, make_goals, make_outcome, make_spec
+from calm_serve.types import LoadAtDecision, Outcome, PredictorVersion, Residency, Versions
 from deployments.router import fleet_view
 from deployments.router.fleet_view import FleetView
 from deployments.router.live_state import LiveView
@@ -103,6 +103,30 @@ async def test_cold_start_boosters_join_the_champion_in_either_order(router: Rou
     await router.publish(Topic.COLD_START, published(COLD_START, "cold_start"))
     assert router.selector.predictor.version == both
     assert router.subscriptions.predictor_source == "trained"
+
+
+async def test_a_refit_cold_start_booster_keeps_what_was_learned_of_the_champion(
+    router: Router,
+) -> None:
+    (spec,) = (s for s in FLEET.slms if s.id == "small")
+    await router.publish(Topic.PREDICTOR, published(ARTIFACT))
+    for _ in range(20):
+        router.view.observe(slow_answer(ARTIFACT.version))
+    learned = router.view.state(spec).ttft_ratio
+    assert learned > 2.0
+    await router.publish(Topic.COLD_START, published(COLD_START, "cold_start"))
+    assert router.view.state(spec).ttft_ratio == learned
+    await router.publish(Topic.PREDICTOR, published(replace(ARTIFACT, version="next")))
+    router.view.observe(slow_answer(ARTIFACT.version))  # its stream began before
+    assert router.view.state(spec).ttft_ratio == 1.0
+
+
+def slow_answer(champion: str) -> Outcome:
+    return make_outcome(
+        ttft_s=0.2,  # four times the prediction
+        load=LoadAtDecision(1.0, 1, 1.0),
+        versions=Versions(PredictorVersion(champion)),
+    )
 
 
 async def test_a_predictor_that_cannot_be_read_leaves_the_present_one(
