@@ -16,7 +16,7 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from calm_serve.errors import AsleepError, CapacityError, SLMUnavailableError
+from calm_serve.errors import AsleepError, CalmError, CapacityError, SLMUnavailableError
 from calm_serve.types import (
     Decision,
     DecisionPath,
@@ -142,14 +142,7 @@ class Dispatcher:
                         continue
                 return first
             return _Answer(call, items, first)
-        if late is not None:
-            raise late
-        if full:
-            raise CapacityError(
-                f"every SLM that may answer is at its queue limit: {', '.join(full)}",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        raise SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
+        raise late or _no_answer(plan, full)
 
     async def _first(
         self, call: Call, method: str, body: dict[str, Any], hints: Hints
@@ -228,6 +221,14 @@ class _Answer:
         call = self._call
         call.final, call.status, call.http_status = item, "ok", 200
         VIEW.observe(deployment_name(call.slm_id), item.facts)
+
+
+def _no_answer(plan: list[str], full: list[str]) -> CalmError:
+    """The error when no SLM of `plan` answered; the queues of those in `full` were full."""
+    if not full:
+        return SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
+    message = f"every SLM that may answer is at its queue limit: {', '.join(full)}"
+    return CapacityError(message, retry_after_s=RETRY_AFTER_S)
 
 
 def _forget_dead_replica(slm_id: str, reply: ErrorReply) -> None:
