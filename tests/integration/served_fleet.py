@@ -235,14 +235,23 @@ class ServedFleet:
     @property
     def replica_counts(self) -> dict[str, int]:
         """SLM to its configured number of replicas."""
-        fleet = self.application["args"]["fleet"]
-        if isinstance(fleet, str):
-            fleet = yaml.safe_load(Path(fleet).read_text("utf-8"))
-        counts = {s["id"]: 1 for s in fleet["slms"]}
+        counts = {s["id"]: 1 for s in self._slms}
         for deployment in self.application.get("deployments", ()):
             slm_id = deployment["name"].removeprefix("slm-")
             counts[slm_id] = deployment["autoscaling_config"]["min_replicas"]
         return counts
+
+    @property
+    def examples(self) -> dict[str, str]:
+        """SLM to a prompt of the kind that it is for."""
+        return {s["id"]: s["examples"][0] for s in self._slms}
+
+    @property
+    def _slms(self) -> list[dict[str, Any]]:
+        fleet = self.application["args"]["fleet"]
+        if isinstance(fleet, str):
+            fleet = yaml.safe_load(Path(fleet).read_text("utf-8"))
+        return list(fleet["slms"])
 
     def deploy(self, *more: dict[str, Any]) -> None:
         """What `serve deploy` does: put the configuration, with further applications."""
