@@ -60,7 +60,7 @@ def _serve(
         return states[spec.id]
 
     fleet = make_fleet()
-    loop = ModelSelector(fleet, goals, read_state=read, predictor=predictor)
+    selector = ModelSelector(fleet, goals, read_state=read, predictor=predictor)
     for i in range(count):
         for spec in fleet.slms:
             states[spec.id] = make_state(spec.id, waiting=random.randrange(12))
@@ -68,7 +68,7 @@ def _serve(
         # The log knows the limit of a request by its feature only, and this one has none.
         values = {"features": _FEATURES[code], **context}
         asked = make_context(code, request_id=f"{start_s:g}-{i}", **values)
-        decision = decision_for(loop, asked)
+        decision = decision_for(selector, asked)
         chosen = next(c for c in decision.candidates if c.slm_id == decision.slm_id)
         assert chosen.prediction is not None
         good = random.random() < truth(code, decision.slm_id)
@@ -83,7 +83,9 @@ def _serve(
             energy_j=chosen.prediction.energy_j,
             numbers=asked.features.numbers,
             buckets=asked.features.buckets,
-            load_features=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
+            load_features=live_load(
+                asked, selector.specs[decision.slm_id], states[decision.slm_id]
+            ),
             predicted=chosen.prediction,
             versions=decision.versions,
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),

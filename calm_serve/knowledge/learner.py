@@ -85,7 +85,7 @@ class Learner:
             lambda: self._cold_start.observe(outcomes),
             self._fit_cold_start,
             lambda: self.promotion.observe(outcomes),
-            self.retraining.maybe,
+            self.retraining.start_if_due,
         )
 
     async def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
@@ -94,7 +94,7 @@ class Learner:
             lambda: self._monitor.feedback(outcome_id, signals),
             lambda: self._cold_start.feedback(outcome_id, signals),
             self._fit_cold_start,
-            self.retraining.maybe,
+            self.retraining.start_if_due,
         )
 
     async def tick(self) -> None:
