@@ -1,4 +1,4 @@
-"""What the decision asks of any predictor, and the prediction before anything was learned."""
+"""The predictor protocol, and the metadata prior that is used before anything was learned."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Predictor(Protocol):
 def live_load(context: RoutingContext, spec: SLMSpec, state: SLMState) -> tuple[float, ...]:
     """The live-state features of one candidate, in the order of LOAD_NAMES.
 
-    A predictor reads them and the router logs them as `Outcome.load`; both call this function, so
-    training sees exactly what prediction saw.
+    Predictors read them and the router logs them (`DecisionSummary.load_features`); both call this
+    function, so training gets exactly the features of the prediction.
     """
     analytic = analytic_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
     return load_vector(state, analytic)
@@ -61,7 +61,7 @@ def load_vector(state: SLMState, analytic_ttft_s: float) -> tuple[float, ...]:
 
 
 class MetadataPrior:
-    """A predictor that knows the fleet file only.
+    """Predictions from the fleet file alone.
 
     A marker whose name is one of the SLM's skills raises P(success) from `priors.quality` to
     `priors.skill_quality`; with no marker at all every SLM keeps `priors.quality`.
