@@ -38,7 +38,7 @@ def make_fleet(**changes: Any) -> Fleet:
 
 def make_spec(slm_id: str) -> SLMSpec:
     """An SLM with the default metadata."""
-    return SLMSpec(id=slm_id, model="somebody/model")
+    return SLMSpec(id=slm_id, model="example/model")
 
 
 def make_state(slm_id: str, **changes: Any) -> SLMState:
