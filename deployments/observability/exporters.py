@@ -211,7 +211,7 @@ def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
         for phase in _PHASES:
             if (value := starts.get(phase)) is not None:
                 yield "calm_slm_start_seconds", (slm_id, phase), float(value)
-    yield from watch_samples(snapshot)
+    yield from monitor_samples(snapshot)
     yield from residency_samples(snapshot)
 
 
@@ -298,7 +298,7 @@ _GAINS = {"best_single": "gain_best_single", "share_matched": "gain_share_matche
 Sample = tuple[str, tuple[str, ...], float]  # metric name, label values, value
 
 
-def watch_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
+def monitor_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the gauges; a missing value yields nothing, an alarm that is off yields 0."""
     on = {(a["kind"], a["slm"]) for a in snapshot.get("alarms", ())}
     for kind in FLEET_ALARMS:

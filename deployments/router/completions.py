@@ -43,7 +43,7 @@ class CompletionsEndpoint:
     def __init__(
         self,
         args: ServeArgs,
-        loop: ModelSelector,
+        selector: ModelSelector,
         view: FleetView,
         queue: WakeupQueue,
         dispatcher: dispatch.Dispatcher,
@@ -51,7 +51,7 @@ class CompletionsEndpoint:
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
-        self._loop, self._view, self._wakeup_queue = loop, view, queue
+        self._selector, self._view, self._wakeup_queue = selector, view, queue
         self._dispatcher, self._record = dispatcher, record
 
     async def chat(self, request: Request) -> Response:
@@ -75,7 +75,7 @@ class CompletionsEndpoint:
             body = await http.read_json(request, self._limit_bytes)
             parsed = parse(body)
             overrides = parse_overrides(http.routing_headers(request))
-            decision = self._loop.decide(parsed, overrides, decision_id)
+            decision = self._selector.decide(parsed, overrides, decision_id)
         except CalmError as error:
             return http.error_response(error, headers)
         call = self._call(decision)
@@ -131,17 +131,17 @@ class CompletionsEndpoint:
         return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
 
     def _call(self, decision: Decision) -> dispatch.Call:
-        spec = self._loop.specs[decision.slm_id]
+        spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
         call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
         if self._view.residency.active:
-            preferred = self._view.state(self._loop.specs[decision.preferred])
+            preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)
         return call
 
     def _follow_failover(self, call: dispatch.Call) -> None:
         """After a failover the row describes the SLM that answers, not the one that failed."""
-        spec = self._loop.specs.get(call.slm_id)
+        spec = self._selector.specs.get(call.slm_id)
         if spec is not None and call.slm_id != call.decision.slm_id:
             call.state = self._view.state(spec)
             call.load = live_load(call.decision.context, spec, call.state)
@@ -176,7 +176,7 @@ class CompletionsEndpoint:
             outcome.cancelled(call)
             raise
         finally:
-            if call.final is None:
+            if call.end is None:
                 wakeup_queue.discard(opening)
             finish()
 
@@ -195,7 +195,7 @@ class CompletionsEndpoint:
             outcome.cancelled(call)
             raise
         finally:
-            if call.final is None:
+            if call.end is None:
                 dispatch.cancel(answer)
             finish()
 

@@ -66,7 +66,7 @@ class Router:
         self._view = FleetView(fleet)
         self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
         self._handles = Handles(handles)
-        self._loop = ModelSelector(
+        self._selector = ModelSelector(
             fleet,
             args.goals,
             read_state=self._view.state,
@@ -81,12 +81,12 @@ class Router:
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
-        self._subscriptions = Subscriptions(fleet, self._loop, self._view, self._handles)
+        self._subscriptions = Subscriptions(fleet, self._selector, self._view, self._handles)
         self._outcomes = OutcomeOutbox(
             self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
         )
         self._operations = Operations(
-            self._loop,
+            self._selector,
             self._view,
             self._knowledge,
             self._subscriptions,
@@ -94,7 +94,7 @@ class Router:
             self._outcomes,
         )
         completions = CompletionsEndpoint(
-            args, self._loop, self._view, self._wakeup_queue, dispatcher, self.record
+            args, self._selector, self._view, self._wakeup_queue, dispatcher, self.record
         )
         self._routes = self._endpoints(completions)
         self._outcomes.start()
@@ -103,15 +103,15 @@ class Router:
             asyncio.create_task(self._refresh()),
             asyncio.create_task(self._steer()),
             asyncio.create_task(
-                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._loop.fleet)
+                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._selector.fleet)
             ),
         ]
 
     def _endpoints(self, completions: CompletionsEndpoint) -> dict[tuple[str, str], Endpoint]:
         """Method and path to what answers them; `__call__` adds the paths that end in an id."""
-        goals = GoalsEndpoint(self._loop, self._knowledge, self._subscriptions)
+        goals = GoalsEndpoint(self._selector, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
-        residency = ResidencyEndpoint(self._loop, self._view.residency, self._knowledge)
+        residency = ResidencyEndpoint(self._selector, self._view.residency, self._knowledge)
         return {
             ("POST", "/v1/chat/completions"): completions.chat,
             ("POST", "/v1/completions"): completions.complete,
@@ -156,9 +156,9 @@ class Router:
         parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
         overrides = parse_overrides(http.routing_headers(request))
         parsed = parse(body)
-        decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
+        decision = self._selector.decide(parsed, overrides, uuid.uuid4().hex)
         fill_features(decision.context, parsed)
-        return http.json_response(self._loop.explain(decision))
+        return http.json_response(self._selector.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
         body = await http.read_json(request, 65_536)
@@ -176,25 +176,25 @@ class Router:
         self._wakeup_queue.release(call)
         fill_features(call.decision.context, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
-        shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)
+        shadow = self._subscriptions.shadow.compare(outcome, self._selector.goals.quality_floor)
         if shadow is not None:
             outcome = replace(outcome, decision=replace(outcome.decision, shadow=shadow))
         self._view.observe(outcome, call.took_s)
-        self._view.watch.chose(call.decision)
-        self._loop.learn(call.decision, outcome)
+        self._view.monitor.chose(call.decision)
+        self._selector.learn(call.decision, outcome)
         self._metrics.observe(outcome)
         self._outcomes.add(outcome)
 
     async def _refresh(self) -> None:
         host = HostMonitor(time.monotonic)
         while True:
-            await self._handles.connect(self._loop.fleet)
+            await self._handles.connect(self._selector.fleet)
             self._metrics.refresh(self._operations.snapshot(), host.read())
             await asyncio.sleep(REFRESH_S)
 
     async def _steer(self) -> None:
         while True:
-            self._loop.tick()
+            self._selector.tick()
             await asyncio.sleep(STEER_S)
 
     async def check_health(self) -> None:

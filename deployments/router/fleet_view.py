@@ -32,21 +32,21 @@ class FleetView:
         self.fleet = fleet
         self.ready = False
         self._clock = clock
-        self._monitor = FleetStats([s.id for s in fleet.slms], clock)
+        self._stats = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, ReplicaReport] = {}
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
-        self.watch = MonitorView()
+        self.monitor = MonitorView()
         self.residency = ResidencyView()
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Follow SLMs that came or went."""
         before, after = {s.id for s in self.fleet.slms}, {s.id for s in fleet.slms}
         for slm_id in after - before:
-            self._monitor.add(slm_id)
+            self._stats.add(slm_id)
         for slm_id in before - after:
-            self._monitor.remove(slm_id)
+            self._stats.remove(slm_id)
             self._states.pop(slm_id, None)
             self._seen_up.discard(slm_id)
         self.fleet = fleet
@@ -67,22 +67,22 @@ class FleetView:
         }
         for slm_id, report in self._reports.items():
             if report.state == "ready" and (start_s := report.ready_s.get("total")):
-                self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
+                self._stats.woke(slm_id, start_s)  # from cold: sleep has times of its own
 
     def set_desired_residency(self, desired: DesiredResidency, revision: int) -> None:
         """Take the desired residency that the knowledge actor published."""
         self.residency.set_desired(desired, revision)
         self._states.clear()
 
-    def set_watch(self, found: MonitorFindings) -> None:
+    def set_findings(self, found: MonitorFindings) -> None:
         """Take what the knowledge actor found in the outcomes; see `MonitorView`."""
-        self.watch.set(found)
-        self._monitor.set_calibration_factors(self.watch.calibration_factors)
+        self.monitor.set(found)
+        self._stats.set_calibration_factors(self.monitor.calibration_factors)
         self._states.clear()
 
     def set_predictor(self, version: PredictorVersion) -> None:
         """Take which predictor decides from now on: its errors are learned anew."""
-        self._monitor.set_predictor(version)
+        self._stats.set_predictor(version)
         self._states.clear()
 
     def state(self, spec: SLMSpec) -> SLMState:
@@ -92,7 +92,7 @@ class FleetView:
         if kept is not None and now - kept[0] < STATE_LIFETIME_S:
             return kept[1]
         replicas = self._live(spec)
-        state = self._monitor.state(spec, replicas, now, self._absent(spec))
+        state = self._stats.state(spec, replicas, now, self._absent(spec))
         state = self.residency.with_residency(state, replicas)
         self._states[spec.id] = (now, state)
         return state
@@ -100,12 +100,12 @@ class FleetView:
     def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
         """Feed the windows and the circuit breaker; see `FleetMonitor.observe`."""
         if any(s.id == outcome.slm_id for s in self.fleet.slms):
-            self._monitor.observe(outcome, took_s)
+            self._stats.observe(outcome, took_s)
             self._replicas.observe(outcome)
 
     def attempt_failed(self, slm_id: str, took_s: float = 0.0) -> None:
         """A replica of the SLM failed before its first byte, `took_s` after it got the request."""
-        self._monitor.attempt_failed(slm_id, took_s)
+        self._stats.attempt_failed(slm_id, took_s)
         self._states.pop(slm_id, None)
 
     def refresh_ready(self) -> bool:
@@ -127,7 +127,7 @@ class FleetView:
         return {
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
-            **self.watch.fleet(),
+            **self.monitor.fleet(),
             **self._residency_summary(),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
@@ -140,7 +140,7 @@ class FleetView:
 
     def _row(self, spec: SLMSpec) -> dict[str, Any]:
         state = self.state(spec)
-        seen = self._monitor.snapshot(spec.id, self._clock())
+        seen = self._stats.snapshot(spec.id, self._clock())
         report = self._reports.get(spec.id) or NO_REPORT
         replicas = self._live(spec)
         return {
@@ -173,7 +173,7 @@ class FleetView:
             "adapters": [a.name for a in spec.adapters],
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
             "detail": report.detail,
-            **self.watch.row(spec.id),
+            **self.monitor.row(spec.id),
             **self.residency.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
         }
@@ -197,7 +197,7 @@ class FleetView:
         if VIEW.replicas(deployment_name(spec.id)):
             state = self.state(spec)
             # Half-open: a probe may be sent, but none has succeeded yet.
-            closed = self._monitor.breaker(spec.id) is BreakerState.CLOSED
+            closed = self._stats.breaker(spec.id) is BreakerState.CLOSED
             return str(state.residency) if closed else "degraded"
         if spec.id in self._seen_up and spec.residency != "on_demand":
             return str(Residency.DEAD)

@@ -77,9 +77,9 @@ class Subscriptions:
             case Topic.RESIDENCY:
                 self._view.set_desired_residency(record, update.revision)
             case Topic.MONITOR:
-                self._view.set_watch(record)
+                self._view.set_findings(record)
             case Topic.ENERGY:
-                self._view.watch.set_energy(record)
+                self._view.monitor.set_energy(record)
             case Topic.SLMS:
                 self._apply_registry(record)
             case Topic.GOALS:

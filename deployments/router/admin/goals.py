@@ -46,8 +46,10 @@ class AppliedGoals(Protocol):
 class GoalsEndpoint:
     """GET and PUT."""
 
-    def __init__(self, loop: ModelSelector, knowledge: GoalKeeper, applied: AppliedGoals) -> None:
-        self._loop, self._knowledge, self._applied = loop, knowledge, applied
+    def __init__(
+        self, selector: ModelSelector, knowledge: GoalKeeper, applied: AppliedGoals
+    ) -> None:
+        self._selector, self._knowledge, self._applied = selector, knowledge, applied
 
     async def get(self, request: Request) -> Response:
         """Goals, weights and targets of this router; `?history=N` adds the last N changes."""
@@ -68,7 +70,7 @@ class GoalsEndpoint:
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object with the fields of the goals")
         try:
-            goals = parse_goals(body, self._loop.fleet)
+            goals = parse_goals(body, self._selector.fleet)
         except ConfigError as error:
             raise RequestError(error.message, param=error.param) from error
         address = request.client.host if request.client else "unknown"
@@ -81,8 +83,8 @@ class GoalsEndpoint:
 
     def _document(self) -> dict[str, Any]:
         changed = _signed(self._applied.goals_change)
-        goals = self._loop.goals.model_dump(mode="json")
-        return {"goals": goals, **goals_section(self._loop), "changed": changed}
+        goals = self._selector.goals.model_dump(mode="json")
+        return {"goals": goals, **goals_section(self._selector), "changed": changed}
 
 
 def _signed(change: GoalChange | None) -> dict[str, Any]:
@@ -90,11 +92,11 @@ def _signed(change: GoalChange | None) -> dict[str, Any]:
     return {name: None if change is None else getattr(change, name) for name in names}
 
 
-def goals_section(loop: ModelSelector) -> dict[str, Any]:
+def goals_section(selector: ModelSelector) -> dict[str, Any]:
     """The `goals` of /v1/fleet: version, weights in use, and every target with its state."""
     return {
-        "version": loop.versions.goals,
-        "policy": loop.goals.policy.name,
-        "weights": asdict(loop.weights),
-        "targets": [asdict(status) for status in loop.controller.status()],
+        "version": selector.versions.goals,
+        "policy": selector.goals.policy.name,
+        "weights": asdict(selector.weights),
+        "targets": [asdict(status) for status in selector.controller.status()],
     }

@@ -28,14 +28,14 @@ class Operations:
 
     def __init__(
         self,
-        loop: ModelSelector,
+        selector: ModelSelector,
         view: FleetView,
         knowledge: KnowledgeClient,
         subscriptions: Subscriptions,
         metrics: RouterMetrics,
         outcomes: OutcomeOutbox,
     ) -> None:
-        self._loop = loop
+        self._selector = selector
         self._view = view
         self._knowledge, self._subscriptions = knowledge, subscriptions
         self._metrics = metrics
@@ -56,14 +56,14 @@ class Operations:
     def snapshot(self) -> dict[str, Any]:
         """The `/v1/fleet` document."""
         predictor = {
-            "version": str(self._loop.predictor.version),
+            "version": str(self._selector.predictor.version),
             "source": self._subscriptions.predictor_source,
             "outcomes_pending": self._outcomes.pending_rows,
             "outcomes_lost": self._outcomes.lost_rows,
             "knowledge_reachable": self._knowledge.reachable,
             **self._predictors(),
         }
-        return self._view.snapshot(predictor) | {"goals": goals_section(self._loop)}
+        return self._view.snapshot(predictor) | {"goals": goals_section(self._selector)}
 
     def _predictors(self) -> dict[str, Any]:
         status = self._subscriptions.predictors
@@ -83,9 +83,9 @@ class Operations:
 
     async def decision(self, decision_id: str) -> Response:
         """The record of a decision: from this router's memory, else the stored outcome."""
-        decision = self._loop.recall(decision_id)
+        decision = self._selector.recall(decision_id)
         if decision is not None:
-            return http.json_response(self._loop.explain(decision))
+            return http.json_response(self._selector.explain(decision))
         stored = await self._knowledge.outcome(decision_id)
         if stored is None:
             error = RequestError(f"decision {decision_id!r} not found", param="decision_id")
@@ -111,7 +111,7 @@ class Operations:
 
     def _models(self) -> dict[str, dict[str, Any]]:
         entries = {"auto": _entry("auto", "calm_serve", "Let the router choose.")}
-        for slm in self._loop.fleet.slms:
+        for slm in self._selector.fleet.slms:
             entries[slm.id] = _entry(slm.id, slm.locality, slm.description) | {
                 "max_model_len": slm.context_tokens
             }

@@ -17,11 +17,11 @@ from deployments.router.admin.goals import goals_section
 
 def answer(**more: Any) -> dict[str, Any]:
     goals = make_goals(ttft_p95_s=1.0, min_quality=0.9)
-    loop = ModelSelector(make_fleet(), goals, controller=GoalController(goals))
-    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.25))
+    selector = ModelSelector(make_fleet(), goals, controller=GoalController(goals))
+    selector.learn(make_decision("small", "large"), make_outcome(ttft_s=0.25))
     return {
-        "goals": loop.goals.model_dump(mode="json"),
-        **goals_section(loop),
+        "goals": selector.goals.model_dump(mode="json"),
+        **goals_section(selector),
         "changed": {"at": 0.0, "by": "ann", "revision": 3},
         **more,
     }
@@ -72,5 +72,5 @@ def test_the_answer_of_something_else_is_an_error(capsys: pytest.CaptureFixture[
 
 
 def test_every_weight_of_a_decision_is_in_the_answer() -> None:
-    loop = ModelSelector(make_fleet(), make_goals())
-    assert goals_section(loop)["weights"] == asdict(loop.weights)
+    selector = ModelSelector(make_fleet(), make_goals())
+    assert goals_section(selector)["weights"] == asdict(selector.weights)

@@ -128,7 +128,7 @@ async def test_the_answer_passes_through_in_order(view: LiveView) -> None:
 async def test_an_answer_in_one_piece_is_its_final_item_alone(view: LiveView) -> None:
     call = started()
     assert await read(await Fleet(view, 2, a=[END]).open(call)) == b"end"
-    assert call.final == END
+    assert call.end == END
 
 
 async def test_the_call_carries_method_adapter_and_hints(view: LiveView) -> None:

@@ -34,7 +34,7 @@ def started(decision: Decision | None = None) -> Call:
 def finished(call: Call, **facts: Any) -> Call:
     call.slm_id = call.slm_id or call.decision.slm_id
     call.status, call.http_status = "ok", 200
-    call.final = ReplyEnd(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
+    call.end = ReplyEnd(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
     return call
 
 
