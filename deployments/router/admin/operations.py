@@ -1,4 +1,4 @@
-"""The router's endpoints for people and machines that operate it."""
+"""Endpoints that operate the router: health, fleet, models, decisions, feedback."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from deployments.router.admin.goals import goals_section
 from deployments.router.fleet_view import FleetView
 from deployments.router.subscriptions import Subscriptions
 
-_CREATED = 1_700_000_000  # OpenAI's schema wants a time; models here have none that means anything
+MAX_DECISION_ID_CHARS = 64
+_CREATED = 1_700_000_000  # required by OpenAI's schema; has no meaning here
 
 
 class Operations:
-    """Reads what the router knows; changes nothing but feedback."""
+    """Reads the router's state; only feedback changes anything."""
 
     def __init__(
         self,
@@ -42,14 +43,14 @@ class Operations:
         self._outcomes = outcomes
 
     async def health(self, request: Request) -> Response:
-        """200 once every hot SLM has been up, then always; before that 503 with the states."""
+        """200 after every hot SLM has been up once; before that 503 with the states."""
         del request
         ready = self._view.refresh_ready()
         body = {"status": "ok" if ready else "starting", "slms": self._view.states()}
         return http.json_response(body, 200 if ready else 503)
 
     async def fleet(self, request: Request) -> Response:
-        """Every SLM's state, load, memory and times."""
+        """State, load, memory and times of every SLM."""
         del request
         return http.json_response(self.snapshot())
 
@@ -101,7 +102,11 @@ class Operations:
         if unknown:
             raise RequestError(f"unknown key {sorted(unknown)[0]!r}; known: decision_id, score")
         decision_id, score = body.get("decision_id"), body.get("score")
-        if not isinstance(decision_id, str) or not decision_id or len(decision_id) > 64:
+        if (
+            not isinstance(decision_id, str)
+            or not decision_id
+            or len(decision_id) > MAX_DECISION_ID_CHARS
+        ):
             raise RequestError("'decision_id' must be the x-calm-decision-id", param="decision_id")
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
             raise RequestError("'score' must be a number from 0 to 1", param="score")

@@ -15,8 +15,6 @@ from deployments.knowledge.client import KnowledgeClient
 from deployments.router import http
 from deployments.router.residency_view import ResidencyView
 
-MAX_BODY_BYTES = 65_536
-
 
 class ResidencyEndpoint:
     """GET and PUT. A change lasts until the next deployment brings its own configuration."""
@@ -33,7 +31,7 @@ class ResidencyEndpoint:
 
     async def put(self, request: Request) -> Response:
         """Replace the settings for the whole fleet; fields left out get their defaults."""
-        body = await http.read_json(request, MAX_BODY_BYTES)
+        body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object with the fields of `residency`")
         try:
