@@ -359,7 +359,7 @@ class DecisionSummary:
     load_features: tuple[float, ...] = ()  # in the order of `prediction.LOAD_NAMES`
     load: LoadAtDecision | None = None
     terms: DecisionTerms | None = None  # None unless it chose among predictions
-    preferred: str = ""  # SLM that would have been chosen had all been hot; "" when not watched
+    preferred: str = ""  # SLM that would have been chosen had all been hot; "" without a budget
     preferred_hot: bool | None = None
     shadow: ShadowChoice | None = None
 

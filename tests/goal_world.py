@@ -1,7 +1,7 @@
 """A fleet of three simulated engines, whose workload and hardware can shift under the controller.
 
-The predictor is told nothing of what the hardware does: it keeps to the fleet's first speeds and
-joules, and to an SLM's queue. What else changes, the controller has to see in the outcomes.
+The predictor has the fleet's initial speeds and joules, and the queue of each SLM. The controller
+has to find every other change in the outcomes.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class World:
             self._arrive()
 
     def recovery(self, shift: int, metric: str, limit: float, *, least: bool = False) -> int:
-        """Requests after `shift` until the next RECENT ones hold `metric` within 10 %.
+        """Requests after `shift` until the next RECENT ones keep `metric` within 10 %.
 
         `least`: the limit is a least value. Returns as many as there are when it is never so.
         """
@@ -139,7 +139,7 @@ class World:
         return float(np.mean(values))
 
     def shares(self, start: int, stop: int | None = None) -> dict[str, float]:
-        """Who answered."""
+        """Share of each SLM in the requests."""
         ids = [r.slm_id for r in self.history[start:stop]]
         return {i: ids.count(i) / len(ids) for i in KINDS}
 

@@ -1,7 +1,7 @@
 """A small world with a known truth, for tests of the knowledge side.
 
 Prompts with bucket CODE are answered well by "coder" only, all others by "talker" only. Answers of
-"talker" are long, and its first token takes three times what the analytic model says.
+"talker" are long, and its TTFT is three times the analytic one.
 """
 
 from __future__ import annotations

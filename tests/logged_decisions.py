@@ -1,4 +1,4 @@
-"""Decisions of a real ModelSelector with known truth, written down as a router writes them."""
+"""Outcomes of a real ModelSelector with known truth, logged as a router logs them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def serve(
     return list(_serve(count, goals, predictor, truth, Random(seed), start_s, context))
 
 
-# The log knows a request's limit of tokens by its feature only, and these have none.
+# The log has a request's token limit as a feature only, and these requests have no limit.
 _FEATURES = {
     code: replace(make_context(code).features, numbers=(0.0,) * len(NUMBER_NAMES))
     for code in (False, True)
@@ -65,7 +65,6 @@ def _serve(
         for spec in fleet.slms:
             states[spec.id] = make_state(spec.id, waiting=random.randrange(12))
         code = random.random() < 0.5
-        # The log knows the limit of a request by its feature only, and this one has none.
         values = {"features": _FEATURES[code], **context}
         asked = make_context(code, request_id=f"{start_s:g}-{i}", **values)
         decision = decision_for(selector, asked)

@@ -57,7 +57,7 @@ class KnowledgeClient:
         return None if found is None else OUTCOME.decode(found)
 
     async def report_demand(self, router_id: str, report: DemandReport) -> DemandReply:
-        """Report which SLMs this router wants. Raises KnowledgeError."""
+        """Report this router's demand for SLMs. Raises KnowledgeError."""
         reply: bytes = await self._ask("report_demand", router_id, DEMAND_REPORT.encode(report))
         return DEMAND_REPLY.decode(reply)
 

@@ -112,5 +112,5 @@ async def test_a_refused_registration_reaches_the_caller_as_what_it_is(learning:
         await actor.register.remote(make_spec("later").model_dump_json(), "app3")
 
 
-def test_removing_an_actor_that_is_not_there_says_so() -> None:
+def test_removing_a_missing_actor_returns_false() -> None:
     assert remove_knowledge("never") is False

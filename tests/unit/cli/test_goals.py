@@ -1,4 +1,4 @@
-"""`calm goals` shows what a service holds."""
+"""`calm goals` shows the goals of a service."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_targets_and_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> No
     assert "WHO" not in text
 
 
-def test_history_is_asked_for_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_history_is_requested_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     change = {"at": 1.0, "by": "bob", "old": None, "new": {"min_quality": 0.9}, "revision": 1}
     _, text, asked = shown(capsys, answer(history=[change]), "--history", "5")
     assert asked == ["http://x/v1/goals?history=5"]
@@ -63,7 +63,7 @@ def test_history_is_asked_for_and_shown(capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
-def test_a_service_without_targets_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_without_targets_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no target is set" in shown(capsys, answer(targets=[]))[1]
 
 

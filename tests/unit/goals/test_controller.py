@@ -1,4 +1,4 @@
-"""The weights follow from the goals: held, recovered after shifts, given back, never wound up."""
+"""The weights follow the goals: they hold, recover after shifts, return, and never wind up."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_weights_come_back_when_the_pressure_goes() -> None:
     assert target(eased, "e2e_p95_s").held is True
 
 
-def test_what_cannot_hold_is_said_and_winds_nothing_up() -> None:
+def test_an_infeasible_target_is_reported_and_winds_nothing_up() -> None:
     hopeless = world(ttft_p95_s=0.001)
     hopeless.serve(BEFORE)
     status = target(hopeless, "ttft_p95_s")
@@ -184,7 +184,7 @@ def test_the_power_budget_is_divided_among_the_routers() -> None:
     assert target(shared, "power_w").measured == pytest.approx(60.0, rel=0.3)
 
 
-def test_mostly_pinned_traffic_holds_the_last_weights() -> None:
+def test_mostly_pinned_traffic_keeps_the_last_weights() -> None:
     pinned = world(energy_per_request_j=3.0)
     pinned.serve(BEFORE)
     pinned.rule_ratio, pinned.rate = 1.0, 2.0
@@ -261,7 +261,7 @@ def test_rules_pins_and_baselines_count_as_measured_and_never_as_a_choice() -> N
     assert controller.status()[0].samples == 60
 
 
-def test_an_answer_of_another_slm_after_a_failover_is_nobodys_ratio() -> None:
+def test_a_reply_of_another_slm_after_a_failover_is_no_measurement() -> None:
     controller = GoalController(make_goals(ttft_p95_s=1.0))
     for number in range(40):
         outcome = make_outcome(slm_id="large", at=float(number), ttft_s=9.0)

@@ -1,4 +1,4 @@
-"""Predictions from an artifact, and what happens where the artifact knows nothing."""
+"""Predictions from an artifact, and from the prior for what the artifact does not predict."""
 
 from __future__ import annotations
 

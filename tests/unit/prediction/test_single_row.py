@@ -55,7 +55,7 @@ def test_it_equals_booster_predict(missing: bool) -> None:
             assert one.predict()[0] == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_row_holds_what_was_put_in_and_nothing_older() -> None:
+def test_the_row_contains_the_last_values_and_nothing_older() -> None:
     row = SparseRow()
     row.set_prompt([1.0] * len(NUMBER_NAMES), range(BUCKETS))
     row.set_candidate(3, [2.0] * len(LOAD_NAMES))

@@ -65,7 +65,7 @@ def test_mean_gives_a_value_one_half_life_old_half_the_weight() -> None:
     assert mean.mean == pytest.approx(2.0)
 
 
-def test_mean_survives_a_silence_long_enough_to_underflow_its_weight() -> None:
+def test_a_mean_survives_a_pause_in_which_its_weight_underflows() -> None:
     mean = Ewma(half_life_s=1.0)
     mean.add(7.0, 0.0)
     assert mean.weight(1e5) == 0.0
@@ -353,7 +353,7 @@ def test_state_counts_requests_sent_that_no_engine_has_reported_yet() -> None:
     assert (state.running, state.waiting) == (SLOTS, 3)
 
 
-def test_states_know_how_many_requests_the_whole_fleet_has() -> None:
+def test_states_count_the_requests_of_the_whole_fleet() -> None:
     clock = Clock()
     big = SPEC.model_copy(update={"id": "big"})
     monitor = FleetStats(["small", "big"], clock)

@@ -1,4 +1,4 @@
-"""The dashboard asks only for series and labels that exist."""
+"""The dashboard queries only series and labels that exist."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ SNAPSHOT = {
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -39,7 +39,7 @@ FLEET = make_fleet(
 
 
 class Knowledge:
-    """A knowledge client that keeps feedback and knows one stored outcome."""
+    """A knowledge client that keeps feedback and has one stored outcome."""
 
     reachable = True
 
