@@ -91,11 +91,8 @@ class OutcomeStore:
 
     def rows(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
         """At most `limit` outcomes after `since_row` in order of arrival, with their row."""
-        return self._read(_page(since_row, limit))
-
-    def labelled(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
-        """As `rows`, only outcomes with a quality label."""
-        return self._read(_page(since_row, limit).where(OUTCOMES.c.labelled))
+        after = sa.select(OUTCOMES).where(OUTCOMES.c.row > since_row)
+        return self._read(after.order_by(OUTCOMES.c.row).limit(limit))
 
     def recent(self, limit: int, *, labelled: bool = False) -> list[Outcome]:
         """The newest `limit` outcomes, or `labelled` ones, oldest first by `at`."""
@@ -269,11 +266,6 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
     cursor.close()
-
-
-def _page(since_row: int, limit: int) -> sa.Select[Any]:
-    after = sa.select(OUTCOMES).where(OUTCOMES.c.row > since_row)
-    return after.order_by(OUTCOMES.c.row).limit(limit)
 
 
 def _nth_newest(table: sa.Table, n: int) -> sa.ScalarSelect[Any]:

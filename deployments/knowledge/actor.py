@@ -53,13 +53,3 @@ async def get_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
     actor = start_knowledge(app_name, fleet, learning)
     await actor.configure.remote(fleet, learning)
     return actor
-
-
-def remove_knowledge(app_name: str) -> bool:
-    """End the application's knowledge actor; the log stays. Returns whether there was one."""
-    try:
-        actor = ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
-    except ValueError:  # there is none
-        return False
-    ray.kill(actor, no_restart=True)
-    return True

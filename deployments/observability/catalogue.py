@@ -28,17 +28,6 @@ class Metric:
     labels: tuple[str, ...]
     buckets: tuple[float, ...] = ()
 
-    @property
-    def series(self) -> tuple[str, ...]:
-        """The names under which the metric is exported, without Ray's prefix."""
-        match self.kind:
-            case Kind.COUNTER:
-                return (f"{self.name}_total",)
-            case Kind.HISTOGRAM:
-                return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
-            case _:
-                return (self.name,)
-
 
 SPLIT = ("slm", "path", "cache", "warmth")
 SLM = ("slm",)
