@@ -59,7 +59,7 @@ class Subscriptions:
         try:
             record = decode(topic, update)
         except KnowledgeError as error:
-            log.error("update of %s ignored, the current state stays: %s", topic, error)
+            log.error("update of %s refused, the current state stays: %s", topic, error)
             return
         match Topic(topic):
             case Topic.PREDICTOR:
@@ -92,7 +92,7 @@ class Subscriptions:
             if goals != self._selector.goals:
                 self._selector.set_goals(goals)
         except (ValidationError, CalmError) as error:
-            log.error("published goals ignored, the current ones stay: %s", error)
+            log.error("published goals refused, the current ones stay: %s", error)
             return
         self.goals_change = change
         self._goals_applied.set()
@@ -161,5 +161,5 @@ async def _predictor_of(
         # Built off the event loop: parsing trees takes milliseconds.
         return await asyncio.to_thread(build)
     except KnowledgeError as error:
-        log.error("published predictor ignored, the current one stays: %s", error)
+        log.error("published predictor refused, the current one stays: %s", error)
         return None
