@@ -33,6 +33,7 @@ from calm_serve.types import (
 
 MAX_LOGGED = 32  # candidates of one decision; bounds a row of the log
 _DIGITS = 6  # decimals: microseconds, microjoules
+_MIN_FACTOR_CHANGE = 1e-9  # a smaller deviation from 1 is a rounding error
 _MAX_OUTPUT_TOKENS = NUMBER_NAMES.index("log_max_output_tokens")
 
 # SLM -> P(success) and output tokens; None keeps the logged value.
@@ -161,7 +162,9 @@ def _logged(candidate: Candidate, expected: Prediction) -> LoggedCandidate:
         ),
         # Without a weight for switching the tier is unknown, and does not matter.
         hot=candidate.switching <= 0.0,
-        calibration_factor=1.0 if abs(factor - 1.0) < 1e-9 else round(factor, _DIGITS),
+        calibration_factor=1.0
+        if abs(factor - 1.0) < _MIN_FACTOR_CHANGE
+        else round(factor, _DIGITS),
     )
 
 

@@ -26,6 +26,9 @@ LOAD_NAMES: tuple[str, ...] = (
 )
 
 
+MIN_TTFT_S = 1e-6  # keeps its logarithm finite
+
+
 class Predictor(Protocol):
     """Expected outcome of one request on each candidate SLM."""
 
@@ -56,7 +59,7 @@ def load_vector(state: SLMState, analytic_ttft_s: float) -> tuple[float, ...]:
         state.kv_usage_ratio,
         state.cached_prefix_ratio,
         1.0 if state.replicas else 0.0,
-        math.log(max(analytic_ttft_s, 1e-6)),
+        math.log(max(analytic_ttft_s, MIN_TTFT_S)),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 # Population stability index. The usual bounds of credit scoring are: below 0.1 no shift, above 0.25
 # another population (Siddiqi, Credit Risk Scorecards, 2006). An alarm ends below PSI_CLEAR.
 PSI_ALARM, PSI_CLEAR = 0.25, 0.15
+RECENT_REQUESTS, USUAL_REQUESTS = 300, 5_000  # spans of the two histograms
 WARM_UP = 50  # values of the first mean of a Page-Hinkley test
 MEAN_WARM_UPS = 20  # its mean follows the stream over so many times the warm-up
 
@@ -101,7 +102,9 @@ class PopulationShift:
 
     __slots__ = ("_gain", "_new", "_old", "_slow", "_warm_up", "bins", "requests")
 
-    def __init__(self, bins: int, recent: int = 300, usual: int = 5_000) -> None:
+    def __init__(
+        self, bins: int, recent: int = RECENT_REQUESTS, usual: int = USUAL_REQUESTS
+    ) -> None:
         self.bins = bins
         self.requests = 0
         self._gain, self._slow = 1.0 / recent, 1.0 / usual
