@@ -248,7 +248,7 @@ class FleetStats:
             window.wake_s = wake_s
 
     def set_predictor(self, version: PredictorVersion) -> None:
-        """Tell which predictor decides from now on; see `LoadEffect.set_champion`."""
+        """Take the version of the predictor in use; see `LoadEffect.set_champion`."""
         self._champion = version.champion
         for window in self._windows.values():
             window.effect.set_champion(version.champion)

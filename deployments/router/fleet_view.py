@@ -86,7 +86,7 @@ class FleetView:
         self._states.clear()
 
     def set_predictor(self, version: PredictorVersion) -> None:
-        """Take which predictor decides from now on: its errors are learned anew."""
+        """Take the version of the predictor in use; its errors are measured anew."""
         self._stats.set_predictor(version)
         self._states.clear()
 
