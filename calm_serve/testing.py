@@ -1,4 +1,4 @@
-"""Fakes and factories for tests: of this project and of whoever builds on it.
+"""Fakes and factories for tests of this project and of code that uses it.
 
 Every factory returns a valid record when called without arguments; keyword arguments replace
 fields by name, and a wrong name is a TypeError. Nothing here sleeps, reads a clock or touches Ray.
@@ -59,7 +59,7 @@ VERSIONS = Versions(PredictorVersion("prior"), "goals", "fleet")
 
 
 class FakeClock:
-    """A clock in seconds that moves only when told to. Call it to read it."""
+    """A clock in seconds that moves only in `advance`. Call it to read it."""
 
     def __init__(self, now_s: float = 100.0) -> None:
         self.now_s = now_s
@@ -76,7 +76,7 @@ class FakeClock:
 
 def make_spec(slm_id: str = "small", **fields: Any) -> SLMSpec:
     """An SLM of the fleet file; `fields` are those of SLMSpec, nested ones as mappings."""
-    return SLMSpec.model_validate({"id": slm_id, "model": "somebody/model", **fields})
+    return SLMSpec.model_validate({"id": slm_id, "model": "example/model", **fields})
 
 
 def make_fleet(*slms: SLMSpec, **fields: Any) -> Fleet:
@@ -92,7 +92,7 @@ def make_goals(**fields: Any) -> Goals:
 
 
 def make_context(**fields: Any) -> RoutingContext:
-    """A short English chat request that leaves the choice to the router."""
+    """A short English chat request without a pinned SLM."""
     return RoutingContext(
         **{
             "request_id": "request",
@@ -128,7 +128,7 @@ def make_replica(replica_id: str = "replica", **fields: Any) -> ReplicaState:
 
 
 def make_prediction(slm_id: str = "small", **fields: Any) -> Prediction:
-    """What the metadata priors say of an idle SLM."""
+    """The prediction of the metadata priors for an idle SLM."""
     values = {
         "success_ratio": 0.5,
         "output_tokens": 64.0,
@@ -140,7 +140,7 @@ def make_prediction(slm_id: str = "small", **fields: Any) -> Prediction:
 
 
 def decision_for(selector: ModelSelector, context: RoutingContext) -> Decision:
-    """Decide for a context whose request is gone; it has its features, unless a rule decides."""
+    """Decide for a context alone; it must have its features, unless a rule decides."""
     return selector._decide(context, None)
 
 
@@ -176,7 +176,7 @@ def make_facts(replica_id: str = "replica", **fields: Any) -> EngineFacts:
     return EngineFacts(replica_id, **{**values, **fields})
 
 
-# Name of a sub-record's field, as the factories take it -> the sub-record, and its field.
+# Name of a sub-record's field in the factories -> the sub-record, and the name of its field.
 _PARTS: dict[str, tuple[str, str]] = {
     **{f.name: ("decision", f.name) for f in fields(DecisionSummary)},
     **{f.name: ("features", f.name) for f in fields(PromptFeatures)},
@@ -228,7 +228,7 @@ def change_outcome(outcome: Outcome, **values: Any) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """When a simulated request came, got a slot, gave its first token and ended (seconds)."""
+    """Times of a simulated request: arrival, start in a slot, first token, end (seconds)."""
 
     arrived_s: float
     started_s: float
@@ -244,8 +244,8 @@ class Served:
 class EngineSimulator:
     """One replica's engine as a queue: `slots` requests at once, first come, first served.
 
-    A request holds its slot for its prefill and its decoding; whoever finds no slot waits for the
-    one that comes free first. `jitter_ratio` makes service times uneven, from `seed`, so equal
+    A request occupies a slot during prefill and decoding; without a free slot it waits for the
+    first that becomes free. `jitter_ratio` makes service times uneven, from `seed`, so equal
     arguments and submissions give equal answers. Times of submission must not decrease.
     """
 

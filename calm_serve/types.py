@@ -1,7 +1,7 @@
-"""The nouns: frozen records that the stages of the loop hand to one another.
+"""Frozen records that the rooms exchange.
 
-Every record is plain data (numbers, strings, tuples), so a decision can be logged, sent over a
-wire, replayed and compared. Units are in the names: `_s` seconds, `_ms` milliseconds, `_j` joules,
+Every record is plain data (numbers, strings, tuples), so it can be logged, sent to another process,
+replayed and compared. Units are in the names: `_s` seconds, `_ms` milliseconds, `_j` joules,
 `_bytes`, `_tokens`, `_ratio` in [0, 1].
 """
 
@@ -18,20 +18,20 @@ class DecisionPath(StrEnum):
     RULE = "rule"  # stage 1: a deterministic rule
     SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
     PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
-    BASELINE = "baseline"  # stage 2 by another policy than this project's, to compare with
-    EXPLORED = "explored"  # a logged deviation, to keep the estimates honest
+    BASELINE = "baseline"  # stage 2 by another selection policy, for comparison
+    EXPLORED = "explored"  # a logged deviation from the best score, to keep estimates unbiased
     FALLBACK = "fallback"  # the winner failed before its first byte
 
 
-# Which decisions chose by score: the best score won; the same, or a logged deviation from it; the
-# same, or by another policy. Rules, pins and failovers did not choose freely.
+# Decisions that took the best score; these and logged deviations from it; these and the choices of
+# baselines. Rules, pins and failovers leave no choice.
 BEST_SCORE_PATHS = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
 SCORED_PATHS = BEST_SCORE_PATHS | {DecisionPath.EXPLORED}
 FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE}
 
 
 class DecisionReason(StrEnum):
-    """Why this SLM; small on purpose, so it can be a metric label and a header."""
+    """Why an SLM was chosen; few values, because they are a metric label and a header."""
 
     REQUESTED = "requested"
     RULE_MATCH = "rule_match"
@@ -45,7 +45,7 @@ class DecisionReason(StrEnum):
 
 
 class OutputShape(StrEnum):
-    """What the client asked the answer to look like."""
+    """Form of the answer that the client requested."""
 
     TEXT = "text"
     JSON = "json"
@@ -55,7 +55,7 @@ class OutputShape(StrEnum):
 
 
 class Residency(StrEnum):
-    """Residency tier of an SLM (design: hot, asleep, cold)."""
+    """Residency tier of an SLM."""
 
     HOT = "hot"
     STARTING = "starting"
@@ -69,7 +69,7 @@ WORD_BUCKETS = 512  # `PromptFeatures.buckets` below this are words, the others 
 
 @dataclass(frozen=True, slots=True)
 class PromptFeatures:
-    """Everything that a predictor reads of a prompt: plain numbers, no text."""
+    """All that a predictor reads of a prompt: numbers, no text."""
 
     numbers: tuple[float, ...] = ()  # in the order of `requests.NUMBER_NAMES`
     buckets: tuple[int, ...] = ()  # indices of the hashed words present, sorted, unique
@@ -77,7 +77,7 @@ class PromptFeatures:
 
 @dataclass(frozen=True, slots=True)
 class ServiceLevel:
-    """The service level objectives that a request named; None where it named none."""
+    """Service level objectives in a request's headers; None where there is none."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -86,7 +86,7 @@ class ServiceLevel:
 
 @dataclass(frozen=True, slots=True)
 class RoutingContext:
-    """What the decision may know of a request: plain fields, no prompt text.
+    """All that a decision reads of a request: plain fields, no prompt text.
 
     Built once per request by `requests.ContextBuilder`, in bounded time, without a tokenizer.
     `features` are empty until a prediction or the log needs them (`requests.fill_features`).
@@ -115,22 +115,22 @@ class RoutingContext:
 
     @property
     def slm_id(self) -> str:
-        """The pinned SLM's id, "" when the request lets the router choose."""
+        """Id of the pinned SLM, "" when the router chooses."""
         return "" if self.requested_model in ("", "auto") else self.requested_model.split(":", 1)[0]
 
     @property
     def adapter(self) -> str:
-        """The pinned adapter's name, "" when there is none."""
+        """Name of the pinned adapter, "" for none."""
         return self.requested_model.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """One replica of an SLM as this process last saw it."""
+    """Last known state of one replica of an SLM."""
 
     replica_id: str
     node_id: str = ""
-    queue_length: int = 0  # requests this process believes to be inside the replica
+    queue_length: int = 0  # requests in the replica, as far as this process knows
     max_queue_length: int = 1
     running: int = 0
     waiting: int = 0
@@ -142,7 +142,7 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True)
 class SLMState:
-    """One SLM's live state, aggregated over its replicas. `age_s` says how stale it is."""
+    """Live state of one SLM, aggregated over its replicas."""
 
     slm_id: str
     residency: Residency = Residency.COLD
@@ -159,21 +159,21 @@ class SLMState:
     breaker_open: bool = False
     wake_s: float = 0.0  # measured time from start to ready
     age_s: float = 0.0
-    calibration_factor: float = 1.0  # recent successes over predicted ones
-    in_flight: int = 0  # requests inside all SLMs, as this process sees them
+    calibration_factor: float = 1.0  # recent successes over predicted ones; multiplies P(success)
+    in_flight: int = 0  # requests in all SLMs, as far as this process knows
     ttft_ratio: float = 1.0  # measured over analytic TTFT at the present load
     ttft_spread: float = 0.5  # of log(measured / predicted)
     e2e_spread: float = 0.5
 
     @property
     def load_ratio(self) -> float:
-        """Requests inside or waiting per slot; above 1 means queueing."""
+        """Running and waiting requests per slot; above 1 requests queue."""
         return (self.running + self.waiting) / max(self.capacity, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What is expected of one SLM for one request."""
+    """Prediction of one SLM for one request."""
 
     slm_id: str
     success_ratio: float  # P(success | prompt, SLM)
@@ -193,10 +193,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One SLM in a decision: excluded with a reason, or scored with its terms."""
+    """One SLM in a decision: excluded by a filter, or scored, with the terms of its score."""
 
     slm_id: str
-    excluded_by: str = ""  # name of the filter, "" when the SLM stayed in
+    excluded_by: str = ""  # name of the filter, "" when none excluded it
     prediction: Prediction | None = None
     quality: float = 0.0
     latency: float = 0.0
@@ -207,13 +207,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a decision weighed its candidates with, in quality points per unit."""
+    """Weights of a decision, in quality points per unit."""
 
     latency_per_s: float
     energy_per_j: float
     switching: float
     quality: float = 1.0  # above 1 while a quality goal is missed
-    # Only seconds beyond `after` cost these: what a p95 goal needs, and no other request pays for.
+    # Cost of the seconds beyond `after` only: for p95 goals, which concern slow requests alone.
     late_ttft_per_s: float = 0.0
     late_ttft_after_s: float = 0.0
     late_e2e_per_s: float = 0.0
@@ -222,33 +222,33 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class GoalStatus:
-    """One target and how it stands. Unknown is None: too few requests."""
+    """State of one target. None: unknown, because of too few requests."""
 
     name: str  # field of Goals
     target: float
     measured: float | None  # quality: predicted; power: this router's, times the routers
     held: bool | None  # measured within a tenth of the target
-    feasible: bool | None  # the predictions know a choice that holds it beside the stronger goals
+    feasible: bool | None  # by the predictions some choice holds it without missing stronger goals
     samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorVersion:
-    """Which predictor decided: the champion, and what stood in for its prior."""
+    """Versions of the champion and of what replaces its prior."""
 
     champion: str = ""  # version of the champion's artifact; "prior" before one was published
     cold_start: str = ""  # version of the boosters of cold-start SLMs, "" without any
-    shipped: bool = False  # the champion came with the fleet: nothing was learned here yet
+    shipped: bool = False  # the champion came with the fleet; nothing was learned here yet
 
     def __str__(self) -> str:
-        """One word for people, headers and dashboards."""
+        """One text for headers and dashboards."""
         parts = (self.champion, self.cold_start, "shipped" if self.shipped else "")
         return "+".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What decided: the same record under the same versions gives the same decision."""
+    """Versions behind a decision: equal versions and equal input give the same decision."""
 
     predictor: PredictorVersion = PredictorVersion()
     goals: str = ""
@@ -257,7 +257,7 @@ class Versions:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The chosen SLM and everything needed to explain and replay the choice."""
+    """The chosen SLM, and all that is needed to explain and replay the choice."""
 
     decision_id: str
     slm_id: str
@@ -277,7 +277,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What only the engine knows of one answer; it travels on the SLM's last chunk."""
+    """Facts that only the engine knows of one answer; sent with the SLM's last item."""
 
     replica_id: str = ""  # the replica that really served
     prompt_tokens: int = 0
@@ -292,14 +292,14 @@ class EngineFacts:
     kv_usage_ratio: float = 0.0
 
 
-# Who says something of an answer: a person or a test that saw it, or a check of its form.
+# Sources of quality signals: a person or test that saw the answer; a check of its form.
 FEEDBACK = "feedback"
 VALIDATOR_PREFIX = "validator:"
 
 
 @dataclass(frozen=True, slots=True)
 class QualitySignal:
-    """One statement about an answer's quality, with who made it."""
+    """One statement about an answer's quality, with its source."""
 
     source: str  # "feedback", "validator:json", "validator:sql", "validator:label", ...
     value: float  # in [0, 1]
@@ -308,7 +308,7 @@ class QualitySignal:
 
 @dataclass(frozen=True, slots=True)
 class LoadAtDecision:
-    """The load that a request met, itself included."""
+    """The load at a decision, its request included."""
 
     running: float  # requests per replica of the SLM
     in_flight: int  # requests inside all SLMs
@@ -317,7 +317,7 @@ class LoadAtDecision:
 
 @dataclass(frozen=True, slots=True)
 class LoggedCandidate:
-    """One candidate of a choice as the log keeps it: its prediction, and what scored it."""
+    """One candidate of a choice in the log: its prediction, and what else its score depends on."""
 
     prediction: Prediction
     hot: bool  # False where the score had a switching cost
@@ -326,61 +326,61 @@ class LoggedCandidate:
 
 @dataclass(frozen=True, slots=True)
 class DecisionTerms:
-    """What a choice among predicted candidates was made from; enough to make it again."""
+    """Input of a choice among predicted candidates; enough to replay it."""
 
     candidates: tuple[LoggedCandidate, ...]  # the chosen one first
     weights: Weights
-    left_out: int = 0  # further candidates that the log does not keep
+    left_out: int = 0  # further candidates that are not logged
     slo: ServiceLevel = ServiceLevel()
     quality_floor: float = 0.0  # of the request; the goals have their own
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowChoice:
-    """What a challenger would have chosen for one request."""
+    """Choice of a challenger in the shadow for one request."""
 
     version: str  # of the challenger's artifact
     slm_id: str
-    agrees: bool  # with the best choice of the predictor that decided
+    agrees: bool  # with the champion's best choice
     success_ratio: float  # its P(success) of the SLM that was chosen
-    gain: float  # score of its choice less that of the other, both by its own predictions
+    gain: float  # score of its choice less that of the champion's, both by its own predictions
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionSummary:
-    """What an outcome keeps of its decision."""
+    """The part of a decision that its outcome logs."""
 
     path: str = ""  # DecisionPath
     reason: str = ""  # DecisionReason
     rule: str = ""
     propensity: float = 1.0
     versions: Versions = Versions()
-    predicted: Prediction | None = None  # of the SLM that answered; a rule predicts nothing
+    predicted: Prediction | None = None  # of the SLM that answered; None for a rule
     load_features: tuple[float, ...] = ()  # in the order of `prediction.LOAD_NAMES`
     load: LoadAtDecision | None = None
     terms: DecisionTerms | None = None  # None unless it chose among predictions
-    preferred: str = ""  # SLM that would have been chosen had all been hot; "" when not watched
+    preferred: str = ""  # SLM that would have been chosen had all been hot; "" without a budget
     preferred_hot: bool | None = None
     shadow: ShadowChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What the router measured of one request, in seconds; None where it did not come so far."""
+    """Times of one request as the router measured them; None where it did not get so far."""
 
     ttft_s: float | None = None
     e2e_s: float | None = None
     tpot_s: float | None = None
     decision_s: float = 0.0
-    cold: bool = False  # it waited for its SLM to wake, so it does not measure an awake one
+    cold: bool = False  # it waited for a wake-up, so its times are not those of an awake SLM
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What happened to one request: one durable row. `outcome_id` makes delivery idempotent."""
+    """Outcome of one request: one durable row. `outcome_id` makes delivery idempotent."""
 
     outcome_id: str  # equals the decision's id
-    slm_id: str  # that answered, else the chosen one
+    slm_id: str  # SLM that answered, else the chosen one
     at: float = 0.0  # Unix time in seconds
     adapter: str = ""
     status: str = "ok"  # "ok", "error", "cancelled", "rejected"
@@ -393,4 +393,4 @@ class Outcome:
     timing: Timing = Timing()
     engine: EngineFacts = EngineFacts()
     signals: tuple[QualitySignal, ...] = ()
-    prompt_text: str | None = None  # only when the operator switched prompts on
+    prompt_text: str | None = None  # only with `learning.keep_prompts`

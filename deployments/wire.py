@@ -1,7 +1,8 @@
-"""What travels between a router and an SLM deployment: one small vocabulary, plain data.
+"""Records between a router and an SLM deployment, as plain data.
 
-An SLM method is an async generator. It yields `bytes` that go to the client as they are, and ends
-with one `ReplyEnd`; a request that fails before its first byte yields one `ErrorReply` instead.
+An SLM method is an async generator. It yields `bytes` that the router sends to the client
+unchanged, and then one `ReplyEnd`; for a request that fails before its first byte it yields one
+`ErrorReply` instead.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ STREAM_END = b"data: [DONE]\n\n"  # the last event of a stream
 
 
 class Hints(TypedDict, total=False):
-    """Routing and validation hints that accompany a body; the engine never sees them."""
+    """Routing and validation hints that accompany a body; the engine does not get them."""
 
     decision_id: str
     prefix_family: str
     prefix_chain: tuple[int, ...]
     session_key: str
     adapter: str
-    avoid: str  # replica that the failed attempt before this one was meant for
-    validate: str  # check that the client asked for
+    avoid: str  # replica of the failed attempt before this one
+    validate: str  # name of the check that the client requested
     schema: dict[str, Any] | None
     labels: tuple[str, ...]
     residency_revision: int  # of the router's desired residency; absent without a memory budget
@@ -31,7 +32,7 @@ class Hints(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ReplyEnd:
-    """Last item of an answer. `payload` is a whole document, or the end of a stream."""
+    """Last item of a reply. `payload` is a whole document, or the end of a stream."""
 
     payload: bytes
     facts: EngineFacts

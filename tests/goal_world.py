@@ -1,7 +1,7 @@
 """A fleet of three simulated engines, whose workload and hardware can shift under the controller.
 
-The predictor is told nothing of what the hardware does: it keeps to the fleet's first speeds and
-joules, and to an SLM's queue. What else changes, the controller has to see in the outcomes.
+The predictor has the fleet's initial speeds and joules, and the queue of each SLM. The controller
+has to find every other change in the outcomes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class World:
         self._next_tick_s = 0.0
         self._engines: dict[tuple[str, float], EngineSimulator] = {}
         self.version = "world-1"
-        self.loop = ModelSelector(
+        self.selector = ModelSelector(
             make_fleet(*(make_spec(i) for i in KINDS)),
             self.goals,
             read_state=self._state,
@@ -111,13 +111,13 @@ class World:
         return [self._predict(request, spec.id, s) for spec, s in zip(specs, states, strict=True)]
 
     def serve(self, count: int) -> None:
-        """Let `count` requests arrive, and the loop learn from those that end meanwhile."""
+        """Let `count` requests arrive, and the selector learn from those that end meanwhile."""
         for _ in range(count):
             self._until(self.now_s + self.random.expovariate(self.rate))
             self._arrive()
 
     def recovery(self, shift: int, metric: str, limit: float, *, least: bool = False) -> int:
-        """Requests after `shift` until the next RECENT ones hold `metric` within 10 %.
+        """Requests after `shift` until the next RECENT ones keep `metric` within 10 %.
 
         `least`: the limit is a least value. Returns as many as there are when it is never so.
         """
@@ -139,7 +139,7 @@ class World:
         return float(np.mean(values))
 
     def shares(self, start: int, stop: int | None = None) -> dict[str, float]:
-        """Who answered."""
+        """Share of each SLM in the requests."""
         ids = [r.slm_id for r in self.history[start:stop]]
         return {i: ids.count(i) / len(ids) for i in KINDS}
 
@@ -158,7 +158,7 @@ class World:
             requested_model="large" if pinned else "auto",
             prompt_tokens=request.prompt_tokens,
         )
-        decision = decision_for(self.loop, context)
+        decision = decision_for(self.selector, context)
         slm_id = decision.slm_id
         engine = self._engine(slm_id)
         served = engine.submit(self.now_s, request.prompt_tokens, request.output_tokens)
@@ -183,7 +183,7 @@ class World:
     def _until(self, at_s: float) -> None:
         while self._next_tick_s <= at_s:
             self._finish(self._next_tick_s)
-            self.loop.tick()
+            self.selector.tick()
             self._next_tick_s += TICK_S
         self._finish(at_s)
         self.now_s = at_s
@@ -191,7 +191,7 @@ class World:
     def _finish(self, at_s: float) -> None:
         while self._running and self._running[0][0] <= at_s:
             _, _, decision, outcome = heapq.heappop(self._running)
-            self.loop.learn(decision, outcome)
+            self.selector.learn(decision, outcome)
 
     def _engine(self, slm_id: str) -> EngineSimulator:
         slower = self.slower.get(slm_id, 1.0)

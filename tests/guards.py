@@ -31,7 +31,7 @@ def _forbid(what: str) -> Callable[..., NoReturn]:
 
 
 def _yield_only(delay: float, result: Any = None) -> Coroutine[Any, Any, Any]:
-    # Ray backs off between replicas; only this project's own code is held to the rule.
+    # Ray backs off between replicas; the rule is for this project's own code.
     ours = "site-packages" not in sys._getframe(1).f_code.co_filename
     if ours and delay > 0:
         pytest.fail(f"unit tests must not sleep ({delay} s): pass a clock or shrink the constant")

@@ -1,7 +1,7 @@
 """A small world with a known truth, for tests of the knowledge side.
 
 Prompts with bucket CODE are answered well by "coder" only, all others by "talker" only. Answers of
-"talker" are long, and its first token takes three times what the analytic model says.
+"talker" are long, and its TTFT is three times the analytic one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make_fleet(**changes: Any) -> Fleet:
 
 def make_spec(slm_id: str) -> SLMSpec:
     """An SLM with the default metadata."""
-    return SLMSpec(id=slm_id, model="somebody/model")
+    return SLMSpec(id=slm_id, model="example/model")
 
 
 def make_state(slm_id: str, **changes: Any) -> SLMState:

@@ -1,4 +1,4 @@
-"""Decisions of a real ModelSelector with known truth, written down as a router writes them."""
+"""Outcomes of a real ModelSelector with known truth, logged as a router logs them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def serve(
     return list(_serve(count, goals, predictor, truth, Random(seed), start_s, context))
 
 
-# The log knows a request's limit of tokens by its feature only, and these have none.
+# The log has a request's token limit as a feature only, and these requests have no limit.
 _FEATURES = {
     code: replace(make_context(code).features, numbers=(0.0,) * len(NUMBER_NAMES))
     for code in (False, True)
@@ -60,15 +60,14 @@ def _serve(
         return states[spec.id]
 
     fleet = make_fleet()
-    loop = ModelSelector(fleet, goals, read_state=read, predictor=predictor)
+    selector = ModelSelector(fleet, goals, read_state=read, predictor=predictor)
     for i in range(count):
         for spec in fleet.slms:
             states[spec.id] = make_state(spec.id, waiting=random.randrange(12))
         code = random.random() < 0.5
-        # The log knows the limit of a request by its feature only, and this one has none.
         values = {"features": _FEATURES[code], **context}
         asked = make_context(code, request_id=f"{start_s:g}-{i}", **values)
-        decision = decision_for(loop, asked)
+        decision = decision_for(selector, asked)
         chosen = next(c for c in decision.candidates if c.slm_id == decision.slm_id)
         assert chosen.prediction is not None
         good = random.random() < truth(code, decision.slm_id)
@@ -83,7 +82,9 @@ def _serve(
             energy_j=chosen.prediction.energy_j,
             numbers=asked.features.numbers,
             buckets=asked.features.buckets,
-            load_features=live_load(asked, loop.specs[decision.slm_id], states[decision.slm_id]),
+            load_features=live_load(
+                asked, selector.specs[decision.slm_id], states[decision.slm_id]
+            ),
             predicted=chosen.prediction,
             versions=decision.versions,
             signals=(QualitySignal("feedback", float(good), start_s + i + 0.5),),

@@ -75,7 +75,7 @@ def _programs() -> Path:
 
 
 def _identity() -> Mapping[str, Any]:
-    """Arguments of `subprocess` that give up root, none for everybody else."""
+    """Arguments of `subprocess` that give up root; empty for other users."""
     if os.geteuid() != 0:
         return {}
     entry = pwd.getpwnam(UNPRIVILEGED_USER)
@@ -83,7 +83,7 @@ def _identity() -> Mapping[str, Any]:
 
 
 def _wait_ready(server: subprocess.Popen[bytes], data: Path, log: Path) -> None:
-    """The last line of postmaster.pid says "ready" once connections are taken."""
+    """The last line of postmaster.pid is "ready" once connections are accepted."""
     status, until = data / "postmaster.pid", time.monotonic() + READY_S
     while time.monotonic() < until and server.poll() is None:
         if status.is_file() and status.read_text().strip().endswith("ready"):

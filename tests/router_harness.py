@@ -1,4 +1,4 @@
-"""A router deployment without Ray: scripted SLMs, and everything it writes down kept."""
+"""A router deployment without Ray: scripted SLMs, and a list of everything that it records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deployments.router import deployment
 
 
 class Answer:
-    """What a handle returns of one call: an iterator that can be cancelled."""
+    """The result of one call of a handle: an iterator that can be cancelled."""
 
     def __init__(self, handle: Handle, items: AsyncIterator[Any]) -> None:
         self._handle, self._items = handle, items
@@ -105,7 +105,7 @@ class PlainRouter(deployment.Router):
 
 
 class Service:
-    """A started router and what it wrote down."""
+    """A started router and its outcomes."""
 
     def __init__(self, folder: Path, *items: Any, **options: Any) -> None:
         self._args = ServeArgs.model_validate(

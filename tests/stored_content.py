@@ -39,7 +39,7 @@ def assert_brought_forward(store: OutcomeStore) -> None:
     rows = store.rows(0, 1000)
     assert [row for row, _ in rows] == [entry["row"] for entry in content["outcomes"]]
     for (_, outcome), entry in zip(rows, content["outcomes"], strict=True):
-        # Two ways that know nothing of each other: the migration, and the record's upgrade.
+        # Two independent ways: the migration, and the record's upgrade.
         assert outcome == OUTCOME.from_plain(entry["outcome"])
     assert store.count() == content["count"]
     assert store.labelled_count() == content["labelled_count"]

@@ -48,14 +48,14 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
     del fetch
     # Imported here, so that other commands do not wait for numpy, LightGBM and SQLAlchemy.
     from calm_serve.knowledge import read_outcomes
-    from calm_serve.learning import Replay, Rules
+    from calm_serve.learning import Replay, ReplaySettings
     from calm_serve.routing import config_version
 
     goals = read_goals(args.goals)
     if goals.policy.name is not SelectionPolicyName.CALM:
         raise ConfigError("goals.policy: only decisions of the policy 'calm' can be made again")
     predictor = _predictor(args.predictor) if args.predictor else None
-    replay = Replay(Rules(goals, config_version(goals), predictor))
+    replay = Replay(ReplaySettings(goals, config_version(goals), predictor))
     for outcome in read_outcomes(args.log):
         replay.add(outcome)
         if replay.outcomes % PROGRESS_ROWS == 0:

@@ -1,4 +1,4 @@
-"""Background work: steps that do not depend on one another, and a ticker that repeats them."""
+"""Background work: independent steps, and a ticker that repeats them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 async def take_steps(*steps: Callable[[], Any]) -> None:
-    """Take every step, awaiting what can be awaited; one that fails is logged.
+    """Run every step, awaiting those that return an awaitable; a failure is logged.
 
-    What is durable already must not be asked for again because something was not learned from it,
-    and no part may end the work of the others.
+    A failed step neither stops the others nor reaches the caller, who would otherwise send outcomes
+    again that are already durable.
     """
     for step in steps:
         try:
@@ -26,12 +26,12 @@ async def take_steps(*steps: Callable[[], Any]) -> None:
                 await waiting
         except KnowledgeError as error:
             _log.warning("knowledge: %s", error.message)
-        except Exception:  # noqa: BLE001  # whatever it is, the other steps go on
+        except Exception:  # noqa: BLE001  # of any kind; the other steps go on
             _log.exception("a step of the knowledge service failed")
 
 
 class Ticker:
-    """Awaits `tick`, which does not raise, every `period_s` seconds once it is started."""
+    """Awaits `tick`, which must not raise, every `period_s` seconds after `start`."""
 
     def __init__(self, tick: Callable[[], Awaitable[None]], period_s: float) -> None:
         self._tick, self._period_s = tick, period_s
@@ -39,12 +39,12 @@ class Ticker:
         self._stopping = asyncio.Event()
 
     def start(self) -> None:
-        """Begin in the running event loop, at the first call: a constructor has none."""
+        """Begin in the running event loop; called later than the constructor, which has none."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Return when the present tick is over and no other will come."""
+        """Wait for the current tick; no further one follows."""
         self._stopping.set()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""An outcome in and out of the store's columns: scalars one by one, nested records as JSON."""
+"""Columns: an outcome as a row of the store; scalars one by one, nested records as JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decode_signals(
 
 
 def to_columns(outcome: Outcome) -> dict[str, Any]:
-    """Column name -> value, without the outcome's signals, as both databases take them."""
+    """Column -> value of an outcome without its signals, as both databases accept them."""
     decision, timing, engine = outcome.decision, outcome.timing, outcome.engine
     columns = {
         "outcome_id": outcome.outcome_id,
@@ -98,7 +98,7 @@ def to_columns(outcome: Outcome) -> dict[str, Any]:
 
 
 def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Outcome:
-    """Rebuild what `to_columns` took apart."""
+    """The outcome of a row; the reverse of `to_columns`."""
     load, terms, shadow = row["load_at_decision"], row["terms"], row["shadow"]
     versions, predicted = row["versions"], row["predicted"]
     return Outcome(
@@ -181,10 +181,11 @@ def _unpack_terms(packed: Mapping[str, Any]) -> DecisionTerms:
 
 
 def _numbers_of(prediction: Prediction) -> list[float]:
-    """Everything but the SLM's id, which is a column of its own."""
+    """All fields except the SLM's id, which has a column of its own."""
     return [getattr(prediction, name) for name in _PREDICTION[1:]]
 
 
 def _clean(text: str) -> str:
-    # A prompt may hold what UTF-8 or PostgreSQL cannot: lone surrogates and the zero character.
+    # A prompt may contain lone surrogates, which UTF-8 cannot encode, and the zero character, which
+    # PostgreSQL refuses.
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")

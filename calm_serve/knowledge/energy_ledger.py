@@ -1,4 +1,4 @@
-"""Energy of each SLM, from its replicas' own books: bounded, and cumulative over dead replicas."""
+"""Energy ledger: joules of each SLM, summed over its replicas, dead ones included. Bounded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from calm_serve.protocol.reports import EnergyReport
 from calm_serve.protocol.topics import SLMEnergy
 
 MAX_SLMS = 256
-MAX_REPLICAS = 64  # of one SLM; older ones live on in the sums
+MAX_REPLICAS = 64  # of one SLM; of older ones only the sums are kept
 SUMS = ("requests_j", "idle_j", "total_j", "check_j")
-# With less than this the ticks of the clocks are a visible part of the check.
+# With less than this the resolution of the CPU clocks dominates the attribution error.
 MIN_CHECK_J = 5.0
 
 
 class EnergyLedger:
-    """Last report of each replica, and what forgotten ones had. `clock` returns seconds."""
+    """Last report of each replica, and the sums of forgotten ones. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -40,7 +40,7 @@ class EnergyLedger:
             self._gone.pop(self._replicas.popitem(last=False)[0], None)
 
     def rows(self) -> dict[str, SLMEnergy]:
-        """The sums of each SLM, and how far requests plus idle are from the check."""
+        """The sums of each SLM, and the error of its attribution to requests and idle time."""
         return {slm_id: self._row(slm_id) for slm_id in self._replicas}
 
     def _row(self, slm_id: str) -> SLMEnergy:
@@ -54,7 +54,7 @@ class EnergyLedger:
             error = round(abs(sums["requests_j"] + sums["idle_j"] - check_j) / check_j, 4)
         return SLMEnergy(
             **{name: round(joules, 3) for name, joules in sums.items()},
-            # Joules of different kinds do not add up to one of them.
+            # A sum of joules from different sources has none of these sources.
             source=sources.pop() if len(sources) == 1 else "mixed",
             estimated=any(r.source == "estimate" for _, r in replicas),
             attribution_error_ratio=error,

@@ -1,7 +1,7 @@
-"""The operator's goals: who changed them when, and which of them count after a restart.
+"""Goal history: who changed the operator's goals when, and which are in force after a restart.
 
-A change at run time outlives restarts and redeployments, until the configuration says something
-else than before: then the configuration wins, because somebody has just edited it.
+A change at run time survives restarts and redeployments until the configured goals differ from
+those of the last deployment: then the configuration was edited, and it is in force.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydantic import ValidationError
 from calm_serve.config import Goals, first_error
 from calm_serve.protocol.topics import GoalChange
 
-CONFIGURATION = "configuration"  # the caller of a change that a deployment made
-MAX_LABEL_CHARS = 64
-MAX_HISTORY = 1000
+CONFIGURATION = "configuration"  # `by` of a change that a deployment made
+MAX_LABEL_CHARS = 64  # of `by`, which a client states
+MAX_HISTORY = 1000  # changes in one answer
 _log = logging.getLogger(__name__)
 
 
 class GoalLog(Protocol):
-    """What the book asks of a store; both writes are durable when they return."""
+    """The store, as the history uses it; a write is durable when it returns."""
 
     def add_goal_change(self, change: GoalChange, configured: str | None) -> GoalChange:
         """Append a change, with the configured goals behind it; return it with its revision."""
@@ -35,7 +35,7 @@ class GoalLog(Protocol):
         ...
 
     def configured_goals(self) -> str | None:
-        """What `add_goal_change` was last given as `configured`."""
+        """The last `configured` that `add_goal_change` stored."""
         ...
 
 
@@ -44,7 +44,7 @@ class GoalHistory:
 
     Args:
         log: the store; its methods block.
-        publish: takes a change for the routers, on the caller's event loop.
+        publish: publishes a change to the routers, on the caller's event loop.
         in_thread: runs a blocking call, one after another.
         clock: Unix time in seconds.
     """
@@ -60,10 +60,10 @@ class GoalHistory:
         self._log, self._publish = log, publish
         self._in_thread, self._clock = in_thread, clock
         self._newest: GoalChange | None = next(iter(log.goal_changes(1)), None)
-        self._tell()
+        self._publish_newest()
 
     async def configure(self, goals: Goals) -> None:
-        """Take the goals of a deployment; they count if they differ from the last deployment's."""
+        """Take the goals of a deployment; in force if they differ from the last deployment's."""
         new = _plain(goals)
         configured = json.dumps(new, sort_keys=True)
 
@@ -72,13 +72,13 @@ class GoalHistory:
                 self._write(new, CONFIGURATION, configured)
 
         await self._in_thread(write)
-        self._tell()
+        self._publish_newest()
 
     async def set(self, goals: Goals, by: str) -> GoalChange:
-        """Replace the goals; durable when this returns, and every router hears of it."""
+        """Replace the goals; durable when this returns, and published to every router."""
         label = "".join(c if c.isprintable() else "?" for c in by)[:MAX_LABEL_CHARS]
         change: GoalChange = await self._in_thread(lambda: self._write(_plain(goals), label, None))
-        self._tell()
+        self._publish_newest()
         return change
 
     async def history(self, limit: int) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ class GoalHistory:
         return self._newest
 
     def _readable(self) -> bool:
-        """Whether the newest goals are valid for this version of the program."""
+        """Whether this version of the program accepts the newest goals."""
         if self._newest is None:
             return False
         try:
@@ -104,12 +104,12 @@ class GoalHistory:
             return False
         return True
 
-    def _tell(self) -> None:
-        # The newest, whoever asks: two changes at once must not be published in the other order.
+    def _publish_newest(self) -> None:
+        # Always the newest: two concurrent changes must not be published in reverse order.
         if self._readable() and self._newest is not None:
             self._publish(self._newest)
 
 
 def _plain(goals: Goals) -> dict[str, Any]:
-    # Without defaults: a version with a new field must not look like an edited configuration.
+    # Without defaults: a new field in a later version must not look like an edited configuration.
     return goals.model_dump(mode="json", exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""What the knowledge actor learns from outcomes: drift, cold-start SLMs, predictors."""
+"""Learner: the learning parts of the knowledge actor, fed with the same outcomes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ InThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 class Learner:
     """Monitor, cold-start trainer, promotion and retraining of one application.
 
-    Used from one event loop. `publish` takes a topic and its record; `in_thread` runs what blocks
-    on the store or the disk; `joined` returns the SLMs beyond the fleet file; `clock` returns Unix
-    seconds and `monotonic` seconds that never go back.
+    Used from one event loop. `publish` takes a topic and its record; `in_thread` runs calls that
+    block on the store or the disk; `joined` returns the SLMs that are not in the fleet file;
+    `clock` returns Unix seconds and `monotonic` seconds that never go back.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Learner:
             lambda: self._cold_start.observe(outcomes),
             self._fit_cold_start,
             lambda: self.promotion.observe(outcomes),
-            self.retraining.maybe,
+            self.retraining.start_if_due,
         )
 
     async def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
@@ -94,7 +94,7 @@ class Learner:
             lambda: self._monitor.feedback(outcome_id, signals),
             lambda: self._cold_start.feedback(outcome_id, signals),
             self._fit_cold_start,
-            self.retraining.maybe,
+            self.retraining.start_if_due,
         )
 
     async def tick(self) -> None:
@@ -102,11 +102,11 @@ class Learner:
         await take_steps(self._monitor.tick, self._fit_cold_start, self.promotion.tick)
 
     def predictors(self) -> dict[str, Any]:
-        """Stored predictors, what is known of champion and challenger, the last training."""
+        """Document of GET /v1/predictors: stored predictors, their status, the last training."""
         return {**self.promotion.document(), "last_training": self.retraining.last_verdict}
 
     def status(self) -> dict[str, Any]:
-        """Champion and last verdict, for people."""
+        """Champion and last training, for display."""
         champion = self.promotion.champion
         return {
             "predictor": champion.artifact.version if champion else "prior",

@@ -1,4 +1,4 @@
-"""Outcomes of a log, wherever it lies: a store, or a file of JSON lines."""
+"""Outcome reader: outcomes of a log, which is a store or a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.protocol.outcomes import OUTCOME, check
 from calm_serve.types import Outcome
 
-PAGE_ROWS = 1000
+PAGE_ROWS = 1000  # rows in memory at a time
 
 
 def read_outcomes(log: str) -> Iterator[Outcome]:
     """Outcomes of a log: a JSON-lines file, an SQLite file or an SQLAlchemy URL.
 
-    Raises KnowledgeError when it is none, or a line of it is no outcome.
+    Raises KnowledgeError when it is no log, or a line is no outcome.
     """
     path = _file_of(log)
-    if path is not None and not path.is_file():  # opened as a store, it would be made
+    if path is not None and not path.is_file():  # opening it would create a store
         raise KnowledgeError(f"log not found: {log}")
     if path is not None and path.suffix in (".jsonl", ".json"):
         yield from _read_lines(path)
@@ -35,7 +35,7 @@ def read_outcomes(log: str) -> Iterator[Outcome]:
 
 
 def _file_of(log: str) -> Path | None:
-    """The file that holds the log, None for that of a database server."""
+    """The file of the log, None for a database server."""
     scheme, url, path = log.partition(":///")
     if url and scheme.startswith("sqlite"):
         return Path(path)

@@ -1,4 +1,4 @@
-"""Versioned topics: followers wait until there is a record that they have not seen."""
+"""Publisher: topics with revisions; followers wait for a record that they have not seen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from calm_serve.protocol.topics import FORMATS, Topic, Update
 class Publisher:
     """Latest record of each topic. Used from one event loop only.
 
-    Revisions start at `first_revision`. Followers compare them for difference, not for order, so a
-    publisher that starts anew after a crash is read again as long as its first one is another.
+    Revisions start at `first_revision`. Followers compare them for equality, not for order, so
+    after a restart they read every topic again if the new revisions differ from the old.
     """
 
     def __init__(self, first_revision: int) -> None:
@@ -31,7 +31,7 @@ class Publisher:
         self._changed = asyncio.Event()
 
     def record(self, topic: Topic) -> Any:
-        """The topic's latest record, None before there was one."""
+        """The latest record of a topic, None before the first."""
         return self._records.get(topic)
 
     def newer(

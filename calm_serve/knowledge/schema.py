@@ -1,4 +1,4 @@
-"""The store's tables as this program uses them; `migrations` brings an older store to them."""
+"""Schema: the store's tables in this program; `migrations` brings an older store to them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ OUTCOMES = sa.Table(
     sa.Index("outcomes_labelled", "labelled", "row"),
     sqlite_autoincrement=True,
 )
-# One row per source: a later statement replaces an earlier one, so signals cannot pile up.
+# One row per outcome and source: a later signal replaces an earlier one, so signals are bounded.
 SIGNALS = sa.Table(
     "signals",
     METADATA,

@@ -1,8 +1,8 @@
-"""What the knowledge actor does, without Ray: log outcomes, learn from them, publish.
+"""Knowledge service: the knowledge actor without Ray. It logs outcomes, learns and publishes.
 
 All methods run on one event loop and none blocks it: the store has a thread of its own, training a
-process of its own. Everything that must survive a restart is in `state_dir` and the store. What
-crosses to other processes is in `calm_serve.protocol`.
+child process. State that must survive a restart is in `state_dir` and the store. The records that
+cross to other processes are in `calm_serve.protocol`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from calm_serve.protocol.topics import FORMATS, Topic, Update
 from calm_serve.residency import RESIDENCY_KEY, ResidencyCoordinator
 from calm_serve.types import QualitySignal
 
-TICK_S = 5.0
-MAX_WAIT_S = 60.0
-PRUNE_EVERY_TICKS = 12
-MAX_DETAIL_CHARS = 500
-REGISTRY_KEY, SETTINGS_KEY = "registry", "settings"  # of the store's small texts
+TICK_S = 5.0  # between two runs of the background work
+PRUNE_EVERY_TICKS = 12  # once a minute
+MAX_WAIT_S = 60.0  # of one long poll
+MAX_DETAIL_CHARS = 500  # of a replica's report; bounds the published topic
+REGISTRY_KEY, SETTINGS_KEY = "registry", "settings"  # keys of `OutcomeStore.meta`
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class KnowledgeService:
     ) -> None:
         """Open the store and load the champion (blocks; once). Raises KnowledgeError.
 
-        `resume` goes on with the settings of the last `configure`, because Ray restarts an actor
-        with the arguments of its first start.
+        `resume` takes the settings of the last `configure`, because Ray restarts an actor with the
+        arguments of its first start.
         """
         self._clock = clock
         state_dir = Path(learning.state_dir).expanduser().resolve()
@@ -77,9 +77,9 @@ class KnowledgeService:
         store_url = learning.store_url or f"sqlite:///{state_dir / 'outcomes.sqlite'}"
         self._store = OutcomeStore(store_url)
         if resume:
-            fleet, learning = kept_settings(self._store) or (fleet, learning)
+            fleet, learning = stored_settings(self._store) or (fleet, learning)
         self._fleet, self._learning = fleet, learning
-        # One thread, so writes come one after another in the order they were asked for.
+        # One thread, so that writes happen in the order of their calls.
         self._io = ThreadPoolExecutor(1, thread_name_prefix="knowledge-store")
         self._ticker, self._ticks, self._refused_rows = Ticker(self.tick, TICK_S), 0, 0
         # Milliseconds since 1970: a restarted service never repeats a revision.
@@ -108,12 +108,12 @@ class KnowledgeService:
         self._follow_slms()
 
     async def configure(self, fleet: Fleet, learning: Learning) -> None:
-        """Take over the settings of a redeployment; where the log lives cannot change.
+        """Take the settings of a redeployment.
 
-        Raises ConfigError when it would.
+        Raises ConfigError when they would move the log.
         """
         check_settings(self._learning, learning)
-        await self._in_thread(lambda: keep_settings(self._store, fleet, learning))
+        await self._in_thread(lambda: store_settings(self._store, fleet, learning))
         self._fleet, self._learning = fleet, learning
         self._follow_slms()
         await self._learner.configure(fleet, learning)
@@ -121,9 +121,9 @@ class KnowledgeService:
     async def log(self, batch_id: str, batch: bytes) -> list[str]:
         """Store outcomes; return the ids that need not be sent again, durable when this returns.
 
-        `batch` is what `protocol.outcomes.encode_batch` makes; KnowledgeError where it is not, or
-        is of a newer program. A malformed row can never be stored, so its id is acknowledged too,
-        counted and logged.
+        `batch` is the result of `protocol.outcomes.encode_batch`; anything else, or a batch of a
+        newer program, is a KnowledgeError. A malformed row can never be stored, so its id is
+        returned too; it is counted and logged.
         """
         self._ticker.start()
         outcomes, refused = decode_batch(batch)
@@ -138,7 +138,7 @@ class KnowledgeService:
     async def feedback(
         self, outcome_id: str, signals: Sequence[QualitySignal | Mapping[str, Any]]
     ) -> bool:
-        """Store quality signals; they wait for an outcome that has not arrived yet.
+        """Store quality signals, also of an outcome that has not arrived yet.
 
         Returns whether the outcome is known. Raises KnowledgeError for a malformed signal.
         """
@@ -156,7 +156,7 @@ class KnowledgeService:
     async def follow(
         self, seen: Mapping[str, int], timeout_s: float, topics: Sequence[str] | None = None
     ) -> dict[str, Update]:
-        """Long-poll: updates (of `topics`) that differ from `seen`, as soon as there are any.
+        """Long poll: updates (of `topics`) with revisions other than in `seen`, once there are any.
 
         Pass each update's revision back in `seen`. Empty after timeout_s (at most MAX_WAIT_S).
         """
@@ -164,11 +164,11 @@ class KnowledgeService:
         return await self._publisher.wait(seen, min(max(timeout_s, 0.0), MAX_WAIT_S), topics)
 
     async def configure_goals(self, goals: Goals) -> None:
-        """Take a deployment's goals, unless they are those of the last one; see GoalHistory."""
+        """Take the goals of a deployment; see `GoalHistory.configure`."""
         await self._goals.configure(goals)
 
     async def set_goals(self, goals: Goals, by: str) -> bytes:
-        """Replace the goals; durable when this returns the change, in the format of its topic."""
+        """Replace the goals; return the durable change, in the format of its topic."""
         return FORMATS[Topic.GOALS].encode(await self._goals.set(goals, by))
 
     async def goal_history(self, limit: int) -> list[dict[str, Any]]:
@@ -176,7 +176,7 @@ class KnowledgeService:
         return await self._goals.history(limit)
 
     async def report_state(self, slm_id: str, replica_id: str, report: bytes) -> None:
-        """A replica reports where its start-up is, as `protocol.reports.REPLICA_REPORT`."""
+        """Take a replica's report of its start-up, `protocol.reports.REPLICA_REPORT`."""
         found = REPLICA_REPORT.decode(report)
         found = replace(found, detail=found.detail[:MAX_DETAIL_CHARS], at=self._clock())
         self._states.report(slm_id, replica_id, found)
@@ -191,12 +191,12 @@ class KnowledgeService:
         await self._in_thread(lambda: self._store.set_meta(RESIDENCY_KEY, text))
 
     async def report_demand(self, router_id: str, report: bytes) -> bytes:
-        """A router's demand for SLMs, as `protocol.reports.DEMAND_REPORT`; returns the reply."""
+        """Take a router's demand for SLMs, `protocol.reports.DEMAND_REPORT`; return the reply."""
         reply = self._residency.report_demand(router_id, DEMAND_REPORT.decode(report))
         return DEMAND_REPLY.encode(reply)
 
     async def report_energy(self, slm_id: str, replica_id: str, report: bytes) -> None:
-        """A replica's energy, published with the next tick."""
+        """Take a replica's energy, published at the next tick."""
         self._energy.report(slm_id, replica_id, ENERGY_REPORT.decode(report))
 
     async def register(self, spec_json: str, app_name: str) -> None:
@@ -211,7 +211,7 @@ class KnowledgeService:
             await self._publish_registry()
 
     async def predictors(self) -> dict[str, Any]:
-        """Stored predictors, what is known of champion and challenger, the last training."""
+        """As `Learner.predictors`."""
         return self._learner.predictors()
 
     async def change_predictor(self, action: str, version: str = "") -> dict[str, Any]:
@@ -221,15 +221,15 @@ class KnowledgeService:
         return self._learner.predictors()
 
     async def retrain(self, force: bool = False) -> dict[str, Any]:
-        """Train and judge now, and publish a better predictor; return the verdict.
+        """Train now, and offer the challenger if it passes the promotion test; return the verdict.
 
         Without `force`, fewer than min_outcomes labelled outcomes give the reason
-        "too_few_outcomes". Joins a training that is running. Raises KnowledgeError.
+        "too_few_outcomes". Waits for a training that is already running. Raises KnowledgeError.
         """
         return await self._learner.retraining.retrain(force)
 
     async def status(self) -> dict[str, Any]:
-        """Counts, champion and last verdict, for people."""
+        """Counts, champion and last training, for display."""
         return {
             "outcomes": await self._in_thread(self._store.count),
             "labelled": await self._in_thread(self._store.labelled_count),
@@ -240,7 +240,7 @@ class KnowledgeService:
         }
 
     async def tick(self) -> None:
-        """Background work that is due: drop SLM applications whose heartbeat stopped, and so on."""
+        """Background work that is due, such as dropping SLM applications without a heartbeat."""
         self._ticks += 1
         await take_steps(
             self._learner.tick, self._residency.step, self._publish_energy, self._expire
@@ -253,7 +253,7 @@ class KnowledgeService:
         return await self._in_thread(lambda: self._store.prune(self._learning.max_rows))
 
     async def close(self) -> None:
-        """Stop background work and close the store; a running training is ended."""
+        """Stop background work, cancel a running training, and close the store."""
         await self._learner.retraining.close()
         await self._ticker.stop()
         await self._in_thread(self._store.close)
@@ -279,7 +279,7 @@ class KnowledgeService:
         self._publisher.publish(Topic.SLMS, self._registry.snapshot())
         self._follow_slms()
         text = self._registry.to_json()
-        # Kept, so that a restart does not take every SLM application off the air until it calls.
+        # Stored, so that after a restart the SLM applications need not wait for their heartbeats.
         await self._in_thread(lambda: self._store.set_meta(REGISTRY_KEY, text))
 
     def _follow_slms(self) -> None:
@@ -292,7 +292,7 @@ class KnowledgeService:
 
 
 def check_settings(present: Learning, new: Learning) -> None:
-    """Raise ConfigError when the log would have to move."""
+    """Raise ConfigError when the new settings would move the log."""
     for name in ("store_url", "state_dir"):
         if getattr(new, name) != getattr(present, name):
             raise ConfigError(
@@ -300,14 +300,14 @@ def check_settings(present: Learning, new: Learning) -> None:
             )
 
 
-def keep_settings(store: OutcomeStore, fleet: Fleet, learning: Learning) -> None:
-    """Write both down; durable when this returns. Raises KnowledgeError."""
+def store_settings(store: OutcomeStore, fleet: Fleet, learning: Learning) -> None:
+    """Store both; durable when this returns. Raises KnowledgeError."""
     data = {"fleet": fleet.model_dump(mode="json"), "learning": learning.model_dump(mode="json")}
     store.set_meta(SETTINGS_KEY, json.dumps(data))
 
 
-def kept_settings(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
-    """What was last written down, None when there is nothing that is still valid."""
+def stored_settings(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
+    """The stored settings, None when there are none or they are no longer valid."""
     text = store.meta(SETTINGS_KEY)
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""SLM applications that joined later, and what replicas say about their start-up. Bounded."""
+"""SLM registry: SLMs of other applications, and the start-up reports of replicas. Bounded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from calm_serve.errors import ConfigError
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import RegisteredSLM
 
-# An application heartbeats every few seconds; after this long without one it is gone.
+# Without a heartbeat for so long an SLM is dropped; applications send one every few seconds.
 EXPIRY_S = 30.0
+# Bounds of memory.
 MAX_REGISTERED = 256
 MAX_REPLICAS_PER_SLM = 32
 MAX_SLMS = 512
@@ -86,19 +87,19 @@ class SLMRegistry:
     def restore(self, text: str) -> None:
         """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew.
 
-        What another version of the program wrote and this one cannot read is left out.
+        An entry of another version of the program that this one cannot read is ignored and logged.
         """
         for slm_id, entry in json.loads(text).items():
             try:
                 SLMSpec.model_validate(entry["spec"])
             except ValidationError as error:
-                _log.warning("registered SLM %r left out: %s", slm_id, first_error("", error))
+                _log.warning("registered SLM %r ignored: %s", slm_id, first_error("", error))
                 continue
             self._entries[slm_id] = _Entry(entry["spec"], entry["app_name"], self._clock())
 
 
 class StartupStates:
-    """The last start-up report of each replica, by SLM; the oldest are forgotten."""
+    """The last start-up report of each replica, by SLM; the oldest are dropped."""
 
     def __init__(self) -> None:
         self._by_slm: dict[str, dict[str, ReplicaReport]] = {}

@@ -1,8 +1,8 @@
-"""The durable log of outcomes: SQLAlchemy Core, SQLite by default, PostgreSQL by URL.
+"""Store: the durable log of outcomes in SQLite or, by URL, PostgreSQL (SQLAlchemy Core).
 
-Acknowledged means durable: every write is one transaction, and SQLite runs with WAL and
-`synchronous=FULL`. Writing is for one process (the knowledge actor); others may read. Methods
-block; call them in a thread.
+A write is durable when it returns: it is one transaction, and SQLite runs with WAL and
+`synchronous=FULL`. One process writes (the knowledge actor); others may read. Methods block; call
+them in a thread.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from calm_serve.learning import quality_label
 from calm_serve.protocol.topics import GoalChange
 from calm_serve.types import Outcome, QualitySignal
 
-BUSY_TIMEOUT_MS = 10_000
-CONNECT_TIMEOUT_S = 10
-MAX_GOAL_CHANGES = 10_000  # the audit trail's length
-_CHUNK = 500  # ids per IN list
+BUSY_TIMEOUT_MS = 10_000  # wait for a reader of the SQLite file
+CONNECT_TIMEOUT_S = 10  # of PostgreSQL
+MAX_GOAL_CHANGES = 10_000  # length of the audit trail
+_CHUNK = 500  # ids in one IN list; SQLite limits the parameters of a statement
 
 
 class OutcomeStore:
@@ -74,9 +74,9 @@ class OutcomeStore:
         return added
 
     def add_signals(self, outcome_id: str, signals: Sequence[QualitySignal]) -> bool:
-        """Store statements about an outcome; the latest of each source counts.
+        """Store signals of an outcome; the latest of each source counts.
 
-        Returns whether the outcome is known. If not, the signals wait for it.
+        Returns whether the outcome is known. If not, its signals are kept for it.
         """
         with self._guard("add signals"), self._engine.begin() as connection:
             self._write_signals(connection, [(outcome_id, s) for s in signals])
@@ -91,11 +91,8 @@ class OutcomeStore:
 
     def rows(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
         """At most `limit` outcomes after `since_row` in order of arrival, with their row."""
-        return self._read(_page(since_row, limit))
-
-    def labelled(self, since_row: int, limit: int) -> list[tuple[int, Outcome]]:
-        """As `rows`, only outcomes with a quality label."""
-        return self._read(_page(since_row, limit).where(OUTCOMES.c.labelled))
+        after = sa.select(OUTCOMES).where(OUTCOMES.c.row > since_row)
+        return self._read(after.order_by(OUTCOMES.c.row).limit(limit))
 
     def recent(self, limit: int, *, labelled: bool = False) -> list[Outcome]:
         """The newest `limit` outcomes, or `labelled` ones, oldest first by `at`."""
@@ -105,16 +102,16 @@ class OutcomeStore:
         return [outcome for _, outcome in reversed(self._read(newest.limit(limit)))]
 
     def count(self) -> int:
-        """Outcomes in the store."""
+        """Number of outcomes in the store."""
         return self._scalar(sa.select(sa.func.count()).select_from(OUTCOMES))
 
     def labelled_count(self) -> int:
-        """Outcomes with a quality label in the store."""
+        """Number of outcomes in the store that have a quality label."""
         query = sa.select(sa.func.count()).select_from(OUTCOMES).where(OUTCOMES.c.labelled)
         return self._scalar(query)
 
     def labelled_total(self) -> int:
-        """Outcomes that ever got a label; unlike `labelled_count` it never falls."""
+        """Number of outcomes that ever got a label; unlike `labelled_count` it never falls."""
         return int(self.meta("labelled_total") or 0)
 
     def prune(self, max_rows: int) -> int:
@@ -200,7 +197,7 @@ class OutcomeStore:
             )
 
     def _mark_labelled(self, connection: sa.Connection, outcome_ids: Sequence[str]) -> None:
-        """Set the flag where signals give a label, and count what is new."""
+        """Set the flag of outcomes whose signals give a label, and count the new ones."""
         by_id = _signals_of(connection, outcome_ids)
         ids = [i for i, signals in by_id.items() if quality_label(signals)]
         marked = 0
@@ -244,13 +241,13 @@ class OutcomeStore:
                 f"{self._name}: no database driver ({error}); install calm-serve[postgres]"
             ) from error
         except (SQLAlchemyError, ValueError, TypeError) as error:
-            # The first line only: the rest repeats the statement and its parameters.
+            # Only the first line: the rest repeats the statement and its parameters.
             first = str(error).strip().partition("\n")[0]
             raise KnowledgeError(f"{self._name}: cannot {what}: {first}") from error
 
 
 def _engine(url: sa.URL) -> sa.Engine:
-    # JSON without NaN on both databases: PostgreSQL refuses it, SQLite would keep it.
+    # No NaN in JSON: PostgreSQL refuses it, and SQLite would store it.
     postgres = url.get_backend_name() == "postgresql"
     engine = sa.create_engine(
         url,
@@ -269,11 +266,6 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
     cursor.close()
-
-
-def _page(since_row: int, limit: int) -> sa.Select[Any]:
-    after = sa.select(OUTCOMES).where(OUTCOMES.c.row > since_row)
-    return after.order_by(OUTCOMES.c.row).limit(limit)
 
 
 def _nth_newest(table: sa.Table, n: int) -> sa.ScalarSelect[Any]:

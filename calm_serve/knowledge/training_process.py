@@ -1,8 +1,8 @@
-"""One retraining, from the log to a verdict, in a child process of low priority.
+"""Training process: one retraining, from the log to a verdict, in a child of low priority.
 
 The parent writes a job to the child's standard input and reads the result from its standard output
-(one JSON document each), so the event loop never trains, a crash in native code stays in the child,
-and a database password appears in no command line.
+(one JSON document each). So training never blocks the event loop, a crash in native code ends the
+child only, and no command line contains a database password.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.learning import RetrainJob, RetrainResult, retrain
 
-# 50,000 rows are about 110 MB in memory and under a minute on one core.
+# 50,000 rows take about 110 MB of memory and less than a minute on one core.
 MAX_TRAINING_ROWS = 50_000
-TIMEOUT_S = 900.0
-NICENESS = 10
+TIMEOUT_S = 900.0  # of a training; then the child is killed
+NICENESS = 10  # of the child: serving has priority
 
 
 def retrain_from_store(job: RetrainJob, clock: Callable[[], float]) -> RetrainResult:
@@ -38,7 +38,7 @@ def retrain_from_store(job: RetrainJob, clock: Callable[[], float]) -> RetrainRe
 
 
 async def retrain_in_child(job: RetrainJob) -> RetrainResult:
-    """Run `retrain_from_store` in a child process, which never outlives it.
+    """Run `retrain_from_store` in a child process, which ends with this call.
 
     Raises KnowledgeError.
     """

@@ -1,7 +1,8 @@
 """Learning: labels, training, evaluation and promotion. Owner: knowledge actor. May block.
 
-Training runs in a child process of the actor. The router uses `shadow` and `decision_log`, which
-never block.
+Takes outcomes from a log (`LabelledLog`, `TrainingLog`) and gives predictors, verdicts, calibration
+factors and alarms. Touches files through the model registry only. Training runs in a child process
+of the actor. The router uses `shadow` and `decision_log`, which never block.
 """
 
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit_cold_start
@@ -9,7 +10,7 @@ from calm_serve.learning.decision_log import decision_terms
 from calm_serve.learning.labels import quality_label
 from calm_serve.learning.monitor import OutcomeMonitor
 from calm_serve.learning.promotion import Promotion
-from calm_serve.learning.replay import Replay, Rules
+from calm_serve.learning.replay import Replay, ReplaySettings
 from calm_serve.learning.retraining import RetrainingScheduler, RetrainJob, RetrainResult, retrain
 from calm_serve.learning.shadow import Shadow
 from calm_serve.learning.training import train
@@ -20,10 +21,10 @@ __all__ = [
     "OutcomeMonitor",
     "Promotion",
     "Replay",
+    "ReplaySettings",
     "RetrainJob",
     "RetrainResult",
     "RetrainingScheduler",
-    "Rules",
     "Shadow",
     "decision_terms",
     "fit_cold_start",

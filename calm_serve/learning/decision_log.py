@@ -1,10 +1,10 @@
-"""What is logged of a scored decision, and the same decision made again from the log.
+"""The log of scored decisions, and their replay under other goals or another predictor.
 
 P(success) and answer length follow from the logged prompt features; latency and energy of an SLM
-also depend on the fleet at that moment, which cannot be rebuilt later. So the prediction of every
-candidate is logged (`types.DecisionTerms`, at most MAX_LOGGED). A decision made again keeps the
-logged TTFT, TPOT and joules per token, and may replace the rest: other goals, another predictor's
-P(success) and lengths.
+also depend on the fleet's state at that moment, which cannot be rebuilt later. So the prediction of
+every candidate is logged (`types.DecisionTerms`). A replayed decision keeps the logged TTFT, TPOT
+and joules per token, and may replace the rest: other weights, another predictor's P(success) and
+lengths.
 """
 
 from __future__ import annotations
@@ -31,53 +31,54 @@ from calm_serve.types import (
     Weights,
 )
 
-MAX_LOGGED = 32
-_DIGITS = 6  # after the point: microseconds, microjoules
+MAX_LOGGED = 32  # candidates of one decision; bounds a row of the log
+_DIGITS = 6  # decimals: microseconds, microjoules
+_MIN_FACTOR_CHANGE = 1e-9  # a smaller deviation from 1 is a rounding error
 _MAX_OUTPUT_TOKENS = NUMBER_NAMES.index("log_max_output_tokens")
 
-# SLM to P(success) and output tokens; None keeps what was logged.
+# SLM -> P(success) and output tokens; None keeps the logged value.
 PromptValues = Mapping[str, tuple[float | None, float | None]]
 
 
 class PromptPredictor(Protocol):
-    """What a predictor can say from the log alone."""
+    """A predictor as a replay uses it: from logged features alone."""
 
     version: PredictorVersion
 
     def of_prompt(
         self, numbers: Sequence[float], buckets: Sequence[int]
     ) -> dict[str, tuple[float | None, float | None]]:
-        """P(success) and output tokens by SLM."""
+        """P(success) and output tokens by SLM; None where it does not know them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedDecision:
-    """A choice among predicted candidates, as it was logged."""
+    """A logged choice among predicted candidates."""
 
     outcome: Outcome
-    chosen: str  # by the decision; after a failover another SLM answered
+    chosen: str  # SLM of the decision; after a failover another one answered
     predictions: tuple[tuple[Prediction, SLMState], ...]  # the chosen one first
     terms: DecisionTerms
 
     @property
     def weights(self) -> Weights:
-        """The weights that it was scored with."""
+        """Weights of the scores."""
         return self.terms.weights
 
     @property
     def slo(self) -> ServiceLevel:
-        """What the request named."""
+        """The request's service level objectives."""
         return self.terms.slo
 
     @property
     def complete(self) -> bool:
-        """Whether every candidate is in the log."""
+        """Whether every candidate was logged."""
         return not self.terms.left_out
 
 
 def decision_terms(decision: Decision) -> DecisionTerms | None:
-    """What an outcome keeps of a decision; None unless it chose among predictions."""
+    """The part of a decision that an outcome logs; None unless it chose among predictions."""
     weights = decision.weights
     if decision.path not in FREE_PATHS or weights is None:
         return None
@@ -85,8 +86,8 @@ def decision_terms(decision: Decision) -> DecisionTerms | None:
     if not any(c.prediction.slm_id == decision.slm_id for c in logged):
         return None
     if not all(_is_finite(c) for c in logged):
-        return None  # a store takes no NaN, and one row must not cost its batch
-    # Stable: the chosen one first, then by score.
+        return None  # a store refuses NaN, and one row must not lose its batch
+    # The sort is stable: the chosen candidate first, then by score.
     logged.sort(key=lambda c: c.prediction.slm_id != decision.slm_id)
     return DecisionTerms(
         candidates=tuple(logged[:MAX_LOGGED]),
@@ -98,7 +99,7 @@ def decision_terms(decision: Decision) -> DecisionTerms | None:
 
 
 def read_decision(outcome: Outcome) -> LoggedDecision | None:
-    """Rebuild the choice from an outcome; None when it was none among predicted candidates."""
+    """Rebuild the choice from an outcome; None when it did not choose among predictions."""
     terms = outcome.decision.terms
     if terms is None or not outcome.features.numbers:
         return None
@@ -113,7 +114,7 @@ def read_decision(outcome: Outcome) -> LoggedDecision | None:
 def rescore(
     logged: LoggedDecision, weights: Weights | None = None, values: PromptValues | None = None
 ) -> list[Candidate]:
-    """The candidates, best first, under other weights or another predictor's values."""
+    """The candidates, best first, with other weights or another predictor's values."""
     limit = _max_output_tokens(logged.outcome)
     return ranked(
         [
@@ -134,10 +135,10 @@ def redecide(
     quality_floor: float = 0.0,
     exploration_ratio: float = 0.0,
 ) -> str:
-    """The SLM that would have been chosen from `rescore`'s candidates.
+    """The SLM that is chosen from `rescore`'s candidates.
 
-    quality_floor is the goals' own; the request's is in the log. With an exploration_ratio the
-    draw is the logged decision's.
+    `quality_floor` is that of the goals; the request's is in the log. With an `exploration_ratio`
+    the draw is that of the logged decision.
     """
     floor = max(quality_floor, logged.terms.quality_floor)
     order = above_floor(ranked, floor)
@@ -159,9 +160,11 @@ def _logged(candidate: Candidate, expected: Prediction) -> LoggedCandidate:
             round(expected.ttft_spread, _DIGITS),
             round(expected.e2e_spread, _DIGITS),
         ),
-        # Without a weight for switching this is not known, and makes no difference.
+        # Without a weight for switching the tier is unknown, and does not matter.
         hot=candidate.switching <= 0.0,
-        calibration_factor=1.0 if abs(factor - 1.0) < 1e-9 else round(factor, _DIGITS),
+        calibration_factor=1.0
+        if abs(factor - 1.0) < _MIN_FACTOR_CHANGE
+        else round(factor, _DIGITS),
     )
 
 
@@ -172,7 +175,7 @@ def _is_finite(candidate: LoggedCandidate) -> bool:
 
 
 def _state(candidate: LoggedCandidate) -> SLMState:
-    """As much of the SLM's state as scoring reads."""
+    """The part of the SLM's state that scoring reads."""
     return SLMState(
         candidate.prediction.slm_id,
         residency=Residency.HOT if candidate.hot else Residency.ASLEEP,

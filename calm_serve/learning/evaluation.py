@@ -51,6 +51,8 @@ MIN_EXPLORED = 20  # explored rows; with fewer the value of other choices is not
 EXPLORED_PROPENSITY = 0.5  # a less likely choice was not the logged policy's own: it was explored
 VALUE_TOLERANCE = 0.02  # loss of value that is accepted, in quality points per request
 
+UNKNOWN_BASE_RATE = 0.5  # for an SLM unknown to an artifact that has no base rate either
+
 # Post-promotion evaluation. `load_tests paper --changes` (swapped feedback) notices a change: it
 # counts the requests until the rollback.
 LIVE_LABELS = 500  # newest labelled outcomes that are compared
@@ -214,7 +216,7 @@ def compare_live(
         return None
     labels, weights = label_arrays(own)
     predicted = np.array([p.success_ratio for o in own if (p := o.decision.predicted)])
-    base_rate = float(previous.metrics.get("base_rate", 0.5))
+    base_rate = float(previous.metrics.get("base_rate", UNKNOWN_BASE_RATE))
     previous_predicted = success_probabilities(previous, own, base_rate)
     losses, previous_losses = log_losses(labels, predicted), log_losses(labels, previous_predicted)
     gain = previous_losses - losses
@@ -236,7 +238,7 @@ def shadow_verdict(
     outcomes: Sequence[Outcome], champion: Artifact, challenger: Artifact
 ) -> Verdict:
     """The promotion test on labelled outcomes since the shadow began."""
-    base_rate = float(champion.metrics.get("base_rate", 0.5))
+    base_rate = float(champion.metrics.get("base_rate", UNKNOWN_BASE_RATE))
     rows = [o for o in outcomes if fits_layout(o)]
     return promotion_test(rows, champion, challenger, base_rate=base_rate, seed=0)
 

@@ -1,4 +1,4 @@
-"""How several quality signals become one training label and its weight."""
+"""Labels: several quality signals of an answer become one label and its weight."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from collections.abc import Iterable
 
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
-# A person or a test who saw the answer is believed. A validator sees form only: a failure is
-# certain, but of the answers that pass it we assume that four in five are right.
+# Feedback comes from a person or a test that saw the answer. A validator checks the form only: a
+# failure is certain, but of the answers that pass we assume that four in five are right.
 FEEDBACK_WEIGHT = 1.0
 VALIDATOR_WEIGHT = 0.3
-SHELL_WEIGHT = 0.1  # its check is little more than balanced quotes
+SHELL_WEIGHT = 0.1  # this validator checks little more than balanced quotes
 PASSED_LABEL = 0.8
+FAILED_BELOW = 0.5  # a validator's signal below this is a failure
 
 
 def quality_label(signals: Iterable[QualitySignal]) -> tuple[float, float] | None:
-    """Combine signals into (label in [0, 1], weight in (0, 1]); None when nothing was said.
+    """Combine signals into (label in [0, 1], weight in (0, 1]); None without a signal.
 
-    The latest feedback overrides validators. Otherwise one failing validator makes the label 0 and
-    passing ones make it PASSED_LABEL. The weight depends on who speaks and never on what was said:
-    weighing failures more than passes would bend P(success) downwards. Other sources are ignored.
+    The latest feedback overrides validators. Otherwise one failing validator makes the label 0, and
+    passing ones make it PASSED_LABEL. The weight depends on the source, never on the value: more
+    weight for failures than for passes would bias P(success) downwards. Other sources are ignored.
     """
-    everything = tuple(signals)
-    feedback = [s for s in everything if s.source == FEEDBACK]
+    all_signals = tuple(signals)
+    feedback = [s for s in all_signals if s.source == FEEDBACK]
     if feedback:
         latest = max(feedback, key=lambda s: s.at)
         return min(max(latest.value, 0.0), 1.0), FEEDBACK_WEIGHT
-    validators = [s for s in everything if s.source.startswith(VALIDATOR_PREFIX)]
+    validators = [s for s in all_signals if s.source.startswith(VALIDATOR_PREFIX)]
     if not validators:
         return None
     weight = max(_weight(s) for s in validators)
-    failed = any(s.value < 0.5 for s in validators)
+    failed = any(s.value < FAILED_BELOW for s in validators)
     return (0.0 if failed else PASSED_LABEL), weight
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 RESAMPLES = 1000  # of a bootstrap; a 95 % percentile interval needs some 25 beyond each end
-# From so many rows on a fifth of the resamples is drawn: the interval is narrow, its ends may be
-# rougher, and each resample takes time in proportion to the rows.
-MANY_ROWS = 20_000
+# Of more than MANY_ROWS rows fewer are drawn: the interval is narrow, its ends may be rougher, and
+# each resample takes time in proportion to the rows.
+MANY_ROWS, FEWER_RESAMPLES = 20_000, 200
 NORMAL_95 = 1.96  # standard errors on each side of a 95 % normal interval
+POSITIVE_LABEL = 0.5  # a soft label of at least this is positive for the AUC
 CALIBRATION_BINS = 10
 # Probabilities are clipped so that one confident mistake cannot decide a comparison: a loss is at
 # most -log(0.001), about 6.9 nats.
@@ -37,7 +38,7 @@ def log_loss(labels: Values, predicted: Values, weights: Values) -> float:
 
 def auc(labels: Values, predicted: Values, weights: Values) -> float | None:
     """Weighted area under the ROC curve; None when all labels are on one side of one half."""
-    positive = labels >= 0.5
+    positive = labels >= POSITIVE_LABEL
     if positive.all() or not positive.any():
         return None
     order = np.argsort(predicted, kind="stable")
@@ -57,7 +58,7 @@ def resampled(columns: Values, statistic: Callable[[Values], Values], *, seed: i
     MANY_ROWS rows fewer resamples are drawn. Equal input and seed give equal values.
     """
     random, count = np.random.default_rng(seed), len(columns)
-    resamples = RESAMPLES if count <= MANY_ROWS else RESAMPLES // 5
+    resamples = RESAMPLES if count <= MANY_ROWS else FEWER_RESAMPLES
     sums = np.empty((resamples, columns.shape[1]))
     for i in range(resamples):
         sums[i] = columns[random.integers(count, size=count)].sum(axis=0)

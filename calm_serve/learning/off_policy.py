@@ -1,4 +1,4 @@
-"""Off-policy estimates: what another choice of SLMs would have been worth, from logged outcomes.
+"""Off-policy estimates: the value of other choices of SLMs, estimated from logged outcomes.
 
 An answer's value is `routing.reward` under the goals' weights, without SLO penalty and switching:
 of its label and measured seconds and joules, or of a prediction. With r the logged value, p the
@@ -12,9 +12,9 @@ of SLM s for this request and w = min(1[t = a] / p, clip):
 
 (Dudik, Langford, Li: Doubly Robust Policy Evaluation and Learning, ICML 2011.) Weights are clipped
 at the square root of the number of rows, at least MIN_CLIP (Ionides, Truncated Importance Sampling,
-JCGS 17, 2008): an interval is a little too short on the side of an SLM that was hardly ever tried,
-and `mean_weight` well below 1 says so. Labels are taken as missing at random given SLM and prompt.
-A request that went elsewhere would have changed the queues there; that is not estimated.
+JCGS 17, 2008): an interval is a little too short on the side of an SLM that was hardly ever tried;
+`mean_weight` well below 1 shows it. Labels are assumed to be missing at random, given SLM and
+prompt. The effect of a moved request on the queues of its new SLM is not estimated.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from calm_serve.routing import reward
 from calm_serve.types import Candidate, Outcome, Weights
 
 METRICS = ("reward", "quality", "e2e_s", "energy_j")
-MIN_CLIP = 10.0
-# Strength of the belief that the model has no bias of its own on an SLM, in outcomes.
+MIN_CLIP = 10.0  # least clip of an importance weight
+# Strength of the prior that the reward model has no bias on an SLM, in outcomes.
 BIAS_PRIOR_ROWS = 10.0
+MIN_WEIGHT_SUM = 1e-12  # avoids a division by zero where the policy never matches
 _UNKNOWN = math.nan
 
 
@@ -50,16 +51,16 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PolicyValue:
-    """Four estimates of one policy's mean, and how far the log carries them."""
+    """Four estimates of one policy's mean, and how much evidence the log has for them."""
 
     direct: Estimate
     ips: Estimate
     self_normalised: Estimate
     doubly_robust: Estimate
     rows: int
-    matched_rows: int  # where the policy chooses what was chosen
+    matched_rows: int  # the policy chooses the logged SLM
     effective_rows: float  # (sum w)^2 / sum w^2, Kish
-    mean_weight: float  # 1 in expectation, below it where SLMs were never tried or weights clipped
+    mean_weight: float  # 1 in expectation; less where SLMs were never tried or weights clipped
     clip: float
     clipped_rows: int
 
@@ -71,8 +72,8 @@ class Log:
     value: Values  # measured
     propensity: Values  # of the logged SLM
     matched: NDArray[np.bool_]  # the policy chooses the logged SLM
-    model_logged: Values  # model's value of the logged SLM
-    model_target: Values  # and of the policy's SLM
+    model_logged: Values  # reward model's value of the logged SLM
+    model_target: Values  # the same of the policy's SLM
 
     @property
     def clip(self) -> float:
@@ -87,7 +88,7 @@ class Log:
 
     @property
     def doubly_robust_terms(self) -> Values:
-        """Each row's contribution to the doubly robust mean."""
+        """Contribution of each row to the doubly robust mean."""
         terms: Values = self.model_target + self.weights * (self.value - self.model_logged)
         return terms
 
@@ -99,8 +100,8 @@ def estimate(log: Log, *, seed: int) -> PolicyValue:
     w, terms = log.weights, log.doubly_robust_terms
     columns = np.stack([log.model_target, w * log.value, w, terms], axis=1)
     count = len(columns)
-    point = _four(columns.sum(axis=0)[None, :], count)[0]
-    drawn = resampled(columns, lambda sums: _four(sums, count), seed=seed)
+    point = _four_means(columns.sum(axis=0)[None, :], count)[0]
+    drawn = resampled(columns, lambda sums: _four_means(sums, count), seed=seed)
     direct, ips, normalised, robust = (
         Estimate(float(point[k]), ci95(drawn[:, k])) for k in range(4)
     )
@@ -125,27 +126,23 @@ def mean_estimate(terms: Values, *, seed: int) -> Estimate:
     return Estimate(float(terms.mean()), ci95(drawn[:, 0]))
 
 
-def _four(sums: Values, count: int) -> Values:
+def _four_means(sums: Values, count: int) -> Values:
     found = sums / count
-    found[:, 2] = sums[:, 1] / np.maximum(sums[:, 2], 1e-12)
+    found[:, 2] = sums[:, 1] / np.maximum(sums[:, 2], MIN_WEIGHT_SUM)
     return found
 
 
 def measured(outcome: Outcome, weights: Weights) -> dict[str, float]:
-    """The metrics of an outcome, NaN for what is not known of it."""
-    if outcome.status not in ("ok", "error"):  # refused or left: says nothing about the SLM
+    """The metrics of an outcome; NaN where one is unknown."""
+    if outcome.status not in ("ok", "error"):  # rejected or cancelled: no evidence about the SLM
         return dict.fromkeys(METRICS, _UNKNOWN)
     label, done = quality_label(outcome.signals), outcome.status == "ok"
-    # Nobody says anything of an answer that failed: left out, the SLM would be the better for it.
-    quality = label[0] if label is not None else _UNKNOWN if done else 0.0
+    # Failed answers have no label. Dropping them would bias the SLM's quality upwards, so they
+    # count as 0; an unknown energy of theirs counts as 0 too.
+    if_unknown = _UNKNOWN if done else 0.0
+    quality = label[0] if label is not None else if_unknown
     e2e_s = outcome.timing.e2e_s if outcome.timing.e2e_s is not None else _UNKNOWN
-    energy_j = (
-        outcome.engine.energy_j
-        if outcome.engine.energy_j is not None
-        else 0.0
-        if not done
-        else _UNKNOWN
-    )
+    energy_j = outcome.engine.energy_j if outcome.engine.energy_j is not None else if_unknown
     ttft_s = outcome.timing.ttft_s or 0.0
     return {
         "reward": reward(weights, quality, ttft_s, e2e_s, energy_j)[0],
@@ -156,7 +153,7 @@ def measured(outcome: Outcome, weights: Weights) -> dict[str, float]:
 
 
 def expected(candidate: Candidate, weights: Weights) -> dict[str, float]:
-    """The same metrics as predicted of a candidate."""
+    """The same metrics, as predicted for a candidate."""
     prediction = candidate.prediction
     assert prediction is not None
     quality, e2e_s, energy_j = candidate.quality, prediction.e2e_s, prediction.energy_j
@@ -167,14 +164,14 @@ def expected(candidate: Candidate, weights: Weights) -> dict[str, float]:
 class PolicyLog:
     """Logged choices next to those of named policies, in columns; about 150 bytes a row.
 
-    The model's values are corrected by each SLM's mean error over the log, so a predictor that is
-    wrong about an SLM's speed by a constant does no harm to the direct method.
+    The reward model's values are corrected by each SLM's mean error over the log, so a constant
+    error in an SLM's speed does not bias the direct method.
     """
 
     def __init__(self, policies: Iterable[str]) -> None:
         self._policies = tuple(policies)
         self._slms: dict[str, int] = {}
-        # Rows one after another: propensity, measured, model of the logged SLM, of each policy's.
+        # Flat rows: propensity; METRICS measured, modelled of the logged SLM, and of each policy's.
         self._numbers = array("d")
         self._choices = array("q")  # index of the logged SLM, then of each policy's
 
@@ -188,7 +185,7 @@ class PolicyLog:
         choices: Mapping[str, str],
         weights: Weights,
     ) -> None:
-        """Take one decision; `model` are all its candidates as the reward model sees them."""
+        """Add one decision; `model` are all its candidates as the reward model predicts them."""
         by_slm = {c.slm_id: expected(c, weights) for c in model}
         names = [logged.chosen, *(choices[p] for p in self._policies)]
         value = measured(logged.outcome, weights)
@@ -198,7 +195,7 @@ class PolicyLog:
         self._choices.extend(self._slms.setdefault(name, len(self._slms)) for name in names)
 
     def metric(self, metric: str, policy: str) -> Log:
-        """One metric's rows, where it was measured."""
+        """The rows in which a metric was measured."""
         at, which = METRICS.index(metric), 1 + self._policies.index(policy)
         kinds = 1 + len(self._policies)
         numbers = np.array(self._numbers).reshape(-1, 1 + (1 + kinds) * len(METRICS))
@@ -221,8 +218,8 @@ class PolicyLog:
     def difference(self, metric: str, policy: str, other: str | None, *, seed: int) -> Estimate:
         """Doubly robust mean of `policy` less that of `other`, paired row by row.
 
-        None stands for the policy that was logged, whose mean is measured. Raises ValueError
-        where nothing was measured.
+        None stands for the logged policy, whose mean is measured. Raises ValueError when the metric
+        was never measured.
         """
         log = self.metric(metric, policy)
         if not len(log.value):

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from calm_serve.learning.labels import FAILED_BELOW
 from calm_serve.telemetry import Cusum
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
@@ -208,7 +209,7 @@ class SLMQualityStream:
         self.form_is_checked = self.form_is_checked or bool(checks)
         if not self.form_is_checked:
             return False
-        return self._form.observe(float(all(value >= 0.5 for value in checks)))
+        return self._form.observe(float(all(value >= FAILED_BELOW for value in checks)))
 
     def scored(self, predicted: float | None, score: float) -> bool:
         """Count feedback on an answer; True when a change was found.

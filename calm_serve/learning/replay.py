@@ -1,11 +1,10 @@
-"""Every logged choice made again, under other goals or another predictor, and what it is worth.
+"""Replay: every logged decision is repeated under other goals or another predictor, and valued.
 
-What the log does not hold is left as it was: candidates that a filter or a rule had excluded stay
-excluded, TTFT, TPOT and joules per token of each candidate are those predicted then. With the goals
-and the predictor that decided, exploration included, the logged choice must come out again;
-`Replay.reproduced` counts it. Under goals with targets the weights move as they do in a router: a
-controller follows the log, and steers by what was predicted of each candidate and measured of the
-one that was chosen.
+What is not in the log stays as it was: candidates that a filter or a rule excluded stay excluded;
+TTFT, TPOT and joules per token are those predicted at that time. With the logged goals, predictor
+and exploration the logged choice must result again; `Replay.reproduced` counts this. Goals with
+targets move the weights as in a router: a controller reads the log in its order, with the
+predictions of all candidates and the measurements of the chosen one.
 """
 
 from __future__ import annotations
@@ -36,12 +35,13 @@ from calm_serve.types import (
     ServiceLevel,
 )
 
-POLICY = "replayed"
+POLICY = "replayed"  # name of the replayed policy in its PolicyLog
+MAX_DIFFERING = 10  # ids of decisions that were not reproduced, for the report
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """Under what the choices are made again."""
+class ReplaySettings:
+    """Goals and predictor of the replay."""
 
     goals: Goals
     goals_version: str
@@ -50,52 +50,54 @@ class Rules:
 
 @dataclass(slots=True)
 class Replay:
-    """Counts and columns of one replay; feed it with `add`, in the log's order."""
+    """One replay; call `add` for each outcome, in the log's order."""
 
-    rules: Rules
+    settings: ReplaySettings
     outcomes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
-    comparable: int = 0  # decided under these very goals and this predictor
+    comparable: int = 0  # decided under the same goals and predictor
     reproduced: int = 0
-    differing: list[str] = field(default_factory=list)  # ids of the first that did not
+    differing: list[str] = field(
+        default_factory=list
+    )  # ids of the first ones that were not reproduced
     not_comparable: Counter[str] = field(default_factory=Counter)  # by reason
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)  # from SLM, to SLM
     log: PolicyLog = field(default_factory=lambda: PolicyLog([POLICY]))
     controller: GoalController = field(init=False)
 
     def __post_init__(self) -> None:
-        self.controller = GoalController(self.rules.goals)
+        self.controller = GoalController(self.settings.goals)
 
     def add(self, outcome: Outcome) -> None:
-        """Make one logged choice again."""
+        """Repeat one logged decision."""
         self.outcomes += 1
         logged = read_decision(outcome)
         if logged is None:
-            self.skipped[_why_not(outcome)] += 1
-            self._steer(_decided(outcome), outcome)
+            self.skipped[_skip_reason(outcome)] += 1
+            self._learn(_decision_of(outcome), outcome)
             return
-        if self.rules.predictor is not None and not fits_layout(outcome):
+        if self.settings.predictor is not None and not fits_layout(outcome):
             self.skipped["logged under another feature layout"] += 1
             return
-        goals = self.rules.goals
-        same_goals = outcome.decision.versions.goals == self.rules.goals_version
-        # Under the same goals a controller may have moved the weights: the log has them as used.
+        goals = self.settings.goals
+        same_goals = outcome.decision.versions.goals == self.settings.goals_version
+        # A controller may have moved the weights of the same goals; the log has those in use.
         weights = logged.weights if same_goals else self.controller.weights
         values = None
-        if self.rules.predictor is not None:
-            values = self.rules.predictor.of_prompt(
+        if self.settings.predictor is not None:
+            values = self.settings.predictor.of_prompt(
                 outcome.features.numbers, outcome.features.buckets
             )
         ranked = rescore(logged, weights, values)
-        self._reproduce(logged, ranked, same_goals)
+        self._compare(logged, ranked, same_goals)
         choice = redecide(logged, ranked, goals.quality_floor)
         if choice != logged.chosen:
             self.moved[logged.chosen, choice] += 1
         self.log.add(logged, ranked, {POLICY: choice}, weights)
-        self._steer(_decided(outcome, logged, ranked), outcome)
+        self._learn(_decision_of(outcome, logged, ranked), outcome)
 
     def report(self, seed: int = 0) -> dict[str, Any]:
-        """Everything as plain data; estimates are None where a metric was never measured."""
+        """The results as plain data; an estimate is None where its metric was never measured."""
         decided = len(self.log)
         return {
             "outcomes": self.outcomes,
@@ -109,18 +111,18 @@ class Replay:
             "moved": [
                 {"from": a, "to": b, "decisions": n} for (a, b), n in self.moved.most_common()
             ],
-            # Those that the controller ended with; they are as stated without a target.
-            "weights": asdict(self.controller.weights) if self.rules.goals.targets else None,
+            # The controller's last weights; without targets they are those of the goals.
+            "weights": asdict(self.controller.weights) if self.settings.goals.targets else None,
             "estimates": {metric: self._estimate(metric, seed) for metric in METRICS},
         }
 
-    def _steer(self, decision: Decision, outcome: Outcome) -> None:
-        if self.rules.goals.targets:
+    def _learn(self, decision: Decision, outcome: Outcome) -> None:
+        if self.settings.goals.targets:
             self.controller.learn(decision, outcome)
             self.controller.step()
 
-    def _reproduce(self, logged: LoggedDecision, ranked: list[Candidate], same_goals: bool) -> None:
-        outcome, predictor = logged.outcome, self.rules.predictor
+    def _compare(self, logged: LoggedDecision, ranked: list[Candidate], same_goals: bool) -> None:
+        outcome, predictor = logged.outcome, self.settings.predictor
         if not same_goals:
             self.not_comparable["decided under other goals"] += 1
         elif (
@@ -133,12 +135,12 @@ class Replay:
         elif not logged.complete:
             self.not_comparable["more candidates than are logged"] += 1
         else:
-            goals = self.rules.goals
+            goals = self.settings.goals
             again = redecide(logged, ranked, goals.quality_floor, goals.exploration_ratio)
             self.comparable += 1
             if again == logged.chosen:
                 self.reproduced += 1
-            elif len(self.differing) < 10:
+            elif len(self.differing) < MAX_DIFFERING:
                 self.differing.append(outcome.outcome_id)
 
     def _estimate(self, metric: str, seed: int) -> dict[str, Any] | None:
@@ -151,10 +153,10 @@ class Replay:
         return found
 
 
-def _decided(
+def _decision_of(
     outcome: Outcome, logged: LoggedDecision | None = None, ranked: Sequence[Candidate] = ()
 ) -> Decision:
-    """The logged choice as a controller learns from it; without candidates it only spends."""
+    """The logged choice for the controller; without candidates only its costs count."""
     return Decision(
         decision_id=outcome.outcome_id,
         slm_id=outcome.slm_id if logged is None else logged.chosen,
@@ -171,7 +173,7 @@ def _decided(
 
 
 def _context(outcome: Outcome, logged: LoggedDecision | None) -> RoutingContext:
-    """What goals read of a logged request."""
+    """The part of a logged request that goals read."""
     return RoutingContext(
         request_id=outcome.outcome_id,
         slo=logged.slo if logged else ServiceLevel(),
@@ -180,7 +182,7 @@ def _context(outcome: Outcome, logged: LoggedDecision | None) -> RoutingContext:
     )
 
 
-def _why_not(outcome: Outcome) -> str:
+def _skip_reason(outcome: Outcome) -> str:
     reasons = {DecisionPath.PINNED: "chosen by the client", DecisionPath.RULE: "chosen by a rule"}
     if reason := reasons.get(DecisionPath(outcome.decision.path or DecisionPath.FALLBACK)):
         return reason

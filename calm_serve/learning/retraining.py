@@ -1,6 +1,6 @@
-"""Retraining: when one is due, one at a time, and what became of the last.
+"""Retraining: when one is due, one at a time, and the verdict of the last.
 
-`retrain` itself is pure; the knowledge actor runs it in a child process.
+`retrain` is a pure function; the knowledge actor runs it in a child process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from calm_serve.learning.training import train
 from calm_serve.prediction import Artifact
 from calm_serve.types import Outcome
 
+TRAINED_AT = "trained_at"  # the store's key of `labelled_total` at the last training
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class RetrainJob:
-    """What to train on and against whom."""
+    """Input of a training: the log, the SLMs, and the champion to compare with."""
 
     store_url: str
     slm_ids: tuple[str, ...]
@@ -32,7 +36,7 @@ class RetrainJob:
 
 @dataclass(frozen=True, slots=True)
 class RetrainResult:
-    """The gate's verdict, the challenger's metrics, and its bytes when it won."""
+    """Verdict of the promotion test, the challenger's metrics, and its artifact if it passed."""
 
     verdict: dict[str, Any]
     metrics: dict[str, Any]
@@ -43,7 +47,7 @@ class RetrainResult:
 def retrain(
     job: RetrainJob, outcomes: Sequence[Outcome], clock: Callable[[], float]
 ) -> RetrainResult:
-    """Train on `outcomes` and promotion_test. Blocks for seconds; raises KnowledgeError."""
+    """Train on `outcomes` and run the promotion test. Blocks for seconds; raises KnowledgeError."""
     training = train(
         outcomes, job.slm_ids, seed=job.seed, holdout_ratio=job.holdout_ratio, clock=clock
     )
@@ -63,12 +67,8 @@ def retrain(
     )
 
 
-TRAINED_AT = "trained_at"  # the store's key for the labels there were at the last training
-_log = logging.getLogger(__name__)
-
-
 class TrainingLog(Protocol):
-    """What the scheduler asks of the store of outcomes; all methods block."""
+    """The store of outcomes, as the scheduler uses it; all methods block."""
 
     def labelled_count(self) -> int:
         """Outcomes with a quality label in the store."""
@@ -88,9 +88,10 @@ class TrainingLog(Protocol):
 
 
 class RetrainingScheduler:
-    """Used from one event loop; the training itself happens in `trainer`.
+    """Starts trainings when they are due, one at a time. Used from one event loop.
 
-    `learning` may be replaced at any time; `slm_ids` names the SLMs to train for.
+    `trainer` runs a training; `learning` may be replaced at any time; `slm_ids` returns the SLMs to
+    train for.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class RetrainingScheduler:
         self._store, self._store_url, self._promotion = store, store_url, promotion
         self._trainer, self._in_thread, self._slm_ids = trainer, in_thread, slm_ids
         self._training: asyncio.Task[dict[str, Any]] | None = None
-        self._drifted: asyncio.Task[dict[str, Any]] | None = None
+        self._after_drift: asyncio.Task[dict[str, Any]] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether a training is going on."""
+        """Whether a training is running."""
         return self._training is not None and not self._training.done()
 
     async def retrain(self, force: bool = False) -> dict[str, Any]:
@@ -121,45 +122,45 @@ class RetrainingScheduler:
             labelled = await self._in_thread(self._store.labelled_count)
             if not force and labelled < self.learning.min_outcomes:
                 return {"publish": False, "reason": "too_few_outcomes", "labelled": labelled}
-        # Shielded: a caller who gives up does not end the training.
-        return await asyncio.shield(self._started())
+        # Shielded: cancelling the caller does not cancel the training.
+        return await asyncio.shield(self._start())
 
-    async def maybe(self) -> None:
-        """Start a training when enough labels have come since the last one."""
+    async def start_if_due(self) -> None:
+        """Start a training when enough labels have arrived since the last one."""
         if self.running:
             return
         total = await self._in_thread(self._store.labelled_total)
         trained_at = int(await self._in_thread(lambda: self._store.meta(TRAINED_AT)) or 0)
         due = self.learning.retrain_every if trained_at else self.learning.min_outcomes
         if total - trained_at >= due:
-            self._started()
+            self._start()
 
     def on_drift(self) -> None:
-        """Train before the next quota is full, once there is enough to train on at all."""
-        self._drifted = asyncio.create_task(self.retrain())
-        self._drifted.add_done_callback(_log_failure)
+        """Start a training before `retrain_every` is reached, given `min_outcomes` labels."""
+        self._after_drift = asyncio.create_task(self.retrain())
+        self._after_drift.add_done_callback(_log_failure)
 
     async def settled(self) -> None:
-        """Return when no training is going on any more, however it ended."""
-        tasks = [t for t in (self._drifted, self._training) if t is not None]
+        """Wait until no training is running, however it ended."""
+        tasks = [t for t in (self._after_drift, self._training) if t is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """End what is going on."""
-        for task in (self._drifted, self._training):
+        """Cancel a running training."""
+        for task in (self._after_drift, self._training):
             if task is not None:
                 task.cancel()
         await self.settled()
 
-    def _started(self) -> asyncio.Task[dict[str, Any]]:
-        """The training that runs, begun now if there is none."""
+    def _start(self) -> asyncio.Task[dict[str, Any]]:
+        """The running training; a new one when there is none."""
         if self._training is None or self._training.done():
             self._training = asyncio.create_task(self._train())
             self._training.add_done_callback(_log_failure)
         return self._training
 
     async def _train(self) -> dict[str, Any]:
-        """Train once; a failure counts as an attempt, or the next batch would try again."""
+        """Train once. A failure counts too; otherwise every batch of outcomes would try again."""
         total = await self._in_thread(self._store.labelled_total)
         await self._in_thread(lambda: self._store.set_meta(TRAINED_AT, str(total)))
         champion = self._promotion.champion
@@ -171,7 +172,9 @@ class RetrainingScheduler:
         )
         try:
             result = await self._trainer(job)
-        except Exception as error:  # whatever ended it: the last verdict is not an older one's
+        except (
+            Exception
+        ) as error:  # of any kind: last_verdict must not be that of an older training
             self.last_verdict = {"publish": False, "reason": "failed", "detail": str(error)}
             raise
         against = champion.artifact.version if champion else ""

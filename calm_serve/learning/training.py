@@ -1,4 +1,4 @@
-"""Outcomes in time order become a predictor, measured on the newest share that it never saw."""
+"""Training: outcomes in time order become a predictor, measured on the newest, held-out share."""
 
 from __future__ import annotations
 
@@ -36,14 +36,20 @@ from calm_serve.prediction import (
 )
 from calm_serve.types import Outcome
 
-MIN_LABELLED = 20
-MIN_LABELLED_PER_SLM = 5  # below it an SLM stays with its prior
-MAX_ROUNDS = 150  # at a learning rate of 0.08; fewer at a higher one
-DEFAULT_ROUNDS = 40  # when there is too little data to choose the number of rounds
-MIN_TUNING_ROWS = 20
+ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
 
-# Small trees: a prediction over all candidates has to stay in the tens of microseconds. SLMs are
-# told apart one against the rest, because LightGBM's default needs 100 rows per category.
+MIN_LABELLED = 20  # labelled outcomes; with fewer nothing is trained
+MIN_LABELLED_PER_SLM = 5  # with fewer an SLM keeps its prior
+# Boosting rounds at the learning rate of _PARAMS; a higher rate takes proportionally fewer.
+MAX_ROUNDS = 150
+DEFAULT_ROUNDS = 40  # with too few rows to choose the number
+TUNING_PART = 5  # one in so many rows, the newest, chooses the number of rounds
+MIN_TUNING_ROWS = 20
+PATIENCE_ROUNDS = 15  # boosting stops after so many without improvement on the tuning rows
+
+# Small trees, because a prediction over all candidates must take tens of microseconds:
+# `load_tests decision` notices larger ones. SLMs are split one against the rest, because LightGBM's
+# default needs 100 rows per category.
 _PARAMS: Mapping[str, Any] = {
     "learning_rate": 0.08,
     "num_leaves": 15,
@@ -57,15 +63,15 @@ _PARAMS: Mapping[str, Any] = {
     "force_col_wise": True,
     "verbosity": -1,
 }
-# One SLM's outcomes only: fewer rows, no interaction with the SLM to spend leaves on.
+# For a booster of one SLM: fewer rows, and no interaction with the SLM that needs leaves.
 _OWN_PARAMS: Mapping[str, Any] = {"num_leaves": 7, "min_data_in_leaf": 5}
-# Lengths and times are estimates with a wide spread: a third of the trees says as much of them.
+# Lengths and times have a wide spread: a third of the trees predicts them as well.
 _COARSE: Mapping[str, Any] = {"learning_rate": 0.24}
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A trained predictor and the newest labelled outcomes, which it did not see."""
+    """A trained predictor and the held-out labelled outcomes."""
 
     artifact: Artifact
     holdout: tuple[Outcome, ...]
@@ -95,8 +101,8 @@ def train(
 ) -> Training:
     """Train on the older outcomes and measure on the newest `holdout_ratio` of labelled ones.
 
-    Unlabelled outcomes still teach answer length and TTFT. Outcomes of SLMs outside `slm_ids` and
-    of an older feature layout are left out. Equal input, seed and clock give equal bytes. Raises
+    Unlabelled outcomes are used for answer length and TTFT. Outcomes of SLMs outside `slm_ids` and
+    of another feature layout are ignored. Equal input, seed and clock give equal bytes. Raises
     KnowledgeError when there are fewer than MIN_LABELLED labelled outcomes, or no SLM has enough.
     """
     split = _split(outcomes, set(slm_ids), holdout_ratio)
@@ -138,13 +144,13 @@ def _split(outcomes: Sequence[Outcome], slm_ids: set[str], holdout_ratio: float)
         raise KnowledgeError(
             f"{len(labelled)} labelled outcomes, training needs at least {MIN_LABELLED}"
         )
-    held = min(max(round(len(labelled) * holdout_ratio), 1), len(labelled) - 1)
-    cut = labelled[-held]
+    held_out = min(max(round(len(labelled) * holdout_ratio), 1), len(labelled) - 1)
+    cut = labelled[-held_out]
     return _Split(
         fit=tuple(usable[:cut]),
         holdout=tuple(usable[cut:]),
-        labelled_holdout=tuple(usable[i] for i in labelled[-held:]),
-        labelled_fit=len(labelled) - held,
+        labelled_holdout=tuple(usable[i] for i in labelled[-held_out:]),
+        labelled_fit=len(labelled) - held_out,
     )
 
 
@@ -158,10 +164,10 @@ def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict
     boosters: dict[str, str] = {}
     labelled = [o for o in fit if quality_label(o.signals)]
     labels, weights = label_arrays(labelled)
-    # With one label only there is nothing to tell apart, and the prior stays in charge.
+    # From equal labels nothing can be learned, and the prior stays.
     if len(set(labels.tolist())) > 1:
         for slm_id, rows, mine in _by_slm(labelled, slm_ids):
-            # Rule of succession: a handful of equal labels must not become a certainty.
+            # Rule of succession: a few equal labels must not become a certainty.
             smoothed = (labels[mine] * mine.sum() + 0.5) / (mine.sum() + 1.0)
             boosters[own_head(SUCCESS, slm_id)] = _fit(
                 "cross_entropy", rows, smoothed, weights[mine], seed, _OWN_PARAMS
@@ -174,7 +180,7 @@ def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict
             )
     if first_tokens := [o for o in fit if timed(o)]:
         rows = outcome_rows(first_tokens, slm_ids)
-        rows[:, FIRST_BUCKET:FIRST_LOAD] = 0.0  # words do not make a prefill slower
+        rows[:, FIRST_BUCKET:FIRST_LOAD] = 0.0  # words have no effect on prefill time
         boosters[TTFT_RESIDUAL] = _fit(
             "regression", rows, _log_residuals(first_tokens), None, seed, _COARSE
         )
@@ -187,8 +193,8 @@ def _by_slm(
     """Each SLM with its outcomes' rows, and which outcomes they are."""
     rows = outcome_rows(outcomes, slm_ids)
     columns = rows[:, SLM_COLUMN].copy()
-    # What an SLM can do, and how much it says, does not depend on how busy it is: one call
-    # predicts for all SLMs from the prompt alone. A constant column is never split.
+    # Success and length of an answer do not depend on the load, so one call predicts them for all
+    # SLMs from the prompt alone. A constant column is never split.
     rows[:, FIRST_LOAD:] = 0.0
     for index, slm_id in enumerate(slm_ids):
         mine = columns == index
@@ -212,11 +218,11 @@ def _fit(
     seed: int,
     own: Mapping[str, Any] | None = None,
 ) -> str:
-    """Train one head: the newest fifth chooses the number of rounds, then all rows are used."""
+    """Train one booster: the newest rows choose the number of rounds, then all rows are used."""
     params = {**_PARAMS, **(own or {}), "objective": objective, "seed": seed}
-    slowness = _PARAMS["learning_rate"] / params["learning_rate"]
-    rounds = round(DEFAULT_ROUNDS * slowness)
-    cut = len(rows) - len(rows) // 5
+    rate_ratio = _PARAMS["learning_rate"] / params["learning_rate"]
+    rounds = round(DEFAULT_ROUNDS * rate_ratio)
+    cut = len(rows) - len(rows) // TUNING_PART
     if len(rows) - cut >= MIN_TUNING_ROWS:
         older = _dataset(rows[:cut], target[:cut], None if weights is None else weights[:cut])
         newer = _dataset(
@@ -225,9 +231,9 @@ def _fit(
         tuned = lgb.train(
             params,
             older,
-            num_boost_round=round(MAX_ROUNDS * slowness),
+            num_boost_round=round(MAX_ROUNDS * rate_ratio),
             valid_sets=[newer],
-            callbacks=[lgb.early_stopping(15, verbose=False)],
+            callbacks=[lgb.early_stopping(PATIENCE_ROUNDS, verbose=False)],
         )
         rounds = max(tuned.best_iteration, 1)
     return str(
@@ -253,9 +259,6 @@ def _version(boosters: Mapping[str, str], slm_ids: Sequence[str]) -> str:
     return f"lgbm-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
-
-
 def label_arrays(outcomes: Sequence[Outcome]) -> tuple[Values, Values]:
     """Labels and weights of labelled outcomes. Raises ValueError for an unlabelled one."""
     pairs = [quality_label(o.signals) for o in outcomes]
@@ -275,14 +278,12 @@ def success_probabilities(
 
 
 def answered(outcome: Outcome) -> bool:
-    """Whether it says how long answers are."""
+    """Whether the outcome has the length of a complete answer."""
     return outcome.status == "ok" and outcome.engine.output_tokens > 0
 
 
 def timed(outcome: Outcome) -> bool:
-    """Whether its first token is an awake SLM's own: starting one, and another that failed
-    before it, are not the residual's business.
-    """
+    """Whether its TTFT is that of an awake SLM alone: no wake-up, no failed SLM before it."""
     own = not outcome.timing.cold and not outcome.retries
     return answered(outcome) and own and (outcome.timing.ttft_s or 0.0) > 0.0
 

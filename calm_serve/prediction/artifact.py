@@ -1,4 +1,4 @@
-"""A trained predictor as it is stored and sent, and the layout of what it was trained on."""
+"""Artifact: a trained predictor as it is stored and sent, with the layout of its features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from calm_serve.prediction.base import LOAD_NAMES
 from calm_serve.requests import BUCKETS, NUMBER_NAMES
 from calm_serve.types import Outcome
 
-FORMAT = 2
+FORMAT = 2  # of the file; raised when the content changes its meaning
 SUCCESS, OUTPUT_TOKENS = OWN_HEADS = ("success", "output_tokens")  # one booster per SLM
 TTFT_RESIDUAL = "ttft_residual"  # one booster for all
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One trained predictor as it is stored and sent: plain data, JSON inside zlib."""
+    """One trained predictor as plain data; written as JSON inside zlib."""
 
     version: str
     slm_ids: tuple[str, ...]  # the category of an SLM is its index here

@@ -1,4 +1,4 @@
-"""What the decision asks of any predictor, and the prediction before anything was learned."""
+"""The predictor protocol, and the metadata prior that is used before anything was learned."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ LOAD_NAMES: tuple[str, ...] = (
 )
 
 
+MIN_TTFT_S = 1e-6  # keeps its logarithm finite
+
+
 class Predictor(Protocol):
     """Expected outcome of one request on each candidate SLM."""
 
@@ -41,8 +44,8 @@ class Predictor(Protocol):
 def live_load(context: RoutingContext, spec: SLMSpec, state: SLMState) -> tuple[float, ...]:
     """The live-state features of one candidate, in the order of LOAD_NAMES.
 
-    A predictor reads them and the router logs them as `Outcome.load`; both call this function, so
-    training sees exactly what prediction saw.
+    Predictors read them and the router logs them (`DecisionSummary.load_features`); both call this
+    function, so training gets exactly the features of the prediction.
     """
     analytic = analytic_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
     return load_vector(state, analytic)
@@ -56,12 +59,12 @@ def load_vector(state: SLMState, analytic_ttft_s: float) -> tuple[float, ...]:
         state.kv_usage_ratio,
         state.cached_prefix_ratio,
         1.0 if state.replicas else 0.0,
-        math.log(max(analytic_ttft_s, 1e-6)),
+        math.log(max(analytic_ttft_s, MIN_TTFT_S)),
     )
 
 
 class MetadataPrior:
-    """A predictor that knows the fleet file only.
+    """Predictions from the fleet file alone.
 
     A marker whose name is one of the SLM's skills raises P(success) from `priors.quality` to
     `priors.skill_quality`; with no marker at all every SLM keeps `priors.quality`.

@@ -1,7 +1,7 @@
-"""Predictions for SLMs that the champion does not know, from boosters of their own.
+"""Predictions for cold-start SLMs from boosters of their own, with an upper confidence bound.
 
-They stand in for the champion's prior, so no other SLM's prediction changes; how they are trained
-is in `learning/cold_start.py`.
+They replace the champion's prior, so no other SLM's prediction changes. `learning/cold_start.py`
+trains them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from calm_serve.prediction.base import Predictor
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
 
-LABELLED = "labelled_answers"  # of each SLM, among an artifact's metrics
+LABELLED = "labelled_answers"  # metric of an artifact: SLM -> labelled answers it was fitted on
 
-# P(success) is raised by so many standard errors of a rate after this many answers: what is not
-# known yet is tried where it may well be best, and nowhere else (upper confidence bounds; Auer,
-# Journal of Machine Learning Research 3, 2002). The examples count as the first answers.
-OPTIMISM, EXAMPLE_ANSWERS = 1.0, 8.0
+# P(success) is raised by UCB_SIGMAS standard errors of a rate measured on the labelled answers, so
+# that an uncertain SLM is tried where it may be the best, and only there (upper confidence bounds;
+# Auer, Journal of Machine Learning Research 3, 2002). The examples count as so many answers more.
+# `load_tests paper` notices a change (new_slm_adoption_requests).
+UCB_SIGMAS, EXAMPLE_ANSWERS = 1.0, 8.0
 
 
 class UcbPredictor:
@@ -31,8 +32,8 @@ class UcbPredictor:
         self.version = PredictorVersion(cold_start=artifact.version)
         self._inner = LightGBMPredictor(artifact, prior)
         answers = artifact.metrics[LABELLED]
-        self._spread = {
-            slm: OPTIMISM / math.sqrt(EXAMPLE_ANSWERS + answers[slm])
+        self._bound_scale = {
+            slm: UCB_SIGMAS / math.sqrt(EXAMPLE_ANSWERS + answers[slm])
             for slm in known_slms(artifact)
         }
 
@@ -41,13 +42,13 @@ class UcbPredictor:
     ) -> list[Prediction]:
         """Return one Prediction per spec, in order."""
         return [
-            replace(p, success_ratio=min(p.success_ratio + self._hope(p), 1.0))
+            replace(p, success_ratio=min(p.success_ratio + self._bonus(p), 1.0))
             for p in self._inner.predict(context, specs, states)
         ]
 
-    def _hope(self, prediction: Prediction) -> float:
+    def _bonus(self, prediction: Prediction) -> float:
         success = prediction.success_ratio
-        return self._spread.get(prediction.slm_id, 0.0) * math.sqrt(success * (1.0 - success))
+        return self._bound_scale.get(prediction.slm_id, 0.0) * math.sqrt(success * (1.0 - success))
 
 
 def with_cold_start(

@@ -1,7 +1,8 @@
-"""Analytic latency and energy from live state: what queueing theory and the metadata can say.
+"""Analytic latency and energy of an SLM from its live state and metadata.
 
-What was measured corrects it: learned residuals (`lightgbm.py`), and `SLMState.ttft_ratio`, which
-follows the last answers. It is never replaced, so an unseen load still has a sensible answer.
+Measurements correct it: learned residuals (`lightgbm.py`), and `SLMState.ttft_ratio`, which follows
+the last answers. They multiply it and never replace it, so a load that was never seen still has a
+plausible prediction.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from calm_serve.config import SLMSpec
 from calm_serve.types import Residency, SLMState
 
-# A token costs about this much more when every slot is busy: measured 1.4 to 1.6 times between 1
-# and 16 requests on small models on CPU (2 to 24 layers).
+# Relative increase of TPOT when every slot is busy. Measured: 1.4 to 1.6 times between 1 and 16
+# requests on small models on a CPU (2 to 24 layers).
 BATCH_SLOWDOWN = 0.5
 # Share of the prefill that a fully cached prompt saves; the last block is always computed.
 CACHED_SAVING = 0.8
+PRIOR_PROMPT_TOKENS = 128.0  # prompt length for which `priors.ttft_s` is stated
+FIXED_PREFILL_RATIO = 0.5  # share of that TTFT which does not depend on the prompt's length
 
 
 def analytic_tpot_s(spec: SLMSpec, state: SLMState) -> float:
@@ -26,7 +29,7 @@ def analytic_tpot_s(spec: SLMSpec, state: SLMState) -> float:
 def analytic_ttft_s(
     spec: SLMSpec, state: SLMState, prompt_tokens: int, cached_ratio: float = 0.0
 ) -> float:
-    """Seconds to the first token: prefill, wait for a slot, and waking up."""
+    """Seconds to the first token: prefill, wait for a slot, and wake-up."""
     return awake_ttft_s(spec, state, prompt_tokens, cached_ratio) + wake_s(spec, state)
 
 
@@ -35,9 +38,10 @@ def awake_ttft_s(
 ) -> float:
     """Seconds to the first token of an SLM that is awake.
 
-    prompt_tokens scales the prefill against a prompt of 128 tokens, for which the prior is stated.
+    Part of the prefill is in proportion to `prompt_tokens`; the prior is stated for a prompt of
+    PRIOR_PROMPT_TOKENS.
     """
-    size = 0.5 + 0.5 * prompt_tokens / 128.0
+    size = FIXED_PREFILL_RATIO + (1.0 - FIXED_PREFILL_RATIO) * prompt_tokens / PRIOR_PROMPT_TOKENS
     prefill = spec.priors.ttft_s * size * (1.0 - CACHED_SAVING * cached_ratio)
     ahead = max(0, state.running + state.waiting + 1 - max(state.capacity, 1))
     wait = 0.0
@@ -53,6 +57,6 @@ def wake_s(spec: SLMSpec, state: SLMState) -> float:
 
 
 def energy_j(spec: SLMSpec, state: SLMState, output_tokens: float) -> float:
-    """Joules of an answer of `output_tokens`, from measured joules per token where known."""
+    """Joules of an answer of `output_tokens`, from measured joules per token, else the prior."""
     per_token = state.energy_j_per_token
     return output_tokens * (spec.priors.energy_j_per_token if per_token is None else per_token)

@@ -1,11 +1,11 @@
-"""LightGBM over prompt and live state: P(success), answer length, correction of the TTFT model.
+"""LightGBM over prompt and live state: P(success), answer length, correction of the analytic TTFT.
 
 Boosters share one row layout (`COLUMNS`): numbers, presence of hashed words, live load, and the
-SLM's index as a category. P(success) and answer length are one small booster each per SLM: which
-words an SLM is good at is an interaction of everything with the SLM, and one booster for all was
-worse at it on the same outcomes. They read the prompt alone, so one call answers for all SLMs. The
-correction of TTFT is one booster over all SLMs and reads everything but the words. A head that
-could not be trained is absent, and the prior answers for it; so it does for an SLM never seen.
+SLM's index as a category. P(success) and answer length have one small booster each per SLM, because
+which words an SLM is good at is an interaction of every feature with the SLM; one booster for all
+was worse on the same outcomes. They read the prompt alone, so one call predicts for all SLMs. The
+correction of TTFT is one booster over all SLMs and reads everything except the words. The prior
+predicts where a head could not be trained, and for an SLM that the artifact does not know.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ from calm_serve.types import (
     SLMState,
 )
 
-# exp(3) is a factor of 20: beyond it an observation is an accident, not a property of the load.
+# A factor of exp(3) = 20: a larger deviation of TTFT is an accident, not an effect of the load.
 MAX_LOG_RESIDUAL = 3.0
+MIN_OUTPUT_TOKENS = 1.0  # of a predicted answer
+MIN_LOGIT = -700.0  # below it exp overflows, and the probability is 0
 Rows = NDArray[np.float32]
 Values = NDArray[np.float64]
 
@@ -56,7 +58,8 @@ Values = NDArray[np.float64]
 class Heads:
     """The boosters of an artifact, for many rows of `COLUMNS` columns at once.
 
-    One thread each: with more, the tail of a call this small is a thousand times its median.
+    A call uses one thread: with more, the slowest of such small calls takes a thousand times the
+    median.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -72,42 +75,42 @@ class Heads:
         }
 
     def residuals(self, rows: Rows) -> Values | None:
-        """Logarithms of the TTFT's correction, None when the artifact has none."""
+        """Logarithms of the correction of TTFT, None when the artifact has none."""
         if self.residual is None:
             return None
         return np.asarray(self.residual.predict(rows, num_threads=1), dtype=np.float64)
 
     def of_own(self, head: str, rows: Rows) -> Values:
-        """What each row's own SLM's booster says; NaN where there is none."""
+        """Each row's output of its own SLM's booster; NaN where there is none."""
         found = np.full(len(rows), np.nan)
         columns = rows[:, SLM_COLUMN]
-        for (its_head, index), booster in self.own.items():
-            mine = columns == index
-            if its_head == head and mine.any():
-                found[mine] = booster.predict(rows[mine], num_threads=1)
+        for (booster_head, index), booster in self.own.items():
+            own_rows = columns == index
+            if booster_head == head and own_rows.any():
+                found[own_rows] = booster.predict(rows[own_rows], num_threads=1)
         return found
 
 
 class LightGBMPredictor:
-    """Predictions from an artifact; `prior` answers for what the artifact does not know.
+    """Predictions from an artifact; `prior` predicts what the artifact does not.
 
-    Not safe for threads: one row is reused by every call. The router calls it from its one event
-    loop; anybody else builds a predictor of their own.
+    Not thread-safe: every call reuses one row. The router calls it from its one event loop; another
+    thread needs a predictor of its own.
     """
 
     def __init__(self, artifact: Artifact, prior: Predictor) -> None:
         self.version = PredictorVersion(artifact.version)
         self._prior = prior
         heads = Heads(artifact)
-        self._words, self._row = SparseRow(), SparseRow()  # the second without words
+        self._prompt_row, self._load_row = SparseRow(), SparseRow()  # with words; without
         self._own: SingleRow | None = None
         place: dict[tuple[str, int], slice] = {}
         if heads.own:
             keys = [own_head(head, artifact.slm_ids[index]) for head, index in heads.own]
             text, places = joined([artifact.boosters[key] for key in keys])
-            self._own = SingleRow(_booster("of all SLMs", text), self._words)
+            self._own = SingleRow(_booster("of all SLMs", text), self._prompt_row)
             place = dict(zip(heads.own, places, strict=True))
-        self._residual = heads.residual and SingleRow(heads.residual, self._row)
+        self._residual = heads.residual and SingleRow(heads.residual, self._load_row)
         self._known = {
             slm: (i, place.get((SUCCESS, i)), place.get((OUTPUT_TOKENS, i)))
             for i, slm in enumerate(artifact.slm_ids)
@@ -124,9 +127,9 @@ class LightGBMPredictor:
         """Return one Prediction per spec, in order."""
         own: Sequence[float] = ()
         if self._own is not None:
-            self._words.set_prompt(context.features.numbers, context.features.buckets)
+            self._prompt_row.set_prompt(context.features.numbers, context.features.buckets)
             own = self._own.predict()
-        self._row.set_prompt(context.features.numbers, ())
+        self._load_row.set_prompt(context.features.numbers, ())
         return [
             self._predict_one(context, own, spec, state)
             for spec, state in zip(specs, states, strict=True)
@@ -135,18 +138,20 @@ class LightGBMPredictor:
     def of_prompt(
         self, numbers: Sequence[float], buckets: Sequence[int]
     ) -> dict[str, tuple[float | None, float | None]]:
-        """P(success) and output tokens of each SLM it knows; None where the prior would answer.
+        """P(success) and output tokens of each known SLM; None where the prior would predict.
 
-        This much of a prediction needs no live state, so the log is enough for it.
+        This part of a prediction needs no live state, so it can be made from the log.
         """
         if self._own is None:
             return {}
-        self._words.set_prompt(numbers, buckets)
+        self._prompt_row.set_prompt(numbers, buckets)
         own = self._own.predict()
         return {
             slm: (
                 None if success_at is None else _sigmoid(sum(own[success_at])),
-                None if tokens_at is None else max(math.expm1(sum(own[tokens_at])), 1.0),
+                None
+                if tokens_at is None
+                else max(math.expm1(sum(own[tokens_at])), MIN_OUTPUT_TOKENS),
             )
             for slm, (_, success_at, tokens_at) in self._known.items()
         }
@@ -162,7 +167,9 @@ class LightGBMPredictor:
             prior = self._prior.predict(context, [spec], [state])[0]
         success = prior.success_ratio if success_at is None else _sigmoid(sum(own[success_at]))
         tokens = (
-            prior.output_tokens if tokens_at is None else max(math.expm1(sum(own[tokens_at])), 1.0)
+            prior.output_tokens
+            if tokens_at is None
+            else max(math.expm1(sum(own[tokens_at])), MIN_OUTPUT_TOKENS)
         )
         limit = context.max_output_tokens
         if limit is not None and tokens > limit:
@@ -179,10 +186,10 @@ class LightGBMPredictor:
         )
 
     def _ttft_s(self, context: RoutingContext, index: int, spec: SLMSpec, state: SLMState) -> float:
-        # The corrections were learned on answers of awake SLMs and must not scale the time to wake.
+        # The corrections were learned from awake SLMs and must not scale the wake-up time.
         ttft_s = awake_ttft_s(spec, state, context.prompt_tokens, state.cached_prefix_ratio)
         if self._residual is not None:
-            self._row.set_candidate(index, load_vector(state, ttft_s))
+            self._load_row.set_candidate(index, load_vector(state, ttft_s))
             (residual,) = self._residual.predict()
             ttft_s *= math.exp(min(max(residual, -MAX_LOG_RESIDUAL), MAX_LOG_RESIDUAL))
         ttft_s *= state.ttft_ratio
@@ -190,12 +197,12 @@ class LightGBMPredictor:
 
 
 def _sigmoid(value: float) -> float:
-    """LightGBM's own: an exponential that is too large makes 0."""
-    return 1.0 / (1.0 + math.exp(-value)) if value > -700.0 else 0.0
+    """As in LightGBM: 0 where the exponential would overflow."""
+    return 1.0 / (1.0 + math.exp(-value)) if value > MIN_LOGIT else 0.0
 
 
 def outcome_rows(outcomes: Sequence[Outcome], slm_ids: Sequence[str]) -> Rows:
-    """The rows that were predicted from, rebuilt from the log.
+    """The rows of logged predictions, rebuilt from the log.
 
     An SLM outside `slm_ids` gets the category -1, which LightGBM treats as missing.
     """

@@ -1,9 +1,9 @@
-"""One row at a time through LightGBM's C API: a sixth of the time of `Booster.predict`.
+"""Single rows through LightGBM's C API, in a sixth of the time of `Booster.predict`.
 
-`Booster.predict` checks, converts and allocates for every call, which costs several times what the
-trees cost. Here the row is a buffer that all boosters read, holding only what is not zero, and the
-arguments of every call are made once. Boosters that read the same row are joined into one with
-several outputs, so that the row is handed over once.
+`Booster.predict` checks, converts and allocates in every call, which costs several times as much as
+the trees. Here the row is a buffer of its non-zero values that all boosters read, and the arguments
+of every call are built once. Boosters that read the same row are joined into one with several
+outputs, so that one call evaluates all of them. `load_tests decision` measures it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FIRST_LOAD = FIRST_BUCKET + BUCKETS
 SLM_COLUMN = FIRST_LOAD + len(LOAD_NAMES)
 COLUMNS = SLM_COLUMN + 1
 
-# Order inside the buffer: what changes with the candidate, with the prompt, and last the buckets,
-# whose number varies and whose values are all 1.
+# Order inside the buffer: features of the candidate, numbers of the prompt, and last the buckets,
+# which vary in number and are all 1.
 _CANDIDATE = Struct(f"={1 + len(LOAD_NAMES)}f")
 _NUMBERS = Struct(f"={len(NUMBER_NAMES)}f")
 _FIXED = 1 + len(LOAD_NAMES) + len(NUMBER_NAMES)
@@ -39,7 +39,7 @@ _PREDICT = _LIB.LGBM_BoosterPredictForCSRSingleRowFast
 
 
 class SparseRow:
-    """The row that is predicted from; single precision, as in training."""
+    """The non-zero features of one row; single precision, as in training."""
 
     def __init__(self) -> None:
         self.values: NDArray[np.float32] = np.ones(COLUMNS, dtype=np.float32)
@@ -50,7 +50,7 @@ class SparseRow:
         self._buffer = self.values.data.cast("B")
 
     def set_prompt(self, numbers: Sequence[float], buckets: Sequence[int]) -> None:
-        """Put the prompt's features; `numbers` in the order of NUMBER_NAMES."""
+        """Write the prompt's features; `numbers` in the order of NUMBER_NAMES."""
         _NUMBERS.pack_into(self._buffer, _CANDIDATE.size, *numbers)
         end = _FIXED + len(buckets)
         self.columns[_FIXED:end] = buckets
@@ -58,18 +58,18 @@ class SparseRow:
         self.starts[1] = self.length.value = end
 
     def set_candidate(self, slm_index: int, load: Sequence[float]) -> None:
-        """Put one candidate's category and its load in the order of LOAD_NAMES."""
+        """Write one candidate's category, and its load in the order of LOAD_NAMES."""
         _CANDIDATE.pack_into(self._buffer, 0, slm_index, *load)
 
 
 class SingleRow:
-    """A booster's prediction for what a SparseRow holds. Not safe for threads, as the row is not.
+    """Predicts with a booster for the content of a SparseRow. Not thread-safe, because of the row.
 
-    Both are kept alive here, because LightGBM keeps only their addresses.
+    Keeps references to both, because LightGBM keeps only their addresses.
     """
 
     def __init__(self, booster: lgb.Booster, row: SparseRow) -> None:
-        """Prepare the call. Raises KnowledgeError where LightGBM refuses."""
+        """Prepare the call. Raises KnowledgeError when LightGBM reports an error."""
         self._booster, self._row = booster, row
         config = ctypes.c_void_p()
         _check(
@@ -102,27 +102,28 @@ class SingleRow:
         )
 
     def predict(self) -> Sequence[float]:
-        """What `Booster.predict` says of the row, one value per output.
+        """The result of `Booster.predict` for the row, one value per output.
 
-        The next call overwrites it. Raises KnowledgeError where LightGBM refuses.
+        The next call overwrites it. Raises KnowledgeError when LightGBM reports an error.
         """
         if status := _PREDICT(*self._arguments):
             _check(status)
         return cast(Sequence[float], self._out)
 
 
-# A tree that adds nothing, to fill up the last output of a booster.
+# A tree that adds 0; fills up the last output of a booster.
 _NO_TREE = "num_leaves=1\nnum_cat=0\nleaf_value=0\nis_linear=0\nshrinkage=1\n"
+# More would need more filling trees, fewer more outputs.
 _TREES_PER_OUTPUT = 16
 
 
 def joined(texts: Sequence[str]) -> tuple[str, list[slice]]:
-    """One text model for all in `texts`, and which of its outputs add up to each of them.
+    """One text model for all in `texts`, and the outputs whose sum is each of them.
 
-    LightGBM stores a model of several outputs as their trees in turns, so all have equally many.
-    The models have not: each takes as many outputs of a few trees as it needs, and few trees are
-    there for nothing. Sums are on the scale of the trees; the objectives, which would bring them to
-    scales of their own, are left out.
+    LightGBM stores the trees of a model with several outputs in turns, so every output has equally
+    many. The joined models differ in length, so each takes as many outputs of _TREES_PER_OUTPUT
+    trees as it needs, and few filling trees are evaluated. Sums are on the scale of the trees,
+    because the objectives, which would transform them, are left out.
     """
     head = ""
     outputs: list[list[str]] = []

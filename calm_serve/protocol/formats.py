@@ -1,4 +1,4 @@
-"""A record's name and version, written in front of it wherever it leaves its process."""
+"""Record formats: name and version of a record, written in front of it when it leaves a process."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from calm_serve.config import first_error
 from calm_serve.errors import KnowledgeError
 
 T = TypeVar("T")
-Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # plain data of one version to the next one's
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # plain data of a version -> of the next one
 
 
 class RecordFormat(Generic[T]):
     """How one kind of record is written as JSON, and how older versions of it are read.
 
-    Both ends use the same format object. A version that is newer than this program's is refused,
-    because nobody can know what its fields mean; an older one is brought forward step by step.
+    Both ends use the same format object. A version newer than this program's is refused, because
+    the meaning of its fields is unknown; an older one is upgraded step by step.
 
     Args:
-        name: of the kind of record; part of what is written.
-        version: of what this program writes; raise it when a field changes its name or meaning.
-        record: the type, as a type checker knows it: a dataclass, or a mapping of dataclasses.
-        upgrades: version -> function to the next one's plain data.
-        bare: version of data that has no name and version in front, 0 when there is no such data.
+        name: of the kind of record, written in front of it.
+        version: that this program writes; raise it when a field changes its name or meaning.
+        record: the type: a dataclass, or a mapping of dataclasses.
+        upgrades: version -> function that upgrades its plain data to the next version.
+        bare: version of data without name and version in front; 0 when there is no such data.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RecordFormat(Generic[T]):
         return to_json(document)
 
     def decode(self, data: bytes | str) -> T:
-        """Read what `encode` wrote, here or in an older program. Raises KnowledgeError."""
+        """Read a document of `encode`, also of an older program. Raises KnowledgeError."""
         try:
             document = pydantic_core.from_json(data)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Outcomes on their way from a router to the store, over a call or a spool file.
+"""Format of outcomes between router and store: in a call, in a spool file, in a log of JSON lines.
 
 Version 1 was flat, with nine untyped keys in `extra` and the predictor's version as one string.
 """
@@ -15,14 +15,14 @@ from calm_serve.errors import KnowledgeError
 from calm_serve.protocol.formats import RecordFormat, to_json
 from calm_serve.types import Outcome
 
-VERSION = 2
-BATCH = "outcomes"  # a batch's name in front of it
+VERSION = 2  # of an outcome; raised when a field changes its name or meaning
+BATCH = "outcomes"  # name in front of a batch
 
 
 def outcome_from_v1(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data of version 2 from that of version 1, which may lack fields with defaults."""
     old = dict(flat)
-    if "decision" in old:  # a record of this program without a name and version in front
+    if "decision" in old:  # a record of version 2 without name and version in front
         return old
     extra = dict(old.pop("extra", None) or {})
     slm_id = old["slm_id"]
@@ -69,7 +69,7 @@ def outcome_from_v1(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions_from_v1(versions: Sequence[str]) -> dict[str, Any]:
-    """Version 1 wrote the predictor as "champion+new-…+shipped"."""
+    """Versions as records; version 1 wrote the predictor as "champion+new-…+shipped"."""
     predictor, goals, fleet = versions
     champion, *parts = predictor.split("+")
     return {
@@ -98,7 +98,7 @@ def _terms(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     )
     ttft_ms, tpot_ms, deadline_s = extra.get("slo") or (None, None, None)
     return {
-        # Those of targets that were not set were left out at the end.
+        # The list ended before the weights of targets that were not set.
         "weights": dict(zip(names, extra["weights"], strict=False)),
         "candidates": [_candidate(*row) for row in extra["candidates"]],
         "left_out": extra.get("left_out", 0),
@@ -156,9 +156,9 @@ OUTCOME: RecordFormat[Outcome] = RecordFormat(
 
 
 def check(outcome: Outcome) -> Outcome:
-    """The outcome itself. Raises KnowledgeError for a value that is not finite or out of bounds.
+    """Return the outcome. Raises KnowledgeError for a value that is not finite or out of bounds.
 
-    Neither JSON in a database nor a training set has a place for such a value.
+    Neither JSON in a database nor a training set can contain such a value.
     """
     if where := _not_finite(outcome):
         raise KnowledgeError(f"malformed outcome: {where} is not finite")
@@ -169,14 +169,14 @@ def check(outcome: Outcome) -> Outcome:
 
 
 def encode_batch(outcomes: Iterable[Outcome]) -> bytes:
-    """Outcomes as one JSON document; some 60 us each."""
+    """Outcomes as one JSON document; takes some 60 us each."""
     return to_json({"format": BATCH, "version": VERSION, "record": list(outcomes)})
 
 
 def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
-    """Read `encode_batch`'s document: outcomes, and id -> reason of the rows that are malformed.
+    """Read a document of `encode_batch`: outcomes, and id -> reason of malformed rows.
 
-    Raises KnowledgeError where the document as a whole cannot be read.
+    Raises KnowledgeError when the document as a whole cannot be read.
     """
     try:
         document = pydantic_core.from_json(data)
@@ -197,13 +197,13 @@ def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
             document = {"format": OUTCOME.name, "version": version, "record": row}
             outcomes.append(check(OUTCOME.from_plain(document)))
         except KnowledgeError as error:
-            given = row.get("outcome_id") if isinstance(row, dict) else None
-            refused[str(given)] = error.message
+            outcome_id = row.get("outcome_id") if isinstance(row, dict) else None
+            refused[str(outcome_id)] = error.message
     return outcomes, refused
 
 
 def _not_finite(value: Any, name: str = "outcome") -> str:
-    """Name of the first number inside a record that is not finite, "" when all are."""
+    """Name of the first field of a record that is not finite, "" when all are."""
     if isinstance(value, float):
         return "" if math.isfinite(value) else name
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What routers and SLM replicas report to the knowledge actor, and what it answers."""
+"""Reports of routers and SLM replicas to the knowledge actor, and its replies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from calm_serve.protocol.formats import RecordFormat
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """Where an SLM replica's start-up, sleep or wake-up is."""
+    """Progress of an SLM replica's start-up, sleep or wake-up."""
 
     state: str
     ready_s: dict[str, float] = field(default_factory=dict)  # seconds by phase so far
-    detail: str = ""  # for people
+    detail: str = ""  # for display
     at: float = 0.0  # Unix time in seconds at which the actor received it
 
 
@@ -24,17 +24,17 @@ class EnergyReport:
     requests_j: float
     idle_j: float
     total_j: float
-    check_j: float  # the same from outside the meter, to check the attribution
+    check_j: float  # `total_j` measured independently, to check the attribution
     source: str  # "counter", "rapl" or "estimate"
 
 
 @dataclass(frozen=True, slots=True)
 class DemandReport:
-    """What one router wants of the SLMs since its last report."""
+    """One router's demand for SLMs since its last report."""
 
     wanted: tuple[str, ...] = ()  # preferred SLM of each request, in order
     queued: dict[str, int] = field(default_factory=dict)  # requests waiting for a wake-up, by SLM
-    running: dict[str, int] = field(default_factory=dict)  # requests inside, by SLM
+    running: dict[str, int] = field(default_factory=dict)  # requests in the SLM, by SLM
     replicas: dict[str, dict[str, str]] = field(default_factory=dict)  # SLM -> replica -> node
     hits: int = 0  # requests whose preferred SLM was hot
     misses: int = 0
@@ -42,7 +42,7 @@ class DemandReport:
 
 @dataclass(frozen=True, slots=True)
 class ResidencySummary:
-    """Memory budget and what was made of it, for people."""
+    """Use of the memory budget, for display."""
 
     policy: str
     budget_bytes: int
@@ -53,14 +53,14 @@ class ResidencySummary:
     misses: int
     hit_ratio: float | None
     recent_hit_ratio: float | None
-    held_requests: int  # waiting for an SLM to wake
+    held_requests: int  # queued for a wake-up
 
 
 @dataclass(frozen=True, slots=True)
 class DemandReply:
-    """What the actor answers to a demand report."""
+    """Reply to a demand report."""
 
-    waits: dict[str, float] = field(default_factory=dict)  # SLM -> seconds until it could answer
+    waits: dict[str, float] = field(default_factory=dict)  # SLM -> seconds until it can answer
     summary: ResidencySummary | None = None  # None without a memory budget
 
 

@@ -1,4 +1,4 @@
-"""What the knowledge actor publishes: one typed, versioned record for each topic."""
+"""Topics of the knowledge actor, with one typed, versioned record each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from calm_serve.types import Residency
 
 
 class Topic(StrEnum):
-    """What may be followed."""
+    """Name of a topic, and the content of its record."""
 
     PREDICTOR = "predictor"  # the champion, once there is one
-    CHALLENGER = "challenger"  # that decides in the shadow, or None
-    COLD_START = "cold_start"  # boosters of SLMs that the champion does not know, or None
-    PREDICTORS = "predictors"  # what became of the stored ones
+    CHALLENGER = "challenger"  # decides in the shadow; None without one
+    COLD_START = "cold_start"  # boosters of cold-start SLMs; None without any
+    PREDICTORS = "predictors"  # status of the others, and the last change
     REPLICAS = "replicas"  # SLM -> replica -> its last report
-    SLMS = "slms"  # SLM applications that joined later
+    SLMS = "slms"  # SLMs of other applications
     GOALS = "goals"  # the change in force
     RESIDENCY = "residency"  # desired tiers, once there has been a memory budget
     MONITOR = "monitor"  # drift, calibration factors, alarms
@@ -42,7 +42,7 @@ class PublishedPredictor:
 
 @dataclass(frozen=True, slots=True)
 class PredictorChange:
-    """The last time that another predictor began to decide, or one was pinned."""
+    """The last change of the champion: promotion, pin or roll-back."""
 
     at: float  # Unix time in seconds
     action: str
@@ -58,7 +58,7 @@ class ShadowReport:
     version: str
     requests: int
     agreement_ratio: float | None = None  # None before the first request
-    predicted_gain: float | None = None  # of score per request, as the challenger expects
+    predicted_gain: float | None = None  # of score per request, by the challenger's predictions
     predicted_gain_ci95: tuple[float, float] | None = None
 
 
@@ -91,7 +91,7 @@ class LiveComparison:
 
 @dataclass(frozen=True, slots=True)
 class PredictorStatus:
-    """Which predictors there are besides the champion, by version, "" for none."""
+    """Status of the predictors besides the champion; versions are "" for none."""
 
     previous: str = ""
     challenger: str = ""
@@ -103,7 +103,7 @@ class PredictorStatus:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredSLM:
-    """An SLM application: the SLM's entry as in a fleet file, and the application's name."""
+    """An SLM of another application: its entry as in a fleet file, and the application's name."""
 
     spec: dict[str, Any]
     app_name: str
@@ -111,18 +111,18 @@ class RegisteredSLM:
 
 @dataclass(frozen=True, slots=True)
 class GoalChange:
-    """One entry of the audit trail. Goals as JSON-ready data, fields with defaults left out."""
+    """One entry of the audit trail. Goals are plain data without fields that have their default."""
 
     at: float  # Unix time in seconds
     by: str  # label of the caller
-    old: dict[str, Any] | None  # None: nothing was known before
+    old: dict[str, Any] | None  # None for the first goals
     new: dict[str, Any]
     revision: int = 0  # grows with every change
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredResidency:
-    """The tier that each SLM is to have; an SLM that is not named is to be hot."""
+    """The desired tier of each SLM; one that is not named is to be hot."""
 
     tiers: dict[str, Residency] = field(default_factory=dict)  # empty without a memory budget
     options: ResidencyOptions = field(default_factory=ResidencyOptions)
@@ -130,11 +130,11 @@ class DesiredResidency:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One thing that is not as it was. `size` is in the unit that `kind` states."""
+    """A detected change that is still on."""
 
     kind: str  # "quality", "tokens", "speed", "prompt_mix", "calibration", "constant_selector"
     slm: str  # "" when it concerns the whole fleet
-    size: float
+    size: float  # by kind: a factor, an index or a mean error
     since: float  # on the clock of the `Alarms`
     detail: str = ""
     replica: str = ""
@@ -142,7 +142,7 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class MonitorFindings:
-    """What the outcomes of all routers show besides training data."""
+    """Findings of the outcome monitor from the outcomes of all routers."""
 
     # SLM -> factor on P(success); 1 where it is missing
     calibration_factors: dict[str, float] = field(default_factory=dict)
@@ -152,15 +152,15 @@ class MonitorFindings:
 
 @dataclass(frozen=True, slots=True)
 class SLMEnergy:
-    """Joules of one SLM's replicas, dead ones included, since the actor started."""
+    """Joules of all replicas of one SLM, dead ones included, since the actor started."""
 
     requests_j: float
     idle_j: float
     total_j: float
-    source: str  # "mixed" where replicas measure by different means
+    source: str  # "mixed" where replicas have different ones
     estimated: bool
     attribution_error_ratio: float | None  # |requests + idle - check| / check
-    at: float  # when the last replica reported, on the actor's clock
+    at: float  # Unix time in seconds of the last report, on the actor's clock
 
 
 FORMATS: Mapping[Topic, RecordFormat[Any]] = {
@@ -179,10 +179,10 @@ FORMATS: Mapping[Topic, RecordFormat[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One topic as it crosses to a follower."""
+    """A topic's record as it is sent to a follower."""
 
-    revision: int  # differs from every earlier one; not the format's version
-    payload: bytes  # of the topic's format
+    revision: int  # differs from every earlier one; unrelated to the format's version
+    payload: bytes  # in the topic's format
 
 
 def decode(topic: str, update: Update) -> Any:

@@ -7,8 +7,6 @@ a logged context replays to the same decision.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -135,8 +133,3 @@ def _numbers(
         float(len(_QUANTITIES & tokens.vocabulary)),
         len(tokens.vocabulary) / max(len(tokens.hashes), 1),
     )
-
-
-def describe(context: RoutingContext) -> Mapping[str, Any]:
-    """Return the numeric features by name, for explanations."""
-    return dict(zip(NUMBER_NAMES, context.features.numbers, strict=True))

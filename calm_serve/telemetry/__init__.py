@@ -1,6 +1,7 @@
 """Telemetry: bounded statistics of measurements. Owner: router, SLM replica. Never blocks.
 
-The knowledge actor uses some of them too. The energy meters make system calls.
+Takes outcomes and replica states. Touches nothing but the energy counters, whose meters make system
+calls. The knowledge actor uses some of the statistics too.
 """
 
 from calm_serve.telemetry.alarms import Alarms

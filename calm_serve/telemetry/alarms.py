@@ -1,4 +1,4 @@
-"""Alarms that are on now: raised by detectors, ended by them or by time."""
+"""Alarms: raised by detectors, ended by them or by time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from calm_serve.protocol.topics import Alarm
 
-# A change is an event, not a state: its alarm stays long enough for people to see it.
+# A change is an event, not a state: its alarm stays on long enough to be seen.
 LIFETIME_S = 600.0
-MAX_ALARMS = 64
+MAX_ALARMS = 64  # bound of memory
 
 
 class Alarms:
@@ -22,7 +22,7 @@ class Alarms:
     def start(
         self, kind: str, slm: str, size: float, detail: str = "", replica: str = ""
     ) -> Alarm | None:
-        """Raise an alarm or renew it; returned when it was not on before, None otherwise."""
+        """Raise or renew an alarm; return it when it was off before, else None."""
         now, key = self._clock(), (kind, slm, replica)
         self._expire(now)
         known = self._on.pop(key, None)
@@ -35,7 +35,7 @@ class Alarms:
         return alarm if known is None else None
 
     def end(self, kind: str, slm: str = "", replica: str = "") -> None:
-        """End an alarm before its time; one that is not on is fine."""
+        """End an alarm; nothing happens when it is off."""
         self._on.pop((kind, slm, replica), None)
 
     def current(self) -> tuple[Alarm, ...]:

@@ -1,6 +1,6 @@
-"""Change detectors: a level that moved, and a mix of requests that is another one.
+"""Change detectors: CUSUM, Page-Hinkley test, population stability index.
 
-Each keeps a few numbers, whatever the traffic. They count by event, not by clock.
+Each keeps a few numbers and counts events, not seconds.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-# Population stability index: below 0.1 nothing, above 0.25 another population. The usual bounds of
-# credit scoring (Siddiqi, Credit Risk Scorecards, 2006).
+# Population stability index. The usual bounds of credit scoring are: below 0.1 no shift, above 0.25
+# another population (Siddiqi, Credit Risk Scorecards, 2006). An alarm ends below PSI_CLEAR.
 PSI_ALARM, PSI_CLEAR = 0.25, 0.15
+RECENT_REQUESTS, USUAL_REQUESTS = 300, 5_000  # spans of the two histograms
+WARM_UP = 50  # values of the first mean of a Page-Hinkley test
+MEAN_WARM_UPS = 20  # its mean follows the stream over so many times the warm-up
 
 
 class Cusum:
@@ -28,10 +31,10 @@ class Cusum:
         self.run = 0
         self.change = 0.0
 
-    def add(self, deviation: float, part: float = 1.0) -> bool:
-        """Count a value; True when the sum passed this part of the limit, which starts it anew.
+    def add(self, deviation: float, limit_ratio: float = 1.0) -> bool:
+        """Count a value; True when the sum exceeds `limit_ratio` of the limit, and starts anew.
 
-        Then `run` and `change`, the mean deviation of its values, describe the change until the
+        Then `run` and `change` (the mean deviation of its values) describe the change until the
         next value is added.
         """
         if self._sum <= 0.0:
@@ -40,43 +43,43 @@ class Cusum:
         if self._sum <= 0.0:
             return False
         self.run += 1
-        if self._sum <= part * self._limit:
+        if self._sum <= limit_ratio * self._limit:
             return False
         self.change = self._sum / self.run + self._slack
         self._sum = 0.0
         return True
 
     def reset(self) -> None:
-        """Forget what has summed up."""
+        """Set the sum to 0."""
         self._sum = 0.0
 
 
 class LevelChange:
-    """Two-sided Page-Hinkley test: the mean of a stream moved away from what it was.
+    """Two-sided Page-Hinkley test: the mean of a stream has moved.
 
-    After an alarm the mean before it is forgotten and what follows is the new normal (Gama et al.,
+    After a detected change the mean starts anew from the values that follow it (Gama et al.,
     "A survey on concept drift adaptation", ACM Computing Surveys 46(4), 2014, section 3.2).
 
     Args:
-        slack: deviations below it count against a change; in the stream's unit.
-        limit: summed deviation that is a change.
-        warm_up: values that make the first mean, without a test.
+        slack: smaller deviations count against a change; in the stream's unit.
+        limit: summed deviation that counts as a change, in the stream's unit.
+        warm_up: values of the first mean, during which there is no test.
     """
 
     __slots__ = ("_count", "_down", "_mean", "_up", "_warm_up")
 
-    def __init__(self, slack: float, limit: float, warm_up: int = 50) -> None:
+    def __init__(self, slack: float, limit: float, warm_up: int = WARM_UP) -> None:
         self._up, self._down = Cusum(slack, limit), Cusum(slack, limit)
         self._warm_up = warm_up
         self._count = 0
         self._mean = 0.0
 
     def add(self, value: float) -> float | None:
-        """Count a value; the size of the change (new level less old) when one was found."""
+        """Count a value; return the size of a detected change (new level less old), else None."""
         self._count += 1
         deviation = value - self._mean
-        # An ordinary mean at first; later one that follows slowly, over 20 times the warm-up.
-        self._mean += deviation / min(self._count, 20 * self._warm_up)
+        # An ordinary mean at first, later one that follows slowly.
+        self._mean += deviation / min(self._count, MEAN_WARM_UPS * self._warm_up)
         if self._count <= self._warm_up:
             return None
         rose, fell = self._up.add(deviation), self._down.add(-deviation)
@@ -91,16 +94,17 @@ class LevelChange:
 class PopulationShift:
     """Population stability index between recent requests and the usual ones.
 
-    PSI = sum over bins of (recent - usual) * ln(recent / usual), shares in [0, 1]. Two histograms
-    that forget: the recent one over about `recent` requests, the usual one over about `usual`, so
-    that a shift that stays becomes the new normal. Sampling alone gives an expected index of
-    (bins - 1) * (1/n + 1/m) (Yurdakul, "Statistical properties of PSI", 2018): with the defaults
-    0.1 for 32 bins of whole requests, so it is taken off.
+    PSI = sum over bins of (recent - usual) * ln(recent / usual), shares in [0, 1]. Both histograms
+    decay, over about `recent` and about `usual` requests, so a lasting shift becomes usual.
+    Sampling alone gives an expected index of (bins - 1) * (1/n + 1/m) (Yurdakul, "Statistical
+    properties of PSI", 2018), which is subtracted: with the defaults 0.1 for 32 bins.
     """
 
     __slots__ = ("_gain", "_new", "_old", "_slow", "_warm_up", "bins", "requests")
 
-    def __init__(self, bins: int, recent: int = 300, usual: int = 5_000) -> None:
+    def __init__(
+        self, bins: int, recent: int = RECENT_REQUESTS, usual: int = USUAL_REQUESTS
+    ) -> None:
         self.bins = bins
         self.requests = 0
         self._gain, self._slow = 1.0 / recent, 1.0 / usual
@@ -108,12 +112,12 @@ class PopulationShift:
         self._new, self._old = [1.0 / bins] * bins, [1.0 / bins] * bins
 
     def add(self, hits: Iterable[int]) -> None:
-        """Count one request that fell into these bins; each request weighs the same."""
+        """Count one request that falls into these bins; every request has the same weight."""
         found = list(hits)
         self.requests += 1
         if not found:
             return
-        # The first requests make the usual mix by plain counting, as there is nothing to forget.
+        # The first requests are counted with equal weight, as there is nothing to decay.
         slow = max(self._slow, 1.0 / self.requests)
         fast = max(self._gain, 1.0 / self.requests)
         for shares, gain in ((self._new, fast), (self._old, slow)):
@@ -124,14 +128,14 @@ class PopulationShift:
                 shares[hit] += part
 
     def index(self) -> float:
-        """The index less what sampling explains, never below 0; 0 until enough was seen."""
+        """The index less its expectation from sampling, at least 0; 0 during the warm-up."""
         if self.requests < self._warm_up:
             return 0.0
-        floor = 0.5 / (self.bins / self._gain)  # half a request spread over all bins
+        floor = 0.5 / (self.bins / self._gain)  # half a request, spread over all bins
         psi = 0.0
         for new, old in zip(self._new, self._old, strict=True):
             new, old = max(new, floor), max(old, floor)
             psi += (new - old) * math.log(new / old)
-        # An exponential window of mean age 1/gain is worth 2/gain - 1 equal weights.
+        # An exponential window of mean age 1/gain has the variance of 2/gain - 1 equal weights.
         sizes = 0.5 * self._gain + 0.5 * max(self._slow, 1.0 / self.requests)
         return max(psi - (self.bins - 1) * sizes, 0.0)

@@ -1,4 +1,4 @@
-"""Circuit breaker of one SLM: stop sending where requests fail, then ask again carefully."""
+"""Circuit breaker of one SLM: stops requests where they fail, then admits single probes."""
 
 from __future__ import annotations
 

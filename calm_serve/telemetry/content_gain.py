@@ -1,8 +1,7 @@
-"""Does routing route? What the choices gained by reading prompts, by the scores they were made on.
+"""Content gain: what the choices gained by reading prompts, by the scores that they were made on.
 
-Two blind rivals are scored on the same decisions: the best single SLM, and one that keeps the
-shares of the choices but draws them without reading. A router that cannot beat them costs work
-and decides nothing.
+Two content-blind choices are scored on the same decisions: the best single SLM, and random choices
+with the shares of the real ones. If routing is no better than these, it has no benefit.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from dataclasses import dataclass, field
 
 from calm_serve.types import BEST_SCORE_PATHS, Decision
 
-WINDOW = 512
-MIN_DECISIONS = 200
-MIN_ENTROPY_RATIO = 0.05  # below it one SLM has nearly all: 0.99 of two, 0.992 of five
-MIN_GAIN = 0.005  # in quality points; less is nothing
+WINDOW_DECISIONS = 512  # behind the summary
+MIN_DECISIONS = 200  # with fewer there is no verdict
+MIN_ENTROPY_RATIO = 0.05  # with less, one SLM has nearly all requests: 0.99 of two, 0.992 of five
+MIN_GAIN = 0.005  # quality points per decision; less counts as no gain
 
 
 @dataclass(slots=True)
 class _Sums:
-    """One SLM over the window. `chosen_*` are what was chosen where this one was a candidate."""
+    """One SLM over the window. `chosen_*`: of the chosen SLM, where this one was a candidate."""
 
     chosen: int = 0
     candidate: int = 0
@@ -32,7 +31,9 @@ class _Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Choice:
+    """What is kept of one decision."""
+
     chosen: str
     score: float
     quality: float
@@ -54,7 +55,7 @@ class ContentGain:
 
     @property
     def verdict(self) -> str:
-        """Why content adds nothing, "" when it does or when it is too early to say."""
+        """Why reading prompts gains nothing; "" when it does, or with too few decisions."""
         if self.decisions < MIN_DECISIONS:
             return ""
         if self.entropy_ratio < MIN_ENTROPY_RATIO:
@@ -68,40 +69,40 @@ class ContentGain:
 
 
 class ContentGainMonitor:
-    """The last WINDOW scored decisions of one router; microseconds each, after the answer."""
+    """The last WINDOW_DECISIONS scored decisions of one router; microseconds for each."""
 
     def __init__(self) -> None:
-        self._window: deque[_Seen] = deque()
+        self._window: deque[_Choice] = deque()
         self._slms: dict[str, _Sums] = {}
         self._score = self._quality = self._best_quality = 0.0
 
     def observe(self, decision: Decision) -> None:
-        """Count a decision, if candidates were weighed and the best of them was taken."""
+        """Count a decision, if it chose the best of several scored candidates."""
         if decision.path not in BEST_SCORE_PATHS:
             return
-        weighed = [c for c in decision.candidates if c.prediction is not None]
-        chosen = next((c for c in weighed if c.slm_id == decision.slm_id), None)
-        if chosen is None or len(weighed) < 2:
+        scored = [c for c in decision.candidates if c.prediction is not None]
+        chosen = next((c for c in scored if c.slm_id == decision.slm_id), None)
+        if chosen is None or len(scored) < 2:
             return
-        seen = _Seen(
+        choice = _Choice(
             chosen.slm_id,
             chosen.score,
             chosen.quality,
-            max(c.quality for c in weighed),
-            tuple((c.slm_id, c.score, c.quality) for c in weighed),
+            max(c.quality for c in scored),
+            tuple((c.slm_id, c.score, c.quality) for c in scored),
         )
-        self._window.append(seen)
-        self._count(seen, 1)
-        if len(self._window) > WINDOW:
+        self._window.append(choice)
+        self._count(choice, 1)
+        if len(self._window) > WINDOW_DECISIONS:
             self._count(self._window.popleft(), -1)
 
     def gains(self) -> ContentGain | None:
-        """Summarise the window; None before the first decision."""
+        """The window's summary; None before the first decision."""
         count = len(self._window)
         if not count:
             return None
         shares = {i: s.chosen / count for i, s in self._slms.items() if s.chosen}
-        # Where an SLM was no candidate, a rival that prefers it gets what was really chosen.
+        # Where an SLM was no candidate, a blind choice of it takes the SLM that was really chosen.
         score = {i: s.score + self._score - s.chosen_score for i, s in self._slms.items()}
         quality = {i: s.quality + self._quality - s.chosen_quality for i, s in self._slms.items()}
         blind_score = sum(share * score[i] for i, share in shares.items())
@@ -117,18 +118,18 @@ class ContentGainMonitor:
             shares={i: round(share, 3) for i, share in sorted(shares.items())},
         )
 
-    def _count(self, seen: _Seen, sign: int) -> None:
-        self._score += sign * seen.score
-        self._quality += sign * seen.quality
-        self._best_quality += sign * seen.best_quality
-        for slm_id, score, quality in seen.candidates:
+    def _count(self, choice: _Choice, sign: int) -> None:
+        self._score += sign * choice.score
+        self._quality += sign * choice.quality
+        self._best_quality += sign * choice.best_quality
+        for slm_id, score, quality in choice.candidates:
             sums = self._slms.setdefault(slm_id, _Sums())
             sums.candidate += sign
             sums.score += sign * score
             sums.quality += sign * quality
-            sums.chosen_score += sign * seen.score
-            sums.chosen_quality += sign * seen.quality
+            sums.chosen_score += sign * choice.score
+            sums.chosen_quality += sign * choice.quality
             if not sums.candidate:
                 del self._slms[slm_id]
-        if chosen := self._slms.get(seen.chosen):
+        if chosen := self._slms.get(choice.chosen):
             chosen.chosen += sign

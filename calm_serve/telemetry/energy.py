@@ -1,10 +1,10 @@
-"""Joules of this process and of each request in it.
+"""Energy: joules of this process and of each request in it.
 
-Meters, best first; `source` travels with every number, because they are not of one kind:
+Meters, best first; every number carries its `source`, because they are not comparable:
 
-- "counter": a per-device hardware counter (read where the device is, not here);
+- "counter": the hardware counter of a device (see `nvml`);
 - "rapl": the processor package's counter, times this process's share of the busy CPU time;
-- "estimate": CPU seconds times a stated power per busy core.
+- "estimate": CPU seconds times a configured power per busy core.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-# About the rated power of current server CPUs over their cores (200 to 350 W, 32 to 64 cores). It
-# ranks SLMs on one machine; it is no measurement, and memory, fans and power supply are not in it.
+# About the rated power of current server CPUs per core (200 to 350 W, 32 to 64 cores). It ranks
+# SLMs on one machine. It is no measurement, and memory, fans and power supply are not in it.
 DEFAULT_WATTS_PER_CORE = 6.0
 
-# Of two readings of a meter. CPU times tick every 10 ms, so reading more often tells little.
+# Between two readings of a meter. CPU times tick every 10 ms, so more readings have little content.
 MIN_READ_S = 0.05
 POWER_MEMORY_S = 0.5  # busy seconds behind the recent power
-PACE_GAIN = 0.1  # of each answer's tokens per second
+PACE_GAIN = 0.1  # weight of the newest answer in the mean tokens per second of an answer
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -68,15 +68,15 @@ class CpuShare:
     def __call__(self) -> float:
         """Return the share; 0 when the host was idle."""
         own_s, host_s = self._own.next(), self._host.next()
-        # The two clocks tick apart (10 ms each), so a short interval can show more than all of it.
+        # The clocks tick separately (every 10 ms), so a short interval can give more than 1.
         return min(own_s / host_s, 1.0) if host_s > 0.0 else 0.0
 
 
 class RaplMeter:
     """Package counters of Linux powercap, times `share()`.
 
-    A package counts everything on it, several SLMs included: without the share each of them would
-    claim the whole machine. The package's idle power is thereby shared by whoever was busy.
+    A package counts everything on it, several SLMs included: without the share each SLM would be
+    charged for the whole machine. The package's idle power is thereby split over busy processes.
 
     Args:
         paths: powercap folders of the packages (`energy_uj`, `max_energy_range_uj`).
@@ -129,13 +129,13 @@ def best_meter(
         try:
             return RaplMeter(packages, _read_text, CpuShare(read_cpu_s, read_host_cpu_s))
         except (OSError, ValueError):
-            pass  # present but not readable: containers and unprivileged users, so estimate
+            pass  # not readable in containers and for unprivileged users: estimate
     return CpuTimeMeter(read_cpu_s, watts_per_core)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEnergy:
-    """What one request was charged."""
+    """Energy charged to one request."""
 
     energy_j: float
     tokens: int
@@ -148,26 +148,26 @@ class _Share:
     updated_at: float  # when it last reported tokens
     energy_j: float = 0.0
     tokens: int = 0
-    new_tokens: float = 0.0  # told since the last reading
-    made: float = 0.0  # as the next reading will count them
+    new_tokens: float = 0.0  # reported since the last reading
+    made: float = 0.0  # tokens since the last reading, unreported ones estimated
 
 
 class TokenShareAttributor:
-    """Splits a meter's joules over the requests that run, by the tokens each produced.
+    """Splits a meter's joules over the running requests, by the tokens that each produced.
 
-    The books balance at any time: requests_j + running_j + idle_j == total_j + ahead_j. Tick it
-    once a second. Used by one event loop; its size is the number of running requests, and whoever
-    starts a request must finish it.
+    The accounts balance at any time: requests_j + running_j + idle_j == total_j + ahead_j. Call
+    `tick` once a second. Used from one event loop; its size is the number of running requests, so
+    every started request must be finished.
 
-    A meter costs more to read than a request costs to account for, so between two readings at
-    least `min_read_s` pass. A request that finishes in between is charged its tokens' part of the
-    recent power of busy time; those joules are ahead of the meter, and what the next reading shows
-    is first set off against them. So one request is wrong by at most |power now - recent power| *
-    min_read_s, and what is wrong is borne by the requests (or the idle time) of the next interval:
-    no joule is lost or made. `ahead_j` is at most the recent power times min_read_s.
+    A reading costs more than the accounting of a request, so at least `min_read_s` pass between two
+    readings. A request that finishes in between is charged its tokens' part of the recent power of
+    busy time. Those joules are ahead of the meter and are subtracted from the next reading. So the
+    error of one request is at most |power now - recent power| * min_read_s; the requests (or the
+    idle time) of the next interval carry it, and no joule is lost or invented. `ahead_j` is at most
+    the recent power times min_read_s.
 
-    An answer in one piece tells its tokens at the end: they count as made evenly while it ran, and
-    whoever has not told any yet is taken to make them at the mean pace.
+    A reply in one piece reports its tokens at the end: they count as produced evenly while it ran.
+    A request that has not reported yet is assumed to produce tokens at the mean pace.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class TokenShareAttributor:
         if request_id in self._running:
             raise ValueError(f"request {request_id!r} runs already")
         if not self._running:
-            self._tick_if_due()  # what was spent up to here was idle and not this request's
+            self._tick_if_due()  # joules spent so far are idle, not this request's
             self._busy_at = self._clock()
         now = self._clock()
         self._running[request_id] = _Share(started=now, updated_at=now)
@@ -213,9 +213,9 @@ class TokenShareAttributor:
     def add_tokens(self, request_id: str, tokens: int) -> None:
         """Count tokens that `request_id` produced; KeyError if it does not run."""
         share, now = self._running[request_id], self._clock()
-        silent_s, unread_s = now - share.updated_at, now - self._read_at
+        unreported_s, unread_s = now - share.updated_at, now - self._read_at
         share.tokens += tokens
-        share.new_tokens += tokens if silent_s <= unread_s else tokens * unread_s / silent_s
+        share.new_tokens += tokens if unreported_s <= unread_s else tokens * unread_s / unreported_s
         share.updated_at = now
 
     def finish(self, request_id: str) -> RequestEnergy:
@@ -240,9 +240,9 @@ class TokenShareAttributor:
         spent_j, self._last_j = total_j - self._last_j, total_j
         made = self._count_made(now)
         self._measure_power(spent_j, now)
-        paid_j = min(spent_j, self.ahead_j)
-        self.ahead_j -= paid_j
-        spent_j -= paid_j
+        charged_j = min(spent_j, self.ahead_j)
+        self.ahead_j -= charged_j
+        spent_j -= charged_j
         if not self._running:
             self.idle_j += spent_j
             return
@@ -258,7 +258,7 @@ class TokenShareAttributor:
         return True
 
     def _measure_power(self, spent_j: float, now: float) -> None:
-        """Follow the power of busy time; what is spent without a request is small beside it."""
+        """Update the power of busy time; idle joules in the interval are neglected."""
         busy_s, self._busy_s = self._busy_s, 0.0
         if self._running:
             busy_s, self._busy_at = busy_s + now - self._busy_at, now
@@ -274,22 +274,22 @@ class TokenShareAttributor:
             self._pace += PACE_GAIN * (pace - self._pace) if self._pace else pace
 
     def _count_made(self, now: float) -> float:
-        """Count everybody's tokens since the last reading, those included that nobody told yet."""
+        """Tokens of all requests since the last reading; unreported ones are estimated."""
         for share in self._running.values():
-            silent_s = now - max(share.updated_at, self._read_at)
-            share.made = share.new_tokens + self._pace * silent_s
+            unreported_s = now - max(share.updated_at, self._read_at)
+            share.made = share.new_tokens + self._pace * unreported_s
         return sum(share.made for share in self._running.values())
 
     def _part(self, share: _Share, made: float) -> float:
-        """The share's part of what was spent since the last reading, in [0, 1]."""
-        # No token yet from anybody means that all of them are in prefill: equal parts.
+        """The request's part of the joules since the last reading, in [0, 1]."""
+        # Without any token all requests are in prefill: equal parts.
         return share.made / made if made else 1.0 / len(self._running)
 
 
 class _Increments:
     """Turns a cumulative reading into non-negative steps.
 
-    The CPU time of a process tree drops when a child dies; that is a step of 0, not a refund.
+    The CPU time of a process tree drops when a child dies; that counts as a step of 0.
     """
 
     __slots__ = ("_last", "_read")

@@ -1,7 +1,7 @@
 """Joules of GPUs, from the counter in the driver (NVML, Volta and later).
 
-`nvml` is the module `pynvml` of NVIDIA's own binding, nvidia-ml-py, passed in: a GPU machine has
-it, others need not. The counter covers the whole board; the host's processor is not in it.
+The module `pynvml` of NVIDIA's binding nvidia-ml-py is passed in, because only GPU machines have
+it. The counter covers the whole board but not the host's processor.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from calm_serve.errors import ComponentError
 
 
 class NvmlMeter:
-    """Counters of `gpus`, added, times `share`.
+    """Sum of the counters of `gpus`, times `share`.
 
     Args:
         nvml: the module `pynvml`.
         gpus: indices or UUIDs, as in CUDA_VISIBLE_DEVICES.
-        share: this process's part of them in (0, 1]; a GPU's counter does not say whose work it
-            was, so replicas that share one split it by what they were given of it.
+        share: this process's part of the GPUs in (0, 1]. A counter does not attribute joules to
+            processes, so replicas that share a GPU split it by their declared parts.
 
     Raises ComponentError when there is no driver, no such GPU or no counter (old GPUs, MIG).
     """
@@ -41,7 +41,7 @@ class NvmlMeter:
         try:
             now_mj = self._read()
         except self._nvml.NVMLError:
-            return self._joules  # the engine will notice before we do
+            return self._joules  # a GPU that fails stops the engine anyway
         # The counter starts anew with the driver.
         spent_mj = sum(max(now - last, 0) for now, last in zip(now_mj, self._last_mj, strict=True))
         self._last_mj = now_mj
@@ -53,7 +53,7 @@ class NvmlMeter:
 
 
 def visible_gpus(visible: str | None, count: float) -> list[str]:
-    """GPUs that CUDA_VISIBLE_DEVICES names; without it the first `count`, at least one."""
+    """The GPUs in CUDA_VISIBLE_DEVICES; without it the first `count`, at least one."""
     if visible is None:
         return [str(i) for i in range(max(int(count), 1))]
     return [gpu for part in visible.split(",") if (gpu := part.strip())]

@@ -1,6 +1,6 @@
-"""What one router has recently seen of each replica: where a slow or a failing one shows.
+"""Replica statistics: recent outcomes of each replica, which show a slow or failing one.
 
-Only this router's own requests are in it; `age_s` says how old the newest one is.
+They cover this router's own requests; `age_s` is the time since the newest one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from calm_serve.telemetry.slm_stats import HALF_LIFE_S, MAX_AGE_S
 from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
 from calm_serve.types import Outcome
 
-MAX_REPLICAS = 512  # those not heard of for longest are forgotten; replicas come and go
-WINDOW_SIZE = 128
+MAX_REPLICAS = 512  # the least recently used are dropped, because replicas come and go
+REPLICA_WINDOW_SIZE = 128  # values behind each quantile
 
 
 class _Replica:
@@ -25,7 +25,9 @@ class _Replica:
             name: Ewma(HALF_LIFE_S)
             for name in ("ttft_s", "tpot_s", "queue_s", "energy_j_per_token", "signal_ratio")
         }
-        self.p95 = {name: QuantileWindow(WINDOW_SIZE, MAX_AGE_S) for name in ("ttft_s", "tpot_s")}
+        self.p95 = {
+            name: QuantileWindow(REPLICA_WINDOW_SIZE, MAX_AGE_S) for name in ("ttft_s", "tpot_s")
+        }
         self.tokens = DecayedRate(HALF_LIFE_S, now)
 
 
@@ -37,7 +39,7 @@ class ReplicaStats:
         self._replicas: OrderedDict[str, _Replica] = OrderedDict()
 
     def observe(self, outcome: Outcome) -> None:
-        """Count a finished request; one that no replica served is ignored."""
+        """Count a finished request; ignored when no replica served it."""
         if not outcome.engine.replica_id:
             return
         now = self._clock()

@@ -1,4 +1,4 @@
-"""What this process has recently seen of each SLM: latency, energy, rates, failures.
+"""SLM statistics: recent latency, energy, rates and failures of each SLM in this process.
 
 `FleetStats` is written by one event loop (a router's), once per finished request, and read once
 per decision; it holds no lock and does no I/O. Its size is bounded by the number of SLMs.
@@ -18,7 +18,7 @@ from calm_serve.types import Outcome, PredictorVersion, ReplicaState, Residency,
 
 Clock = Callable[[], float]
 
-HALF_LIFE_S = 30.0  # long against one answer, short against a change of load
+HALF_LIFE_S = 30.0  # of a mean: long against one answer, short against a change of load
 WINDOW_SIZE = 256  # values behind each quantile
 MAX_AGE_S = 300.0
 
@@ -46,11 +46,11 @@ class SLMStatsSnapshot:
     failures: int
     cold_starts: int
     wake_s: float | None  # last measured time from start to ready
-    age_s: float  # since the last outcome, or since the window was made
+    age_s: float  # since the last outcome, or since the start
 
 
 class SLMStats:
-    """Recent outcomes of one SLM, forgetting with a half-life of `HALF_LIFE_S`."""
+    """Recent outcomes of one SLM; their weights halve every HALF_LIFE_S."""
 
     def __init__(
         self,
@@ -86,8 +86,8 @@ class SLMStats:
         self._count_attempt(outcome, now, now - (took_s or 0.0))
         self._cold_starts += outcome.timing.cold
         self.effect.observe(outcome)
-        # The wait for a cold start is predicted from `wake_s`; in the mean it would make an SLM
-        # look slow for minutes after it has woken.
+        # The wait for a cold start is predicted from `wake_s`. In the mean it would make an SLM
+        # look slow for minutes after its wake-up.
         if outcome.timing.ttft_s is not None and not outcome.timing.cold:
             self._ttft.add(outcome.timing.ttft_s, now)
         if outcome.timing.tpot_s is not None:
@@ -113,7 +113,7 @@ class SLMStats:
         return self._breaker.state(now)
 
     def snapshot(self, now: float) -> SLMStatsSnapshot:
-        """Return everything this window knows at `now`; sorts, so not for the hot path."""
+        """Return all statistics at `now`; sorts, so not for the hot path."""
         ttft_p50, ttft_p95 = self._ttft.window.quantiles((0.5, 0.95), now)
         return SLMStatsSnapshot(
             slm_id=self._slm_id,
@@ -188,7 +188,7 @@ class SLMStats:
         self._replica_ids = ids
 
     def _count_attempt(self, outcome: Outcome, now: float, sent_at: float) -> None:
-        # A client that hangs up, a full queue and a malformed request say nothing of the SLM.
+        # A cancelled request, a full queue and a malformed request are no evidence about the SLM.
         if outcome.status == "error" and not 400 <= outcome.http_status < 500:
             self._failures += 1
             self._breaker.record(True, now, sent_at)
@@ -208,21 +208,21 @@ class FleetStats:
 
     @property
     def slm_ids(self) -> tuple[str, ...]:
-        """The SLMs watched now."""
+        """Ids of the observed SLMs."""
         return tuple(self._windows)
 
     def add(self, slm_id: str) -> None:
-        """Start watching an SLM; one that is watched already keeps its window."""
+        """Observe an SLM from now on; one that is observed already keeps its statistics."""
         if slm_id not in self._windows:
             self._windows[slm_id] = SLMStats(slm_id, self._clock, champion=self._champion)
 
     def remove(self, slm_id: str) -> None:
-        """Forget an SLM; its late outcomes will be ignored."""
+        """Drop an SLM; its later outcomes are ignored."""
         self._windows.pop(slm_id, None)
         self._in_flight -= self._inside.pop(slm_id, 0)
 
     def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
-        """Count one finished request; an SLM that is not watched is ignored.
+        """Count one finished request; an SLM that is not observed is ignored.
 
         `took_s` is the time since the request was sent to the SLM, which may be less than
         `e2e_s`: it may have waited, or failed elsewhere, before. None: `e2e_s` is used.
@@ -239,22 +239,22 @@ class FleetStats:
             window.attempt_failed(took_s)
 
     def breaker(self, slm_id: str) -> BreakerState:
-        """The state of an SLM's circuit breaker; KeyError when it is not watched."""
+        """The state of an SLM's circuit breaker; KeyError when it is not observed."""
         return self._windows[slm_id].breaker(self._clock())
 
     def woke(self, slm_id: str, wake_s: float) -> None:
-        """Remember a measured time from start to ready, in seconds."""
+        """Take a measured time from start to ready, in seconds."""
         if window := self._windows.get(slm_id):
             window.wake_s = wake_s
 
     def set_predictor(self, version: PredictorVersion) -> None:
-        """Tell which predictor decides from now on; see `LoadEffect.set_champion`."""
+        """Take the version of the predictor in use; see `LoadEffect.set_champion`."""
         self._champion = version.champion
         for window in self._windows.values():
             window.effect.set_champion(version.champion)
 
     def set_calibration_factors(self, factors: Mapping[str, float]) -> None:
-        """Correct P(success) of each SLM by its factor; one that is not named gets 1."""
+        """Set the factor on P(success) of each SLM; 1 for one that is not named."""
         for slm_id, window in self._windows.items():
             window.calibration_factor = factors.get(slm_id, 1.0)
 
@@ -265,14 +265,14 @@ class FleetStats:
         now: float,
         absent: Residency = Residency.COLD,
     ) -> SLMState:
-        """Aggregate the replicas of `spec` with what was observed of it; cheap, per decision.
+        """Aggregate the replicas and the statistics of `spec`; cheap, called for every decision.
 
-        Load counts what the engines reported or what this process has sent, whichever is more: an
-        engine reports on its last chunk, so a burst just sent is visible only here. The caller
-        drops engine reports that are older than it trusts.
+        Load is the larger of what the engines reported and what this process has sent: an engine
+        reports on its last chunk, so a burst that was just sent is visible only here. The caller
+        removes outdated engine reports.
 
         Args:
-            spec: the SLM; one that is not watched yet is added.
+            spec: the SLM; one that is not observed yet is added.
             replicas: the replicas that can answer now. When one has gone since the last call, the
                 circuit breaker starts anew.
             now: seconds on the monitor's clock.
@@ -287,12 +287,12 @@ class FleetStats:
         return state
 
     def snapshot(self, slm_id: str, now: float) -> SLMStatsSnapshot:
-        """Return one SLM's recent past; KeyError when it is not watched."""
+        """Return one SLM's recent past; KeyError when it is not observed."""
         return self._windows[slm_id].snapshot(now)
 
 
 class _Latency:
-    """A decayed mean for the decision beside quantiles for people."""
+    """A decayed mean for decisions, and quantiles for display."""
 
     __slots__ = ("recent", "window")
 

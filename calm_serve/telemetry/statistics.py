@@ -1,8 +1,8 @@
-"""Statistics that forget: a decayed mean, a decayed rate and a bounded quantile window.
+"""Decayed statistics: mean, rate, line, and a bounded quantile window.
 
-Decay is by time, not by count, so an SLM that answers once a minute and one that answers a thousand
-times a second both speak about the same recent past. Every `now` is in seconds on one monotonic
-clock of the caller's; a `now` that runs backwards counts as no time passed.
+Mean and rate decay with time, not by count, so they cover the same recent past for an SLM that
+answers once a minute and one that answers a thousand times a second. Every `now` is in seconds on
+one monotonic clock of the caller; a `now` that runs backwards counts as no time passed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
+MIN_SPAN_S = 1.0  # of a rate
 _LN2 = math.log(2.0)
 
 
@@ -26,14 +27,14 @@ class Ewma:
 
     @property
     def mean(self) -> float | None:
-        """The mean, in the unit of the values; None before the first one.
+        """The mean, in the unit of the values; None before the first value.
 
-        Silence does not change it: it only makes the next value count for more.
+        Time without values does not change it, but gives the next value more weight.
         """
         return self._mean if self._weight > 0.0 else None
 
     def weight(self, now: float) -> float:
-        """How many values (or how much weight) the mean still rests on."""
+        """Remaining weight of the values so far; with weights of 1, their number."""
         if self._weight == 0.0:
             return 0.0
         return self._weight * _halvings(now - self._at, self._half_life_s)
@@ -63,18 +64,18 @@ class DecayedRate:
 
     def per_s(self, now: float) -> float:
         """Return the rate per second."""
-        # A young window has not seen a full half-life: divide by the share that it has seen, and
-        # by at least one second's worth, so that the first event is not a rate of infinity.
-        watched_s = max(now - self._since, 1.0)
-        seen = 1.0 - _halvings(watched_s, self._half_life_s)
-        return self._decayed(now) * _LN2 / self._half_life_s / seen
+        # Divided by the share of the exponential window that has passed, of at least MIN_SPAN_S, so
+        # that the first event does not give an infinite rate.
+        span_s = max(now - self._since, MIN_SPAN_S)
+        share = 1.0 - _halvings(span_s, self._half_life_s)
+        return self._decayed(now) * _LN2 / self._half_life_s / share
 
     def _decayed(self, now: float) -> float:
         return self._amount * _halvings(now - self._at, self._half_life_s)
 
 
 class DecayedLine:
-    """Least squares y = level + slope * x; values count half after `half_life` newer ones."""
+    """Least squares y = level + slope * x; weights halve after `half_life` newer values."""
 
     __slots__ = ("_keep", "_x", "_xx", "_xy", "_y", "weight")
 
@@ -97,7 +98,7 @@ class DecayedLine:
         return self._x / self.weight, self._y / self.weight
 
     def slope(self, prior: float, ridge: float) -> float:
-        """The slope, drawn to `prior` as if that had been seen over a sum of squares of `ridge`."""
+        """The slope; `prior` counts as if measured over a sum of squares of `ridge`."""
         x, y = self.means
         squares = max(self._xx - self.weight * x * x, 0.0)
         return (self._xy - self.weight * x * y + ridge * prior) / (squares + ridge)
@@ -116,13 +117,13 @@ class QuantileWindow:
         return len(self._values)
 
     def add(self, value: float, now: float) -> None:
-        """Append `value`; the oldest one leaves when the window is full."""
+        """Append `value`; the oldest is dropped when the window is full."""
         self._values.append((now, value))
 
     def quantiles(self, ratios: tuple[float, ...], now: float) -> tuple[float | None, ...]:
         """Return the nearest-rank quantile for each ratio in [0, 1]; None when empty.
 
-        Drops values that are too old, then sorts: O(size log size), so not for the hot path.
+        Drops values that are too old, then sorts: O(size log size), not for the hot path.
         """
         while self._values and self._values[0][0] < now - self._max_age_s:
             self._values.popleft()

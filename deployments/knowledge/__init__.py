@@ -1,4 +1,5 @@
 """The knowledge actor and its clients. Owner: knowledge actor, any. Clients never block.
 
-`address` alone is light; import the others where they are needed.
+Takes outcomes, feedback, demand and settings of routers and the launcher; gives topics. The outbox
+writes the spool of outcomes. `address` imports nothing; import the other modules where needed.
 """

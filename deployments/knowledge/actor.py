@@ -10,12 +10,12 @@ from calm_serve.config import Fleet, Learning
 from calm_serve.knowledge import KnowledgeService
 from deployments.knowledge.address import NAMESPACE, actor_name
 
-# Every waiting long-poll holds a slot, and every router replica waits all the time.
+# Concurrent calls. Every router and SLM replica occupies one with its long poll.
 MAX_CONCURRENCY = 1024
 
 
 class KnowledgeActor(KnowledgeService):
-    """Ray restarts an actor with the arguments of its first start; the settings since are kept."""
+    """A restarted actor resumes with the settings of the last `configure`."""
 
     def __init__(self, fleet: Fleet, learning: Learning) -> None:
         restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -37,7 +37,7 @@ def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
             get_if_exists=True,
             num_cpus=0,
             max_restarts=-1,
-            # A repeated call is harmless: outcomes have ids and everything else replaces.
+            # A repeated call is harmless: outcomes have ids, and all other calls replace state.
             max_task_retries=3,
             max_concurrency=MAX_CONCURRENCY,
         )
@@ -46,20 +46,10 @@ def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
 
 
 async def get_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
-    """As `start_knowledge`, and hand a running actor the present settings.
+    """As `start_knowledge`, and pass the current settings to a running actor.
 
     Raises ConfigError (as ray.exceptions' RayTaskError) when it keeps its log elsewhere.
     """
     actor = start_knowledge(app_name, fleet, learning)
     await actor.configure.remote(fleet, learning)
     return actor
-
-
-def remove_knowledge(app_name: str) -> bool:
-    """End the application's knowledge actor; the log stays. Returns whether there was one."""
-    try:
-        actor = ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
-    except ValueError:  # Ray's way to say that there is none
-        return False
-    ray.kill(actor, no_restart=True)
-    return True

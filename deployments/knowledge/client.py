@@ -1,6 +1,7 @@
-"""A router's connection to the knowledge actor, and how the router goes on without it.
+"""Client: a router's connection to the knowledge actor.
 
-Nothing here is on the hot path: decisions use what was received last.
+Nothing here is on the hot path. While the actor does not answer, decisions use the topics that were
+received last.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from deployments.knowledge.actor import get_knowledge
 
 log = logging.getLogger("ray.serve")
 
-POLL_S = 30.0
-RETRY_S = 1.0
+POLL_S = 30.0  # of one long poll
+RETRY_S = 1.0  # after a failed poll
 CALL_TIMEOUT_S = 10.0
 
 Apply = Callable[[str, Update], Awaitable[None]]
 
 
 class KnowledgeClient:
-    """Calls the actor, and creates it when it is missing."""
+    """Calls the actor, and creates it when it does not exist."""
 
     def __init__(self, app_name: str, learning: Learning, fleet: Fleet) -> None:
         self._app_name, self._learning, self._fleet = app_name, learning, fleet
@@ -56,7 +57,7 @@ class KnowledgeClient:
         return None if found is None else OUTCOME.decode(found)
 
     async def report_demand(self, router_id: str, report: DemandReport) -> DemandReply:
-        """Report which SLMs this router wants. Raises KnowledgeError."""
+        """Report this router's demand for SLMs. Raises KnowledgeError."""
         reply: bytes = await self._ask("report_demand", router_id, DEMAND_REPORT.encode(report))
         return DEMAND_REPLY.decode(reply)
 
@@ -69,7 +70,7 @@ class KnowledgeClient:
     async def set_goals(self, goals: Goals, by: str) -> GoalChange:
         """Change the goals for all routers; return the durable change. Raises KnowledgeError.
 
-        It reaches this router like all others, as an update of its topic, in the actor's order.
+        This router receives the change like all others, as an update of its topic.
         """
         payload: bytes = await self._ask("set_goals", goals, by)
         change: GoalChange = FORMATS[Topic.GOALS].decode(payload)
@@ -91,7 +92,7 @@ class KnowledgeClient:
         return found
 
     async def follow(self, apply: Apply) -> None:
-        """Long-poll all topics for ever, and pass each update on."""
+        """Long-poll all topics for ever, and pass each update to `apply`."""
         seen = self._seen
         while True:
             try:
@@ -121,6 +122,6 @@ class KnowledgeClient:
             return await asyncio.wait_for(self._call(method, *args), CALL_TIMEOUT_S)
         except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, RequestError):  # it did answer: no
+            if isinstance(cause, RequestError):  # the actor answered, with a refusal
                 raise cause from None
             raise KnowledgeError(f"the knowledge actor does not answer: {error}") from error

@@ -1,9 +1,10 @@
-"""Outcomes on their way to the knowledge actor: batched, acknowledged, spooled, never blocking.
+"""Outbox: delivers outcomes to the knowledge actor in batches, without blocking the router.
 
 The router appends to a list in memory; a background task sends batches and keeps them until the
-actor has said that they are durable. While the actor does not answer, batches move to a spool file
-once memory is full, and are sent again when it is back, by this process or, after its end, by the
-next one that uses the folder. Delivery is at least once; the store drops what it has seen.
+actor acknowledges that they are durable. While the actor does not answer, outcomes beyond
+MEMORY_ROWS move to a spool file, which is sent when the actor is back: by this process or, after
+its end, by the next one that uses the folder. Delivery is at least once; the store drops
+duplicates.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from calm_serve.types import Outcome
 
 log = logging.getLogger("ray.serve")
 
-BATCH_ROWS = 256
-FLUSH_S = 0.5
-RETRY_S = 2.0
-MEMORY_ROWS = 8_192
-SPOOL_BYTES = 64 << 20
-# A spool that nobody has written to for this long, while the actor answers, has lost its process.
+BATCH_ROWS = 256  # outcomes of one call
+FLUSH_S = 0.5  # at most this long an outcome waits for a full batch
+RETRY_S = 2.0  # after a failed call
+MEMORY_ROWS = 8_192  # outcomes in memory; more go to the spool
+SPOOL_BYTES = 64 << 20  # size of the spool; further outcomes are lost and counted
+# A spool that was not written for so long, while the actor answers, has lost its process.
 ORPHAN_S = 60.0
 
 Send = Callable[[Sequence[Outcome]], Awaitable[None]]
@@ -36,8 +37,8 @@ Send = Callable[[Sequence[Outcome]], Awaitable[None]]
 class OutcomeOutbox:
     """Delivers outcomes through `send`, which returns once they are durable and raises otherwise.
 
-    Used by one event loop. `spool` is a file of this process alone, in a folder that processes of
-    the same kind share. `lost_rows` counts what fitted neither memory nor spool.
+    Used by one event loop. `spool` is a file of this process, in a folder that all router
+    processes share. `lost_rows` counts outcomes for which neither memory nor spool had room.
     """
 
     def __init__(self, send: Send, spool: Path) -> None:
@@ -54,18 +55,18 @@ class OutcomeOutbox:
         self._task = asyncio.create_task(self._run())
 
     def add(self, outcome: Outcome) -> None:
-        """Queue one outcome. Never blocks; the oldest go to the spool when memory is full."""
+        """Queue one outcome. Never blocks; when memory is full the oldest go to the spool."""
         self._waiting.append(outcome)
         if len(self._waiting) >= BATCH_ROWS:
             self._wake.set()
 
     @property
     def pending_rows(self) -> int:
-        """Rows not yet acknowledged, those in the spool not counted."""
+        """Unacknowledged outcomes in memory."""
         return len(self._waiting)
 
     async def stop(self) -> None:
-        """Deliver what is left, or spool it."""
+        """Deliver the queued outcomes, or spool them."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -82,7 +83,7 @@ class OutcomeOutbox:
             self._wake.clear()
             while self._waiting:
                 delivered = await self._deliver()
-                # Also after a success: an actor may answer, but more slowly than outcomes come.
+                # Also after a success: the actor may be slower than the outcomes arrive.
                 await self._make_room()
                 if not delivered:
                     await asyncio.sleep(RETRY_S)
@@ -95,14 +96,14 @@ class OutcomeOutbox:
 
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
-        """The delivering task, for health checks."""
+        """The background task, for health checks."""
         return () if self._task is None else (self._task,)
 
     async def _deliver(self) -> bool:
         batch = [self._waiting[i] for i in range(min(BATCH_ROWS, len(self._waiting)))]
         try:
             await self._send(batch)
-        except Exception as error:  # noqa: BLE001  # whatever it is: keep and retry
+        except Exception as error:  # noqa: BLE001  # of any kind: keep and retry
             log.warning("outcomes not acknowledged, kept: %s", error)
             return False
         for _ in batch:
@@ -157,9 +158,9 @@ class OutcomeOutbox:
 
 
 def read_spool(path: Path) -> list[Outcome]:
-    """Outcomes of a spool file; a last line cut off by a crash is left out.
+    """Outcomes of a spool file, also of an older program; unreadable lines are logged and ignored.
 
-    Lines that an older program wrote are read too.
+    A crash may have cut off the last line.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -168,5 +169,5 @@ def read_spool(path: Path) -> list[Outcome]:
         try:
             rows.append(OUTCOME.decode(line))
         except KnowledgeError as error:
-            log.warning("unreadable spool line left out: %s", error.message)
+            log.warning("unreadable spool line ignored: %s", error.message)
     return rows

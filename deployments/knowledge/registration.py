@@ -1,4 +1,4 @@
-"""The ingress of an SLM's own application: makes the SLM known to another application's routers."""
+"""Registration: the ingress of an SLM's own application, which registers the SLM elsewhere."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from ray.serve.handle import DeploymentHandle
 from calm_serve.config import SLMSpec
 from deployments.knowledge.address import NAMESPACE, actor_name
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 5.0  # a sixth of the registry's expiry
 
 
 class Registration:
-    """Registers the SLM as long as its application exists, replicas or none; takes no requests.
+    """Registers the SLM at the knowledge actor while its application exists; takes no requests.
 
-    The SLM cannot be the ingress itself: Serve refuses a request router of one's own there when
-    HAProxy is in front.
+    The SLM cannot be the ingress itself: with HAProxy in front, Serve refuses a custom request
+    router for the ingress.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self, spec: SLMSpec, app_name: str, slm: DeploymentHandle
     ) -> None:
-        del slm  # bound, so that Serve deploys it
+        del slm  # an argument, so that Serve deploys it
         self._spec = spec
         self._knowledge = actor_name(app_name)
         self._own_app = serve.get_replica_context().app_name
-        self._task = asyncio.create_task(self._announce())
+        self._task = asyncio.create_task(self._heartbeat())
 
     async def check_health(self) -> None:
-        """Raise when the announcements have ended; Serve then replaces this replica."""
+        """Raise when the heartbeats have ended; Serve then replaces this replica."""
         if self._task.done():
-            raise RuntimeError(f"announcing ended: {self._task}")
+            raise RuntimeError(f"heartbeats ended: {self._task}")
 
     async def __del__(self) -> None:
         self._task.cancel()
-        await self._tell("unregister", self._spec.id)
+        await self._call("unregister", self._spec.id)
 
-    async def _announce(self) -> None:
+    async def _heartbeat(self) -> None:
         while True:
-            await self._tell("register", self._spec.model_dump_json(), self._own_app)
+            await self._call("register", self._spec.model_dump_json(), self._own_app)
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _tell(self, method: str, *args: Any) -> None:
-        # An actor that is missing or restarting hears the next heartbeat.
+    async def _call(self, method: str, *args: Any) -> None:
+        # An actor that is missing or restarting gets the next heartbeat.
         with contextlib.suppress(ValueError, RayError):
             actor = ray.get_actor(self._knowledge, namespace=NAMESPACE)
             await getattr(actor, method).remote(*args)

@@ -1,1 +1,5 @@
-"""Metrics and what shows them. Owner: router and SLM replica. Never blocks."""
+"""Metrics: catalogue, exporters, dashboard. Owner: router, SLM replica. Never blocks.
+
+Takes outcomes, the document of GET /v1/fleet and the host's counters; gives Ray's metrics and the
+text of `/metrics`.
+"""

@@ -1,4 +1,4 @@
-"""Every metric of a router: its name, kind, labels and what it says.
+"""Catalogue: name, kind, labels and description of every metric of a router.
 
 Units are base units: seconds, joules, tokens, bytes.
 """
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """Prometheus' metric kinds."""
+    """Kinds of Prometheus metrics."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -28,24 +28,13 @@ class Metric:
     labels: tuple[str, ...]
     buckets: tuple[float, ...] = ()
 
-    @property
-    def series(self) -> tuple[str, ...]:
-        """The names under which the metric is exported, without Ray's prefix."""
-        match self.kind:
-            case Kind.COUNTER:
-                return (f"{self.name}_total",)
-            case Kind.HISTOGRAM:
-                return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
-            case _:
-                return (self.name,)
-
 
 SPLIT = ("slm", "path", "cache", "warmth")
 SLM = ("slm",)
 GOAL = ("goal",)
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
-# Upper bounds in seconds, about two per octave where the fleet lives: tiny SLMs answer in
+# Upper bounds in seconds, about two per octave in the usual range: small SLMs reply within
 # milliseconds, cold starts take tens of seconds.
 FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2, 5, 10, 20, 60)
 PER_TOKEN_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.035, 0.05, 0.1, 0.25, 1)
@@ -89,7 +78,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_alarm", _G, "1 while the alarm is on.", ("kind", "slm")),
     Metric("calm_calibration_error_ratio", _G, "Mean error of P(success).", ()),
     Metric("calm_choice_entropy_ratio", _G, "0: one SLM for all, 1: all equally.", ()),
-    Metric("calm_choice_gain", _G, "Score gained over a rival that is blind.", ("against",)),
+    Metric("calm_choice_gain", _G, "Score gained over content-blind choices.", ("against",)),
     Metric("calm_fleet_ready", _G, "1 when every SLM that must be hot is ready.", ()),
     Metric("calm_goal_target", _G, "The operator's target.", GOAL),
     Metric("calm_goal_measured", _G, "The goal's metric over recent requests.", GOAL),

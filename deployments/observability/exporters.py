@@ -1,11 +1,11 @@
-"""The router's metrics: one table, one `observe`, two outlets.
+"""Exporters: the router's metrics for Ray and for the text of `/metrics`.
 
-Ray does not export `prometheus_client` metrics of a replica, so what is observed goes to Ray's own
-metrics (node agents, Prometheus discovery, dashboards; names get the prefix `ray_`), and to
-in-process aggregates that `exposition.render_fleet_metrics` turns into the router's `/metrics`.
+Ray does not export `prometheus_client` metrics of a replica. So each value goes to Ray's own
+metrics (node agents, Prometheus discovery, dashboards; names get the prefix `ray_`) and to
+in-process aggregates, from which `render_fleet_metrics` renders `/metrics`.
 
-Units are base units: seconds, joules, tokens, bytes. Every label has a fixed set of values: what
-is not in it becomes "other", so no client can make new series.
+Units are base units: seconds, joules, tokens, bytes. Every label has a fixed set of values; others
+become "other", so no client can create new series.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from deployments.observability.catalogue import (
 )
 from deployments.observability.host import HostUsage
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of the text of /metrics
 OTHER = "other"
-RATE_HALF_LIFE_S = 30.0
+RATE_HALF_LIFE_S = 30.0  # of calm_requests_per_second
 
 # Engines cache whole blocks and always recompute the last token, so a ratio of 1 does not occur.
 FULL_HIT_RATIO = 0.9
 
 
-# Gauge of the table -> key of an SLM in GET /v1/fleet.
+# Gauge of an SLM -> key of the SLM in GET /v1/fleet.
 _FLEET_GAUGES = {
     "calm_slm_replicas": "replicas",
     "calm_slm_target_replicas": "target_replicas",
@@ -54,20 +55,32 @@ _FLEET_GAUGES = {
     "calm_slm_cached_prefix_ratio": "cached_prefix_ratio",
     "calm_slm_memory_bytes": "memory_bytes",
 }
+# Gauge of the fleet -> key of `residency` in GET /v1/fleet.
+_RESIDENCY_GAUGES = {
+    "calm_residency_budget_bytes": "budget_bytes",
+    "calm_residency_hot_bytes": "hot_bytes",
+    "calm_residency_swaps": "swaps",
+    "calm_held_requests": "held_requests",
+}
 _PHASES = ("import", "engine", "warmup", "total")
+SLM_ALARMS = ("quality", "tokens", "speed")
+FLEET_ALARMS = ("prompt_mix", "calibration", "constant_selector")
+# Label `against` of calm_choice_gain -> key of `choices` in GET /v1/fleet.
+_GAINS = {"best_single": "gain_best_single", "share_matched": "gain_share_matched"}
 _PATHS = frozenset(DecisionPath)
 _REASONS = frozenset(DecisionReason)
 _STATUSES = frozenset(("ok", "error", "cancelled", "rejected"))
 _SOURCES = frozenset(("counter", "rapl", "estimate"))
 
 Record = Callable[[float, dict[str, str]], None]
+Sample = tuple[str, tuple[str, ...], float]  # metric name, label values, value
 
 
 def ray_instrument(metric: Metric) -> Record:
     """Make the Ray metric for one row; inside a replica Serve adds its own tags."""
-    from ray.serve import metrics  # 2 s to import, so only where metrics are really wanted
+    from ray.serve import metrics  # takes 2 s, so not at the top
 
-    labels: Any = metric.labels  # Ray's annotation allows for one label only
+    labels: Any = metric.labels  # Ray's annotation allows one label only
     record: Record
     match metric.kind:
         case Kind.COUNTER:
@@ -82,7 +95,7 @@ def ray_instrument(metric: Metric) -> Record:
 
 @dataclass(slots=True)
 class HistogramState:
-    """Counts per bucket (the last one is above every bound) and the sum of all values."""
+    """Counts per bucket (the last is above every bound) and the sum of all values."""
 
     counts: list[int]
     total: float = 0.0
@@ -90,7 +103,7 @@ class HistogramState:
 
 @dataclass(slots=True)
 class Aggregates:
-    """What this process has observed, by metric name and label values."""
+    """The values of this process, by metric name and label values."""
 
     values: dict[str, dict[tuple[str, ...], float]] = field(default_factory=dict)
     histograms: dict[str, dict[tuple[str, ...], HistogramState]] = field(default_factory=dict)
@@ -111,12 +124,12 @@ class Aggregates:
 
 
 class RouterMetrics:
-    """Writes the table; one per router process, used by one event loop.
+    """Writes the metrics of the catalogue; one per router process, used from one event loop.
 
     Args:
         clock: monotonic seconds.
         slm_ids: the fleet until the first `refresh`; other ids are counted as "other".
-        instrument: makes an outlet for one row (Ray's by default).
+        instrument: makes the exporting function of one metric (Ray's by default).
     """
 
     def __init__(
@@ -126,14 +139,14 @@ class RouterMetrics:
         instrument: Callable[[Metric], Record] = ray_instrument,
     ) -> None:
         self._clock = clock
-        self._outlets = {metric.name: instrument(metric) for metric in METRICS}
+        self._exporters = {metric.name: instrument(metric) for metric in METRICS}
         self._slm_ids: frozenset[str] = frozenset()
         self._rates: dict[str, DecayedRate] = {}
         self._follow(slm_ids)
         self.aggregates = Aggregates()
 
     def observe(self, outcome: Outcome) -> None:
-        """Count one finished request: about 12 records, after the answer has gone out."""
+        """Count one finished request: about 12 values, after the reply has been sent."""
         slm = _known(outcome.slm_id, self._slm_ids)
         path = _known(outcome.decision.path, _PATHS)
         split = (slm, path, cache_class(outcome), "cold" if outcome.timing.cold else "warm")
@@ -175,10 +188,10 @@ class RouterMetrics:
         self._record("calm_host_memory_total_bytes", (), host.memory_total_bytes)
         for name, labels, value in fleet_samples(snapshot):
             # To Ray only: `/metrics` renders these from the snapshot of its own moment.
-            self._outlets[name](value, dict(zip(BY_NAME[name].labels, labels, strict=True)))
+            self._exporters[name](value, dict(zip(BY_NAME[name].labels, labels, strict=True)))
 
     def _follow(self, slm_ids: Iterable[str]) -> None:
-        """Know the fleet's SLMs, and only these: some join and leave while it serves."""
+        """Follow the SLMs of the fleet, which join and leave while it serves."""
         if (ids := frozenset(slm_ids)) == self._slm_ids and self._rates:
             return
         now, before = self._clock(), self._rates
@@ -193,7 +206,7 @@ class RouterMetrics:
         if metric.kind is Kind.COUNTER and value <= 0:
             return  # Ray's counters raise on 0
         self.aggregates.record(metric, labels, value)
-        self._outlets[name](value, dict(zip(metric.labels, labels, strict=True)))
+        self._exporters[name](value, dict(zip(metric.labels, labels, strict=True)))
 
 
 def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
@@ -211,13 +224,13 @@ def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
         for phase in _PHASES:
             if (value := starts.get(phase)) is not None:
                 yield "calm_slm_start_seconds", (slm_id, phase), float(value)
-    yield from watch_samples(snapshot)
+    yield from monitor_samples(snapshot)
     yield from residency_samples(snapshot)
 
 
 def _goal_samples(goals: Mapping[str, Any]) -> Iterator[Sample]:
     for kind, value in goals.get("weights", {}).items():
-        if not kind.endswith("_after_s"):  # where a weight begins is none itself
+        if not kind.endswith("_after_s"):  # a threshold, not a weight
             yield "calm_weight", (str(kind),), float(value)
     for target in goals.get("targets", ()):
         label = (str(target["name"]),)
@@ -239,11 +252,8 @@ def _known(value: str, known: frozenset[Any]) -> str:
     return value if value in known else OTHER
 
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
 def render_fleet_metrics(aggregates: Aggregates, snapshot: Mapping[str, Any]) -> bytes:
-    """Return the exposition of what was observed and of GET /v1/fleet's answer."""
+    """Return the text of /metrics, from the aggregates and the document of GET /v1/fleet."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_FleetCollector(aggregates, snapshot))
     return generate_latest(registry)
@@ -255,7 +265,7 @@ class _FleetCollector(Collector):
         self._snapshot = snapshot
 
     def describe(self) -> Iterator[Family]:
-        # Registering would otherwise collect once, only to learn the names.
+        # Without it, registering would collect once to get the names.
         return iter(())
 
     def collect(self) -> Iterator[Family]:
@@ -291,14 +301,7 @@ def _histogram(metric: Metric, states: Mapping[tuple[str, ...], HistogramState])
     return family
 
 
-SLM_ALARMS = ("quality", "tokens", "speed")
-FLEET_ALARMS = ("prompt_mix", "calibration", "constant_selector")
-_GAINS = {"best_single": "gain_best_single", "share_matched": "gain_share_matched"}
-
-Sample = tuple[str, tuple[str, ...], float]  # metric name, label values, value
-
-
-def watch_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
+def monitor_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the gauges; a missing value yields nothing, an alarm that is off yields 0."""
     on = {(a["kind"], a["slm"]) for a in snapshot.get("alarms", ())}
     for kind in FLEET_ALARMS:
@@ -327,18 +330,10 @@ def _slm_samples(slm_id: str, slm: Mapping[str, Any]) -> Iterator[Sample]:
         yield "calm_energy_attribution_error_ratio", (slm_id,), float(error)
 
 
-_FLEET = {
-    "calm_residency_budget_bytes": "budget_bytes",
-    "calm_residency_hot_bytes": "hot_bytes",
-    "calm_residency_swaps": "swaps",
-    "calm_held_requests": "held_requests",
-}
-
-
 def residency_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the gauges; nothing of the fleet's without a memory budget."""
     residency = snapshot.get("residency") or {}
-    for name, key in _FLEET.items():
+    for name, key in _RESIDENCY_GAUGES.items():
         if (value := residency.get(key)) is not None:
             yield name, (), float(value)
     for slm in snapshot.get("slms", ()):

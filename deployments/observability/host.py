@@ -1,4 +1,4 @@
-"""What this process and its machine use, read through psutil.
+"""Usage of this process and its machine, read through psutil.
 
 GPUs are not read here: Ray's node agent exports their utilisation and memory already
 (`ray_node_gpus_utilization`, `ray_node_gram_used`).
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import psutil
 
-_REFRESH_CHILDREN_S = 10.0
+_REFRESH_CHILDREN_S = 10.0  # between two listings of the child processes
 
 
 @dataclass(frozen=True, slots=True)
 class HostUsage:
-    """One look at the machine."""
+    """Usage of the machine at one moment."""
 
-    cpu_ratio: float  # busy share of all cores since the previous look
+    cpu_ratio: float  # busy share of all cores since the previous reading
     memory_used_bytes: int
     memory_total_bytes: int
 
@@ -33,7 +33,7 @@ def host_cpu_s() -> float:
 
 
 class HostMonitor:
-    """Reads `HostUsage`; microseconds, no waiting."""
+    """Reads `HostUsage` in microseconds; never waits."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

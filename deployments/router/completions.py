@@ -1,4 +1,4 @@
-"""The endpoints that answer: decide, call the SLM, stream, and write down how it ended."""
+"""Completions: the endpoints that decide, call the SLM, stream its reply and record the outcome."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from deployments.router.wakeup_queue import WakeupQueue
 from deployments.wire import ErrorReply, Hints
 
 JSON, EVENTS = "application/json", "text/event-stream"
-# Takes a finished call, its request, the client's label and, where prompts are kept, the prompt.
+# Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
 Record = Callable[[dispatch.Call, ChatRequest, str, str | None], None]
 
 
 class CompletionsEndpoint:
-    """OpenAI's two ways to ask. Every call is recorded once, however it ends."""
+    """OpenAI's chat and text completions. Every call is recorded once, however it ends."""
 
     def __init__(
         self,
         args: ServeArgs,
-        loop: ModelSelector,
+        selector: ModelSelector,
         view: FleetView,
         queue: WakeupQueue,
         dispatcher: dispatch.Dispatcher,
@@ -51,7 +51,7 @@ class CompletionsEndpoint:
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
-        self._loop, self._view, self._wakeup_queue = loop, view, queue
+        self._selector, self._view, self._wakeup_queue = selector, view, queue
         self._dispatcher, self._record = dispatcher, record
 
     async def chat(self, request: Request) -> Response:
@@ -75,7 +75,7 @@ class CompletionsEndpoint:
             body = await http.read_json(request, self._limit_bytes)
             parsed = parse(body)
             overrides = parse_overrides(http.routing_headers(request))
-            decision = self._loop.decide(parsed, overrides, decision_id)
+            decision = self._selector.decide(parsed, overrides, decision_id)
         except CalmError as error:
             return http.error_response(error, headers)
         call = self._call(decision)
@@ -94,7 +94,7 @@ class CompletionsEndpoint:
         headers: dict[str, str],
         finish: outcome.Finish,
     ) -> Response:
-        """The response to a request whose SLM is chosen; `opening` sends it there."""
+        """The response to a request whose SLM is chosen; awaiting `opening` sends the request."""
         answer: AsyncIterator[bytes] | ErrorReply | None = None
         try:
             async with asyncio.timeout(self._args.router.request_timeout_s):
@@ -131,17 +131,17 @@ class CompletionsEndpoint:
         return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
 
     def _call(self, decision: Decision) -> dispatch.Call:
-        spec = self._loop.specs[decision.slm_id]
+        spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
         call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
         if self._view.residency.active:
-            preferred = self._view.state(self._loop.specs[decision.preferred])
+            preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)
         return call
 
     def _follow_failover(self, call: dispatch.Call) -> None:
-        """After a failover the row describes the SLM that answers, not the one that failed."""
-        spec = self._loop.specs.get(call.slm_id)
+        """After a failover take state and load of the SLM that answers, for the outcome."""
+        spec = self._selector.specs.get(call.slm_id)
         if spec is not None and call.slm_id != call.decision.slm_id:
             call.state = self._view.state(spec)
             call.load = live_load(call.decision.context, spec, call.state)
@@ -152,7 +152,7 @@ class CompletionsEndpoint:
         opening: asyncio.Future[AsyncIterator[bytes] | ErrorReply],
         finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
-        """A stream that began before its SLM was awake: comments first; errors come as events."""
+        """A stream that begins before its SLM is awake: keepalives first; errors become events."""
         try:
             left_s = self._args.router.request_timeout_s - call.elapsed_s
             async with asyncio.timeout(left_s):
@@ -176,7 +176,7 @@ class CompletionsEndpoint:
             outcome.cancelled(call)
             raise
         finally:
-            if call.final is None:
+            if call.end is None:
                 wakeup_queue.discard(opening)
             finish()
 
@@ -189,19 +189,19 @@ class CompletionsEndpoint:
                     if part:
                         yield part
         except dispatch.REPLICA_FAILURES as error:
-            # The status line is out; an error event instead of [DONE] tells the client.
+            # The status line is sent already, so the client gets an error event instead of [DONE].
             yield http.sse_error(outcome.gone(call, error))
         except (asyncio.CancelledError, GeneratorExit):
             outcome.cancelled(call)
             raise
         finally:
-            if call.final is None:
+            if call.end is None:
                 dispatch.cancel(answer)
             finish()
 
 
 def _hints(parsed: ChatRequest, overrides: Overrides) -> Hints:
-    """What the client asked to be checked in the answer."""
+    """The checks of the answer that the client requested."""
     return {
         "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
         "schema": dict(parsed.schema) if parsed.schema is not None else None,

@@ -1,8 +1,7 @@
-"""The router deployment: the HTTP ingress itself, so a request makes one Ray hop each way.
+"""The router deployment. It is the HTTP ingress, so a request makes one Ray hop each way.
 
-`__call__` takes the raw request; a table maps paths to methods. The decision is the core's, the
-answer's bytes pass through untouched, and everything slow (outcomes, metrics, knowledge) happens in
-background tasks.
+`__call__` takes the raw request; a table maps paths to methods. `calm_serve` decides, the reply's
+bytes pass through unchanged, and slow work (outcomes, metrics, knowledge) runs in background tasks.
 """
 
 from __future__ import annotations
@@ -33,7 +32,11 @@ from calm_serve.requests import (
 from calm_serve.routing import ModelSelector
 from deployments.knowledge.client import KnowledgeClient
 from deployments.knowledge.outcome_outbox import OutcomeOutbox
-from deployments.observability.exporters import RouterMetrics, render_fleet_metrics
+from deployments.observability.exporters import (
+    CONTENT_TYPE,
+    RouterMetrics,
+    render_fleet_metrics,
+)
 from deployments.observability.host import HostMonitor
 from deployments.router import dispatch, http
 from deployments.router.admin.goals import GoalsEndpoint
@@ -49,8 +52,8 @@ from deployments.router.wakeup_queue import WakeupQueue
 
 log = logging.getLogger("ray.serve")
 
-REFRESH_S = 1.0
-STEER_S = 0.25  # between two looks of the goals' controller at what was learned
+REFRESH_S = 1.0  # between two updates of the gauges
+STEER_S = 0.25  # between two steps of the goal controller
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -66,7 +69,7 @@ class Router:
         self._view = FleetView(fleet)
         self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
         self._handles = Handles(handles)
-        self._loop = ModelSelector(
+        self._selector = ModelSelector(
             fleet,
             args.goals,
             read_state=self._view.state,
@@ -81,12 +84,12 @@ class Router:
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
-        self._subscriptions = Subscriptions(fleet, self._loop, self._view, self._handles)
+        self._subscriptions = Subscriptions(fleet, self._selector, self._view, self._handles)
         self._outcomes = OutcomeOutbox(
             self._knowledge.log, Path(args.learning.state_dir) / "spool" / f"{replica}.jsonl"
         )
         self._operations = Operations(
-            self._loop,
+            self._selector,
             self._view,
             self._knowledge,
             self._subscriptions,
@@ -94,7 +97,7 @@ class Router:
             self._outcomes,
         )
         completions = CompletionsEndpoint(
-            args, self._loop, self._view, self._wakeup_queue, dispatcher, self.record
+            args, self._selector, self._view, self._wakeup_queue, dispatcher, self.record
         )
         self._routes = self._endpoints(completions)
         self._outcomes.start()
@@ -103,15 +106,15 @@ class Router:
             asyncio.create_task(self._refresh()),
             asyncio.create_task(self._steer()),
             asyncio.create_task(
-                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._loop.fleet)
+                self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._selector.fleet)
             ),
         ]
 
     def _endpoints(self, completions: CompletionsEndpoint) -> dict[tuple[str, str], Endpoint]:
-        """Method and path to what answers them; `__call__` adds the paths that end in an id."""
-        goals = GoalsEndpoint(self._loop, self._knowledge, self._subscriptions)
+        """Method and path -> endpoint; `__call__` adds the paths that end in an id."""
+        goals = GoalsEndpoint(self._selector, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
-        residency = ResidencyEndpoint(self._loop, self._view.residency, self._knowledge)
+        residency = ResidencyEndpoint(self._selector, self._view.residency, self._knowledge)
         return {
             ("POST", "/v1/chat/completions"): completions.chat,
             ("POST", "/v1/completions"): completions.complete,
@@ -147,7 +150,7 @@ class Router:
             return http.error_response(error)
         except CalmError as error:
             return http.error_response(error)
-        except Exception:  # the last resort: a client of OpenAI's API gets OpenAI's error
+        except Exception:  # whatever fails, the client gets an error in OpenAI's format
             log.exception("request to %s failed", path)
             return http.error_response(CalmError("internal error"))
 
@@ -156,45 +159,45 @@ class Router:
         parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
         overrides = parse_overrides(http.routing_headers(request))
         parsed = parse(body)
-        decision = self._loop.decide(parsed, overrides, uuid.uuid4().hex)
+        decision = self._selector.decide(parsed, overrides, uuid.uuid4().hex)
         fill_features(decision.context, parsed)
-        return http.json_response(self._loop.explain(decision))
+        return http.json_response(self._selector.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
-        body = await http.read_json(request, 65_536)
+        body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         return await self._operations.feedback(body)
 
     async def _metrics_text(self, request: Request) -> Response:
         del request
         text = render_fleet_metrics(self._metrics.aggregates, self._operations.snapshot())
-        return Response(text, 200, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(text, 200, media_type=CONTENT_TYPE)
 
     def record(
         self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
     ) -> None:
-        """Write the outcome of a finished call to windows, metrics and knowledge."""
+        """Record the outcome of a finished call in statistics, controller, metrics and outbox."""
         self._wakeup_queue.release(call)
         fill_features(call.decision.context, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
-        shadow = self._subscriptions.shadow.compare(outcome, self._loop.goals.quality_floor)
+        shadow = self._subscriptions.shadow.compare(outcome, self._selector.goals.quality_floor)
         if shadow is not None:
             outcome = replace(outcome, decision=replace(outcome.decision, shadow=shadow))
         self._view.observe(outcome, call.took_s)
-        self._view.watch.chose(call.decision)
-        self._loop.learn(call.decision, outcome)
+        self._view.monitor.chose(call.decision)
+        self._selector.learn(call.decision, outcome)
         self._metrics.observe(outcome)
         self._outcomes.add(outcome)
 
     async def _refresh(self) -> None:
         host = HostMonitor(time.monotonic)
         while True:
-            await self._handles.connect(self._loop.fleet)
+            await self._handles.connect(self._selector.fleet)
             self._metrics.refresh(self._operations.snapshot(), host.read())
             await asyncio.sleep(REFRESH_S)
 
     async def _steer(self) -> None:
         while True:
-            self._loop.tick()
+            self._selector.tick()
             await asyncio.sleep(STEER_S)
 
     async def check_health(self) -> None:

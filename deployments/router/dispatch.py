@@ -50,7 +50,7 @@ class Call:
     first_byte_s: float | None = None
     status: str = "error"
     http_status: int = 500
-    final: ReplyEnd | None = None
+    end: ReplyEnd | None = None  # last item of the SLM's reply, once it came
     predicted_replica: str = ""
     running_on: str = ""  # SLM that counts it as running
     queued_for_wakeup: bool = False  # it waited for an SLM to wake
@@ -203,7 +203,7 @@ class _Answer:
     async def __anext__(self) -> bytes:
         item, self._next = self._next, None
         if item is None:
-            if self._call.final is not None:
+            if self._call.end is not None:
                 raise StopAsyncIteration
             item = await anext(self._items)
         if self._call.first_byte_s is None:
@@ -219,7 +219,7 @@ class _Answer:
 
     def _finish(self, item: ReplyEnd) -> None:
         call = self._call
-        call.final, call.status, call.http_status = item, "ok", 200
+        call.end, call.status, call.http_status = item, "ok", 200
         VIEW.observe(deployment_name(call.slm_id), item.facts)
 
 

@@ -1,4 +1,4 @@
-"""What one router process knows of the whole fleet, and how `/v1/fleet` shows it."""
+"""Fleet view: the state of all SLMs as one router process knows it; `/v1/fleet` shows it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from deployments.router.live_state import VIEW
 from deployments.router.residency_view import ResidencyView
 from deployments.wire import deployment_name
 
+log = logging.getLogger("ray.serve")
+
 NO_REPORT = ReplicaReport("")
-STATE_LIFETIME_S = 0.02  # a state is computed at most this often per SLM
+CONSTANT = "constant_selector"  # kind of the alarm for choices that do not depend on the prompts
+STATE_LIFETIME_S = 0.02  # a state is recomputed at most this often per SLM
 
 
 class FleetView:
-    """Live state per SLM, from the handles' replica lists, answers and the knowledge board.
+    """Live state of each SLM, from replica lists, replies and the knowledge actor's topics.
 
-    Single-threaded. `ready` latches: it says whether every hot SLM has been up once. `clock`
+    Single-threaded. `ready`: every hot SLM has been up once; it never becomes false again. `clock`
     returns monotonic seconds.
     """
 
@@ -32,21 +35,21 @@ class FleetView:
         self.fleet = fleet
         self.ready = False
         self._clock = clock
-        self._monitor = FleetStats([s.id for s in fleet.slms], clock)
+        self._stats = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, ReplicaReport] = {}
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
-        self.watch = MonitorView()
+        self.monitor = MonitorView()
         self.residency = ResidencyView()
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Follow SLMs that came or went."""
+        """Take the SLMs that joined or left."""
         before, after = {s.id for s in self.fleet.slms}, {s.id for s in fleet.slms}
         for slm_id in after - before:
-            self._monitor.add(slm_id)
+            self._stats.add(slm_id)
         for slm_id in before - after:
-            self._monitor.remove(slm_id)
+            self._stats.remove(slm_id)
             self._states.pop(slm_id, None)
             self._seen_up.discard(slm_id)
         self.fleet = fleet
@@ -67,45 +70,47 @@ class FleetView:
         }
         for slm_id, report in self._reports.items():
             if report.state == "ready" and (start_s := report.ready_s.get("total")):
-                self._monitor.woke(slm_id, start_s)  # from cold: sleep has times of its own
+                self._stats.woke(
+                    slm_id, start_s
+                )  # from cold; wake-ups from sleep are timed separately
 
     def set_desired_residency(self, desired: DesiredResidency, revision: int) -> None:
         """Take the desired residency that the knowledge actor published."""
         self.residency.set_desired(desired, revision)
         self._states.clear()
 
-    def set_watch(self, found: MonitorFindings) -> None:
-        """Take what the knowledge actor found in the outcomes; see `MonitorView`."""
-        self.watch.set(found)
-        self._monitor.set_calibration_factors(self.watch.calibration_factors)
+    def set_findings(self, found: MonitorFindings) -> None:
+        """Take the findings of the outcome monitor; see `MonitorView`."""
+        self.monitor.set(found)
+        self._stats.set_calibration_factors(self.monitor.calibration_factors)
         self._states.clear()
 
     def set_predictor(self, version: PredictorVersion) -> None:
-        """Take which predictor decides from now on: its errors are learned anew."""
-        self._monitor.set_predictor(version)
+        """Take the version of the predictor in use; its errors are measured anew."""
+        self._stats.set_predictor(version)
         self._states.clear()
 
     def state(self, spec: SLMSpec) -> SLMState:
-        """The SLM's state now; microseconds, no call."""
+        """The SLM's current state; takes microseconds, calls nothing remote."""
         now = self._clock()
         kept = self._states.get(spec.id)
         if kept is not None and now - kept[0] < STATE_LIFETIME_S:
             return kept[1]
         replicas = self._live(spec)
-        state = self._monitor.state(spec, replicas, now, self._absent(spec))
+        state = self._stats.state(spec, replicas, now, self._absent(spec))
         state = self.residency.with_residency(state, replicas)
         self._states[spec.id] = (now, state)
         return state
 
     def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
-        """Feed the windows and the circuit breaker; see `FleetMonitor.observe`."""
+        """Feed the statistics and the circuit breaker; see `FleetStats.observe`."""
         if any(s.id == outcome.slm_id for s in self.fleet.slms):
-            self._monitor.observe(outcome, took_s)
+            self._stats.observe(outcome, took_s)
             self._replicas.observe(outcome)
 
     def attempt_failed(self, slm_id: str, took_s: float = 0.0) -> None:
-        """A replica of the SLM failed before its first byte, `took_s` after it got the request."""
-        self._monitor.attempt_failed(slm_id, took_s)
+        """Count a replica that failed before its first byte, `took_s` after it got the request."""
+        self._stats.attempt_failed(slm_id, took_s)
         self._states.pop(slm_id, None)
 
     def refresh_ready(self) -> bool:
@@ -114,20 +119,20 @@ class FleetView:
             if VIEW.replicas(deployment_name(spec.id)):
                 self._seen_up.add(spec.id)
         hot = {s.id for s in self.fleet.slms if s.residency != "on_demand"}
-        # Latched: one SLM that dies later degrades /v1/fleet, not the endpoint.
+        # An SLM that dies later is shown in /v1/fleet; the endpoint stays ready for the others.
         self.ready = self.ready or hot <= self._seen_up
         return self.ready
 
     def states(self) -> dict[str, str]:
-        """One word per SLM, for `/health` and the console."""
-        return {s.id: self._word(s) for s in self.fleet.slms}
+        """The displayed state of each SLM, for `/health` and `calm fleet`."""
+        return {s.id: self._state_name(s) for s in self.fleet.slms}
 
     def snapshot(self, predictor: Mapping[str, Any]) -> dict[str, Any]:
         """The `/v1/fleet` document."""
         return {
             "ready": self.refresh_ready(),
             "predictor": dict(predictor),
-            **self.watch.fleet(),
+            **self.monitor.fleet(),
             **self._residency_summary(),
             "slms": [self._row(s) for s in self.fleet.slms],
         }
@@ -140,12 +145,12 @@ class FleetView:
 
     def _row(self, spec: SLMSpec) -> dict[str, Any]:
         state = self.state(spec)
-        seen = self._monitor.snapshot(spec.id, self._clock())
+        seen = self._stats.snapshot(spec.id, self._clock())
         report = self._reports.get(spec.id) or NO_REPORT
         replicas = self._live(spec)
         return {
             "id": spec.id,
-            "state": self._word(spec),
+            "state": self._state_name(spec),
             "locality": spec.locality,
             "skills": list(spec.skills),
             "replicas": state.replicas,
@@ -173,7 +178,7 @@ class FleetView:
             "adapters": [a.name for a in spec.adapters],
             "resident_adapters": sorted({a for r in replicas for a in r.adapters}),
             "detail": report.detail,
-            **self.watch.row(spec.id),
+            **self.monitor.row(spec.id),
             **self.residency.row(spec, state),
             "per_replica": [self._replica(r) for r in replicas],
         }
@@ -193,16 +198,21 @@ class FleetView:
             **self._replicas.row(replica.replica_id),
         }
 
-    def _word(self, spec: SLMSpec) -> str:
+    def _state_name(self, spec: SLMSpec) -> str:
         if VIEW.replicas(deployment_name(spec.id)):
             state = self.state(spec)
             # Half-open: a probe may be sent, but none has succeeded yet.
-            closed = self._monitor.breaker(spec.id) is BreakerState.CLOSED
+            closed = self._stats.breaker(spec.id) is BreakerState.CLOSED
             return str(state.residency) if closed else "degraded"
         if spec.id in self._seen_up and spec.residency != "on_demand":
             return str(Residency.DEAD)
         reported = (self._reports.get(spec.id) or NO_REPORT).state
-        if reported not in ("", "ready", "asleep", "waking"):  # the latter are of one that is gone
+        if reported not in (
+            "",
+            "ready",
+            "asleep",
+            "waking",
+        ):  # the last three are of a replica that is gone
             return reported
         return str(Residency.COLD if spec.residency == "on_demand" else "pending")
 
@@ -212,13 +222,8 @@ class FleetView:
         return Residency.COLD if spec.residency == "on_demand" else Residency.STARTING
 
 
-log = logging.getLogger("ray.serve")
-
-CONSTANT = "constant_selector"
-
-
 class MonitorView:
-    """The knowledge actor's findings of all routers, and this router's own of its choices.
+    """Findings of the outcome monitor over all routers, and of this router over its own choices.
 
     `clock` returns Unix time in seconds.
     """
@@ -227,7 +232,7 @@ class MonitorView:
         self._clock = clock
         self._findings = MonitorFindings()
         self._energy: Mapping[str, SLMEnergy] = {}
-        self._selector = ContentGainMonitor()
+        self._content_gain = ContentGainMonitor()
         self._alarms = Alarms(clock)
 
     @property
@@ -236,7 +241,7 @@ class MonitorView:
         return self._findings.calibration_factors
 
     def set(self, findings: MonitorFindings) -> None:
-        """Take the knowledge actor's findings."""
+        """Take the findings of the outcome monitor."""
         self._findings = findings
 
     def set_energy(self, energy: Mapping[str, SLMEnergy]) -> None:
@@ -245,14 +250,14 @@ class MonitorView:
 
     def chose(self, decision: Decision) -> None:
         """Count a decision of this router."""
-        self._selector.observe(decision)
+        self._content_gain.observe(decision)
 
     def fleet(self) -> dict[str, Any]:
-        """The fleet's part of `/v1/fleet`: alarms that are on, and what reading prompts gains."""
-        gains = self._selector.gains()
+        """The fleet's part of `/v1/fleet`: alarms that are on, and the content gain."""
+        gains = self._content_gain.gains()
         if gains is not None and (verdict := gains.verdict):
             if self._alarms.start(CONSTANT, "", gains.entropy_ratio, verdict):
-                log.warning("content adds nothing to the choice: %s", verdict)
+                log.warning("choices do not depend on the prompts: %s", verdict)
         else:
             self._alarms.end(CONSTANT)
         return {

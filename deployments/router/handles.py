@@ -1,4 +1,4 @@
-"""Handles of the SLMs' deployments, in this application or in applications added later."""
+"""Handles of the SLMs' deployments, in this application or in applications of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("ray.serve")
 
 
 class Handles:
-    """SLM id to handle. A handle's request router starts with its first call, or with `connect`."""
+    """SLM id -> handle. A handle's request router starts with its first call, or with `connect`."""
 
     def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
         self._own = dict(handles)
@@ -27,7 +27,7 @@ class Handles:
         return self._own.get(slm_id) or self._added[slm_id][1]
 
     def set_added(self, apps: Mapping[str, str]) -> None:
-        """Follow SLMs that live in applications of their own: SLM id to application name."""
+        """Take the SLMs of other applications: SLM id -> application name."""
         for slm_id in set(self._added) - set(apps):
             del self._added[slm_id]
             self._connected.discard(slm_id)
@@ -38,7 +38,7 @@ class Handles:
             self._added[slm_id] = (app, handle)
 
     async def connect(self, fleet: Fleet) -> None:
-        """Make every handle follow its replicas, so that states are known before the first call."""
+        """Start the request router of every handle: replicas are then known before a call."""
         for spec in fleet.slms:
             if spec.id in self._connected:
                 continue

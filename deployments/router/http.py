@@ -1,4 +1,4 @@
-"""Small HTTP helpers of the router: JSON in, JSON out, OpenAI's errors, our headers."""
+"""HTTP helpers of the router: JSON bodies, OpenAI's errors, routing headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from calm_serve.errors import CalmError, CapacityError, RequestError, openai_error
 
-# Starlette lower-cases names; only these reach the decision, so a request stays small in memory.
+ADMIN_BODY_BYTES = 65_536  # limit of feedback, goals and other administration bodies
+# Names are lower-case in Starlette. The decision reads only these headers.
 _ROUTING_PREFIXES = ("x-calm-", "x-slo-", "x-session-id")
 
 
@@ -23,7 +24,7 @@ class TooLargeError(RequestError):
 
 
 async def read_json(request: Request, limit_bytes: int) -> Any:
-    """Parse the body once. Raises RequestError (400) or TooLargeError (413)."""
+    """Read and parse the body. Raises RequestError (400) or TooLargeError (413)."""
     declared = request.headers.get("content-length", "0")
     size = 0
     parts: list[bytes] = []
@@ -41,7 +42,7 @@ async def read_json(request: Request, limit_bytes: int) -> Any:
 
 
 def routing_headers(request: Request) -> dict[str, str]:
-    """The request's headers that the decision reads."""
+    """The headers that the decision reads."""
     return {k: v for k, v in request.headers.items() if k.startswith(_ROUTING_PREFIXES)}
 
 
@@ -53,7 +54,7 @@ def json_response(
 
 
 def error_response(error: CalmError, headers: Mapping[str, str] | None = None) -> Response:
-    """OpenAI's error document; capacity errors carry `Retry-After`."""
+    """OpenAI's error document; capacity errors have `Retry-After`."""
     extra = dict(headers or {})
     if isinstance(error, CapacityError):
         extra["retry-after"] = str(math.ceil(error.retry_after_s))

@@ -1,12 +1,11 @@
-"""What this process knows of its SLMs' replicas right now, without asking anybody.
+"""Live view: the state of the SLMs' replicas as this process knows it, without remote calls.
 
-The router deployment's code and the `RequestRouter` classes of its handles both import this
-module, so both see one `VIEW` per process. It cannot live next to the `RequestRouter`: Serve
-pickles that module by value, so its globals are private copies, and resets them with every
-configuration broadcast.
+The router deployment and the `RequestRouter` classes of its handles both import this module, so
+they share one `VIEW` per process. It is not in the `RequestRouter`'s module, because Serve pickles
+that by value: its globals are private copies, reset with every configuration broadcast.
 
-Serve may run the router on its own thread (`RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP`). Membership
-and prefixes are written by the router's thread, engine facts by the deployment's; each write
+Serve may run the request router on a thread of its own (`RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP`).
+That thread writes membership and prefixes, the deployment's thread engine facts; each write
 replaces one dictionary entry or one tuple, so readers need no lock.
 """
 
@@ -23,16 +22,17 @@ from calm_serve.types import Decision, EngineFacts, ReplicaState
 from deployments.wire import Hints
 
 FACTS_LIFETIME_S = 10.0
-"""Seconds after which an answer's engine load is no longer believed; Serve uses the same
-lifetime for the queue lengths it caches."""
+"""Seconds for which the engine load of a reply is used; Serve caches queue lengths for as long.
+`load_tests scale` measures the effect of stale load."""
 
 CACHED_RATIO_GAIN = 0.1
-"""Weight of the newest answer in the mean share of prompt tokens found in the prefix cache."""
+"""Weight of the newest reply in the mean share of prompt tokens found in the prefix cache."""
 
-MAX_BLOCKS = 65_536
+# Bounds of memory.
+MAX_BLOCKS = 65_536  # of a deployment's prefix index; `load_tests prefix` notices too few
 MAX_DEPLOYMENTS = 256
-MAX_ROUTED = 8_192
-MAX_DEAD = 8_192
+MAX_ROUTED = 8_192  # decisions whose preferred replica is known
+MAX_DEAD = 8_192  # replica ids
 
 
 def hints_of(decision: Decision) -> Hints:
@@ -49,7 +49,7 @@ def hints_of(decision: Decision) -> Hints:
 
 @dataclass(frozen=True, slots=True)
 class _LastReport:
-    """Engine load as the last answer of one replica reported it."""
+    """Engine load in the last reply of one replica."""
 
     at_s: float
     running: int
@@ -64,7 +64,7 @@ def _unknown_queue_length(_replica_id: str) -> int | None:
 
 @dataclass(slots=True)
 class _Deployment:
-    states: tuple[ReplicaState, ...] = ()  # as the controller last described them
+    states: tuple[ReplicaState, ...] = ()  # as last described by Serve's controller
     reports: dict[str, _LastReport] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=lambda: PrefixIndex(MAX_BLOCKS))
     queue_length: Callable[[str], int | None] = _unknown_queue_length
@@ -85,8 +85,8 @@ class LiveView:
         self._dead: OrderedDict[str, None] = OrderedDict()  # replica ids, oldest first
 
     def __reduce__(self) -> str:
-        # Serve pickles deployment classes by value, with the globals they use: let them carry
-        # this process's view by name, never a copy.
+        # Serve pickles deployment classes by value, with the globals they use. The view is pickled
+        # by name, so that it is never copied.
         return "VIEW"
 
     def attach(self, deployment: str, queue_length: Callable[[str], int | None]) -> None:
@@ -94,7 +94,7 @@ class LiveView:
         self._of(deployment).queue_length = queue_length
 
     def update_replicas(self, deployment: str, states: Iterable[ReplicaState]) -> None:
-        """Replace the deployment's replicas and their polled load; forget those that are gone."""
+        """Replace the deployment's replicas and their polled load; drop those that are gone."""
         record = self._of(deployment)
         before = {s.replica_id: s for s in record.states}
         record.states = tuple(states)
@@ -103,7 +103,7 @@ class LiveView:
             last = record.reports.get(state.replica_id)
             if last is None:
                 continue
-            # Broadcasts repeat old statistics; only changed ones are newer than the last answer.
+            # Broadcasts repeat old statistics; only changed ones are newer than the last reply.
             old = before.get(state.replica_id)
             if old is not None and _load(old) != _load(state):
                 last = replace(
@@ -121,8 +121,8 @@ class LiveView:
         """Return the deployment's replicas with their load as of now; () when it has none.
 
         Replicas known to be dead are left out, even while the controller still lists them.
-        Queue lengths come from the attached reader; where that knows nothing, the engine's
-        running and waiting requests stand in.
+        Queue lengths come from the attached reader; when it returns None, the engine's running and
+        waiting requests are used.
         """
         record = self._deployments.get(deployment)
         if record is None:
@@ -135,7 +135,7 @@ class LiveView:
         )
 
     def observe(self, deployment: str, facts: EngineFacts) -> None:
-        """Take the engine load that came with an answer; ignored for a replica that is gone."""
+        """Take the engine load of a reply; ignored for a replica that is gone."""
         record = self._deployments.get(deployment)
         if record is None:
             return
@@ -152,14 +152,14 @@ class LiveView:
         )
 
     def routed(self, decision_id: str, replica_id: str) -> None:
-        """Remember which replica was preferred for a decision; the oldest are forgotten."""
+        """Store the replica that was preferred for a decision; the oldest entries are dropped."""
         with self._lock:
             self._routed[decision_id] = replica_id
             while len(self._routed) > MAX_ROUTED:
                 self._routed.popitem(last=False)
 
     def take_routed(self, decision_id: str) -> str:
-        """Return and forget the replica preferred for a decision; "" when none is known."""
+        """Return and drop the replica preferred for a decision; "" when none is known."""
         with self._lock:
             return self._routed.pop(decision_id, "")
 

@@ -79,7 +79,7 @@ def gone(call: dispatch.Call, error: BaseException) -> CalmError:
 def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None) -> Outcome:
     """The durable row of a finished call. `at` is Unix time in seconds."""
     decision, context = call.decision, call.decision.context
-    facts = call.final.facts if call.final else EngineFacts()
+    facts = call.end.facts if call.end else EngineFacts()
     e2e_s = time.perf_counter() - call.started
     # An answer that is sent in one piece has its first token when the engine says so.
     ttft_s = call.first_byte_s if context.stream else facts.ttft_s or None
@@ -108,7 +108,7 @@ def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None)
             or not call.state.replicas,
         ),
         engine=facts,
-        signals=call.final.signals if call.final else (),
+        signals=call.end.signals if call.end else (),
         prompt_text=prompt,
     )
 

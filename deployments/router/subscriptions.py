@@ -1,4 +1,4 @@
-"""What the knowledge actor publishes, applied to this router: predictor, goals, states, SLMs."""
+"""Subscriptions: applies the knowledge actor's topics to this router."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PRIOR_SOURCE = "metadata priors"
 
 
 class Subscriptions:
-    """Follows the topics for one router. Single-threaded; `base` is the configured fleet."""
+    """Applies topics to one router. Single-threaded; `base` is the configured fleet."""
 
     def __init__(
         self, base: Fleet, selector: ModelSelector, view: FleetView, handles: Handles
@@ -55,11 +55,11 @@ class Subscriptions:
         self._cold_start: PublishedPredictor | None = None
 
     async def apply(self, topic: str, update: Update) -> None:
-        """Apply one update; one that this program cannot read is logged, and nothing changes."""
+        """Apply one update; an unreadable one is logged and changes nothing."""
         try:
             record = decode(topic, update)
         except KnowledgeError as error:
-            log.error("update of %s refused, the present state stays: %s", topic, error)
+            log.error("update of %s refused, the current state stays: %s", topic, error)
             return
         match Topic(topic):
             case Topic.PREDICTOR:
@@ -77,22 +77,22 @@ class Subscriptions:
             case Topic.RESIDENCY:
                 self._view.set_desired_residency(record, update.revision)
             case Topic.MONITOR:
-                self._view.set_watch(record)
+                self._view.set_findings(record)
             case Topic.ENERGY:
-                self._view.watch.set_energy(record)
+                self._view.monitor.set_energy(record)
             case Topic.SLMS:
                 self._apply_registry(record)
             case Topic.GOALS:
                 self.apply_goals(record)
 
     def apply_goals(self, change: GoalChange) -> None:
-        """Swap the router's goals; unchanged ones keep their controller's state."""
+        """Replace the router's goals; with equal goals the controller keeps its state."""
         try:
             goals = Goals.model_validate(change.new)
             if goals != self._selector.goals:
                 self._selector.set_goals(goals)
         except (ValidationError, CalmError) as error:
-            log.error("published goals refused, the present ones stay: %s", error)
+            log.error("published goals refused, the current ones stay: %s", error)
             return
         self.goals_change = change
         self._goals_applied.set()
@@ -149,7 +149,7 @@ class Subscriptions:
 async def _predictor_of(
     published: PublishedPredictor | None, cold_start: PublishedPredictor | None = None
 ) -> LightGBMPredictor | None:
-    """Build a published predictor; None for none, and for one that this program cannot read."""
+    """Build a published predictor; None for none, and for an unreadable one, which is logged."""
     if published is None:
         return None
 
@@ -161,5 +161,5 @@ async def _predictor_of(
         # Built off the event loop: parsing trees takes milliseconds.
         return await asyncio.to_thread(build)
     except KnowledgeError as error:
-        log.error("published predictor refused, the present one stays: %s", error)
+        log.error("published predictor refused, the current one stays: %s", error)
         return None

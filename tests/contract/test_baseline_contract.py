@@ -34,7 +34,7 @@ FLEET = make_fleet(
     make_spec("quick", skills=["sql"], description="Question to SQL."),
     make_spec("small", parameters=1, description="Small talk."),
 )
-# What a policy has to be told; a new policy needs an entry only if that is more than its name.
+# Arguments of a policy; a new policy needs an entry only if it has more than its name.
 PARAMETERS: dict[SelectionPolicyName, dict[str, object]] = {
     SelectionPolicyName.SINGLE: {"slm": "quick"},
     SelectionPolicyName.SHARES: {"shares": {"broad": 0.5, "quick": 0.3, "small": 0.1}},
@@ -96,7 +96,7 @@ def policy(name: SelectionPolicyName) -> Baseline:
 
 @EVERY
 @given(SITUATIONS, OUTCOMES)
-def test_every_candidate_is_ranked_once_and_nobody_else(
+def test_every_candidate_is_ranked_once_and_no_other_slm(
     name: SelectionPolicyName, situation: Situation, outcomes: list[object]
 ) -> None:
     chooser = policy(name)
@@ -133,7 +133,7 @@ def test_the_order_of_the_candidates_does_not_matter(
 
 @EVERY
 @pytest.mark.parametrize("allowed", [IDS, IDS[:3], IDS[1:], ("large", "small")])
-def test_an_slm_is_chosen_as_often_as_its_propensity_says(
+def test_an_slm_is_chosen_as_often_as_its_propensity(
     name: SelectionPolicyName, allowed: Sequence[str]
 ) -> None:
     chooser, count = policy(name), 4000

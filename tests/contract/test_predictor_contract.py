@@ -19,7 +19,7 @@ from calm_serve.types import Prediction, Residency, RoutingContext, SLMState
 from tests.contract.strategies import CONTEXTS, STATES
 from tests.knowledge_data import CODER, TALKER, make_context, make_state, make_world
 
-UNSEEN = "newcomer"
+UNSEEN = "unseen"
 
 
 @cache

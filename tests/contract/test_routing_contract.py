@@ -70,7 +70,7 @@ def test_a_filter_answers_yes_or_no_to_everything_and_always_the_same(
 
 @pytest.mark.parametrize("name", FILTERS)
 @given(CONTEXTS, specs(), STATES)
-def test_what_a_filter_refuses_is_excluded_whatever_the_others_say(
+def test_what_one_filter_refuses_is_excluded_whatever_the_others_accept(
     name: str, context: RoutingContext, spec: SLMSpec, state: SLMState
 ) -> None:
     if not FILTERS[name](context, spec, state):
@@ -216,7 +216,9 @@ def test_ranking_is_a_total_order_that_does_not_depend_on_the_input_order(
 
 
 @given(CANDIDATES, RATIO)
-def test_the_quality_floor_never_leaves_nobody(candidates: list[Candidate], floor: float) -> None:
+def test_the_quality_floor_always_leaves_a_candidate(
+    candidates: list[Candidate], floor: float
+) -> None:
     kept = scoring.above_floor(candidates, floor)
     assert kept
     above = [c for c in candidates if c.quality >= floor]

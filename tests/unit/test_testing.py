@@ -56,7 +56,7 @@ def test_a_fleet_may_be_given_its_slms() -> None:
     assert len(make_fleet().slms) == 2
 
 
-def test_a_clock_moves_only_when_told_and_only_forwards() -> None:
+def test_a_clock_moves_only_in_advance_and_only_forwards() -> None:
     clock = FakeClock(5.0)
     assert clock() == clock() == 5.0
     clock.advance(1.5)

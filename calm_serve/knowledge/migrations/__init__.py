@@ -1,4 +1,4 @@
-"""Migrations of the outcome store. Owner: knowledge actor; whoever opens a store. Blocks.
+"""Migrations of the outcome store. Owner: knowledge actor, command line. May block.
 
 Alembic, run in process: `upgrade` brings a store of any earlier program to the present schema, in
 one transaction, or refuses a store that a newer program wrote without touching it.
@@ -16,9 +16,9 @@ from alembic.script import ScriptDirectory
 
 from calm_serve.errors import KnowledgeError
 
-# Programs before the first migration wrote their schema's version as a text of this table.
+# Version of the schema of programs before the first migration; they wrote it into the table `meta`.
 UNVERSIONED = "1"
-LOCK_ID = 0x0CA1_5E4E  # of the advisory lock under which PostgreSQL stores are migrated
+LOCK_ID = 0x0CA1_5E4E  # PostgreSQL advisory lock during a migration
 FOLDER = Path(__file__).parent
 
 
@@ -87,6 +87,6 @@ def _lock(connection: sa.Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
     else:
-        # sqlite3 begins no transaction before DDL by itself; without one, half of a migration
-        # would stay after a crash.
+        # sqlite3 begins no transaction before DDL by itself; without one a crash would leave half a
+        # migration.
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""`/v1/goals`: what the operator wants, how it stands, and who changed it."""
+"""`/v1/goals`: the operator's goals, the state of their targets, and who changed them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from calm_serve.protocol.topics import GoalChange
 from calm_serve.routing import ModelSelector
 from deployments.router import http
 
-BODY_LIMIT_BYTES = 65_536
 ACTOR_HEADER = "x-calm-actor"
+MAX_HISTORY = 1000  # changes in one answer
+ECHO_TIMEOUT_S = 2.0  # wait for this router to receive its own change
 
 
-ECHO_TIMEOUT_S = 2.0  # for this router to receive its own change
-
-
-class GoalKeeper(Protocol):
-    """What the endpoints ask of the knowledge client."""
+class GoalStore(Protocol):
+    """The knowledge client, as the endpoint uses it."""
 
     async def set_goals(self, goals: Goals, by: str) -> GoalChange:
         """Change the goals durably."""
@@ -34,9 +32,9 @@ class GoalKeeper(Protocol):
 
 
 class AppliedGoals(Protocol):
-    """What the endpoints ask of the router's subscriptions."""
+    """The router's subscriptions, as the endpoint uses them."""
 
-    goals_change: GoalChange | None  # the change that is in force here
+    goals_change: GoalChange | None  # in force in this router
 
     async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
         """Whether this router has goals of at least that revision, after waiting for them."""
@@ -44,57 +42,61 @@ class AppliedGoals(Protocol):
 
 
 class GoalsEndpoint:
-    """GET and PUT."""
+    """GET and PUT /v1/goals."""
 
-    def __init__(self, loop: ModelSelector, knowledge: GoalKeeper, applied: AppliedGoals) -> None:
-        self._loop, self._knowledge, self._applied = loop, knowledge, applied
+    def __init__(
+        self, selector: ModelSelector, knowledge: GoalStore, applied: AppliedGoals
+    ) -> None:
+        self._selector, self._knowledge, self._applied = selector, knowledge, applied
 
     async def get(self, request: Request) -> Response:
         """Goals, weights and targets of this router; `?history=N` adds the last N changes."""
         document = self._document()
-        if asked := request.query_params.get("history"):
-            if not asked.isdecimal() or len(asked) > 4 or not 1 <= int(asked) <= 1000:
-                raise RequestError("'history' must be a number from 1 to 1000", param="history")
-            document["history"] = await self._knowledge.goal_history(int(asked))
+        if limit := request.query_params.get("history"):
+            valid = limit.isdecimal() and len(limit) <= len(str(MAX_HISTORY))
+            if not valid or not 1 <= int(limit) <= MAX_HISTORY:
+                text = f"'history' must be a number from 1 to {MAX_HISTORY}"
+                raise RequestError(text, param="history")
+            document["history"] = await self._knowledge.goal_history(int(limit))
         return http.json_response(document)
 
     async def put(self, request: Request) -> Response:
-        """Replace the goals, for all routers; fields left out get their defaults.
+        """Replace the goals of all routers; fields left out get their defaults.
 
-        Durable when answered; 202 when this router has yet to hear of it. `x-calm-actor`, else the
-        client's address, goes to the audit trail.
+        Durable when answered; 202 when this router has not received the change yet. The audit trail
+        gets `x-calm-actor`, else the client's address.
         """
-        body = await http.read_json(request, BODY_LIMIT_BYTES)
+        body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object with the fields of the goals")
         try:
-            goals = parse_goals(body, self._loop.fleet)
+            goals = parse_goals(body, self._selector.fleet)
         except ConfigError as error:
             raise RequestError(error.message, param=error.param) from error
         address = request.client.host if request.client else "unknown"
         by = request.headers.get(ACTOR_HEADER) or address
         change = await self._knowledge.set_goals(goals, by)
         if not await self._applied.wait_for_goals(change.revision, ECHO_TIMEOUT_S):
-            pending = {"goals": goals.model_dump(mode="json"), "changed": _signed(change)}
+            pending = {"goals": goals.model_dump(mode="json"), "changed": _change_summary(change)}
             return http.json_response(pending, 202)
         return http.json_response(self._document())
 
     def _document(self) -> dict[str, Any]:
-        changed = _signed(self._applied.goals_change)
-        goals = self._loop.goals.model_dump(mode="json")
-        return {"goals": goals, **goals_section(self._loop), "changed": changed}
+        changed = _change_summary(self._applied.goals_change)
+        goals = self._selector.goals.model_dump(mode="json")
+        return {"goals": goals, **goals_section(self._selector), "changed": changed}
 
 
-def _signed(change: GoalChange | None) -> dict[str, Any]:
+def _change_summary(change: GoalChange | None) -> dict[str, Any]:
     names = ("at", "by", "revision")
     return {name: None if change is None else getattr(change, name) for name in names}
 
 
-def goals_section(loop: ModelSelector) -> dict[str, Any]:
+def goals_section(selector: ModelSelector) -> dict[str, Any]:
     """The `goals` of /v1/fleet: version, weights in use, and every target with its state."""
     return {
-        "version": loop.versions.goals,
-        "policy": loop.goals.policy.name,
-        "weights": asdict(loop.weights),
-        "targets": [asdict(status) for status in loop.controller.status()],
+        "version": selector.versions.goals,
+        "policy": selector.goals.policy.name,
+        "weights": asdict(selector.weights),
+        "targets": [asdict(status) for status in selector.controller.status()],
     }

@@ -1,4 +1,4 @@
-"""The router's endpoints for people and machines that operate it."""
+"""Endpoints that operate the router: health, fleet, models, decisions, feedback."""
 
 from __future__ import annotations
 
@@ -20,50 +20,51 @@ from deployments.router.admin.goals import goals_section
 from deployments.router.fleet_view import FleetView
 from deployments.router.subscriptions import Subscriptions
 
-_CREATED = 1_700_000_000  # OpenAI's schema wants a time; models here have none that means anything
+MAX_DECISION_ID_CHARS = 64
+_CREATED = 1_700_000_000  # required by OpenAI's schema; has no meaning here
 
 
 class Operations:
-    """Reads what the router knows; changes nothing but feedback."""
+    """Reads the router's state; only feedback changes anything."""
 
     def __init__(
         self,
-        loop: ModelSelector,
+        selector: ModelSelector,
         view: FleetView,
         knowledge: KnowledgeClient,
         subscriptions: Subscriptions,
         metrics: RouterMetrics,
         outcomes: OutcomeOutbox,
     ) -> None:
-        self._loop = loop
+        self._selector = selector
         self._view = view
         self._knowledge, self._subscriptions = knowledge, subscriptions
         self._metrics = metrics
         self._outcomes = outcomes
 
     async def health(self, request: Request) -> Response:
-        """200 once every hot SLM has been up, then always; before that 503 with the states."""
+        """200 after every hot SLM has been up once; before that 503 with the states."""
         del request
         ready = self._view.refresh_ready()
         body = {"status": "ok" if ready else "starting", "slms": self._view.states()}
         return http.json_response(body, 200 if ready else 503)
 
     async def fleet(self, request: Request) -> Response:
-        """Every SLM's state, load, memory and times."""
+        """State, load, memory and times of every SLM."""
         del request
         return http.json_response(self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
         """The `/v1/fleet` document."""
         predictor = {
-            "version": str(self._loop.predictor.version),
+            "version": str(self._selector.predictor.version),
             "source": self._subscriptions.predictor_source,
             "outcomes_pending": self._outcomes.pending_rows,
             "outcomes_lost": self._outcomes.lost_rows,
             "knowledge_reachable": self._knowledge.reachable,
             **self._predictors(),
         }
-        return self._view.snapshot(predictor) | {"goals": goals_section(self._loop)}
+        return self._view.snapshot(predictor) | {"goals": goals_section(self._selector)}
 
     def _predictors(self) -> dict[str, Any]:
         status = self._subscriptions.predictors
@@ -83,9 +84,9 @@ class Operations:
 
     async def decision(self, decision_id: str) -> Response:
         """The record of a decision: from this router's memory, else the stored outcome."""
-        decision = self._loop.recall(decision_id)
+        decision = self._selector.recall(decision_id)
         if decision is not None:
-            return http.json_response(self._loop.explain(decision))
+            return http.json_response(self._selector.explain(decision))
         stored = await self._knowledge.outcome(decision_id)
         if stored is None:
             error = RequestError(f"decision {decision_id!r} not found", param="decision_id")
@@ -101,7 +102,11 @@ class Operations:
         if unknown:
             raise RequestError(f"unknown key {sorted(unknown)[0]!r}; known: decision_id, score")
         decision_id, score = body.get("decision_id"), body.get("score")
-        if not isinstance(decision_id, str) or not decision_id or len(decision_id) > 64:
+        if (
+            not isinstance(decision_id, str)
+            or not decision_id
+            or len(decision_id) > MAX_DECISION_ID_CHARS
+        ):
             raise RequestError("'decision_id' must be the x-calm-decision-id", param="decision_id")
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
             raise RequestError("'score' must be a number from 0 to 1", param="score")
@@ -111,7 +116,7 @@ class Operations:
 
     def _models(self) -> dict[str, dict[str, Any]]:
         entries = {"auto": _entry("auto", "calm_serve", "Let the router choose.")}
-        for slm in self._loop.fleet.slms:
+        for slm in self._selector.fleet.slms:
             entries[slm.id] = _entry(slm.id, slm.locality, slm.description) | {
                 "max_model_len": slm.context_tokens
             }

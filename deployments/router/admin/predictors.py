@@ -1,4 +1,4 @@
-"""`/v1/predictors`: which predictors are stored, which one decides, and changing that."""
+"""`/v1/predictors`: the stored predictors, the champion, and how an operator changes it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from calm_serve.errors import RequestError
 from deployments.knowledge.client import KnowledgeClient
 from deployments.router import http
 
-MAX_BODY_BYTES = 65_536
 _KEYS = ("action", "version")
 
 
 class PredictorsEndpoint:
-    """Asks the knowledge actor; every router hears of a change on its board."""
+    """Calls the knowledge actor, which publishes a change to every router."""
 
     def __init__(self, knowledge: KnowledgeClient) -> None:
         self._knowledge = knowledge
 
     async def get(self, request: Request) -> Response:
-        """Stored predictors with metrics and state, shadow, live comparison, last change."""
+        """Stored predictors; shadow, post-promotion evaluation, last change and training."""
         del request
         return http.json_response(await self._knowledge.predictors())
 
     async def post(self, request: Request) -> Response:
-        """`{"action": "pin" | "unpin" | "rollback", "version"}`; the list as it is afterwards."""
-        body = await http.read_json(request, MAX_BODY_BYTES)
+        """`{"action": "pin" | "unpin" | "rollback", "version"}`; answers with the new list."""
+        body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object")
         if unknown := set(body) - set(_KEYS):

@@ -15,16 +15,14 @@ from deployments.knowledge.client import KnowledgeClient
 from deployments.router import http
 from deployments.router.residency_view import ResidencyView
 
-MAX_BODY_BYTES = 65_536
-
 
 class ResidencyEndpoint:
     """GET and PUT. A change lasts until the next deployment brings its own configuration."""
 
     def __init__(
-        self, loop: ModelSelector, view: ResidencyView, knowledge: KnowledgeClient
+        self, selector: ModelSelector, view: ResidencyView, knowledge: KnowledgeClient
     ) -> None:
-        self._loop, self._view, self._knowledge = loop, view, knowledge
+        self._selector, self._view, self._knowledge = selector, view, knowledge
 
     async def get(self, request: Request) -> Response:
         """The settings, memory use, hits and swaps so far, and each SLM's desired tier."""
@@ -33,14 +31,14 @@ class ResidencyEndpoint:
 
     async def put(self, request: Request) -> Response:
         """Replace the settings for the whole fleet; fields left out get their defaults."""
-        body = await http.read_json(request, MAX_BODY_BYTES)
+        body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object with the fields of `residency`")
         try:
-            options = parse_residency(body, self._loop.fleet)
+            options = parse_residency(body, self._selector.fleet)
         except ConfigError as error:
             raise RequestError(error.message, param=error.param) from error
-        weights = self._loop.weights
+        weights = self._selector.weights
         await self._knowledge.set_residency(options, weights.latency_per_s, weights.energy_per_j)
         return http.json_response({"residency": options.model_dump(mode="json")})
 

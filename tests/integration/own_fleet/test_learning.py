@@ -65,7 +65,7 @@ def versions(urls: list[str]) -> list[str]:
     return [f["predictor"]["version"] for f in fleets]
 
 
-def serve_and_judge(fleet: ServedFleet, wanted: str, job: tuple[int, str]) -> None:
+def serve_and_score(fleet: ServedFleet, wanted: str, job: tuple[int, str]) -> None:
     number, slm = job
     answer = fleet.chat(report(number), slm, max_tokens=1)
     decision_id = answer.headers["x-calm-decision-id"]
@@ -85,7 +85,7 @@ def test_feedback_moves_later_requests_to_the_slm_that_users_prefer(fleet: Serve
     jobs = [(len(SLMS) * i + j, slm) for i in range(ROUNDS) for j, slm in enumerate(SLMS)]
     assert len(jobs) >= MIN_OUTCOMES + RETRAIN_EVERY
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda job: serve_and_judge(fleet, wanted, job), jobs))
+        list(pool.map(lambda job: serve_and_score(fleet, wanted, job), jobs))
 
     eventually(
         "a challenger is in the shadow",

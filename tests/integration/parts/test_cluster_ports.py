@@ -34,14 +34,14 @@ def test_a_block_is_given_back() -> None:
         assert claim.environment == mine
 
 
-def test_a_block_is_skipped_when_somebody_else_listens_in_it() -> None:
+def test_a_block_in_which_a_port_is_taken_is_skipped() -> None:
     with closing(PortClaim()) as claim:
         mine = claim.environment
     with socket.create_server(("127.0.0.1", int(mine[FIRST]))), closing(PortClaim()) as claim:
         assert claim.environment[FIRST] != mine[FIRST]
 
 
-def test_when_every_block_is_taken_it_says_so() -> None:
+def test_when_every_block_is_taken_it_is_an_error() -> None:
     claims: list[PortClaim] = []
     try:
         with pytest.raises(ConfigError, match="taken"):

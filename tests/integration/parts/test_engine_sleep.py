@@ -111,7 +111,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_answers_as_before(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["answers"] > models  # they differ, so that equality says something
+    assert found["answers"] > models  # they differ, so that equality is evidence
     assert found["equal"] == [True] * 4
     assert found["cached"] == [0, 0]  # prefixes are forgotten with the cache
     assert min(found["freed"]) > 32 * MIB

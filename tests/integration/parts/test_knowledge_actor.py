@@ -17,7 +17,8 @@ from calm_serve.config import Learning
 from calm_serve.errors import ConfigError
 from calm_serve.protocol.outcomes import OUTCOME, encode_batch
 from calm_serve.protocol.topics import Topic, decode
-from deployments.knowledge.actor import get_knowledge, remove_knowledge
+from deployments.knowledge.actor import get_knowledge
+from deployments.knowledge.address import NAMESPACE, actor_name
 from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +38,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def learning(tmp_path: Path) -> Iterator[Learning]:
     yield Learning(state_dir=str(tmp_path), min_outcomes=60, retrain_every=1000)
-    remove_knowledge("test")
+    ray.kill(ray.get_actor(actor_name("test"), namespace=NAMESPACE), no_restart=True)
 
 
 async def patiently(actor: Any, method: str, *args: Any) -> Any:
@@ -110,7 +111,3 @@ async def test_a_refused_registration_reaches_the_caller_as_what_it_is(learning:
     await actor.register.remote(make_spec("later").model_dump_json(), "app2")
     with pytest.raises(ConfigError, match="taken"):
         await actor.register.remote(make_spec("later").model_dump_json(), "app3")
-
-
-def test_removing_an_actor_that_is_not_there_says_so() -> None:
-    assert remove_knowledge("never") is False

@@ -141,7 +141,7 @@ def test_feedback_in_either_order_gives_one_label(store: OutcomeStore) -> None:
     assert store.add_signals("late", [GOOD]) is False
     store.append([make_outcome("late")])
     assert store.add_signals("late", [replace(GOOD, value=0.0, at=1.0)]) is True
-    ((_, found),) = store.labelled(0, 10)
+    (found,) = store.recent(10, labelled=True)
     assert found.signals == (GOOD,)
     assert store.labelled_total() == 1
 

@@ -62,7 +62,7 @@ class FakeSLM:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
 class Caller:
-    """Stands where the router deployment stands: makes the calls one HTTP request asks for."""
+    """Takes the place of the router deployment: makes the calls of one HTTP request."""
 
     def __init__(self, **slms: DeploymentHandle) -> None:
         self.slms = {name: handle.options(stream=True) for name, handle in slms.items()}
@@ -128,7 +128,7 @@ class Client:
         return dict(answer.json())
 
     def replicas(self, at_least: int = 2) -> list[str]:
-        """Return the SLM's replicas once every caller that answers knows the same ones."""
+        """Return the SLM's replicas once every caller that answers has the same ones."""
         deadline_s = time.monotonic() + 15.0
         agreeing: list[list[str]] = []
         while len(agreeing) < 8:
@@ -171,7 +171,7 @@ def routers(clients: dict[str, Client]) -> Client:
     return clients["threads"]
 
 
-def home(request: ReplicaRequest, replicas: list[str]) -> str:
+def preferred_replica(request: ReplicaRequest, replicas: list[str]) -> str:
     states = [ReplicaState(r, max_queue_length=16) for r in replicas]
     ranked = rank_replicas(
         request, states, {}, local_node_id="", random=Random(0), exploration_ratio=0.0
@@ -180,13 +180,13 @@ def home(request: ReplicaRequest, replicas: list[str]) -> str:
 
 
 def evenly(field: str, replicas: list[str], each: int) -> dict[str, str]:
-    """Return `each` keys per replica for which it is the rendezvous home, replicas in turns.
+    """Return `each` keys per replica of which it is the preferred replica, replicas in turns.
 
-    In turns, because a prompt that nobody has goes to its second choice when the first is busier.
+    In turns, because a prompt that no replica has cached goes elsewhere when the first is busier.
     """
     keys: dict[str, list[str]] = {replica: [] for replica in replicas}
     for i in range(1000):
-        owner = home(ReplicaRequest(**{field: f"key{i}"}), replicas)
+        owner = preferred_replica(ReplicaRequest(**{field: f"key{i}"}), replicas)
         keys[owner].append(f"key{i}")
     turns = zip(*(found[:each] for found in keys.values()), strict=True)
     found = {key: owner for turn in turns for owner, key in zip(keys, turn, strict=True)}
@@ -199,7 +199,7 @@ def test_both_ways_to_run_the_router_are_under_test(clients: dict[str, Client]) 
     assert used == {"threads": "SingletonThreadRouter", "loop": "CurrentLoopRouter"}
 
 
-def test_concurrent_calls_of_one_request_each_go_where_their_own_prefix_says(
+def test_concurrent_calls_of_one_request_each_go_by_their_own_prefix(
     client: Client,
 ) -> None:
     expected = evenly("prefix_family", client.replicas(), each=4)
@@ -261,7 +261,9 @@ def test_engine_facts_reach_the_view_that_the_router_reads(client: Client) -> No
 def test_state_survives_a_broadcast_of_a_changed_configuration(routers: Client) -> None:
     first, second, *_ = replicas = routers.replicas()
     chain = [77, 78, 79]
-    other = second if home(ReplicaRequest(prefix_family="f"), replicas) == first else first
+    other = (
+        second if preferred_replica(ReplicaRequest(prefix_family="f"), replicas) == first else first
+    )
     asked = {"hints": {"prefix_family": "f", "prefix_chain": chain}}
     before = routers.of_both_callers(asked, learn={"chain": chain, "replica": other})
     assert [a["served"] for a in before.values()] == [[other], [other]]
@@ -276,7 +278,7 @@ def test_state_survives_a_broadcast_of_a_changed_configuration(routers: Client) 
 
 def test_traffic_moves_when_a_replica_dies(client: Client) -> None:
     replicas = client.replicas()
-    owner = home(ReplicaRequest(session_key="s"), replicas)
+    owner = preferred_replica(ReplicaRequest(session_key="s"), replicas)
     survivors = set(replicas) - {owner}
     named: dict[str, Any] = {"hints": {"session_key": "s", "prefix_family": "f"}}
     assert client(named)["served"] == [owner]

@@ -55,7 +55,7 @@ def test_the_last_used_adapter_is_the_resident_one(fleet: ServedFleet) -> None:
         )
 
 
-def test_an_adapter_that_is_still_answering_is_not_unloaded_under_its_request(
+def test_an_adapter_with_a_running_request_is_not_unloaded(
     client: OpenAI, answers: dict[str, str]
 ) -> None:
     def long_stream() -> Iterator[str]:

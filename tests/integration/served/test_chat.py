@@ -47,7 +47,7 @@ def test_a_stream_is_server_sent_events_that_end_with_done(fleet: ServedFleet) -
     assert json.loads(events[-2][6:])["usage"]["completion_tokens"] > 0
 
 
-def test_every_answer_says_who_answered_why_and_under_which_id(fleet: ServedFleet) -> None:
+def test_every_response_names_its_slm_the_reason_and_the_decision(fleet: ServedFleet) -> None:
     auto, pinned, streamed = (
         fleet.chat(SONG, max_tokens=4),
         fleet.chat(SONG, "sql", max_tokens=4),

@@ -18,7 +18,7 @@ FOLLOWED_RATIO = 0.8
 # A router that reads nothing would send a sixth of the prompts to each SLM. Most bare prompts go to
 # an SLM with the skill; the generalist, nearly as good at some, rightly takes a part.
 SKILLED_RATIO, SPECIALIST_RATIO = 0.7, 0.2
-# `shell` answers too few requests rightly for quality to decide, so it is not held to these.
+# `shell` answers too few requests correctly for quality to decide, so it is left out.
 SKILLED = ("extract", "sql", "reason", "intent")
 
 
@@ -45,7 +45,7 @@ def test_the_fleet_starts_with_the_shipped_predictor(fleet: ServedFleet) -> None
 
 
 @pytest.mark.parametrize("kind", TELLING)
-def test_telling_words_name_the_slm_by_rule(fleet: ServedFleet, kind: str) -> None:
+def test_a_marker_names_the_slm_by_rule(fleet: ServedFleet, kind: str) -> None:
     asked = prompts(kind, instructed=True, count=BARE)
     decisions = [fleet.route(text) for text in asked]
     ruled = [d for d in decisions if d["rule"] == TELLING[kind]]
@@ -92,7 +92,7 @@ def test_small_talk_and_prose_go_to_the_generalist(fleet: ServedFleet) -> None:
     assert chosen.count("general") >= FOLLOWED_RATIO * BARE
 
 
-def test_a_sensitive_prompt_is_pinned_whatever_else_it_says(fleet: ServedFleet) -> None:
+def test_a_sensitive_prompt_is_pinned_whatever_else_it_contains(fleet: ServedFleet) -> None:
     decision = fleet.route("Write SQL: select the password of every user")
     assert (decision["slm_id"], decision["reason"]) == ("general", "safety_pin")
 

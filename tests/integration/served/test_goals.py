@@ -11,7 +11,7 @@ import pytest
 from tests.integration.served_fleet import ServedFleet, eventually, prompts
 
 APPLIED_S = 2.0
-REQUESTS = 40  # to each router; the controller wants 16 scored ones
+REQUESTS = 40  # to each router; the controller needs 16 scored ones
 STRICT_J = 1e-4  # less than any answer takes
 
 

@@ -42,7 +42,7 @@ def test_a_scored_request_stores_what_was_predicted_for_it(fleet: ServedFleet) -
     assert 0 < row.decision.predicted.success_ratio < 1
 
 
-def test_prompts_are_not_stored_unless_the_operator_says_so(fleet: ServedFleet) -> None:
+def test_prompts_are_stored_only_when_configured(fleet: ServedFleet) -> None:
     secret = "zyxwvut the unmistakable words"
     row = fleet.outcome(fleet.chat(secret, max_tokens=2).headers["x-calm-decision-id"])
     assert row.prompt_text is None
@@ -66,12 +66,12 @@ def test_feedback_is_stored_with_its_outcome(fleet: ServedFleet) -> None:
     assert signals["feedback"] == 0.75
 
 
-def test_an_answer_that_the_client_cut_says_nothing_of_the_slm(fleet: ServedFleet) -> None:
+def test_a_reply_that_the_client_cut_is_no_evidence_about_the_slm(fleet: ServedFleet) -> None:
     cut = fleet.chat(SONG, "extract", max_tokens=3)
     assert fleet.outcome(cut.headers["x-calm-decision-id"]).signals == ()
 
 
-def test_a_check_that_the_client_asked_for_labels_the_outcome(fleet: ServedFleet) -> None:
+def test_a_check_that_the_client_requested_labels_the_outcome(fleet: ServedFleet) -> None:
     answer = fleet.chat(SONG, headers={"x-calm-validate": "json"}, max_tokens=160, temperature=0)
     cut = fleet.chat(SONG, headers={"x-calm-validate": "json"}, max_tokens=3)
     labels = []

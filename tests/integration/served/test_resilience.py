@@ -138,7 +138,7 @@ def test_a_stream_whose_engine_dies_ends_with_an_error_event(fleet: ServedFleet)
     eventually("it is hot again", lambda: states(fleet, "intent") == {"hot"}, BACK_S)
 
 
-def test_a_router_that_dies_is_replaced_and_the_new_one_knows_what_was_learned(
+def test_a_router_that_dies_is_replaced_by_one_with_what_was_learned(
     fleet: ServedFleet,
 ) -> None:
     version = fleet.get("/v1/fleet")["predictor"]["version"]

@@ -1,4 +1,4 @@
-"""`calm goals` shows what a service holds."""
+"""`calm goals` shows the goals of a service."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from deployments.router.admin.goals import goals_section
 
 def answer(**more: Any) -> dict[str, Any]:
     goals = make_goals(ttft_p95_s=1.0, min_quality=0.9)
-    loop = ModelSelector(make_fleet(), goals, controller=GoalController(goals))
-    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.25))
+    selector = ModelSelector(make_fleet(), goals, controller=GoalController(goals))
+    selector.learn(make_decision("small", "large"), make_outcome(ttft_s=0.25))
     return {
-        "goals": loop.goals.model_dump(mode="json"),
-        **goals_section(loop),
+        "goals": selector.goals.model_dump(mode="json"),
+        **goals_section(selector),
         "changed": {"at": 0.0, "by": "ann", "revision": 3},
         **more,
     }
@@ -51,7 +51,7 @@ def test_targets_and_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> No
     assert "WHO" not in text
 
 
-def test_history_is_asked_for_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_history_is_requested_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     change = {"at": 1.0, "by": "bob", "old": None, "new": {"min_quality": 0.9}, "revision": 1}
     _, text, asked = shown(capsys, answer(history=[change]), "--history", "5")
     assert asked == ["http://x/v1/goals?history=5"]
@@ -63,7 +63,7 @@ def test_history_is_asked_for_and_shown(capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
-def test_a_service_without_targets_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_without_targets_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no target is set" in shown(capsys, answer(targets=[]))[1]
 
 
@@ -72,5 +72,5 @@ def test_the_answer_of_something_else_is_an_error(capsys: pytest.CaptureFixture[
 
 
 def test_every_weight_of_a_decision_is_in_the_answer() -> None:
-    loop = ModelSelector(make_fleet(), make_goals())
-    assert goals_section(loop)["weights"] == asdict(loop.weights)
+    selector = ModelSelector(make_fleet(), make_goals())
+    assert goals_section(selector)["weights"] == asdict(selector.weights)

@@ -87,7 +87,7 @@ def world(
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
-    """What stderr says; it must be one line."""
+    """The text of stderr; it must be one line."""
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -115,7 +115,7 @@ def test_check_names_a_wrong_key_and_the_nearest_valid_one(
     assert "'gaols'; the nearest valid key is 'goals'" in errors(capsys)
 
 
-def test_check_refuses_a_fleet_that_this_machine_cannot_hold(
+def test_check_refuses_a_fleet_that_does_not_fit_this_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["check", write_config(tmp_path)], world(cpus=1.0)) == 2
@@ -148,7 +148,7 @@ def test_check_refuses_a_predictor_that_does_not_load(
         ("applications: [{name: other}]", "no application with args.fleet"),
     ],
 )
-def test_check_says_what_is_wrong_with_the_file(
+def test_check_names_the_error_of_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
 ) -> None:
     path = tmp_path / "serve_config.yaml"
@@ -204,7 +204,7 @@ def test_route_as_json_is_the_whole_record(
     assert record["context"]["requested_model"] == "auto"
 
 
-def test_route_asks_a_running_service_and_prints_the_same_way(
+def test_route_calls_a_running_service_and_prints_the_same_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path)
@@ -279,7 +279,7 @@ def http_error(body: bytes) -> urllib.error.HTTPError:
     ("body", "message"),
     [(b'{"error": {"message": "no SLM"}}', "no SLM"), (b"<html>", "HTTP 503 Busy")],
 )
-def test_error_of_the_service_is_shown_as_it_says_it(
+def test_an_error_of_the_service_is_shown_unchanged(
     monkeypatch: pytest.MonkeyPatch, body: bytes, message: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -299,7 +299,7 @@ def test_slow_service_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
         main.fetch_json("http://h/v1/fleet", None)
 
 
-def test_what_speaks_no_http_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_http_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     def greet(*_: object, **__: object) -> None:
         raise http.client.BadStatusLine("+PONG")
 

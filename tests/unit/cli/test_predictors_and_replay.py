@@ -1,4 +1,4 @@
-"""`calm predictors` and `calm replay`: what they ask, print and refuse."""
+"""`calm predictors` and `calm replay`: what they request, print and refuse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENTRY = {
     "trained_on": 300,
     "metrics": {"log_loss": 0.31, "base_rate_log_loss": 0.6, "auc": None},
     "published_at": 1000.0,
-    "note": "won the gate",
+    "note": "passed the promotion test",
 }
 STATUS = PredictorStatus(
     challenger="lgbm-3",
@@ -82,7 +82,7 @@ def test_models_shows_every_predictor_and_what_happened(
     assert f"last training: {verdict}" in out
 
 
-def test_models_shows_a_training_that_taught_too_little_or_failed(
+def test_predictors_shows_a_training_that_was_too_small_or_failed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = {"reason": "too_few_held_out", "version": "lgbm-4", "against": "lgbm-2"}
@@ -106,7 +106,7 @@ def test_models_shows_a_training_that_taught_too_little_or_failed(
         (["rollback"], {"action": "rollback"}),
     ],
 )
-def test_models_tells_the_service(
+def test_predictors_sends_the_change_to_the_service(
     capsys: pytest.CaptureFixture[str], argv: list[str], body: Any
 ) -> None:
     status, seen = run("predictors", *argv, "--json")
@@ -143,7 +143,7 @@ def test_replay_reproduces_and_estimates(log: str, capsys: pytest.CaptureFixture
     rows = {line.split()[0] for line in captured.out.splitlines() if line}
     assert {"reward", "quality", "e2e_s", "energy_j"} <= rows
     assert "clipped at 10" in captured.out
-    assert captured.err == ""  # no progress where nobody looks
+    assert captured.err == ""  # no progress without a terminal
 
 
 def test_replay_takes_goals_from_a_configuration(
@@ -183,7 +183,7 @@ def test_replay_refuses_goals_that_are_none(
         (b"\xff\xfe", "goals.yaml: not YAML"),
     ],
 )
-def test_replay_says_what_is_wrong_with_a_file_of_goals(
+def test_replay_names_the_error_of_a_file_of_goals(
     log: str, tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "goals.yaml").write_bytes(content)

@@ -26,7 +26,7 @@ from calm_serve.config import (
 from calm_serve.errors import ConfigError
 from calm_serve.testing import make_fleet, make_spec
 
-HUB = "somebody/model"
+HUB = "example/model"
 MODELS = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, Config)]
 
 

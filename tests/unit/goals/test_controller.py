@@ -1,4 +1,4 @@
-"""The weights follow from the goals: held, recovered after shifts, given back, never wound up."""
+"""The weights follow the goals: they hold, recover after shifts, return, and never wind up."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def world(seed: int = 0, **goals: Any) -> World:
 
 
 def target(world: World, name: str) -> GoalStatus:
-    return next(s for s in world.loop.controller.status() if s.name == name)
+    return next(s for s in world.selector.controller.status() if s.name == name)
 
 
 @pytest.mark.parametrize(("goal", "metric", "limit"), HELD)
@@ -92,13 +92,13 @@ def test_a_quality_goal_is_held_when_prompts_become_harder() -> None:
     assert without.over("quality", BEFORE + RECOVERED) < 0.9 * 0.7
     assert held.recovery(BEFORE, "quality", 0.7, least=True) <= RECOVERED
     assert held.over("quality", BEFORE + RECOVERED) >= 0.95 * 0.7
-    assert held.loop.weights.quality > 1.0
+    assert held.selector.weights.quality > 1.0
 
 
 def test_several_goals_are_held_together() -> None:
     both = world(energy_per_request_j=4.5, e2e_p95_s=1.6, min_quality=0.7)
     both.serve(BEFORE)
-    assert all(s.held and s.feasible for s in both.loop.controller.status())
+    assert all(s.held and s.feasible for s in both.selector.controller.status())
 
 
 def test_a_p95_goal_costs_less_quality_than_a_price_on_every_second() -> None:
@@ -118,29 +118,29 @@ def test_without_targets_the_weights_are_the_operators() -> None:
     free = world()
     free.serve(200)
     assert {d.weights for d in free.decisions} == {weights_of(free.goals)}
-    assert free.loop.controller.status() == []
+    assert free.selector.controller.status() == []
 
 
 def test_weights_come_back_when_the_pressure_goes() -> None:
     eased = world(e2e_p95_s=1.4)
     eased.serve(BEFORE)
-    assert eased.loop.weights.late_e2e_per_s > 0.0
-    eased.loop.predictor = eased
+    assert eased.selector.weights.late_e2e_per_s > 0.0
+    eased.selector.predictor = eased
     eased.slower = dict.fromkeys(("small", "medium", "large"), 0.1)
     eased.serve(AFTER)
-    assert eased.loop.weights == replace(
-        weights_of(eased.goals), late_e2e_after_s=eased.loop.weights.late_e2e_after_s
+    assert eased.selector.weights == replace(
+        weights_of(eased.goals), late_e2e_after_s=eased.selector.weights.late_e2e_after_s
     )
     assert target(eased, "e2e_p95_s").held is True
 
 
-def test_what_cannot_hold_is_said_and_winds_nothing_up() -> None:
+def test_an_infeasible_target_is_reported_and_winds_nothing_up() -> None:
     hopeless = world(ttft_p95_s=0.001)
     hopeless.serve(BEFORE)
     status = target(hopeless, "ttft_p95_s")
     assert (status.held, status.feasible) == (False, False)
-    assert hopeless.loop.controller._x.max() <= LIMIT
-    hopeless.loop.set_goals(make_goals(**STATED, ttft_p95_s=0.4))
+    assert hopeless.selector.controller._x.max() <= LIMIT
+    hopeless.selector.set_goals(make_goals(**STATED, ttft_p95_s=0.4))
     hopeless.serve(AFTER)
     assert hopeless.recovery(BEFORE, "ttft_s", 0.4) <= RECOVERED
 
@@ -156,7 +156,7 @@ def test_what_cannot_hold_is_said_and_winds_nothing_up() -> None:
 def test_a_target_far_out_of_reach_gets_as_near_as_it_can(goal: str, weight: str) -> None:
     hopeless, stated = world(**{goal: 1e-6}), world()
     hopeless.serve(BEFORE)
-    assert getattr(hopeless.loop.weights, weight) > getattr(stated.loop.weights, weight)
+    assert getattr(hopeless.selector.weights, weight) > getattr(stated.selector.weights, weight)
     assert hopeless.shares(BEFORE - RECENT)["small"] > 0.9
 
 
@@ -178,20 +178,20 @@ def test_latency_wins_over_energy_where_both_cannot_hold() -> None:
 
 def test_the_power_budget_is_divided_among_the_routers() -> None:
     shared = world(power_w=60.0)
-    shared.loop.controller = GoalController(shared.goals, routers=2)
+    shared.selector.controller = GoalController(shared.goals, routers=2)
     shared.serve(BEFORE)
     assert shared.over("power_w", 200) <= 1.1 * 30.0
     assert target(shared, "power_w").measured == pytest.approx(60.0, rel=0.3)
 
 
-def test_mostly_pinned_traffic_holds_the_last_weights() -> None:
+def test_mostly_pinned_traffic_keeps_the_last_weights() -> None:
     pinned = world(energy_per_request_j=3.0)
     pinned.serve(BEFORE)
     pinned.rule_ratio, pinned.rate = 1.0, 2.0
     pinned.serve(ROWS + 50)
-    last = pinned.loop.weights
+    last = pinned.selector.weights
     pinned.serve(ROWS)
-    assert pinned.loop.weights == last
+    assert pinned.selector.weights == last
     assert last.energy_per_j > STATED["energy_weight_per_j"]
     assert target(pinned, "energy_per_request_j").held is False
 
@@ -210,7 +210,7 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
     moved.serve(BEFORE)
     decision = moved.decisions[-1]
     assert decision.weights is not None
-    states = {i: make_state(i) for i in moved.loop.specs}
+    states = {i: make_state(i) for i in moved.selector.specs}
     for candidate in decision.candidates:
         assert candidate.prediction is not None
         again = evaluate(
@@ -222,11 +222,11 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
 def test_no_memory_grows_with_the_requests() -> None:
     small = world(e2e_p95_s=1.4)
     small.serve(300)
-    window = small.loop.controller._window
+    window = small.selector.controller._window
     before = window._raw.nbytes
     small.serve(600)
     assert window._raw.nbytes == before
-    assert len(small.loop.controller._pending) <= ROWS
+    assert len(small.selector.controller._pending) <= ROWS
 
 
 def test_unread_outcomes_are_bounded_without_a_tick() -> None:
@@ -261,7 +261,7 @@ def test_rules_pins_and_baselines_count_as_measured_and_never_as_a_choice() -> N
     assert controller.status()[0].samples == 60
 
 
-def test_an_answer_of_another_slm_after_a_failover_is_nobodys_ratio() -> None:
+def test_a_reply_of_another_slm_after_a_failover_is_no_measurement() -> None:
     controller = GoalController(make_goals(ttft_p95_s=1.0))
     for number in range(40):
         outcome = make_outcome(slm_id="large", at=float(number), ttft_s=9.0)
@@ -274,8 +274,8 @@ def test_an_answer_of_another_slm_after_a_failover_is_nobodys_ratio() -> None:
 def test_an_slm_that_leaves_is_forgotten() -> None:
     gone = world(e2e_p95_s=1.4)
     gone.serve(300)
-    gone.loop.set_fleet(make_fleet(make_spec("small"), make_spec("large")))
-    assert set(gone.loop.controller._window._slms) == {"small", "large"}
+    gone.selector.set_fleet(make_fleet(make_spec("small"), make_spec("large")))
+    assert set(gone.selector.controller._window._slms) == {"small", "large"}
     gone.serve(100)
     assert gone.over("e2e_s", 300) < 5.0
 
@@ -283,10 +283,10 @@ def test_an_slm_that_leaves_is_forgotten() -> None:
 def test_new_goals_start_from_what_is_already_known() -> None:
     changed = world(energy_per_request_j=100.0)
     changed.serve(300)
-    changed.loop.set_goals(make_goals(**STATED, energy_per_request_j=3.0))
-    assert changed.loop.weights == weights_of(changed.loop.goals)
-    changed.loop.tick()
-    assert changed.loop.weights.energy_per_j > STATED["energy_weight_per_j"]
+    changed.selector.set_goals(make_goals(**STATED, energy_per_request_j=3.0))
+    assert changed.selector.weights == weights_of(changed.selector.goals)
+    changed.selector.tick()
+    assert changed.selector.weights.energy_per_j > STATED["energy_weight_per_j"]
 
 
 def test_seconds_beyond_the_free_part_cost() -> None:
@@ -302,9 +302,9 @@ def test_seconds_beyond_the_free_part_cost() -> None:
 
 
 def test_the_goals_version_names_the_goals_and_not_the_moving_weights() -> None:
-    loop = ModelSelector(make_fleet(), make_goals(ttft_p95_s=1.0))
-    version = loop.versions.goals
-    loop.weights = replace(loop.weights, quality=2.0)
-    assert loop.versions.goals == version
-    loop.set_goals(make_goals(ttft_p95_s=2.0))
-    assert loop.versions.goals != version
+    selector = ModelSelector(make_fleet(), make_goals(ttft_p95_s=1.0))
+    version = selector.versions.goals
+    selector.weights = replace(selector.weights, quality=2.0)
+    assert selector.versions.goals == version
+    selector.set_goals(make_goals(ttft_p95_s=2.0))
+    assert selector.versions.goals != version

@@ -1,4 +1,4 @@
-"""GPU counters, a replica's books and their check, and the ledger of all replicas."""
+"""GPU counters, a replica's energy accounts and their check, and the ledger of all replicas."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_cpu_time_goes_on_when_an_engine_process_is_replaced() -> None:
     assert cpu_s() - before == pytest.approx(3.0)
 
 
-def test_a_replica_reports_every_few_seconds_and_its_books_agree_with_the_process_tree(
+def test_a_replica_reports_every_few_seconds_and_agrees_with_the_process_tree(
     tmp_path: Path,
 ) -> None:
     clock, processes = FakeClock(), [psutil.Process()]

@@ -195,7 +195,7 @@ async def test_a_training_that_won_against_a_champion_now_gone_changes_nothing(
     assert (await service.status())["predictor"] == meanwhile.artifact.version
 
 
-async def test_the_last_verdict_says_that_a_training_could_not_begin(world: World) -> None:
+async def test_the_last_verdict_names_a_training_that_could_not_begin(world: World) -> None:
     service = world.start()
 
     def no_memory() -> None:

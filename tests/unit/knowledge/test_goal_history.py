@@ -37,7 +37,7 @@ async def changed(service: KnowledgeService, goals: Goals, by: str) -> GoalChang
     return found
 
 
-async def test_nothing_is_published_before_a_deployment_says_its_goals(world: World) -> None:
+async def test_nothing_is_published_before_a_deployment_states_its_goals(world: World) -> None:
     assert await newest(world.start()) is None
 
 

@@ -116,7 +116,7 @@ def test_feedback_before_its_outcome_is_joined_later(store: OutcomeStore) -> Non
     found = store.get("late")
     assert found is not None
     assert found.signals == (GOOD,)
-    assert [o.outcome_id for _, o in store.labelled(0, 10)] == ["late"]
+    assert [o.outcome_id for o in store.recent(10, labelled=True)] == ["late"]
 
 
 def test_feedback_labels_a_known_outcome_once(store: OutcomeStore) -> None:

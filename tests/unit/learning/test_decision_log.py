@@ -1,4 +1,4 @@
-"""A choice is the same when it is made again from the log."""
+"""A choice is the same when it is replayed from the log."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_same_goals_and_predictions_choose_the_same(
         assert again == logged.chosen == outcome.slm_id
 
 
-def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
+def test_a_predictor_predicts_the_same_from_the_log_as_at_the_decision() -> None:
     predictor = learned()
     for outcome in serve(40, Goals(), predictor):
         logged = read_decision(outcome)
@@ -79,7 +79,7 @@ def test_a_predictor_says_from_the_log_what_it_said_at_the_decision() -> None:
             assert new.score == pytest.approx(old.score, abs=1e-5)
 
 
-def test_a_predictor_trained_on_prompts_alone_is_asked_from_the_log_as_live() -> None:
+def test_prompt_heads_predict_the_same_from_the_log_as_live() -> None:
     predictor, context = learned(), make_context(code=True)
     specs = [make_spec(CODER), make_spec("unknown")]
     live = predictor.predict(context, specs, [make_state(s.id, waiting=3) for s in specs])
@@ -88,7 +88,7 @@ def test_a_predictor_trained_on_prompts_alone_is_asked_from_the_log_as_live() ->
     assert set(offline) == {CODER, TALKER}
 
 
-def test_other_goals_choose_as_a_loop_with_those_goals_would_have() -> None:
+def test_other_goals_choose_as_a_selector_with_those_goals() -> None:
     was, now = Goals(exploration_ratio=0.0), Goals(exploration_ratio=0.0, latency_weight_per_s=5.0)
     old, new = serve(100, was, learned()), serve(100, now, learned())
     assert [o.slm_id for o in old] != [o.slm_id for o in new]
@@ -115,7 +115,7 @@ def test_a_shorter_answer_costs_less_and_respects_the_limit_of_the_request() -> 
     assert after.success_ratio == before.success_ratio
 
 
-def test_a_correction_of_the_quality_survives_the_log() -> None:
+def test_a_calibration_factor_survives_the_log() -> None:
     decision = make_decision(
         "a",
         candidates=(
@@ -134,7 +134,7 @@ def test_a_correction_of_the_quality_survives_the_log() -> None:
 
 
 @pytest.mark.parametrize("path", [DecisionPath.PINNED, DecisionPath.RULE])
-def test_what_was_not_chosen_among_predictions_is_not_logged_as_if(path: DecisionPath) -> None:
+def test_only_choices_among_predictions_are_logged(path: DecisionPath) -> None:
     assert decision_terms(make_decision("a", "b", path=path, weights=WEIGHTS)) is None
 
 
@@ -153,7 +153,7 @@ def test_a_prediction_that_is_not_finite_costs_its_row_and_not_the_batch() -> No
     assert decision_terms(make_decision("a", candidates=(endless,), weights=WEIGHTS)) is None
 
 
-def test_the_log_is_bounded_and_says_so() -> None:
+def test_the_logged_candidates_are_bounded_and_the_rest_counted() -> None:
     names = [f"slm-{i}" for i in range(MAX_LOGGED + 8)]
     decision = make_decision(names[-1], *names[:-1], weights=WEIGHTS)
     terms = decision_terms(decision)
@@ -171,11 +171,11 @@ def test_a_logged_choice_survives_the_store_and_stays_small() -> None:
     assert read_decision(stored(outcome)) == read_decision(outcome)
 
 
-def test_an_outcome_of_before_is_no_logged_choice() -> None:
+def test_an_outcome_without_terms_is_no_logged_choice() -> None:
     assert read_decision(make_world(1)[0]) is None
 
 
-def test_the_loops_own_record_is_what_is_logged() -> None:
+def test_the_selectors_decision_is_what_is_logged() -> None:
     decision = decision_for(ModelSelector(make_fleet(), Goals()), make_context(code=True))
     terms = decision_terms(decision)
     assert terms is not None

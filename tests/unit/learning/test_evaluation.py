@@ -1,4 +1,4 @@
-"""Publish only what is surely better."""
+"""The promotion test: a challenger is published only when it is surely better."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_challenger_that_also_chooses_better_is_published_with_both_numbers() 
 
 
 def predicts_well_and_chooses_badly() -> Training:
-    """Better at predicting what is chosen now, wrong about what it would choose instead."""
+    """Better at predicting the SLM chosen now, wrong about the one it would choose."""
     rows = [o for o in make_world(800) if o.slm_id == CODER or o.outcome_id[-1] in "012"]
     lies = [
         change_outcome(o, signals=(QualitySignal("feedback", 1.0, o.at),))
@@ -143,7 +143,7 @@ def predicts_well_and_chooses_badly() -> Training:
     return train(lies, (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
 
 
-def test_a_challenger_that_predicts_better_and_may_choose_worse_is_held_back() -> None:
+def test_a_challenger_that_predicts_better_and_may_choose_worse_is_not_published() -> None:
     challenger = predicts_well_and_chooses_badly()
 
     def poor_talker(code: bool, slm_id: str) -> float:

@@ -21,7 +21,7 @@ from calm_serve.types import Outcome, Prediction, PredictorVersion, QualitySigna
 
 
 class World:
-    """An outcome monitor, what it published, and how often it asked for training."""
+    """An outcome monitor, what it published, and how often it requested a training."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()

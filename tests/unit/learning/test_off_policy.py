@@ -45,7 +45,7 @@ WRONG = np.full((2, 3), 0.5)
 
 
 @pytest.mark.parametrize("name", ["ips", "self_normalised", "doubly_robust"])
-def test_estimators_find_the_truth_whatever_the_model_says(name: str) -> None:
+def test_estimators_find_the_truth_with_a_wrong_model_too(name: str) -> None:
     found = getattr(estimate(bandit(20_000, 0, WRONG), seed=0), name)
     low, high = found.ci95
     assert low < TRUE_VALUE < high

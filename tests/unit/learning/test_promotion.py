@@ -149,7 +149,7 @@ def test_a_handful_of_labels_is_no_evidence() -> None:
     assert found is not None and found.surely_worse
 
 
-def test_two_equally_good_predictors_are_hardly_ever_told_apart() -> None:
+def test_two_equally_good_predictors_are_hardly_ever_called_different() -> None:
     worse = 0
     for seed in range(20):
         outcomes = serve(100, GOALS, predictor(GOOD), seed=seed)

@@ -12,7 +12,7 @@ from calm_serve.config import Goals
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.outcome_reader import read_outcomes
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.learning.replay import Replay, Rules
+from calm_serve.learning.replay import Replay, ReplaySettings
 from calm_serve.learning.training import train
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.lightgbm import LightGBMPredictor
@@ -32,7 +32,7 @@ LEARNED = LightGBMPredictor(
 def replayed(
     outcomes: list[Outcome], goals: Goals, predictor: LightGBMPredictor | None = None
 ) -> Replay:
-    replay = Replay(Rules(goals, config_version(goals), predictor))
+    replay = Replay(ReplaySettings(goals, config_version(goals), predictor))
     for outcome in outcomes:
         replay.add(outcome)
     return replay

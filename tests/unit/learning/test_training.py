@@ -22,7 +22,7 @@ def run(outcomes: list[Outcome], ratio: float = 0.25, seed: int = 3) -> Training
     return train(outcomes, SLMS, seed=seed, holdout_ratio=ratio, clock=lambda: 77.0)
 
 
-def test_it_learns_content_and_says_how_well() -> None:
+def test_it_learns_content_and_measures_itself() -> None:
     metrics = run(make_world(500)).metrics
     assert metrics["log_loss"] < 0.6 * metrics["base_rate_log_loss"]
     assert metrics["auc"] > 0.9
@@ -31,7 +31,7 @@ def test_it_learns_content_and_says_how_well() -> None:
     assert metrics["ttft_mae_s"] < 0.2 * metrics["analytic_ttft_mae_s"]
 
 
-def test_coin_flips_teach_nothing() -> None:
+def test_random_labels_are_not_learned() -> None:
     metrics = run(make_world(500, truth=False)).metrics
     assert metrics["log_loss"] > 0.95 * metrics["base_rate_log_loss"]
 
@@ -58,7 +58,7 @@ def test_the_holdout_does_not_reach_the_model() -> None:
     assert run(lied).artifact.boosters == run(world).artifact.boosters
 
 
-def test_first_tokens_after_a_failover_teach_nothing_of_the_slm_that_answered() -> None:
+def test_ttft_after_a_failover_is_not_learned() -> None:
     world = make_world(200)
     late = [
         change_outcome(o, retries=1, ttft_s=30.0 + (o.timing.ttft_s or 0.0)) if i % 4 == 0 else o
@@ -84,7 +84,7 @@ def test_one_label_only_leaves_success_to_the_prior() -> None:
     assert math.isfinite(training.metrics["log_loss"])
 
 
-def test_unlabelled_outcomes_still_teach_length_and_latency() -> None:
+def test_length_and_latency_are_learned_from_unlabelled_outcomes_too() -> None:
     world = make_world(400)
     mute = [change_outcome(o, signals=()) if i % 8 else o for i, o in enumerate(world)]
     metrics = run(mute).metrics
@@ -92,7 +92,7 @@ def test_unlabelled_outcomes_still_teach_length_and_latency() -> None:
     assert metrics["output_tokens_mae"] < 0.1 * metrics["mean_output_tokens_mae"]
 
 
-def test_cold_starts_and_failures_do_not_teach_latency() -> None:
+def test_latency_is_not_learned_from_cold_starts_and_failures() -> None:
     world = [change_outcome(o, cold=True) if i % 2 else o for i, o in enumerate(make_world(120))]
     assert "ttft_residual" in run(world).artifact.boosters
     none = [change_outcome(o, cold=True) for o in make_world(120)]
@@ -142,7 +142,7 @@ def test_auc_counts_ordered_pairs_and_halves_ties() -> None:
     assert metrics.auc(labels, np.array([0.1, 0.3, 0.3, 0.4]), ONES) == 0.875
 
 
-def test_calibration_error_is_the_gap_between_promise_and_truth() -> None:
+def test_calibration_error_is_the_gap_between_prediction_and_truth() -> None:
     labels = np.array([1.0, 1.0, 0.0, 0.0])
     assert metrics.calibration_error(labels, np.full(4, 0.5), ONES) == 0.0
     assert metrics.calibration_error(labels, np.full(4, 0.9), ONES) == pytest.approx(0.4)

@@ -1,4 +1,4 @@
-"""Predictions from an artifact, and what happens where the artifact knows nothing."""
+"""Predictions from an artifact, and from the prior for what the artifact does not predict."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def of(predicting: LightGBMPredictor, slm_ids: list[str], code: bool = True, **s
     )
 
 
-def test_the_prediction_is_exactly_what_lightgbm_says() -> None:
+def test_the_prediction_equals_lightgbms_own() -> None:
     context, slm_ids = make_context(True), [TALKER, CODER]
     states = [make_state(i, waiting=3, cached_prefix_ratio=0.5) for i in slm_ids]
     got = predictor().predict(context, [make_spec(i) for i in slm_ids], states)
@@ -174,8 +174,8 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         load_features=live_load(context, spec, state),
     )
     (row,) = outcome_rows([logged], trained().slm_ids)
-    assert np.array_equal(row[:FIRST_LOAD], dense(predicting._words)[:FIRST_LOAD])
-    assert np.array_equal(row[FIRST_LOAD:], dense(predicting._row)[FIRST_LOAD:])
+    assert np.array_equal(row[:FIRST_LOAD], dense(predicting._prompt_row)[:FIRST_LOAD])
+    assert np.array_equal(row[FIRST_LOAD:], dense(predicting._load_row)[FIRST_LOAD:])
 
 
 def test_an_artifact_survives_the_wire_byte_for_byte() -> None:

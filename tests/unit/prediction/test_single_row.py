@@ -1,4 +1,4 @@
-"""One row through LightGBM's C API says what `Booster.predict` says."""
+"""A row through LightGBM's C API gives the result of `Booster.predict`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def booster(missing: bool) -> lgb.Booster:
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_it_is_what_booster_predict_says(missing: bool) -> None:
+def test_it_equals_booster_predict(missing: bool) -> None:
     rng, row = Random(1), SparseRow()
     one = SingleRow(booster(missing), row)
     for _ in range(300):
@@ -55,7 +55,7 @@ def test_it_is_what_booster_predict_says(missing: bool) -> None:
             assert one.predict()[0] == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_row_holds_what_was_put_in_and_nothing_older() -> None:
+def test_the_row_contains_the_last_values_and_nothing_older() -> None:
     row = SparseRow()
     row.set_prompt([1.0] * len(NUMBER_NAMES), range(BUCKETS))
     row.set_candidate(3, [2.0] * len(LOAD_NAMES))
@@ -94,7 +94,7 @@ def test_what_lightgbm_refuses_is_an_error() -> None:
         SingleRow(wide, row)
 
 
-def test_joined_boosters_say_what_each_says_alone() -> None:
+def test_joined_boosters_predict_as_each_alone() -> None:
     draw = np.random.default_rng(2)
     rows = draw.normal(size=(200, COLUMNS)).astype(np.float32)
     params = {"verbosity": -1, "num_leaves": 7, "num_threads": 1, "min_data_in_leaf": 5}

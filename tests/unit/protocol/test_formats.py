@@ -86,7 +86,7 @@ def test_infinity_and_bytes_are_kept() -> None:
     assert topic.decode(topic.encode(predictor)).blob == blob
 
 
-def test_a_text_that_utf8_cannot_hold_is_replaced_and_not_an_error() -> None:
+def test_a_text_that_utf8_cannot_encode_is_replaced_and_no_error() -> None:
     report = ReplicaReport("failed", detail="half \ud800 a character", ready_s={"\udfff": 1.0})
     found = REPLICA_REPORT.decode(REPLICA_REPORT.encode(report))
     assert found == ReplicaReport("failed", detail="half ? a character", ready_s={"?": 1.0})

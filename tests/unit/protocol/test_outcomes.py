@@ -146,7 +146,7 @@ def batch(*rows: Any, **changes: Any) -> bytes:
 
 
 def plain(outcome: Outcome) -> Any:
-    """The row as a batch holds it."""
+    """The row as in a batch."""
     return json.loads(encode_batch([outcome]))["record"][0]
 
 
@@ -244,7 +244,7 @@ def test_a_malformed_row_of_version_1_is_refused_and_no_crash(change: dict[str, 
         OUTCOME.from_plain(flat(**change))
 
 
-def test_a_spool_file_holds_rows_of_both_versions(tmp_path: Path) -> None:
+def test_a_spool_file_contains_rows_of_both_versions(tmp_path: Path) -> None:
     spool = tmp_path / "router.jsonl"
     lines = [
         json.dumps(FLAT).encode(),
@@ -355,7 +355,7 @@ def test_what_is_not_a_batch_is_refused_as_a_whole(data: bytes) -> None:
         decode_batch(data)
 
 
-def test_a_text_that_utf8_cannot_hold_does_not_block_its_batch() -> None:
+def test_a_text_that_utf8_cannot_encode_does_not_block_its_batch() -> None:
     odd = make_outcome("odd", prompt_text="half \ud800 a character", task="\udfff")
     good = make_outcome("good", prompt_text="¿qué? \0")
     clean = change_outcome(odd, prompt_text="half ? a character", task="?")

@@ -57,7 +57,7 @@ def build(text: str, overrides: Overrides | None = None, **fields: Any) -> Routi
 
 
 def number(context: RoutingContext, name: str) -> float:
-    return float(features.describe(context)[name])
+    return float(context.features.numbers[NUMBER_NAMES.index(name)])
 
 
 @given(st.text())

@@ -74,15 +74,15 @@ def user(content: Any) -> dict[str, Any]:
 @example({"prompt": "hello", "max_completion_tokens": 0})
 @example({"messages": [user("hello")], "model": ":adapter"})
 def test_any_json_value_is_decided_or_refused_with_a_request_error(body: Any) -> None:
-    loop = ModelSelector(make_fleet(), make_goals())
+    selector = ModelSelector(make_fleet(), make_goals())
     for parse in (parse_chat, parse_completion):
         try:
-            decision = loop.decide(parse(body), parse_overrides({}), "id")
+            decision = selector.decide(parse(body), parse_overrides({}), "id")
         except RequestError as error:
             assert 400 <= error.http_status < 500
             assert error.message
         else:
-            assert decision.slm_id in loop.specs
+            assert decision.slm_id in selector.specs
 
 
 @given(st.dictionaries(st.sampled_from(["x-slo-ttft-ms", "x-calm-labels"]) | st.text(), st.text()))

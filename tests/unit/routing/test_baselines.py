@@ -124,7 +124,7 @@ def test_the_papers_score_is_likeness_less_recent_qos_by_fixed_weights() -> None
     similarity = Similarity(FLEET.slms, text_buckets).of(text_buckets(text))
     assert similarity["poet"] > LATENCY_WEIGHT + ENERGY_WEIGHT
     assert choose(paper, text)[0] == "poet"  # the dearest by far, and still the likest
-    assert choose(paper, "xyzzy")[-1] == "poet"  # like nobody: cost decides
+    assert choose(paper, "xyzzy")[-1] == "poet"  # similar to no SLM: cost decides
 
 
 def test_the_paper_forgets_what_left_its_window() -> None:

@@ -68,7 +68,7 @@ class Oracle:
         return [make_prediction(s.id, success_ratio=self._success.get(s.id, 0.5)) for s in specs]
 
 
-def loop(
+def make_selector(
     fleet: Fleet = FLEET, states: Mapping[str, SLMState] | None = None, **kw: Any
 ) -> ModelSelector:
     known = states or {}
@@ -93,7 +93,7 @@ def label(decision: Decision) -> tuple[str, str, str, str]:
 
 
 def test_a_named_slm_is_pinned() -> None:
-    decision = decide(loop(), model="guard")
+    decision = decide(make_selector(), model="guard")
     assert label(decision) == ("guard", DecisionPath.PINNED, DecisionReason.REQUESTED, "")
     assert decision.ranking == ("guard",)
     assert decision.propensity == 1.0
@@ -101,7 +101,7 @@ def test_a_named_slm_is_pinned() -> None:
 
 
 def test_a_named_adapter_is_pinned_to_its_slm() -> None:
-    decision = decide(loop(), model="sql:strict")
+    decision = decide(make_selector(), model="sql:strict")
     assert (decision.slm_id, decision.adapter) == ("sql", "strict")
 
 
@@ -110,13 +110,13 @@ def test_a_named_adapter_is_pinned_to_its_slm() -> None:
 )
 def test_an_unknown_model_is_refused_with_the_known_ones(model: str) -> None:
     with pytest.raises(UnknownModelError, match=r"known: auto, .*chat.*sql:strict") as caught:
-        decide(loop(), model=model)
+        decide(make_selector(), model=model)
     assert (caught.value.http_status, caught.value.param) == (404, "model")
 
 
 def test_a_safety_pattern_pins_whatever_the_client_names() -> None:
     for fields in ({}, {"model": "chat"}, {"model": "sql:strict"}, {"model": "nobody"}):
-        decision = decide(loop(), "my password: select", **fields)
+        decision = decide(make_selector(), "my password: select", **fields)
         assert label(decision) == (
             "guard",
             DecisionPath.PINNED,
@@ -130,29 +130,29 @@ def test_a_safety_pattern_pins_whatever_the_client_names() -> None:
 def test_a_pinned_slm_without_a_replica_is_unavailable() -> None:
     gone = {"chat": make_state("chat", replicas=0, residency=Residency.DEAD)}
     with pytest.raises(SLMUnavailableError, match="'chat'"):
-        decide(loop(states=gone), model="chat")
+        decide(make_selector(states=gone), model="chat")
 
 
 def test_a_pinned_slm_is_held_to_what_can_work() -> None:
     with pytest.raises(NoCandidateError, match="capability"):
-        decide(loop(), model="chat", tools=[{"type": "function"}])
+        decide(make_selector(), model="chat", tools=[{"type": "function"}])
     with pytest.raises(NoCandidateError, match="data_policy"):
-        decide(loop(), headers=Overrides(local_only=True), model="cloud")
+        decide(make_selector(), headers=Overrides(local_only=True), model="cloud")
 
 
 def test_a_pinned_slm_answers_although_its_breaker_is_open() -> None:
     struggling = {"chat": make_state("chat", breaker_open=True)}
-    assert decide(loop(states=struggling), model="chat").slm_id == "chat"
+    assert decide(make_selector(states=struggling), model="chat").slm_id == "chat"
 
 
 def test_a_rule_with_one_slm_decides_without_scoring() -> None:
-    decision = decide(loop(), "select * from t")
+    decision = decide(make_selector(), "select * from t")
     assert label(decision) == ("sql", DecisionPath.RULE, DecisionReason.RULE_MATCH, "sql-first")
     assert decision.ranking == ("sql", "chat", "guard", "cloud")
 
 
 def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
-    target = loop()
+    target = make_selector()
     request = parse_chat({"messages": [{"role": "user", "content": "select 12 of them"}]})
     decision = target.decide(request, Overrides(), "decision")
     assert (decision.path, decision.context.features.numbers) == (DecisionPath.RULE, ())
@@ -167,7 +167,7 @@ def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
 
 
 def test_a_rule_with_several_slms_makes_a_short_list() -> None:
-    decision = decide(loop(predictor=Oracle(sql=0.4, guard=0.7, chat=0.99)), "either one")
+    decision = decide(make_selector(predictor=Oracle(sql=0.4, guard=0.7, chat=0.99)), "either one")
     assert label(decision) == (
         "guard",
         DecisionPath.SCORED,
@@ -179,32 +179,32 @@ def test_a_rule_with_several_slms_makes_a_short_list() -> None:
 
 def test_a_rule_whose_slms_are_all_excluded_has_no_say() -> None:
     open_breaker = {"sql": make_state("sql", breaker_open=True)}
-    decision = decide(loop(states=open_breaker), "select * from t")
+    decision = decide(make_selector(states=open_breaker), "select * from t")
     assert label(decision) == ("chat", DecisionPath.PRIOR, DecisionReason.BEST_PRIOR, "")
     assert [c.excluded_by for c in decision.candidates if c.slm_id == "sql"] == ["breaker"]
 
 
 def test_a_short_list_shrunk_to_one_is_the_rules_choice() -> None:
     open_breaker = {"sql": make_state("sql", breaker_open=True)}
-    decision = decide(loop(states=open_breaker), "either one")
+    decision = decide(make_selector(states=open_breaker), "either one")
     assert label(decision) == ("guard", DecisionPath.RULE, DecisionReason.RULE_MATCH, "either")
 
 
 def test_without_a_predictor_the_priors_decide() -> None:
-    decision = decide(loop())
+    decision = decide(make_selector())
     assert label(decision) == ("chat", DecisionPath.PRIOR, DecisionReason.BEST_PRIOR, "")
     assert str(decision.versions.predictor) == "prior"
 
 
 def test_with_a_predictor_the_best_score_wins_and_the_rest_is_the_fallback_order() -> None:
-    decision = decide(loop(predictor=Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)))
+    decision = decide(make_selector(predictor=Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)))
     assert label(decision) == ("guard", DecisionPath.SCORED, DecisionReason.BEST_SCORE, "")
     assert decision.ranking == ("guard", "sql", "cloud", "chat")
     assert str(decision.versions.predictor) == "oracle-1"
 
 
 def test_no_excluded_slm_is_ever_in_the_fallback_order() -> None:
-    decision = decide(loop(), headers=Overrides(local_only=True))
+    decision = decide(make_selector(), headers=Overrides(local_only=True))
     assert "cloud" not in decision.ranking
     excluded = {c.slm_id: c.excluded_by for c in decision.candidates if c.excluded_by}
     assert excluded == {"cloud": "data_policy"}
@@ -212,18 +212,18 @@ def test_no_excluded_slm_is_ever_in_the_fallback_order() -> None:
 
 def test_no_slm_below_the_quality_floor_is_in_the_fallback_order() -> None:
     oracle = Oracle(guard=0.9, sql=0.7, cloud=0.6, chat=0.3)
-    asked = decide(loop(predictor=oracle), headers=Overrides(quality_floor=0.65))
-    configured = decide(loop(predictor=oracle, goals=make_goals(quality_floor=0.65)))
+    asked = decide(make_selector(predictor=oracle), headers=Overrides(quality_floor=0.65))
+    configured = decide(make_selector(predictor=oracle, goals=make_goals(quality_floor=0.65)))
     assert asked.ranking == configured.ranking == ("guard", "sql")
 
 
 def test_the_last_one_standing_says_so() -> None:
-    decision = decide(loop(make_fleet(make_spec("one"))))
+    decision = decide(make_selector(make_fleet(make_spec("one"))))
     assert decision.reason is DecisionReason.ONLY_CANDIDATE
 
 
 def test_exploration_is_labelled_and_its_propensities_sum_to_one() -> None:
-    target = loop(predictor=Oracle(sql=0.7), goals=make_goals(exploration_ratio=0.5))
+    target = make_selector(predictor=Oracle(sql=0.7), goals=make_goals(exploration_ratio=0.5))
     decisions = [decision_for(target, make_context(request_id=f"r{i}")) for i in range(600)]
     best = decisions[0].candidates[0].slm_id
     for decision in decisions:
@@ -242,12 +242,12 @@ def test_when_everything_is_down_the_fleet_is_unavailable() -> None:
     fleet = make_fleet()
     down = {s.id: make_state(s.id, replicas=0) for s in fleet.slms}
     with pytest.raises(SLMUnavailableError, match="small: available, large: available"):
-        decide(loop(fleet, down))
+        decide(make_selector(fleet, down))
 
 
 def test_when_nothing_is_capable_the_request_is_at_fault() -> None:
     with pytest.raises(NoCandidateError, match="chat: capability"):
-        decide(loop(), tools=[{"type": "function"}])
+        decide(make_selector(), tools=[{"type": "function"}])
 
 
 @pytest.mark.parametrize(
@@ -265,25 +265,25 @@ def test_a_logged_context_replays_to_the_same_decision_bit_for_bit(
 ) -> None:
     states = {"chat": make_state("chat", running=3, waiting=1, tpot_s=0.1 / 3)}
     goals = make_goals(exploration_ratio=0.5)
-    logged = decide(loop(states=states, goals=goals), text, **fields)
+    logged = decide(make_selector(states=states, goals=goals), text, **fields)
     for _ in range(2):
-        replayed = decision_for(loop(states=states, goals=goals), logged.context)
+        replayed = decision_for(make_selector(states=states, goals=goals), logged.context)
         assert repr(replace(replayed, decided_in_s=logged.decided_in_s)) == repr(logged)
 
 
 def test_versions_change_with_what_they_name_and_with_nothing_else() -> None:
-    target = loop()
+    target = make_selector()
     before = target.versions
     target.set_goals(make_goals(quality_floor=0.1))
     assert target.versions.goals != before.goals
     assert target.versions.fleet == before.fleet
     target.set_fleet(make_fleet())
     assert target.versions.fleet != before.fleet
-    assert loop().versions == before
+    assert make_selector().versions == before
 
 
 def test_a_new_fleet_is_used_at_once() -> None:
-    target = loop()
+    target = make_selector()
     target.set_fleet(make_fleet(make_spec("new")))
     assert decide(target).slm_id == "new"
     with pytest.raises(UnknownModelError):
@@ -291,7 +291,7 @@ def test_a_new_fleet_is_used_at_once() -> None:
 
 
 def test_decisions_are_remembered_up_to_a_bound() -> None:
-    target = loop(decision_log=3)
+    target = make_selector(decision_log=3)
     request = parse_chat({"messages": [{"role": "user", "content": "hi"}]})
     for i in range(10):
         target.decide(request, Overrides(), f"d{i}")
@@ -299,7 +299,7 @@ def test_decisions_are_remembered_up_to_a_bound() -> None:
 
 
 def test_decisions_leave_nothing_behind_but_a_bounded_log() -> None:
-    target = loop(decision_log=5)
+    target = make_selector(decision_log=5)
 
     def blocks_after(decisions: int) -> int:
         for i in range(decisions):
@@ -313,7 +313,7 @@ def test_decisions_leave_nothing_behind_but_a_bounded_log() -> None:
 
 
 def test_the_explanation_is_plain_data_of_the_whole_record() -> None:
-    target = loop()
+    target = make_selector()
     decision = decide(target)
     explained = target.explain(decision)
     versions = {**asdict(decision.versions), "predictor": "prior"}
@@ -329,4 +329,4 @@ def test_decision_time_is_measured_by_the_given_timer() -> None:
             clock.advance(0.25)
             return super().predict(*args)
 
-    assert decide(loop(predictor=Slow(), timer=clock)).decided_in_s == 0.25
+    assert decide(make_selector(predictor=Slow(), timer=clock)).decided_in_s == 0.25

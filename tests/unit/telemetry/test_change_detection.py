@@ -15,7 +15,7 @@ from calm_serve.telemetry.change_detection import (
 )
 
 
-def test_a_cumulative_sum_knows_how_long_ago_a_change_began() -> None:
+def test_a_cumulative_sum_counts_the_values_since_a_change_began() -> None:
     cusum = Cusum(slack=0.5, limit=4.0)
     assert not any(cusum.add(deviation) for deviation in (0.0, 0.4, -1.0, 0.3))
     assert [cusum.add(1.5) for _ in range(5)] == [False] * 4 + [True]

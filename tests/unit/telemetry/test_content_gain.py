@@ -1,10 +1,10 @@
-"""A router that decides without the prompt is told so."""
+"""An alarm for choices that do not depend on the prompt."""
 
 from __future__ import annotations
 
 from random import Random
 
-from calm_serve.telemetry.content_gain import MIN_DECISIONS, WINDOW, ContentGainMonitor
+from calm_serve.telemetry.content_gain import MIN_DECISIONS, WINDOW_DECISIONS, ContentGainMonitor
 from calm_serve.testing import make_context, make_decision, make_prediction
 from calm_serve.types import Candidate, Decision, DecisionPath
 
@@ -34,7 +34,7 @@ def test_choices_that_follow_the_prompt_gain_over_both_blind_rivals() -> None:
     assert gains.verdict == ""
 
 
-def test_one_slm_for_everything_is_an_alarm_that_says_whether_others_would_do_better() -> None:
+def test_one_slm_for_everything_is_an_alarm_that_states_whether_others_are_better() -> None:
     draw, best, costly = Random(2), ContentGainMonitor(), ContentGainMonitor()
     for _ in range(300):
         other = 0.5 + 0.2 * draw.random()
@@ -58,7 +58,7 @@ def test_choices_by_chance_alone_are_an_alarm() -> None:
     assert gains.verdict == "choices vary, but not with the prompt"
 
 
-def test_nothing_is_said_early_and_pinned_decisions_do_not_count() -> None:
+def test_there_is_no_early_verdict_and_pinned_decisions_do_not_count() -> None:
     watch = ContentGainMonitor()
     for _ in range(MIN_DECISIONS + 5):
         watch.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}, DecisionPath.PINNED))
@@ -74,9 +74,9 @@ def test_old_decisions_and_slms_that_left_are_forgotten() -> None:
     watch = ContentGainMonitor()
     for _ in range(50):
         watch.observe(decision({"a": (0.9, 0.9), "gone": (0.1, 0.1)}))
-    for _ in range(WINDOW):
+    for _ in range(WINDOW_DECISIONS):
         watch.observe(decision({"a": (0.1, 0.1), "b": (0.9, 0.9)}))
     gains = watch.gains()
     assert gains is not None
-    assert gains.decisions == WINDOW
+    assert gains.decisions == WINDOW_DECISIONS
     assert gains.shares == {"b": 1.0}

@@ -145,7 +145,7 @@ def test_energy_spent_before_a_request_came_is_idle() -> None:
     assert account.idle_j == 3.0
 
 
-def test_prefill_is_shared_equally_while_nobody_has_a_token() -> None:
+def test_prefill_is_shared_equally_while_no_request_has_a_token() -> None:
     meter = FakeMeter()
     account = attributor(meter)
     account.start("a")
@@ -189,7 +189,7 @@ steps = st.lists(
 
 
 @given(steps, st.sampled_from((0.0, 0.05, 0.5)))
-def test_the_books_balance_whatever_starts_and_ends_between_two_readings(
+def test_the_accounts_balance_whatever_starts_and_ends_between_two_readings(
     actions: list[tuple[str, int, int, float, float]], min_read_s: float
 ) -> None:
     meter, clock = FakeMeter(), FakeClock()
@@ -264,7 +264,7 @@ def test_short_requests_with_pauses_between_them_pay_for_themselves() -> None:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "streamed"])
 def test_an_answer_costs_its_tokens_however_it_is_sent(whole: bool) -> None:
-    """A step of 10 ms and 1 J makes one token for everybody inside."""
+    """A step of 10 ms and 1 J makes one token for every running request."""
     meter, clock, random = FakeMeter(), FakeClock(), Random(1)
     account = TokenShareAttributor(meter, clock)
     left: dict[str, int] = {}

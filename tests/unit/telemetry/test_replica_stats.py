@@ -22,7 +22,7 @@ def test_a_slow_replica_stands_out_beside_its_sibling() -> None:
     assert (fast["ttft_p95_s"], slow["ttft_p95_s"]) == (0.05, 0.2)
 
 
-def test_a_row_says_how_old_it_is_and_what_failed() -> None:
+def test_a_row_has_its_age_and_its_failures() -> None:
     clock = FakeClock()
     windows = ReplicaStats(clock)
     signals = (QualitySignal("validator:json", 0.0),)
@@ -42,7 +42,7 @@ def test_replicas_come_and_go_without_growth() -> None:
     assert windows.row(f"r{3 * MAX_REPLICAS - 1}")["requests"] == 1
 
 
-def test_a_request_that_no_replica_served_is_nobodys() -> None:
+def test_a_request_that_no_replica_served_is_ignored() -> None:
     windows = ReplicaStats(FakeClock())
     windows.observe(make_outcome(replica_id=""))
     assert windows.row("") == {}

@@ -49,7 +49,7 @@ FAILED = change_outcome(OK, status="error", http_status=500, ttft_s=None, e2e_s=
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that stands still until a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -65,7 +65,7 @@ def test_mean_gives_a_value_one_half_life_old_half_the_weight() -> None:
     assert mean.mean == pytest.approx(2.0)
 
 
-def test_mean_survives_a_silence_long_enough_to_underflow_its_weight() -> None:
+def test_a_mean_survives_a_pause_in_which_its_weight_underflows() -> None:
     mean = Ewma(half_life_s=1.0)
     mean.add(7.0, 0.0)
     assert mean.weight(1e5) == 0.0
@@ -85,12 +85,12 @@ def test_mean_stays_between_the_values_it_has_seen(steps: list[tuple[float, floa
     assert min(values) - 1e-6 <= mean.mean <= max(values) + 1e-6
 
 
-@pytest.mark.parametrize("watched_s", [5.0, 60.0, 600.0])
-def test_rate_of_a_steady_stream_is_right_from_the_start(watched_s: float) -> None:
+@pytest.mark.parametrize("span_s", [5.0, 60.0, 600.0])
+def test_rate_of_a_steady_stream_is_right_from_the_start(span_s: float) -> None:
     rate = DecayedRate(half_life_s=30.0, now=0.0)
-    for step in range(int(watched_s * 20)):
+    for step in range(int(span_s * 20)):
         rate.add(1.0, step / 20)
-    assert rate.per_s(watched_s) == pytest.approx(20.0, rel=0.02)
+    assert rate.per_s(span_s) == pytest.approx(20.0, rel=0.02)
 
 
 def test_rate_falls_to_a_half_one_half_life_after_the_last_event() -> None:
@@ -227,7 +227,7 @@ def test_window_weighs_energy_per_token_by_tokens() -> None:
     assert window.snapshot(clock.now).energy_j_per_token == pytest.approx(1.0)
 
 
-def test_window_reports_how_long_it_has_heard_nothing() -> None:
+def test_statistics_report_the_time_since_the_last_outcome() -> None:
     clock = Clock()
     window = SLMStats("small", clock)
     window.observe(change_outcome(OK, queue_s=0.25))
@@ -353,7 +353,7 @@ def test_state_counts_requests_sent_that_no_engine_has_reported_yet() -> None:
     assert (state.running, state.waiting) == (SLOTS, 3)
 
 
-def test_states_know_how_many_requests_the_whole_fleet_has() -> None:
+def test_states_count_the_requests_of_the_whole_fleet() -> None:
     clock = Clock()
     big = SPEC.model_copy(update={"id": "big"})
     monitor = FleetStats(["small", "big"], clock)
@@ -417,7 +417,7 @@ def test_an_slm_that_is_added_later_counts_the_present_predictor_only() -> None:
     assert monitor.state(SPEC, [], clock.now).ttft_ratio > 1.0
 
 
-def test_state_without_replicas_is_what_the_caller_says() -> None:
+def test_state_without_replicas_is_that_of_the_caller() -> None:
     clock = Clock()
     monitor = FleetStats(["small"], clock)
     assert monitor.state(SPEC, [], clock.now).residency is Residency.COLD

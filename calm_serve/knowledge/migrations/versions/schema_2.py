@@ -1,4 +1,4 @@
-"""What was untyped in `extra` becomes columns; versions are records instead of one string."""
+"""Untyped `extra` becomes typed columns; versions become records instead of one string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alembic import op
 revision = "2"
 down_revision = "1"
 
-PAGE_ROWS = 1000
+PAGE_ROWS = 1000  # rows in memory at a time
 _JSON = sa.JSON(none_as_null=True)
 _TABLE = sa.table(
     "outcomes",
@@ -37,7 +37,7 @@ _WEIGHTS = (
     "late_e2e_after_s",
 )
 _PREDICTION = ("success_ratio", "output_tokens", "ttft_s", "tpot_s", "energy_j")
-_DEFAULT_SPREAD = 0.5  # what a prediction had where no spread was logged
+_DEFAULT_SPREAD = 0.5  # of a prediction whose spread was not logged
 
 
 def upgrade() -> None:
@@ -62,7 +62,7 @@ def upgrade() -> None:
         values = {name: sa.bindparam(f"new_{name}", type_=_TABLE.c[name].type) for name in names}
         connection.execute(update.values(values), [_changed(row) for row in page])
     op.drop_column("outcomes", "extra")
-    # Programs without migrations look here, and refuse what they cannot read.
+    # Programs without migrations read the version here, and refuse a newer one.
     version = sa.update(_META).where(_META.c.key == "schema_version").values(value=revision)
     if not connection.execute(version).rowcount:
         connection.execute(sa.insert(_META).values(key="schema_version", value=revision))
@@ -130,7 +130,7 @@ def _terms(extra: Mapping[str, Any]) -> dict[str, Any] | None:
             "hot": [bool(row[6]) for row in rows],
             "calibration_factor": [row[7] for row in rows],
         },
-        # Weights of targets that were not set were left out at the end.
+        # The list ended before the weights of targets that were not set.
         "weights": {**weights, **dict(zip(_WEIGHTS, extra["weights"], strict=False))},
         "left_out": extra.get("left_out", 0),
         "slo": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms, "deadline_s": deadline_s},

@@ -151,6 +151,6 @@ async def test_an_actor_that_does_not_answer_is_not_reachable(
     connect(client, monkeypatch, RayActorError())
     following = asyncio.create_task(client.follow(apply))
     async with asyncio.timeout(10.0):
-        while client.reachable:  # noqa: ASYNC110  # no event tells of it
+        while client.reachable:  # noqa: ASYNC110  # no event announces it
             await asyncio.sleep(0)
     following.cancel()

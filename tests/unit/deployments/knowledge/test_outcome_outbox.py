@@ -60,7 +60,7 @@ def fill(sender: OutcomeOutbox, count: int) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  # no event tells of a file
+        while not condition():  # noqa: ASYNC110  # no event announces a file
             await asyncio.sleep(0)
 
 

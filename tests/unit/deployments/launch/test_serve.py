@@ -51,7 +51,7 @@ def config(folder: Path, args: Any = None, **top: Any) -> Path:
 
 
 def fleet(**slm: Any) -> dict[str, Any]:
-    return {"fleet": {"slms": [{"id": "small", "model": "somebody/model", **slm}]}}
+    return {"fleet": {"slms": [{"id": "small", "model": "example/model", **slm}]}}
 
 
 def test_a_valid_configuration_gives_the_endpoint(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_gpu_slm_keeps_the_engines_own_ways() -> None:
 
 def test_weights_on_disk_are_never_looked_up_elsewhere(tmp_path: Path) -> None:
     assert process_environment(make_spec(model=str(tmp_path)))["HF_HUB_OFFLINE"] == "1"
-    assert "HF_HUB_OFFLINE" not in process_environment(make_spec(model="somebody/model"))
+    assert "HF_HUB_OFFLINE" not in process_environment(make_spec(model="example/model"))
 
 
 def test_the_slms_own_variables_win() -> None:

@@ -1,4 +1,4 @@
-"""The dashboard asks only for series and labels that exist."""
+"""The dashboard queries only series and labels that exist."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from deployments.observability.catalogue import METRICS
+from tests.exported_series import series_of
 
 PATH = Path(__file__).parents[4] / "deployments" / "observability" / "grafana" / "calm_serve.json"
 DASHBOARD: dict[str, Any] = json.loads(PATH.read_text())
 PANELS = [p for p in DASHBOARD["panels"] if p["type"] != "row"]
 EXPRESSIONS = [t["expr"] for p in PANELS for t in p["targets"]]
-LABELS = {f"ray_{series}": set(m.labels) for m in METRICS for series in m.series}
+LABELS = {f"ray_{series}": set(m.labels) for m in METRICS for series in series_of(m)}
 SERVE_LABELS = {"deployment", "replica", "application"}  # Serve adds these in a replica
 
 

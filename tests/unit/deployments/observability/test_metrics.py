@@ -22,6 +22,7 @@ from deployments.observability.exporters import (
     render_fleet_metrics,
 )
 from deployments.observability.host import HostMonitor, HostUsage, ProcessTreeCpu
+from tests.exported_series import series_of
 
 OUTCOME = make_outcome(
     "d1",
@@ -78,7 +79,7 @@ SNAPSHOT = {
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -289,7 +290,7 @@ def test_exposition_exports_the_series_names_the_table_promises() -> None:
     metrics.refresh(SNAPSHOT, HOST)
     full = SNAPSHOT | {"slms": [SNAPSHOT["slms"][0] | {"cached_prefix_ratio": 0.1}]}
     names = {name for name, _ in samples(render_fleet_metrics(metrics.aggregates, full))}
-    promised = {series for metric in METRICS for series in metric.series}
+    promised = {series for metric in METRICS for series in series_of(metric)}
     assert names == promised | {"calm_predictor_info"}
 
 

@@ -1,4 +1,4 @@
-"""The router deployment without Ray: every ending leaves exactly one outcome."""
+"""The router deployment without Ray: every end of a call leaves exactly one outcome."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def body_of(response: Any) -> bytes:
     ],
     ids=["answered", "refused", "dead", "full", "died while answering", "too slow"],
 )
-async def test_every_ending_of_an_answer_in_one_piece_leaves_one_outcome(
+async def test_every_end_of_a_reply_in_one_piece_leaves_one_outcome(
     view: LiveView,
     tmp_path: Path,
     items: Any,
@@ -103,7 +103,7 @@ async def test_the_outcome_has_the_status_that_the_client_saw(
     ],
     ids=["answered", "died while answering", "too slow"],
 )
-async def test_every_ending_of_a_stream_leaves_one_outcome(
+async def test_every_end_of_a_stream_leaves_one_outcome(
     view: LiveView,
     tmp_path: Path,
     items: Any,
@@ -171,9 +171,7 @@ async def test_headers_name_the_slm_the_reason_and_the_decision(
     assert json.loads(bytes(record.body))["slm_id"] == "large"
 
 
-async def test_prompts_are_stored_only_where_the_operator_says_so(
-    view: LiveView, tmp_path: Path
-) -> None:
+async def test_prompts_are_stored_only_when_configured(view: LiveView, tmp_path: Path) -> None:
     async with Service(tmp_path, END) as service:
         await service.post(CHAT)
         (outcome,) = await service.outcomes()
@@ -199,14 +197,14 @@ async def test_paths_lead_to_their_endpoints(
         assert (await service.request(method, path)).status_code == status
 
 
-async def test_a_dry_run_decides_and_asks_nobody(view: LiveView, tmp_path: Path) -> None:
+async def test_a_dry_run_decides_and_calls_no_slm(view: LiveView, tmp_path: Path) -> None:
     async with Service(tmp_path, RayActorError()) as service:
         response = await service.post({"prompt": "good morning"}, "/v1/route")
         assert await service.outcomes() == []
     assert json.loads(bytes(response.body))["slm_id"] in ("small", "large")
 
 
-def test_a_call_is_written_down_once_whoever_comes_first() -> None:
+def test_a_call_is_recorded_once_in_any_order_of_events() -> None:
     rows: list[dispatch.Call] = []
     call = dispatch.Call(make_decision("small"), make_state("small"), ())
     finish = outcome.Finish(call, lambda: rows.append(call))

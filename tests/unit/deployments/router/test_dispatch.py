@@ -128,7 +128,7 @@ async def test_the_answer_passes_through_in_order(view: LiveView) -> None:
 async def test_an_answer_in_one_piece_is_its_final_item_alone(view: LiveView) -> None:
     call = started()
     assert await read(await Fleet(view, 2, a=[END]).open(call)) == b"end"
-    assert call.final == END
+    assert call.end == END
 
 
 async def test_the_call_carries_method_adapter_and_hints(view: LiveView) -> None:
@@ -158,7 +158,7 @@ async def test_a_failure_before_the_first_byte_is_tried_again_on_another_replica
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
-async def test_a_second_failure_goes_to_the_next_slm_and_says_so(
+async def test_a_second_failure_goes_to_the_next_slm_with_its_reason(
     view: LiveView, failure: Any
 ) -> None:
     fleet, call = Fleet(view, 2, a=[failure, failure], b=[END]), started()
@@ -237,7 +237,7 @@ async def test_a_full_slm_is_left_for_the_next_one_without_asking_twice(view: Li
     await read(await fleet.open(call))
     assert call.slm_id == "b"
     assert len(fleet.slms["a"].calls) == 1
-    assert fleet.failed == []  # a full queue says nothing of the SLM's health
+    assert fleet.failed == []  # a full queue is no evidence about the SLM's health
     assert outcome_of(call, at=1.0, task="", prompt=None).decision.path == "fallback"
 
 

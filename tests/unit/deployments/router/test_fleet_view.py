@@ -1,4 +1,4 @@
-"""What a router knows of the fleet: states, readiness, SLMs that come and go."""
+"""A router's view of the fleet: states, readiness, SLMs that join and leave."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_outcomes_feed_the_state_and_those_of_strangers_do_not(
     assert {s["id"] for s in view.snapshot({})["slms"]} == {"hot", "cold"}
 
 
-def test_an_slm_that_joins_is_watched_and_one_that_leaves_is_forgotten(
+def test_an_slm_that_joins_is_observed_and_one_that_leaves_is_dropped(
     view: FleetView, live: LiveView, clock: FakeClock
 ) -> None:
     new = make_spec("new")

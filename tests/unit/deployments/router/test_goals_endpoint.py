@@ -24,8 +24,8 @@ from deployments.router.admin.goals import GoalsEndpoint, goals_section
 class Knowledge:
     """Knowledge client and subscriptions in one: a change comes back at once, or not at all."""
 
-    def __init__(self, loop: ModelSelector) -> None:
-        self.loop = loop
+    def __init__(self, selector: ModelSelector) -> None:
+        self.selector = selector
         self.goals_change: GoalChange | None = None
         self.history: list[dict[str, Any]] = []
         self.reachable = True
@@ -35,7 +35,7 @@ class Knowledge:
         self.history.insert(0, asdict(change))
         if self.reachable:
             self.goals_change = change
-            self.loop.set_goals(goals)
+            self.selector.set_goals(goals)
         return change
 
     async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
@@ -69,29 +69,29 @@ def data(response: Response) -> Any:
 
 
 @pytest.fixture
-def loop() -> ModelSelector:
+def selector() -> ModelSelector:
     return ModelSelector(make_fleet(), make_goals(), controller=GoalController(make_goals()))
 
 
 @pytest.fixture
-def knowledge(loop: ModelSelector) -> Knowledge:
-    return Knowledge(loop)
+def knowledge(selector: ModelSelector) -> Knowledge:
+    return Knowledge(selector)
 
 
 @pytest.fixture
-def endpoint(loop: ModelSelector, knowledge: Knowledge) -> GoalsEndpoint:
-    return GoalsEndpoint(loop, knowledge, knowledge)
+def endpoint(selector: ModelSelector, knowledge: Knowledge) -> GoalsEndpoint:
+    return GoalsEndpoint(selector, knowledge, knowledge)
 
 
 async def test_goals_weights_and_targets_are_shown(
-    loop: ModelSelector, endpoint: GoalsEndpoint
+    selector: ModelSelector, endpoint: GoalsEndpoint
 ) -> None:
-    loop.set_goals(make_goals(ttft_p95_s=1.0, min_quality=0.9))
-    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=0.5))
+    selector.set_goals(make_goals(ttft_p95_s=1.0, min_quality=0.9))
+    selector.learn(make_decision("small", "large"), make_outcome(ttft_s=0.5))
     document = data(await endpoint.get(request()))
     assert document["goals"]["ttft_p95_s"] == 1.0
-    assert document["weights"]["latency_per_s"] == loop.goals.latency_weight_per_s
-    assert document["version"] == loop.versions.goals
+    assert document["weights"]["latency_per_s"] == selector.goals.latency_weight_per_s
+    assert document["version"] == selector.versions.goals
     assert document["changed"] == {"at": None, "by": None, "revision": None}
     assert document["targets"] == [
         {
@@ -114,30 +114,30 @@ async def test_goals_weights_and_targets_are_shown(
 
 
 async def test_a_put_replaces_all_goals_and_is_signed(
-    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
+    selector: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
 ) -> None:
-    loop.set_goals(make_goals(min_quality=0.5))
+    selector.set_goals(make_goals(min_quality=0.5))
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
     assert response.status_code == 200
     document = data(response)
     assert (document["goals"]["ttft_p95_s"], document["goals"]["min_quality"]) == (0.5, None)
     assert document["changed"] == {"at": 5.0, "by": "ann", "revision": 1}
-    assert loop.goals == Goals(ttft_p95_s=0.5)
+    assert selector.goals == Goals(ttft_p95_s=0.5)
     await endpoint.put(request({}))
     assert knowledge.goals_change is not None
     assert knowledge.goals_change.by == "10.0.0.7"
 
 
 async def test_a_change_that_this_router_has_not_received_yet_is_accepted_not_done(
-    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
+    selector: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint
 ) -> None:
-    before, knowledge.reachable = loop.goals, False
+    before, knowledge.reachable = selector.goals, False
     response = await endpoint.put(request({"ttft_p95_s": 0.5}, x_calm_actor="ann"))
     assert response.status_code == 202
     document = data(response)
     assert document["goals"]["ttft_p95_s"] == 0.5
     assert document["changed"] == {"at": 5.0, "by": "ann", "revision": 1}
-    assert loop.goals == before
+    assert selector.goals == before
 
 
 async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) -> None:
@@ -158,13 +158,13 @@ async def test_the_document_of_a_get_may_be_put_back(endpoint: GoalsEndpoint) ->
     ],
 )
 async def test_wrong_goals_are_refused_and_change_nothing(
-    loop: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint, body: Any, message: str
+    selector: ModelSelector, knowledge: Knowledge, endpoint: GoalsEndpoint, body: Any, message: str
 ) -> None:
-    before = loop.goals
+    before = selector.goals
     with pytest.raises(RequestError, match=message) as caught:
         await endpoint.put(request(body))
     assert caught.value.http_status == 400
-    assert loop.goals is before
+    assert selector.goals is before
     assert knowledge.history == []
 
 
@@ -188,12 +188,12 @@ async def test_a_wrong_history_length_is_refused(endpoint: GoalsEndpoint, asked:
         await endpoint.get(request(query=f"history={asked}"))
 
 
-def test_gauges_show_targets_measurements_and_weights(loop: ModelSelector) -> None:
-    loop.set_goals(make_goals(ttft_p95_s=1.0, power_w=3.0))
-    loop.learn(make_decision("small", "large"), make_outcome(ttft_s=2.0))
+def test_gauges_show_targets_measurements_and_weights(selector: ModelSelector) -> None:
+    selector.set_goals(make_goals(ttft_p95_s=1.0, power_w=3.0))
+    selector.learn(make_decision("small", "large"), make_outcome(ttft_s=2.0))
     found = {
         (name, *labels): value
-        for name, labels, value in fleet_samples({"goals": goals_section(loop)})
+        for name, labels, value in fleet_samples({"goals": goals_section(selector)})
     }
     assert found["calm_goal_target", "ttft_p95_s"] == 1.0
     assert found["calm_goal_measured", "ttft_p95_s"] == 2.0

@@ -124,7 +124,7 @@ def test_errors_have_the_openai_shape(
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (1.0, "1"), (2.1, "3")])
-def test_a_full_fleet_says_when_to_come_back_in_whole_seconds(seconds: float, header: str) -> None:
+def test_a_full_fleet_gives_retry_after_in_whole_seconds(seconds: float, header: str) -> None:
     response = error_response(CapacityError("full", retry_after_s=seconds), {"x-a": "b"})
     assert response.status_code == 429
     assert (response.headers["retry-after"], response.headers["x-a"]) == (header, "b")

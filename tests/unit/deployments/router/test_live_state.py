@@ -23,7 +23,7 @@ from deployments.router.live_state import FACTS_LIFETIME_S, LiveView, hints_of
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -162,7 +162,7 @@ def test_a_routed_replica_is_taken_once(view: LiveView) -> None:
     assert view.take_routed("d") == ""
 
 
-def test_routed_decisions_that_nobody_takes_are_forgotten(
+def test_routed_decisions_that_are_never_taken_are_dropped(
     view: LiveView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_state, "MAX_ROUTED", 3)

@@ -31,9 +31,9 @@ FINDINGS = MonitorFindings(
 def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_energy() -> None:
     clock = FakeClock(100.0)
     view = FleetView(make_fleet())
-    view.watch = MonitorView(clock)
-    view.set_watch(FINDINGS)
-    view.watch.set_energy({"small": SLMEnergy(5.0, 1.0, 6.0, "counter", False, None, at=90.0)})
+    view.monitor = MonitorView(clock)
+    view.set_findings(FINDINGS)
+    view.monitor.set_energy({"small": SLMEnergy(5.0, 1.0, 6.0, "counter", False, None, at=90.0)})
     document = view.snapshot({})
     assert document["alarms"] == [asdict(a) for a in FINDINGS.alarms]
     assert document["choices"]["calibration_error"] == 0.03
@@ -74,7 +74,7 @@ def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() 
     assert watch.fleet()["alarms"] == []
 
 
-def loop(factors: dict[str, float]) -> ModelSelector:
+def selector(factors: dict[str, float]) -> ModelSelector:
     fleet = make_fleet(
         make_spec("small", priors={"quality": 0.8}),
         make_spec("large", priors={"quality": 0.6}),
@@ -89,8 +89,8 @@ def loop(factors: dict[str, float]) -> ModelSelector:
 
 
 def test_a_decision_weighs_the_corrected_quality_and_records_the_raw_prediction() -> None:
-    assert decision_for(loop({}), make_context()).slm_id == "small"
-    decision = decision_for(loop({"small": 0.5}), make_context())
+    assert decision_for(selector({}), make_context()).slm_id == "small"
+    decision = decision_for(selector({"small": 0.5}), make_context())
     assert decision.slm_id == "large"
     small = next(c for c in decision.candidates if c.slm_id == "small")
     assert small.prediction is not None
@@ -99,7 +99,7 @@ def test_a_decision_weighs_the_corrected_quality_and_records_the_raw_prediction(
 
 def test_a_rule_does_not_name_an_slm_that_has_lost_its_quality() -> None:
     context = make_context(markers=("sql",))
-    assert decision_for(loop({}), context).path is DecisionPath.RULE
-    assert decision_for(loop({"small": 0.7}), context).path is DecisionPath.RULE
-    decision = decision_for(loop({"small": 0.3}), context)
+    assert decision_for(selector({}), context).path is DecisionPath.RULE
+    assert decision_for(selector({"small": 0.7}), context).path is DecisionPath.RULE
+    decision = decision_for(selector({"small": 0.3}), context)
     assert (decision.path, decision.slm_id) == (DecisionPath.PRIOR, "large")

@@ -39,7 +39,7 @@ FLEET = make_fleet(
 
 
 class Knowledge:
-    """A knowledge client that keeps feedback and knows one stored outcome."""
+    """A knowledge client that keeps feedback and has one stored outcome."""
 
     reachable = True
 
@@ -67,10 +67,10 @@ class Bench:
     """Operations with everything they read."""
 
     def __init__(self) -> None:
-        self.loop = ModelSelector(FLEET, make_goals(), controller=GoalController(make_goals()))
+        self.selector = ModelSelector(FLEET, make_goals(), controller=GoalController(make_goals()))
         self.knowledge, self.subscriptions = Knowledge(), Subscriptions()
         self.operations = Operations(
-            self.loop,
+            self.selector,
             FleetView(FLEET, lambda: 0.0),
             cast(Any, self.knowledge),
             cast(Any, self.subscriptions),
@@ -154,8 +154,8 @@ def test_one_model_is_its_entry_of_the_list(bench: Bench) -> None:
 async def test_a_recent_decision_comes_from_memory_and_an_old_one_from_the_store(
     bench: Bench,
 ) -> None:
-    decision = decision_for(bench.loop, make_context(request_id="new"))
-    bench.loop._log["new"] = decision
+    decision = decision_for(bench.selector, make_context(request_id="new"))
+    bench.selector._log["new"] = decision
     assert data(await bench.operations.decision("new"))["slm_id"] == decision.slm_id
     old = data(await bench.operations.decision("old"))
     assert OUTCOMES.validate_python(old) == make_outcome("old")

@@ -34,7 +34,7 @@ def started(decision: Decision | None = None) -> Call:
 def finished(call: Call, **facts: Any) -> Call:
     call.slm_id = call.slm_id or call.decision.slm_id
     call.status, call.http_status = "ok", 200
-    call.final = ReplyEnd(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
+    call.end = ReplyEnd(b"", make_facts("r1", **facts), (QualitySignal("validator:json", 1.0),))
     return call
 
 
@@ -72,7 +72,7 @@ def test_the_outcome_repeats_decision_facts_and_signals() -> None:
     assert [s.source for s in outcome.signals] == ["validator:json"]
 
 
-def test_the_outcome_tells_the_load_that_the_request_met_with_itself() -> None:
+def test_the_outcome_has_the_load_at_the_decision_its_request_included() -> None:
     call = finished(started(make_decision("a")))
     call.state = make_state("a", running=4, waiting=2, replicas=2, in_flight=11, ttft_ratio=1.25)
     outcome = outcome_of(call, at=0.0, task="", prompt=None)

@@ -1,4 +1,4 @@
-"""`/v1/predictors`: what may be asked, and that the knowledge actor's answer comes through."""
+"""`/v1/predictors`: valid requests, and the knowledge actor's answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.router.admin.predictors import PredictorsEndpoint
 
 
 class Knowledge:
-    """A knowledge client that keeps what it is asked to change."""
+    """A knowledge client that keeps the requested change."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []

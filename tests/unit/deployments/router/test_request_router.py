@@ -77,7 +77,7 @@ def hints(**fields: Any) -> dict[str, Any]:
 def routing(
     replicas: Sequence[FakeReplica], story: Callable[[ReplicaRouter], Awaitable[None]]
 ) -> None:
-    """Run `story` against a router that knows `replicas`, as Serve would: on one event loop."""
+    """Run `story` against a router with `replicas`, as Serve would: on one event loop."""
 
     async def run() -> None:
         router = ReplicaRouter(SLM, DeploymentHandleSource.UNKNOWN, None, None, True)
@@ -176,7 +176,7 @@ def test_every_request_backs_off_and_every_candidate_stays_in_the_answer(view: L
     routing([FakeReplica("a"), FakeReplica("b"), FakeReplica("c")], story)
 
 
-def test_a_candidate_that_the_view_does_not_know_is_still_ranked(view: LiveView) -> None:
+def test_a_candidate_that_is_missing_in_the_view_is_still_ranked(view: LiveView) -> None:
     async def story(router: ReplicaRouter) -> None:
         view.update_replicas("slm", [])
         assert sorted(await choose(router, pending())) == [["a"], ["b"]]
@@ -256,7 +256,7 @@ def test_cancelled_and_fulfilled_requests_leave_nothing_behind(view: LiveView) -
     async def story(router: ReplicaRouter) -> None:
         full = [pending(hints(), model_id="sql") for _ in range(4)]
         tasks = [asyncio.create_task(router._choose_replica_for_request(p)) for p in full]
-        for _ in range(20):  # long enough for every request to have asked the replica
+        for _ in range(20):  # long enough for every request to reach the replica
             await asyncio.sleep(0)
         assert replica.probes > 0
         for task in tasks:
@@ -273,7 +273,7 @@ def test_cancelled_and_fulfilled_requests_leave_nothing_behind(view: LiveView) -
     routing([replica], story)
 
 
-def test_a_retry_avoids_the_replica_that_failed_although_it_holds_the_prefix(
+def test_a_retry_avoids_the_replica_that_failed_although_it_has_the_prefix(
     view: LiveView,
 ) -> None:
     async def story(router: ReplicaRouter) -> None:

@@ -140,7 +140,7 @@ async def test_a_predictor_that_cannot_be_read_leaves_the_present_one(
     assert "refused" in caplog.text
 
 
-async def test_a_challenger_is_asked_silently_and_decides_nothing(router: Router) -> None:
+async def test_a_challenger_predicts_in_the_shadow_and_decides_nothing(router: Router) -> None:
     shadow = router.subscriptions.shadow
     await router.publish(Topic.CHALLENGER, published(ARTIFACT))
     assert shadow.challenger is not None

@@ -108,7 +108,7 @@ async def test_a_wait_beyond_the_limit_is_refused_at_once_with_the_estimate(
     assert refused.value.http_status == 503
     longest = wakeup_queue.MAX_RETRY_AFTER_S
     assert refused.value.retry_after_s == min(expected_s, longest)
-    # A client that was told to retry counts as queued, unless the wait has no end.
+    # A client that got Retry-After counts as queued, unless the wait has no end.
     expected = {"small": 1} if expected_s < longest else {}
     assert queue._take_demand(make_fleet()).queued == expected
 
@@ -169,7 +169,7 @@ async def test_without_a_budget_nothing_is_queued_or_reported() -> None:
     assert one.running_on == ""
 
 
-def test_the_state_says_asleep_waking_or_hot_and_how_long_it_takes(view: ResidencyView) -> None:
+def test_the_state_is_asleep_waking_or_hot_with_its_wake_up_time(view: ResidencyView) -> None:
     small, replicas = make_state("small", wake_s=15.0), [make_replica("r1")]
     assert view.with_residency(make_state("large"), replicas) == make_state("large")
     assert view.with_residency(small, replicas).residency is Residency.ASLEEP
