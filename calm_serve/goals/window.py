@@ -13,27 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from calm_serve.routing import above_floor, reward, slo_penalty
+from calm_serve.telemetry import ResidualEstimator, TotalRatio
 from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
 ROWS = 192
 # A row counts half as much after this many newer ones, so a shift is mostly what is seen well
 # before it is all that is in the window.
 HALF_LIFE_ROWS = 48.0
-# Measured over predicted, by SLM: half of it is from its last 8 answers, of joules from its last 16
-# because all of them tell a mean. It fades slowly while the SLM gets no requests, or it would be
-# tried again as soon as it had left the window.
-TIME_KEEP, JOULE_KEEP, IDLE_KEEP = 0.5 ** (1 / 8), 0.5 ** (1 / 16), 0.5 ** (1 / 1024)
-RATIO_PRIOR_ROWS = 2.0  # weight of "the predictions are right"
 TINY = 1e-9  # instead of 0 seconds or joules
-MIN_SPREAD, PRIOR_SPREAD = 0.05, 0.2  # of the logarithm of measured over predicted
 # A pause would look like a low rate for a long time; gaps are cut at so many times the median.
 GAP_LIMIT = 10.0
 
 QUALITY, TTFT, E2E, ENERGY, FIXED = range(5)
-# Decayed sums by SLM: answers with a measured TTFT, E2E and energy, and what was measured of them.
-_EVIDENCE = ("ttft", "e2e", "energy", "log_ttft", "log_e2e", "joules", "predicted_joules")
-_OF_JOULES = ("energy", "joules", "predicted_joules")
-_KEEP = np.array([JOULE_KEEP if n in _OF_JOULES else TIME_KEEP for n in _EVIDENCE])
 Array = npt.NDArray[np.float64]
 
 
@@ -50,7 +41,7 @@ class Terms:
     measured: Array  # (3, n): TTFT, E2E, ENERGY; NaN where unknown
     weights: Array  # (n,): by age, with those of `rest` they sum to 1
     ratio: Array  # (3, c): measured over predicted
-    spread: Array  # (2,): of log(measured / corrected prediction), TTFT and E2E
+    spread: Array  # (2, c): of log(measured / corrected prediction), TTFT and E2E
     rest: Array  # (3, m): measured values of the other rows
     rest_weights: Array  # (m,)
     gap_s: float  # mean time between finished requests, NaN before there are two
@@ -72,7 +63,7 @@ class GoalWindow:
         self._quality = np.full(ROWS, np.nan)
         self._measured = np.full((3, ROWS), np.nan)
         self._at = np.zeros(ROWS)
-        self._evidence = np.zeros((len(_EVIDENCE), 0))
+        self._residuals: list[_Residuals] = []  # in the order of `_slms`
         self.seen = 0
 
     @property
@@ -114,7 +105,7 @@ class GoalWindow:
         self._chosen = place[self._chosen]
         self._slms = [self._slms[i] for i in keep]
         self._raw, self._valid = self._raw[:, :, keep], self._valid[:, keep]
-        self._evidence = self._evidence[:, keep]
+        self._residuals = [self._residuals[i] for i in keep]
 
     def measured(self) -> tuple[Array, Array, float]:
         """TTFT, E2E and energy (3, rows) of all requests, predicted quality, mean gap in s."""
@@ -131,16 +122,14 @@ class GoalWindow:
         rows = order[is_scored]
         raw, chosen = self._raw[:, rows], self._chosen[rows]
         measured = self._measured[:, rows]
-        ratio = self._ratio()
-        predicted = raw[TTFT:ENERGY, np.arange(len(chosen)), chosen] * ratio[:2, chosen]
         return Terms(
             raw=raw,
             valid=self._valid[rows],
             chosen=chosen,
             measured=measured,
             weights=weights[is_scored],
-            ratio=ratio,
-            spread=_spread(np.log(measured[:2] / np.maximum(predicted, TINY)), weights[is_scored]),
+            ratio=self._ratio(),
+            spread=self._spread(),
             rest=self._measured[:, order[~is_scored]],
             rest_weights=weights[~is_scored],
             gap_s=self._gap_s(order),
@@ -169,45 +158,31 @@ class GoalWindow:
         self._chosen[row] = chosen if self._valid[row, chosen] else -1
 
     def _compare(self, row: int) -> None:
-        """Add the chosen SLM's measurements to the evidence on its predictions."""
-        self._evidence *= IDLE_KEEP
+        """Show the chosen SLM's residuals what was measured of it."""
         slm = self._chosen[row]
-        if slm < 0:
-            return
-        measured, predicted = self._measured[:, row], self._raw[TTFT : ENERGY + 1, row, slm]
-        known = ~np.isnan(measured)
-        logs = np.log(measured[:2] / np.maximum(predicted[:2], TINY))
-        new = np.array([*known, *logs, measured[2], predicted[2]])
-        of = np.array([*known, *known[:2], known[2], known[2]])
-        mine = self._evidence[:, slm]
-        self._evidence[of, slm] = mine[of] * _KEEP[of] + new[of]
+        if slm >= 0:
+            predicted = self._raw[TTFT : ENERGY + 1, row, slm]
+            self._residuals[slm].add(self._measured[:, row], predicted)
 
     def _ratio(self) -> Array:
         """Measured over predicted, (3, c).
 
         An SLM without evidence is taken to be as far off as the mean of those that have some.
         """
-        count, prior = self._evidence[:3], RATIO_PRIOR_ROWS
-        ratio = np.ones_like(count)
-        for kind in range(3):
-            seen = count[kind]
-            if not seen.any():
-                continue
-            if kind < 2:
-                log_ratio = self._evidence[3 + kind] / (seen + prior)
-            else:  # a mean is held, so the ratio of means counts
-                spent, predicted = self._evidence[5:]
-                usual = prior * max(float(predicted.sum() / seen.sum()), TINY)
-                log_ratio = np.log((spent + usual) / (predicted + usual))
-            own = seen / (seen + prior)
-            others = float(np.average(log_ratio, weights=own))
-            ratio[kind] = np.exp(own * log_ratio + (1.0 - own) * others)
+        if not self._residuals:
+            return np.ones((3, 0))
+        log, trust = np.array([r.logs() for r in self._residuals]).transpose(2, 1, 0)
+        others = log.sum(axis=1) / np.maximum(trust.sum(axis=1), TINY)
+        ratio: Array = np.exp(log + (1.0 - trust) * others[:, None])
         return ratio
+
+    def _spread(self) -> Array:
+        return np.array([r.spreads() for r in self._residuals]).T
 
     def _column(self, slm_id: str) -> int:
         if slm_id not in self._slms:
             self._slms.append(slm_id)
-            self._evidence = np.pad(self._evidence, ((0, 0), (0, 1)))
+            self._residuals.append(_Residuals())
             self._raw = np.pad(self._raw, ((0, 0), (0, 0), (0, 1)))
             self._valid = np.pad(self._valid, ((0, 0), (0, 1)))
         return self._slms.index(slm_id)
@@ -223,12 +198,30 @@ class GoalWindow:
         return float(np.average(gaps, weights=0.5 ** (np.arange(len(gaps)) / HALF_LIFE_ROWS)))
 
 
-def _spread(left: Array, weights: Array) -> Array:
-    """Standard deviation (2,) of what corrections leave of log(measured / predicted), (2, n)."""
-    known = ~np.isnan(left)
-    mine = np.where(known, weights, 0.0) / weights.max() if len(weights) else np.zeros((2, 0))
-    squares = (mine * np.where(known, left, 0.0) ** 2).sum(axis=1)
-    prior = RATIO_PRIOR_ROWS
-    variance = (squares + prior * PRIOR_SPREAD**2) / (mine.sum(axis=1) + prior)
-    spread: Array = np.maximum(np.sqrt(variance), MIN_SPREAD)
-    return spread
+class _Residuals:
+    """Measured over predicted of one SLM, as the window's rows hold the predictions.
+
+    The router's own (`telemetry.FleetStats`) are no substitute: it corrects predictions before they
+    get here, and a replay has other predictions than the ones that were logged.
+    """
+
+    def __init__(self) -> None:
+        self._times = ResidualEstimator(), ResidualEstimator()  # TTFT, E2E
+        self._energy = TotalRatio()
+
+    def add(self, measured: Array, predicted: Array) -> None:
+        """Count an answer's TTFT, E2E and joules; NaN where nothing was measured."""
+        for time, seen, expected in zip(self._times, measured[:2], predicted[:2], strict=True):
+            if not np.isnan(seen):
+                applied = time.at()
+                time.add(float(seen / max(expected, TINY)) / applied, applied=applied)
+        if not np.isnan(measured[2]):
+            self._energy.add(float(measured[2]), max(float(predicted[2]), TINY))
+
+    def logs(self) -> list[tuple[float, float]]:
+        """Logarithm of the ratio and how much of it is measured, of TTFT, E2E and joules."""
+        return [(each.log_at(), each.trust) for each in (*self._times, self._energy)]
+
+    def spreads(self) -> list[float]:
+        """Of TTFT and E2E."""
+        return [time.spread for time in self._times]

@@ -22,11 +22,12 @@ from calm_serve.prediction import fits_layout
 from calm_serve.protocol.topics import MonitorFindings
 from calm_serve.requests import NUMBER_NAMES
 from calm_serve.telemetry import (
+    CHANGE_LIMIT,
     PSI_ALARM,
     PSI_CLEAR,
     Alarms,
-    LevelChange,
     PopulationShift,
+    ResidualEstimator,
 )
 from calm_serve.types import Outcome, QualitySignal
 
@@ -47,11 +48,7 @@ RETRAIN_KINDS = frozenset(("quality", "tokens", "prompt_mix"))
 RETRAIN_OUTCOMES = 100
 RETRAIN_PAUSE_S = 600.0  # least time between two trainings for drift
 
-# Page-Hinkley test on log(measured / predicted). A change of its mean by a third is found within
-# some 20 answers; noise raises an alarm once in about 100,000.
-RATIO_SLACK, RATIO_LIMIT = 0.15, 6.0
-LENGTH_LIMIT = 2.0 * RATIO_LIMIT  # lengths vary more than speeds
-MAX_LOG_RATIO = 2.0  # larger deviations of one answer count as this
+LENGTH_CHANGE_LIMIT = 2.0 * CHANGE_LIMIT  # lengths vary more than speeds
 MIN_CALIBRATION, CALIBRATION_WINDOW = 100, 500  # answers behind the calibration error
 CALIBRATION_ALARM = 0.15  # mean error of P(success)
 
@@ -78,13 +75,13 @@ class _SLM:
 
     def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
         self.quality = SLMQualityStream(clock, form_is_checked)
-        self.tokens = _length_test()
-        self.speed: OrderedDict[str, LevelChange] = OrderedDict()  # by replica
+        self.tokens = ResidualEstimator(LENGTH_CHANGE_LIMIT)
+        self.speed: OrderedDict[str, ResidualEstimator] = OrderedDict()  # of a token, by replica
 
     def forget_predictor(self) -> None:
         """Start anew what is compared with predictions."""
         self.quality.forget_predictor()
-        self.tokens = _length_test()
+        self.tokens = ResidualEstimator(LENGTH_CHANGE_LIMIT)
 
 
 class OutcomeMonitor:
@@ -191,14 +188,14 @@ class OutcomeMonitor:
         predicted, replica_id = outcome.decision.predicted, outcome.engine.replica_id
         if predicted is None:
             return
-        change = _log_change(slm.tokens, outcome.engine.output_tokens, predicted.output_tokens)
+        change = _change(slm.tokens, outcome.engine.output_tokens, predicted.output_tokens)
         if change is not None:
             slm.quality.suspect()
         self._report(change, "tokens", outcome.slm_id, "answers are {} times as long as predicted")
         if outcome.timing.tpot_s and not outcome.timing.cold:
-            speed = slm.speed.get(replica_id) or LevelChange(RATIO_SLACK, RATIO_LIMIT)
+            speed = slm.speed.get(replica_id) or ResidualEstimator(CHANGE_LIMIT)
             _remember(slm.speed, replica_id, speed, MAX_REPLICAS)
-            change = _log_change(speed, outcome.timing.tpot_s, predicted.tpot_s)
+            change = _change(speed, outcome.timing.tpot_s, predicted.tpot_s)
             text = "a token takes {} times as long as predicted"
             self._report(change, "speed", outcome.slm_id, text, replica_id)
 
@@ -286,15 +283,8 @@ def _rounded_factor(slm: _SLM) -> float:
     return round(round(slm.quality.factor / FACTOR_STEP) * FACTOR_STEP, 4)
 
 
-def _length_test() -> LevelChange:
-    return LevelChange(RATIO_SLACK, LENGTH_LIMIT)
-
-
-def _log_change(test: LevelChange, observed: float, predicted: float) -> float | None:
-    if observed <= 0.0 or predicted <= 0.0:
-        return None
-    ratio = math.log(observed / predicted)
-    return test.add(min(max(ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+def _change(residual: ResidualEstimator, measured: float, predicted: float) -> float | None:
+    return residual.add(measured / predicted) if measured > 0.0 and predicted > 0.0 else None
 
 
 def _remember(

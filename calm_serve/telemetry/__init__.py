@@ -5,13 +5,7 @@ calls. The knowledge actor uses some of the statistics too.
 """
 
 from calm_serve.telemetry.alarms import Alarms
-from calm_serve.telemetry.change_detection import (
-    PSI_ALARM,
-    PSI_CLEAR,
-    Cusum,
-    LevelChange,
-    PopulationShift,
-)
+from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, Cusum, PopulationShift
 from calm_serve.telemetry.circuit_breaker import BreakerState
 from calm_serve.telemetry.content_gain import ContentGainMonitor
 from calm_serve.telemetry.energy import (
@@ -23,11 +17,17 @@ from calm_serve.telemetry.energy import (
 )
 from calm_serve.telemetry.nvml import NvmlMeter, visible_gpus
 from calm_serve.telemetry.replica_stats import ReplicaStats
-from calm_serve.telemetry.residuals import load_at_decision
+from calm_serve.telemetry.residuals import (
+    CHANGE_LIMIT,
+    ResidualEstimator,
+    TotalRatio,
+    load_at_decision,
+)
 from calm_serve.telemetry.slm_stats import FleetStats
 from calm_serve.telemetry.statistics import DecayedRate, Ewma
 
 __all__ = [
+    "CHANGE_LIMIT",
     "DEFAULT_WATTS_PER_CORE",
     "POWERCAP",
     "PSI_ALARM",
@@ -40,11 +40,12 @@ __all__ = [
     "EnergyMeter",
     "Ewma",
     "FleetStats",
-    "LevelChange",
     "NvmlMeter",
     "PopulationShift",
     "ReplicaStats",
+    "ResidualEstimator",
     "TokenShareAttributor",
+    "TotalRatio",
     "best_meter",
     "load_at_decision",
     "visible_gpus",

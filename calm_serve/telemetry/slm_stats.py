@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
 from calm_serve.telemetry.circuit_breaker import BreakerLimits, BreakerState, CircuitBreaker
-from calm_serve.telemetry.residuals import LoadEffect
+from calm_serve.telemetry.residuals import SLMResiduals
 from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
 from calm_serve.types import Outcome, PredictorVersion, ReplicaState, Residency, SLMState
 
@@ -72,7 +72,7 @@ class SLMStats:
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = CircuitBreaker(limits or BreakerLimits())
         self._replica_ids: frozenset[str] = frozenset()  # those that the breaker's evidence covers
-        self.effect = LoadEffect(champion)
+        self.residuals = SLMResiduals(champion)
         self.wake_s: float | None = None
         self.calibration_factor = 1.0
 
@@ -85,7 +85,7 @@ class SLMStats:
         took_s = outcome.timing.e2e_s if took_s is None else took_s
         self._count_attempt(outcome, now, now - (took_s or 0.0))
         self._cold_starts += outcome.timing.cold
-        self.effect.observe(outcome)
+        self.residuals.observe(outcome)
         # The wait for a cold start is predicted from `wake_s`. In the mean it would make an SLM
         # look slow for minutes after its wake-up.
         if outcome.timing.ttft_s is not None and not outcome.timing.cold:
@@ -152,10 +152,12 @@ class SLMStats:
         sent = sum(r.queue_length for r in replicas)
         count = max(len(replicas), 1)
         inside = running + waiting
-        effect = self.effect
-        per_token = effect.energy.next_j(inside / count)
+        residuals = self.residuals
+        per_token = residuals.energy.next_j(inside / count)
         log_in_flight = math.log(elsewhere + inside + 1)
-        tpot_s = effect.tpot.at(log_in_flight)
+        tpot_s = self._tpot.recent.mean
+        if residuals.tpot.answers:
+            tpot_s = math.exp(residuals.tpot.log_at(log_in_flight))
         return SLMState(
             slm_id=self._slm_id,
             residency=Residency.HOT if replicas else absent,
@@ -166,7 +168,7 @@ class SLMStats:
             kv_usage_ratio=sum(r.kv_usage_ratio for r in replicas) / count,
             cached_prefix_ratio=sum(r.cached_prefix_ratio for r in replicas) / count,
             ttft_s=self._ttft.recent.mean,
-            tpot_s=self._tpot.recent.mean if tpot_s is None else tpot_s,
+            tpot_s=tpot_s,
             energy_j_per_token=self._energy_j_per_token.mean if per_token is None else per_token,
             failure_ratio=self._breaker.failure_ratio,
             breaker_open=self._breaker.blocks(now, sent),
@@ -174,9 +176,9 @@ class SLMStats:
             age_s=max(now - self._seen_at, 0.0),
             calibration_factor=self.calibration_factor,
             in_flight=elsewhere + inside,
-            ttft_ratio=effect.ttft.at(log_in_flight),
-            ttft_spread=effect.ttft_spread.value,
-            e2e_spread=effect.e2e_spread.value,
+            ttft_ratio=residuals.ttft.at(log_in_flight),
+            ttft_spread=residuals.ttft.spread,
+            e2e_spread=residuals.e2e.spread,
         )
 
     def _follow_replicas(self, replicas: Sequence[ReplicaState], now: float) -> None:
@@ -248,10 +250,10 @@ class FleetStats:
             window.wake_s = wake_s
 
     def set_predictor(self, version: PredictorVersion) -> None:
-        """Take the version of the predictor in use; see `LoadEffect.set_champion`."""
+        """Take the version of the predictor in use; see `SLMResiduals.set_champion`."""
         self._champion = version.champion
         for window in self._windows.values():
-            window.effect.set_champion(version.champion)
+            window.residuals.set_champion(version.champion)
 
     def set_calibration_factors(self, factors: Mapping[str, float]) -> None:
         """Set the factor on P(success) of each SLM; 1 for one that is not named."""

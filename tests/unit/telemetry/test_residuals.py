@@ -1,4 +1,4 @@
-"""What load does to joules per token and to TTFT, learned from answers."""
+"""Measured over predicted, by SLM and load: level, slope, spread and change."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.telemetry.residuals import (
+    CHANGE_LIMIT,
     MAX_LOG_RATIO,
     PRIOR_SPREAD,
     STEP_SHARE,
-    LoadedLatency,
-    LoadEffect,
-    LogSpread,
+    TIME_HALF_LIFE,
+    LoadLine,
+    ResidualEstimator,
+    SLMResiduals,
     TokenEnergy,
-    TtftRatio,
+    TotalRatio,
 )
-from calm_serve.testing import make_outcome
-from calm_serve.types import LoadAtDecision, Prediction
+from calm_serve.testing import make_outcome, make_prediction
+from calm_serve.types import LoadAtDecision, PredictorVersion, Versions
 
 STEP_J, TOKEN_J = 0.05, 0.004
 
@@ -71,7 +73,7 @@ def test_joules_are_never_negative_and_fall_with_company(
 
 
 def test_the_ttft_ratio_follows_the_load_in_both_directions() -> None:
-    ratio, random = TtftRatio(), Random(2)
+    ratio, random = ResidualEstimator(), Random(2)
     for i in range(60):
         in_flight = 1 if i % 2 else 6
         ratio.add(in_flight**0.8 * math.exp(random.gauss(0.0, 0.1)), in_flight)
@@ -80,7 +82,7 @@ def test_the_ttft_ratio_follows_the_load_in_both_directions() -> None:
 
 
 def test_the_ttft_ratio_follows_a_change_that_load_does_not_explain() -> None:
-    ratio = TtftRatio()
+    ratio = ResidualEstimator()
     for _ in range(40):
         ratio.add(1.0, 2)
     for _ in range(20):
@@ -89,7 +91,7 @@ def test_the_ttft_ratio_follows_a_change_that_load_does_not_explain() -> None:
 
 
 def test_a_single_answer_moves_the_ttft_ratio_a_part_of_the_way() -> None:
-    ratio = TtftRatio()
+    ratio = ResidualEstimator()
     assert ratio.at(math.log(10)) == 1.0
     ratio.add(8.0, 1)
     assert 1.0 < ratio.at(0.0) < 4.0
@@ -97,52 +99,122 @@ def test_a_single_answer_moves_the_ttft_ratio_a_part_of_the_way() -> None:
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.integers(1, 500)), min_size=1))
 def test_the_ttft_ratio_is_bounded(answers: list[tuple[float, int]]) -> None:
-    ratio = TtftRatio()
+    ratio = ResidualEstimator()
     for measured, in_flight in answers:
         ratio.add(measured, in_flight)
     for in_flight in (1, 1000):
         assert math.exp(-MAX_LOG_RATIO) <= ratio.at(math.log(in_flight)) <= math.exp(MAX_LOG_RATIO)
 
 
-def test_a_latency_is_told_for_the_load_that_is_asked_for() -> None:
-    tpot, random = LoadedLatency(), Random(4)
-    assert tpot.at(0.0) is None
+def test_a_latency_is_that_of_the_load_that_is_asked_for() -> None:
+    tpot, random = LoadLine(), Random(4)
+    assert (tpot.answers, tpot.trust) == (0, 0.0)
     for i in range(60):
         in_flight = 1 + i % 8
         tpot.add(0.01 * in_flight**0.6 * math.exp(random.gauss(0.0, 0.1)), in_flight)
-    assert tpot.at(0.0) == pytest.approx(0.01, rel=0.2)
-    assert tpot.at(math.log(8)) == pytest.approx(0.01 * 8**0.6, rel=0.2)
+    assert math.exp(tpot.log_at()) == pytest.approx(0.01, rel=0.2)
+    assert math.exp(tpot.log_at(math.log(8))) == pytest.approx(0.01 * 8**0.6, rel=0.2)
 
 
 def test_a_correction_that_was_applied_is_not_learned_again() -> None:
-    effect = LoadEffect()
+    residuals = SLMResiduals()
     for _ in range(100):
-        applied = effect.ttft.at(0.0)
-        predicted = Prediction("small", 0.5, 64.0, 0.05 * applied, 0.01, 6.4)
-        effect.observe(answered(applied=applied, ttft_s=0.15, predicted=predicted))
-    assert effect.ttft.at(0.0) == pytest.approx(3.0, rel=0.2)
-    assert effect.ttft_spread.value < PRIOR_SPREAD  # the last predictions were right
+        applied = residuals.ttft.at(0.0)
+        predicted = make_prediction(ttft_s=0.05 * applied)
+        residuals.observe(answered(applied=applied, ttft_s=0.15, predicted=predicted))
+    assert residuals.ttft.at(0.0) == pytest.approx(3.0, rel=0.2)
+    assert residuals.ttft.spread < PRIOR_SPREAD  # the last predictions were right
 
 
 def test_answers_that_say_nothing_of_load_are_left_out() -> None:
-    effect = LoadEffect()
-    effect.observe(make_outcome())
-    effect.observe(answered(cold=True))
-    effect.observe(answered(status="error"))
-    assert effect.energy.next_j(0) is None
-    assert effect.ttft.at(0.0) == 1.0
+    residuals = SLMResiduals()
+    residuals.observe(make_outcome())
+    residuals.observe(answered(cold=True))
+    residuals.observe(answered(status="error"))
+    assert residuals.energy.next_j(0) is None
+    assert residuals.ttft.at(0.0) == 1.0
 
 
 def test_an_answer_to_a_rules_decision_tells_joules_only() -> None:
-    effect = LoadEffect()
-    effect.observe(answered(predicted=None, energy_j=1.0, output_tokens=10))
-    assert effect.energy.next_j(0) == pytest.approx(0.1)
-    assert effect.ttft.at(0.0) == 1.0
+    residuals = SLMResiduals()
+    residuals.observe(answered(predicted=None, energy_j=1.0, output_tokens=10))
+    assert residuals.energy.next_j(0) == pytest.approx(0.1)
+    assert residuals.ttft.at(0.0) == 1.0
 
 
 def test_spread_becomes_that_of_the_ratios() -> None:
-    spread, random = LogSpread(), Random(3)
-    assert spread.value == PRIOR_SPREAD
+    residual, random = ResidualEstimator(), Random(3)
+    assert residual.spread == PRIOR_SPREAD
     for _ in range(300):
-        spread.add(math.exp(random.gauss(0.0, 0.2)))
-    assert spread.value == pytest.approx(0.2, rel=0.3)
+        residual.add(math.exp(random.gauss(0.0, 0.2)))
+    assert residual.spread == pytest.approx(0.2, rel=0.3)
+
+
+def test_half_of_the_level_is_from_the_answers_of_one_half_life() -> None:
+    residual = ResidualEstimator()
+    for _ in range(1000):
+        residual.add(1.0)
+    for _ in range(int(TIME_HALF_LIFE)):
+        residual.add(math.e)
+    assert residual.log_at() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_change_of_the_ratio_is_found_and_noise_is_not() -> None:
+    residual, random = ResidualEstimator(CHANGE_LIMIT), Random(5)
+    noise = [residual.add(math.exp(random.gauss(0.3, 0.3))) for _ in range(2000)]
+    assert set(noise) == {None}
+    changed = [residual.add(2.0 * math.exp(random.gauss(0.3, 0.3))) for _ in range(30)]
+    found = next(change for change in changed if change is not None)
+    assert 0.3 < found < 0.8  # log(2), while the mean is following already
+
+
+def test_without_a_limit_no_change_is_looked_for() -> None:
+    residual = ResidualEstimator()
+    assert {residual.add(ratio) for ratio in [1.0] * 200 + [9.0] * 200} == {None}
+
+
+def test_the_total_ratio_is_that_of_the_sums() -> None:
+    total = TotalRatio()
+    assert (total.log_at(), total.trust) == (0.0, 0.0)
+    for _ in range(200):
+        total.add(measured=1.0, predicted=2.0)
+        total.add(measured=90.0, predicted=45.0)
+    assert math.exp(total.log_at()) == pytest.approx(91.0 / 47.0, rel=0.03)
+
+
+def decided_by(champion: str, cold_start: str = "", *, shipped: bool = False) -> Any:
+    version = PredictorVersion(champion, cold_start, shipped)
+    return answered(ttft_s=0.2, versions=Versions(version, "g", "f"))  # four times the prediction
+
+
+def test_answers_of_the_last_predictor_do_not_touch_the_ratio_of_the_present_one() -> None:
+    residuals = SLMResiduals("A")
+    for _ in range(50):
+        residuals.observe(decided_by("A"))
+    learned = residuals.ttft.at()
+    assert learned == pytest.approx(3.79, abs=0.01)
+    residuals.set_champion("B")
+    assert residuals.ttft.at() == 1.0
+    for i in range(60):  # streams decided by A end among B's answers
+        residuals.observe(decided_by("AB"[i % 2]))
+    assert residuals.ttft.at() == pytest.approx(4 ** (30 / 32))
+    residuals.set_champion("A")  # rolled back
+    residuals.observe(decided_by("B"))
+    assert residuals.ttft.at() == 1.0
+    residuals.observe(decided_by("A"))
+    assert residuals.ttft.at() > 1.0
+
+
+def test_boosters_of_cold_start_slms_and_the_predictors_source_keep_the_ratio() -> None:
+    residuals = SLMResiduals("A")
+    for i in range(50):
+        residuals.set_champion("A")  # published again with every refit
+        residuals.observe(decided_by("A", f"new-{i}", shipped=i % 2 == 0))
+    assert residuals.ttft.at() == pytest.approx(3.79, abs=0.01)
+
+
+def test_without_a_champion_every_predictors_answers_count() -> None:
+    residuals = SLMResiduals()
+    for i in range(110):
+        residuals.observe(decided_by("AB"[i % 2]))
+    assert residuals.ttft.at() > 3.79
