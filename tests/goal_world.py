@@ -95,12 +95,13 @@ class World:
         self._next_tick_s = 0.0
         self._engines: dict[tuple[str, float], EngineSimulator] = {}
         self.version = "world-1"
+        self.controller = GoalController(self.goals)
         self.selector = ModelSelector(
             make_fleet(*(make_spec(i) for i in KINDS)),
             self.goals,
             read_state=self._state,
             predictor=self,
-            controller=GoalController(self.goals),
+            controller=self.controller,
         )
 
     def predict(

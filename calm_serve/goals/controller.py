@@ -1,30 +1,32 @@
 """Goals instead of weights: multipliers that move until the operator's targets hold.
 
-Every goal is a constraint of "quality less what it costs under the stated weights", and has a
-multiplier x, the price of missing it (Lagrange; arXiv 2602.03632 leaves its weights to people):
+What is maximised is quality less the costs under the stated weights. Every goal is a constraint of
+that and has a Lagrange multiplier x, the price of missing it (arXiv 2602.03632 leaves the weights
+to people). The weights in use are
 
     quality             1 + x
     energy              stated + x / unit per joule; power is energy per request at this rate
     p95 TTFT, p95 E2E   x / unit per second predicted beyond FREE_RATIO of the target
 
-The unit is the target, or what candidates take on the mean where that is more, so an x means the
-same whatever the target is.
+The unit is the target, or the mean over the candidates where that is larger, so that an x means
+the same whatever the target is.
 
-A p95 goal needs its slowest requests to be faster, not all of them, so its price is the hinge that
-stands for a quantile in convex form (Rockafellar and Uryasev, Optimization of CVaR, 2000), on TTFT
-or E2E itself: less of the latter need not mean less of the former. Simulated (tests/goal_world.py),
-a price on every second holds the same p95 at 0.07 less quality.
+A p95 goal needs the slowest requests to be faster, not all of them. So its price is a hinge, the
+convex form of a quantile (Rockafellar and Uryasev, Optimization of CVaR, 2000). TTFT and E2E have
+one each, because a lower E2E need not mean a lower TTFT. Simulated (tests/goal_world.py), a price
+on every second holds the same p95 at 0.07 less quality.
 
-The choice is a step function of the multipliers, so a gradient needs a step size that fits no
-second fleet. `step` scans instead: it recomputes the choices of the last requests under other
-multipliers, one by one and all together, from where it stands, and takes what misses least and then
-costs least. Predictions are corrected by what was measured, by SLM; a p95 goal counts the expected
-share of late requests, with the spread seen. Where not all can hold, quality wins over latency over
-energy, by PENALTIES. Multipliers are bounded and reach their place in several steps, because load
-follows the choice; those of quality and energy do so at once when the goals have changed.
+The choice is a step function of the multipliers, so a gradient would need a step size for each
+fleet. `step` scans instead: it recomputes the choices of the last requests under other multipliers,
+one at a time and all together, and takes those that miss the goals least and then cost least.
+Predictions are corrected per SLM by what was measured. For a p95 goal the expected share of late
+requests counts, with the measured spread. Where not all goals can hold, quality comes before
+latency before energy, by PENALTIES. Multipliers are bounded. They approach the result of the scan
+over several steps, because the load follows the choice; those of quality and energy take it at once
+after the goals have changed.
 
-Each router holds the goals for its own requests; then the fleet does. Power is divided among them.
-With few scored requests, or without targets, the weights stay as they are.
+Each router holds the goals for its own requests, so the fleet holds them. Power is divided by the
+number of routers. With few scored requests, or without targets, the weights stay as they are.
 """
 
 from __future__ import annotations
@@ -41,28 +43,29 @@ from calm_serve.goals.window import Array, GoalWindow, Terms
 from calm_serve.routing import weights_of
 from calm_serve.types import Decision, GoalStatus, Outcome, Weights
 
-TOLERANCE = 0.1  # a goal is held when what was measured is within this of it
+TOLERANCE = 0.1  # a goal holds when the measured value is within this ratio of it
 FREE_RATIO = 0.7  # share of a p95 target that costs nothing
-# Aimed at, because what is measured scatters around what is aimed at.
+# The scan aims a little beyond the targets, because measured values scatter around its aim.
 AIM_LATE_RATIO, AIM_ENERGY_RATIO, AIM_QUALITY_RATIO = 0.035, 0.97, 1.005
-BIAS_LIMIT = 0.04  # of the share of late requests: what the spread does not explain
+BIAS_LIMIT = 0.04  # of the share of late requests that the spread does not explain
 
-# A request that is late by a factor e counts so much more: less late is better even where on time
-# is out of reach, and a few very late ones are what makes a p95 jump.
+# Added to a late request's count of 1 for each factor e that it is late by. So less late is better
+# even where on time is out of reach; and a few very late requests make a p95 jump.
 LATER = 0.3
 
 MIN_SCORED = 16  # fewer scored requests in the window leave the weights as they are
 STEP_ROWS = 8  # finished requests between two steps
-ENCODE_ROWS = 64  # taken into the window per step, which bounds its time
+ENCODE_ROWS = 64  # requests added to the window per step, which bounds the time of a step
 LIMIT = 30.0  # of a multiplier: one unit then counts 30 times all of quality
-FIRST, FASTER, SLOWER = 0.2, 3.0, 0.4  # of a multiplier's way per step
-NEGLIGIBLE = 1e-3  # a multiplier on its way back to 0 that has arrived
+# A multiplier's value after a step: at most FIRST or FASTER times the last, at least SLOWER times.
+FIRST, FASTER, SLOWER = 0.2, 3.0, 0.4
+NEGLIGIBLE = 1e-3  # a falling multiplier below this is 0
 SWEEPS = 2
 _FACTORS = np.array([0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.7, 3.0])
 _PLACES = np.array([0.005, 0.03, 0.15, 0.6, 2.5, 10.0, LIMIT])
-# Quality points that a whole miss of each goal weighs (quality, TTFT, E2E, energy), hence who wins.
+# Penalty, in points of quality, of missing a goal entirely: quality, TTFT, E2E, energy.
 PENALTIES = np.array([1e5, 1e3, 1e3, 30.0])
-# A miss of the aim up to this is still called feasible: the aim is stricter than the goal.
+# A goal counts as feasible up to this miss of the aim, because the aim is stricter than the goal.
 FEASIBLE_MISS = np.array([0.02, 0.025, 0.025, 0.08])
 _QUALITY, _TTFT, _E2E, _ENERGY = range(4)
 _OF_TARGET = {
@@ -86,11 +89,11 @@ class GoalController:
         self._window = GoalWindow()
         self._pending: deque[tuple[Decision, Outcome]] = deque(maxlen=gw.ROWS)
         self._x = np.zeros(4)  # multipliers in use
-        self._found = np.zeros(4)  # where the last scan ended
+        self._found = np.zeros(4)  # result of the last scan
         self.set_goals(goals)
 
     def set_goals(self, goals: Goals) -> None:
-        """Swap the goals. The stated weights are back at once; the window knows where to go."""
+        """Swap the goals. The stated weights hold until the next step; the window is kept."""
         self._goals = goals
         self._stated = weights_of(goals)
         self._active = sorted({_OF_TARGET[name] for name in goals.targets})
@@ -101,12 +104,12 @@ class GoalController:
         self.weights: Weights = self._stated
 
     def retain(self, slm_ids: Iterable[str]) -> None:
-        """Follow SLMs that left the fleet."""
+        """Forget the SLMs that left the fleet."""
         self._encode(gw.ROWS)
         self._window.retain(slm_ids)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        """Take a finished request."""
+        """Queue a finished request for the next step."""
         self._pending.append((decision, outcome))
 
     def step(self) -> Weights:
@@ -122,7 +125,7 @@ class GoalController:
         self._found, missed = search.run(self._found, self._active)
         self._feasible = {g: bool(missed[g] <= FEASIBLE_MISS[g]) for g in self._active}
         highest = np.maximum(self._x * FASTER, FIRST)
-        if self._fresh:  # nobody waits for these two: they follow from the choice alone
+        if self._fresh:  # these two follow from the choice alone, not from the load
             highest[[_QUALITY, _ENERGY]] = LIMIT
             self._fresh = False
         self._x = np.clip(self._found, self._x * SLOWER, highest)
@@ -131,7 +134,7 @@ class GoalController:
         return self.weights
 
     def status(self) -> list[GoalStatus]:
-        """Every target that is set, and how it stands over the window."""
+        """Every target that is set, with the measured value over the window."""
         targets = self._goals.targets
         if not targets:
             return []
@@ -167,7 +170,7 @@ class GoalController:
 
 
 class _Search:
-    """What each choice of multipliers would have meant for the window's requests."""
+    """Recomputes the choices for the window's requests under other multipliers."""
 
     def __init__(self, terms: Terms, goals: Goals, stated: Weights, routers: int) -> None:
         n, slms = terms.valid.shape
@@ -178,7 +181,7 @@ class _Search:
         self._energy_j = _energy_target(goals, terms.gap_s, routers)
         raw, spread = terms.raw, terms.spread
         typical = raw.sum(axis=(1, 2)) / terms.valid.sum()
-        self._knee_s = [0.0, 0.0]  # where TTFT and E2E begin to cost
+        self._knee_s = [0.0, 0.0]  # from these times on, TTFT and E2E cost
         self._unit = np.maximum(typical[gw.TTFT : gw.ENERGY + 1], gw.TINY)
         late = np.zeros((2, n, slms))
         if np.isfinite(self._energy_j):
@@ -189,8 +192,8 @@ class _Search:
         ):
             if target_s is None:
                 continue
-            # The target on the scale of the predictions, which decide: those of the SLM that is
-            # slower than predicted by most, or the free part would hide it.
+            # The target on the scale of the predictions, which decide. The scale is that of the
+            # SLM that is slowest against its predictions, or the free part would hide its delay.
             scaled_s = target_s / float(terms.ratio[kind].max())
             self._knee_s[kind] = FREE_RATIO * scaled_s
             self._unit[kind] = max(self._unit[kind], scaled_s)
@@ -202,7 +205,7 @@ class _Search:
         energy = raw[gw.ENERGY] * terms.ratio[2]
         self._rest_j = float(np.nan_to_num(terms.rest[2]) @ terms.rest_weights)
         base = terms.reward(stated)
-        # The reward is linear in the multipliers: what one more of each adds to each candidate.
+        # The reward is linear in the multipliers; a feature is the slope of one of them.
         features = [terms.reward(self.weights(x)) - base for x in np.eye(4)]
         self._features = np.stack(features).reshape(4, -1)
         self._base = np.where(terms.valid, base, -np.inf).reshape(-1)
@@ -210,7 +213,7 @@ class _Search:
         self._metrics = np.stack(stacked).reshape(5, -1)
 
     def run(self, start: Array, active: list[int]) -> tuple[Array, Array]:
-        """The best multipliers found from `start`, and by how much each goal is missed there."""
+        """Return the best multipliers found from `start`, and by how much each goal is missed."""
         best, score, missed = start, *(a[0] for a in self._judge(start[None]))
         for _ in range(SWEEPS):
             before = best
@@ -224,7 +227,7 @@ class _Search:
         return best, missed
 
     def weights(self, x: Array) -> Weights:
-        """The weights that the multipliers stand for."""
+        """Return the weights for the multipliers `x`, (4,)."""
         prices = x[1:] / self._unit
         return replace(
             self._stated,
@@ -246,7 +249,7 @@ class _Search:
             yield np.minimum(x * _FACTORS[:, None], LIMIT)
 
     def _judge(self, points: Array) -> tuple[Array, Array]:
-        """Score (g,) and misses (g, 4) of g points."""
+        """Return the scores (g,) and the misses (g, 4) of g points (g, 4)."""
         n = len(self._offset)
         scores = (points @ self._features + self._base).reshape(len(points), n, -1)
         picked = scores.argmax(axis=2) + self._offset
@@ -262,11 +265,11 @@ class _Search:
         if np.isfinite(self._energy_j):
             missed[:, _ENERGY] = (energy + self._rest_j) / self._energy_j - AIM_ENERGY_RATIO
         missed = np.maximum(missed, 0.0)
-        # Among equals the smallest multipliers: they come back when there is headroom.
+        # Ties go to the smallest multipliers, so that they fall again when there is headroom.
         return reward - missed @ PENALTIES - 1e-6 * np.log1p(points).sum(axis=1), missed
 
     def _unexplained(self, late: Array, kind: int, target_s: float) -> float:
-        """Share of late requests that was seen and not expected."""
+        """Return the measured less the expected share of late requests, bounded."""
         terms = self._terms
         known = ~np.isnan(terms.measured[kind])
         if not known.any():
@@ -278,7 +281,7 @@ class _Search:
 
 
 def _energy_target(goals: Goals, gap_s: float, routers: int) -> float:
-    """Joules a request may take on the mean; infinite without such a goal."""
+    """Return the joules that a request may take on average; infinite without such a goal."""
     joules = goals.energy_per_request_j or float("inf")
     if goals.power_w is not None and gap_s > 0:
         joules = min(joules, goals.power_w * gap_s / routers)
@@ -286,7 +289,10 @@ def _energy_target(goals: Goals, gap_s: float, routers: int) -> float:
 
 
 def _above_1(z: Array) -> Array:
-    """P(x > 1) of a log-normal x whose logarithm's mean is z spreads; logistic form."""
+    """Return P(x > 1) of a log-normal x; the mean of log(x) is `z` standard deviations.
+
+    The logistic function with slope 1.702 stands for the normal distribution.
+    """
     return 1.0 / (1.0 + np.exp(np.clip(-1.702 * z, -50.0, 50.0)))
 
 

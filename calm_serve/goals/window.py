@@ -1,7 +1,7 @@
-"""The last requests of one router as arrays: what each candidate would have meant for the goals.
+"""The last finished requests of one router as arrays, from which other choices are computed.
 
-A row is a finished request. Scored ones keep every candidate's predicted terms, so that another
-choice can be computed; of all others (rules, pins, baselines) only what was measured counts.
+A row is a request. One that was scored keeps the predicted terms of every candidate, so that
+another choice can be computed. Of all others (rules, pins, baselines) only the measurements count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from calm_serve.telemetry import ResidualEstimator, TotalRatio
 from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
 ROWS = 192
-# A row counts half as much after this many newer ones, so a shift is mostly what is seen well
-# before it is all that is in the window.
+# A row counts half as much after this many newer ones, so that requests since a shift prevail
+# before they fill the window.
 HALF_LIFE_ROWS = 48.0
 TINY = 1e-9  # instead of 0 seconds or joules
 # A pause would look like a low rate for a long time; gaps are cut at so many times the median.
@@ -30,9 +30,9 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The window's scored rows (n) by candidate (c), as the goals see them.
+    """The window's scored rows (n) and their candidates (c).
 
-    `raw` holds the predictions, which decide; `ratio` corrects them, by SLM, to what is measured.
+    `raw` holds the predictions, by which the selector decides. `ratio` corrects them per SLM.
     """
 
     raw: Array  # (5, n, c): QUALITY, TTFT, E2E, ENERGY, FIXED; 0 where there was no candidate
@@ -47,7 +47,7 @@ class Terms:
     gap_s: float  # mean time between finished requests, NaN before there are two
 
     def reward(self, weights: Weights) -> Array:
-        """The score of each candidate under `weights`, (n, c); no meaning where not `valid`."""
+        """Return the reward of each candidate, (n, c); without meaning where not `valid`."""
         value: Array = reward(weights, *self.raw)[0]
         return value
 
@@ -73,11 +73,11 @@ class GoalWindow:
 
     @property
     def scored(self) -> int:
-        """Requests in the window whose choice followed from the weights."""
+        """Requests in the window that were chosen by the weights."""
         return int(np.count_nonzero(self._chosen >= 0))
 
     def add(self, decision: Decision, outcome: Outcome, floor: float) -> None:
-        """Take a finished request. `floor` is the goals' quality floor."""
+        """Add a finished request. `floor` is the goals' quality floor."""
         row = self.seen % ROWS
         self.seen += 1
         kept = [c for c in decision.candidates if c.prediction is not None]
@@ -91,16 +91,16 @@ class GoalWindow:
         if outcome.status == "ok":
             values = (outcome.timing.ttft_s, outcome.timing.e2e_s, outcome.engine.energy_j)
             self._measured[:, row] = [np.nan if v is None else max(v, TINY) for v in values]
-        # After a failover what was measured is another SLM's, so it is nobody's ratio.
+        # After a failover the measurements are another SLM's and do not belong to this prediction.
         answered = outcome.slm_id == decision.slm_id
         if chosen is not None and answered and decision.path in SCORED_PATHS:
             self._add_candidates(row, decision, kept, floor)
             self._compare(row)
 
     def retain(self, slm_ids: Iterable[str]) -> None:
-        """Forget SLMs that left; rows that chose one of them keep what was measured."""
+        """Forget SLMs that left; rows that chose one of them keep their measurements."""
         keep = [i for i, slm in enumerate(self._slms) if slm in set(slm_ids)]
-        place = np.full(len(self._slms) + 1, -1, np.intp)  # the last one answers for -1
+        place = np.full(len(self._slms) + 1, -1, np.intp)  # index -1 is the last one
         place[keep] = range(len(keep))
         self._chosen = place[self._chosen]
         self._slms = [self._slms[i] for i in keep]
@@ -108,12 +108,15 @@ class GoalWindow:
         self._residuals = [self._residuals[i] for i in keep]
 
     def measured(self) -> tuple[Array, Array, float]:
-        """TTFT, E2E and energy (3, rows) of all requests, predicted quality, mean gap in s."""
+        """Return TTFT, E2E, energy (3, rows) and quality (rows,) of all requests, and the mean gap.
+
+        Quality is as predicted. The gap between finished requests is in seconds.
+        """
         order = self._newest_first()
         return self._measured[:, order], self._quality[order], self._gap_s(order)
 
     def terms(self) -> Terms:
-        """The arrays that another choice is computed from."""
+        """Return the arrays from which other choices are computed."""
         order = self._newest_first()
         age = np.arange(len(order))
         weights = 0.5 ** (age / HALF_LIFE_ROWS)
@@ -154,20 +157,20 @@ class GoalWindow:
         self._valid[row, columns] = True
         self._raw[:, row, columns] = np.array(terms).T
         chosen = self._column(decision.slm_id)
-        # Chosen below a floor that was set since: true, but not what would be done now.
+        # An SLM below a floor that was raised since would not be chosen now.
         self._chosen[row] = chosen if self._valid[row, chosen] else -1
 
     def _compare(self, row: int) -> None:
-        """Show the chosen SLM's residuals what was measured of it."""
+        """Add the row's measurements to the residuals of the chosen SLM."""
         slm = self._chosen[row]
         if slm >= 0:
             predicted = self._raw[TTFT : ENERGY + 1, row, slm]
             self._residuals[slm].add(self._measured[:, row], predicted)
 
     def _ratio(self) -> Array:
-        """Measured over predicted, (3, c).
+        """Return measured over predicted, (3, c).
 
-        An SLM without evidence is taken to be as far off as the mean of those that have some.
+        The prior of an SLM is the mean of the SLMs, weighted by how much of theirs is measured.
         """
         if not self._residuals:
             return np.ones((3, 0))
@@ -199,10 +202,10 @@ class GoalWindow:
 
 
 class _Residuals:
-    """Measured over predicted of one SLM, as the window's rows hold the predictions.
+    """Measured over predicted of one SLM, for the predictions in the window.
 
-    The router's own (`telemetry.FleetStats`) are no substitute: it corrects predictions before they
-    get here, and a replay has other predictions than the ones that were logged.
+    The router's estimators (`telemetry.FleetStats`) cannot be used. They correct the predictions
+    before they get here, and a replay has other predictions than those that were logged.
     """
 
     def __init__(self) -> None:
@@ -219,9 +222,9 @@ class _Residuals:
             self._energy.add(float(measured[2]), max(float(predicted[2]), TINY))
 
     def logs(self) -> list[tuple[float, float]]:
-        """Logarithm of the ratio and how much of it is measured, of TTFT, E2E and joules."""
+        """Return log(ratio) and `trust` of TTFT, E2E and joules."""
         return [(each.log_at(), each.trust) for each in (*self._times, self._energy)]
 
     def spreads(self) -> list[float]:
-        """Of TTFT and E2E."""
+        """Return the spreads of TTFT and E2E."""
         return [time.spread for time in self._times]

@@ -5,8 +5,8 @@ Public: `ResidencyCoordinator`, which runs in the actor; and for simulations the
 """
 
 from calm_serve.residency.coordinator import RESIDENCY_KEY, ResidencyCoordinator
-from calm_serve.residency.factory import build
 from calm_serve.residency.planner import Planner
+from calm_serve.residency.policies import build
 from calm_serve.residency.records import IN_MEMORY, Demand, ModelFootprint, within_budget
 
 __all__ = [

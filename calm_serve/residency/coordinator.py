@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from calm_serve.config import ResidencyOptions, SLMSpec
 from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySummary
 from calm_serve.protocol.topics import DesiredResidency
-from calm_serve.residency.factory import build
 from calm_serve.residency.planner import Planner
+from calm_serve.residency.policies import build
 from calm_serve.residency.records import IN_MEMORY, Demand, ModelFootprint, within_budget
 from calm_serve.telemetry import DEFAULT_WATTS_PER_CORE, DecayedRate, Ewma
 from calm_serve.types import Residency

@@ -1,7 +1,7 @@
-"""Call the chosen SLM; fail over before the first byte; write down what happened.
+"""Dispatch: calls the chosen SLM and fails over to the next one until the first byte came.
 
-After the first byte nothing is retried: the client has it. A call that ends for any reason, a
-client that leaves included, leaves exactly one outcome.
+After the first byte nothing is retried, because the client has it. Every call ends in exactly one
+outcome, also when the client disconnects.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from deployments.wire import ErrorReply, Hints, ReplyEnd, deployment_name
 
 log = logging.getLogger("ray.serve")
 
-# A dead replica, an exception inside one, an application that is gone: over gRPC, Serve re-raises
-# whatever type was raised in the replica, so no list of types would be complete.
+# A dead replica, an exception in a replica, a deleted application. Over gRPC, Serve raises the type
+# that was raised in the replica, so no list of types would be complete.
 REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
 RETRY_AFTER_S = 1.0
 # A router receives the desired residency about this long after the replicas.
@@ -41,8 +41,8 @@ class Call:
     """One request on its way through an SLM; mutable, owned by one task."""
 
     decision: Decision
-    state: SLMState  # of the chosen SLM, when it was chosen
-    load: tuple[float, ...]  # the same as the predictor saw it
+    state: SLMState  # of the chosen SLM at the decision
+    load: tuple[float, ...]  # the predictor's load features of that state
     started: float = field(default_factory=time.perf_counter)
     sent: float = field(default_factory=time.perf_counter)  # to the SLM `slm_id`
     slm_id: str = ""
@@ -50,10 +50,10 @@ class Call:
     first_byte_s: float | None = None
     status: str = "error"
     http_status: int = 500
-    end: ReplyEnd | None = None  # last item of the SLM's reply, once it came
+    end: ReplyEnd | None = None  # last item of the SLM's reply
     predicted_replica: str = ""
-    running_on: str = ""  # SLM that counts it as running
-    queued_for_wakeup: bool = False  # it waited for an SLM to wake
+    running_on: str = ""  # SLM whose running requests include it
+    queued_for_wakeup: bool = False  # it waited for an SLM to wake up
     preferred_hot: bool | None = None  # None without a memory budget
 
     @property
@@ -63,12 +63,12 @@ class Call:
 
     @property
     def took_s(self) -> float:
-        """Seconds since it was sent to the SLM `slm_id`."""
+        """Seconds since it was sent to `slm_id`."""
         return time.perf_counter() - self.sent
 
     @property
     def fell_back(self) -> bool:
-        """True when another SLM than the chosen one has the request now."""
+        """True when the request is at another SLM than the chosen one."""
         return self.slm_id not in ("", self.decision.slm_id)
 
     @property
@@ -81,7 +81,7 @@ class Call:
 
 
 class Dispatcher:
-    """Opens calls on the SLMs' handles. `retries` bounds failovers per request."""
+    """Sends calls to the SLMs' handles. `retries` bounds the failovers of a request."""
 
     def __init__(
         self,
@@ -91,10 +91,14 @@ class Dispatcher:
         attempt_failed: Callable[[str, float], None],
         admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
     ) -> None:
-        """`attempt_failed` gets the SLM and the seconds since it was sent the call.
+        """Create a dispatcher.
 
-        `admit` returns when an SLM may be sent a call, or raises AsleepError. It returns the
-        revision of desired residency that it acted on, None without a budget.
+        Args:
+            handle: returns the handle of an SLM; KeyError when it is not in the fleet.
+            retries: most failovers per request.
+            attempt_failed: called with the SLM and the seconds since the call was sent to it.
+            admit: waits until a call may be sent to an SLM, or raises AsleepError. Returns the
+                revision of the desired residency that it followed, None without a memory budget.
         """
         self._handle = handle
         self._admit = admit
@@ -104,10 +108,11 @@ class Dispatcher:
     async def open(
         self, call: Call, method: str, body: dict[str, Any], extra: Hints
     ) -> AsyncIterator[bytes] | ErrorReply:
-        """Return the answer's bytes as an iterator, its first chunk already there, or a refusal.
+        """Return the answer as an iterator of bytes, after its first chunk came, or an error reply.
 
-        Raises CapacityError when every SLM that may answer is full or asleep for too long,
-        SLMUnavailableError when none answers.
+        Raises:
+            CapacityError: every SLM of the plan has a full queue or is asleep for too long.
+            SLMUnavailableError: no SLM of the plan answered.
         """
         hints: Hints = {**hints_of(call.decision), **extra}
         plan = self._plan(call.decision)
@@ -147,7 +152,7 @@ class Dispatcher:
     async def _first(
         self, call: Call, method: str, body: dict[str, Any], hints: Hints
     ) -> tuple[AsyncIterator[Any], Any]:
-        """Send the call when its SLM is awake; return the answer's items and the first of them."""
+        """Send the call once its SLM is awake; return the reply's items and the first item."""
         while True:
             if self._admit is not None and (revision := await self._admit(call, call.slm_id)):
                 hints = {**hints, "residency_revision": revision}
@@ -156,12 +161,12 @@ class Dispatcher:
             try:
                 first = await anext(items)
             except asyncio.CancelledError:
-                # Serve does not cancel a call because somebody stopped waiting for its next item.
+                # Serve does not cancel a call when the wait for its next item is cancelled.
                 cancel_items(items)
                 raise
             if not isinstance(first, ErrorReply) or not first.asleep:
                 return items, first
-            # The replica knows that it is to sleep; this router will receive that in a moment.
+            # The replica received the order to sleep before this router did.
             call.queued_for_wakeup = True
             await asyncio.sleep(RESIDENCY_LAG_S)
 
@@ -170,7 +175,7 @@ class Dispatcher:
             self._handle(slm_id)
         except KeyError:
             return False  # the SLM has left the fleet since the decision
-        # Without a live replica, Serve would make the call wait for a new one.
+        # Without a live replica, Serve would let the call wait for a new one.
         return not again or bool(VIEW.replicas(deployment_name(slm_id)))
 
     def _plan(self, decision: Decision) -> list[str]:
@@ -190,7 +195,7 @@ class Dispatcher:
 
 
 class _Answer:
-    """The bytes of an answer, in order; `call` knows at every moment how far it got."""
+    """The bytes of an answer in order; `call` is updated as they come."""
 
     def __init__(self, call: Call, items: AsyncIterator[Any], first: Any) -> None:
         self._call = call
@@ -237,12 +242,12 @@ def _forget_dead_replica(slm_id: str, reply: ErrorReply) -> None:
 
 
 def cancel(answer: object) -> None:
-    """Tell the SLM to stop an answer that nobody will read; anything else is left alone."""
+    """Cancel the SLM's reply if `answer` is a stream; do nothing otherwise."""
     cancel_items(getattr(answer, "_items", None))
 
 
 def cancel_items(items: object) -> None:
-    """Cancel a handle's call; anything else is left alone."""
+    """Cancel the call if `items` came from a handle; do nothing otherwise."""
     stop = getattr(items, "cancel", None)
     if stop is not None:
         stop()

@@ -1,4 +1,4 @@
-"""How a call ends: recorded once, whoever comes first, and shown to the client as an error."""
+"""Outcome of a call: its record, made exactly once, and the client's error when it failed."""
 
 from __future__ import annotations
 
@@ -24,48 +24,50 @@ from deployments.router import dispatch
 
 log = logging.getLogger("ray.serve")
 
-# A TPOT over a few tokens is mostly the overhead of the answer around them.
+# Over a few tokens, TPOT is mostly the overhead of the reply.
 MIN_TPOT_TOKENS = 8
 
 
 class Finish:
-    """Records a call once: at the answer's end, at an error, or when the client has gone."""
+    """Records a call once: at the answer's end, at an error, or when the client disconnects."""
 
     def __init__(self, call: dispatch.Call, record: Callable[[], None]) -> None:
         self._call, self._record = call, record
         self._done = False
 
     def __call__(self, response: Response | None = None) -> Response:
-        """Record the call, unless that was done, and pass the response through."""
+        """Record the call if it is not recorded yet; return the response."""
         if not self._done:
             self._done = True
             try:
                 self._record()
-            except Exception:  # whatever it is: the client gets the answer that is there
-                log.exception("call %s not written down", self._call.decision.decision_id)
+            except Exception:  # an error of the record must not cost the client its answer
+                log.exception(
+                    "the outcome of call %s was not recorded", self._call.decision.decision_id
+                )
         return response or Response()
 
     def __del__(self) -> None:
-        # A client may leave before its stream was begun; then nobody else comes.
+        # If the client disconnects before its stream has begun, nothing else calls this.
         if not self._done:
             cancelled(self._call)
             self()
 
 
 def cancelled(call: dispatch.Call) -> None:
-    """The client has gone."""
+    """Mark a call whose client disconnected."""
     call.status, call.http_status = "cancelled", 499
 
 
 def refused(call: dispatch.Call, error: CalmError) -> CalmError:
-    """Nobody took the call. Being full or asleep says nothing against the SLM."""
+    """Mark a call that no SLM accepted; `rejected` (full or asleep) is no failure of the SLM."""
     call.http_status = error.http_status
     call.status = "rejected" if isinstance(error, CapacityError) else "error"
     return error
 
 
 def gone(call: dispatch.Call, error: BaseException) -> CalmError:
-    """What the client hears of an SLM that failed while answering, or took too long."""
+    """Mark a call whose SLM failed or timed out while answering; return the client's error."""
     call.status = "error"
     if isinstance(error, TimeoutError):
         failure = SLMUnavailableError(f"SLM {call.slm_id!r} did not finish in time")
@@ -77,11 +79,11 @@ def gone(call: dispatch.Call, error: BaseException) -> CalmError:
 
 
 def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None) -> Outcome:
-    """The durable row of a finished call. `at` is Unix time in seconds."""
+    """Return the outcome of a finished call. `at` is Unix time in seconds."""
     decision, context = call.decision, call.decision.context
     facts = call.end.facts if call.end else EngineFacts()
     e2e_s = time.perf_counter() - call.started
-    # An answer that is sent in one piece has its first token when the engine says so.
+    # Without streaming, only the engine knows when the first token came.
     ttft_s = call.first_byte_s if context.stream else facts.ttft_s or None
     tpot_s = None
     if ttft_s is not None and facts.output_tokens >= MIN_TPOT_TOKENS:

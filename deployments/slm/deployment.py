@@ -114,10 +114,6 @@ class SLM:
         async for item in self._answer(body, hints or {}, self._engine.complete):
             yield item
 
-    async def describe(self) -> dict[str, Any]:
-        """Start-up times in seconds and this replica's id; an answer shows that it serves."""
-        return {"replica_id": self._replica_id, "ready_s": self._times}
-
     async def _answer(self, body: dict[str, Any], hints: Hints, call: Any) -> AsyncIterator[Any]:
         adapter = hints.get("adapter", "")
         try:

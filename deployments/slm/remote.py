@@ -59,10 +59,6 @@ class RemoteSLM:
             async for item in items:
                 yield item
 
-    async def describe(self) -> dict[str, Any]:
-        """Replica id; there is nothing to start."""
-        return {"replica_id": self._replica_id, "ready_s": {"total": 0.0}}
-
     async def _forward(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
         started, first, tail = time.perf_counter(), 0.0, b""
         stream, last = bool(body.get("stream")), b""

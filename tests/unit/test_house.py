@@ -27,6 +27,25 @@ DIRECT_IMPORTS = {
     "calm_serve.protocol.topics": "each process imports the records that it exchanges",
 }
 
+# Modules that one module imports and no test, each with its reason (decisions/0035).
+ONE_IMPORTER = {
+    "a command": """
+        calm_serve.cli.goals calm_serve.cli.predictors calm_serve.cli.replay
+        deployments.reference_fleet.training.train""",
+    "an endpoint": "deployments.router.admin.residency deployments.router.completions",
+    "it runs in a deployment of its own": "deployments.knowledge.registration",
+    "private interfaces of vLLM": """
+        deployments.slm.engine.engine deployments.slm.engine.forked_core
+        deployments.slm.engine.metrics deployments.slm.engine.sleep""",
+    "architectures and settings, which are data": "deployments.reference_fleet.training.shapes",
+    "what the knowledge service feeds with outcomes": "calm_serve.knowledge.learner",
+    "an experiment of its own in a benchmark": """
+        load_tests.decision.lightgbm_calls load_tests.paper.changes.benchmark
+        load_tests.paper.changes.operator load_tests.paper.changes.parts
+        load_tests.paper.simulated.hours load_tests.paper.simulated.residency""",
+}
+DRAWS = "plots"  # measuring needs no matplotlib
+
 # Modules of the tree before the rooms, by their package; without those whose path is in use today.
 OLD_MODULES = {
     "calm_serve": """
@@ -87,6 +106,28 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module, [alias.name for alias in node.names]
+
+
+def source_of(module: str, name: str) -> str:
+    """Return the module that `name` of `module` comes from, through a room's `__init__`."""
+    file = module.replace(".", "/")
+    if f"{file}/{name}.py" in files():
+        return f"{module}.{name}"
+    for source, names in imports(files().get(f"{file}/__init__.py", ast.parse(""))):
+        if name in names:
+            return source
+    return module
+
+
+def importers() -> dict[str, set[str]]:
+    """Return the files that import each module; a room's `__init__` only passes names on."""
+    found: dict[str, set[str]] = {}
+    for file, tree in files().items():
+        if not file.endswith("/__init__.py"):
+            for module, names in imports(tree):
+                for name in names:
+                    found.setdefault(source_of(module, name), set()).add(file)
+    return found
 
 
 def public(room: str) -> list[str]:
@@ -154,6 +195,19 @@ def test_a_room_of_the_core_is_imported_through_its_public_names() -> None:
             taken = {f"{module}.{name}" for name in names if name not in public(room)}
             past |= {(file, m) for m in ({module} if "." in below else taken) - set(DIRECT_IMPORTS)}
     assert not past, sorted(past)
+
+
+def test_a_module_with_one_importer_has_tests_of_its_own_or_a_reason() -> None:
+    single = {
+        module
+        for module, used_by in importers().items()
+        if len(used_by) == 1
+        and f"{module.replace('.', '/')}.py" in files()
+        and not module.startswith("tests.")
+        and not module.endswith(f".{DRAWS}")
+        and not next(iter(used_by)).startswith("tests/")
+    }
+    assert single == set(" ".join(ONE_IMPORTER.values()).split())
 
 
 def test_old_names_do_not_return() -> None:

@@ -17,7 +17,7 @@ import pytest
 from calm_serve.cli import main
 from calm_serve.config import Fleet, parse_goals
 from calm_serve.knowledge.outcome_reader import read_outcomes
-from calm_serve.learning.replay import Replay, Rules
+from calm_serve.learning.replay import Replay, ReplaySettings
 from calm_serve.routing.selector import config_version
 from tests.integration.served_fleet import ServedFleet, eventually, reference_config
 
@@ -151,8 +151,8 @@ def replay(fleet: ServedFleet) -> None:
     fleet.settle()
     args = fleet.application["args"]
     goals = parse_goals(args["goals"], Fleet.model_validate(args["fleet"]))
-    rules = Rules(goals, config_version(goals))
-    again = Replay(rules)
+    settings = ReplaySettings(goals, config_version(goals))
+    again = Replay(settings)
     for outcome in read_outcomes(str(fleet.state_dir / "outcomes.sqlite")):
         again.add(outcome)
     assert again.comparable >= 6 * SHADOW_REQUESTS

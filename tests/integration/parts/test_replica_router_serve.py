@@ -105,9 +105,11 @@ def application(callers: int, env: dict[str, str], **slm_options: Any) -> serve.
     # A pinned version lets a redeploy change options without restarting replicas, which is what
     # Serve does for such changes of a configuration file.
     pinned: dict[str, Any] = {"version": "1", "_internal": True}
-    slm = FakeSLM.options(**{"num_replicas": 2, "max_ongoing_requests": 16} | slm_options)
-    tiny = FakeSLM.options(name="tiny", num_replicas=1, max_ongoing_requests=2)
-    caller = Caller.options(
+    slm_deployment: Any = FakeSLM  # Serve ships no types
+    caller_deployment: Any = Caller
+    slm = slm_deployment.options(**{"num_replicas": 2, "max_ongoing_requests": 16} | slm_options)
+    tiny = slm_deployment.options(name="tiny", num_replicas=1, max_ongoing_requests=2)
+    caller = caller_deployment.options(
         num_replicas=callers,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": env}},
     )

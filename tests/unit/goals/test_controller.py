@@ -139,7 +139,7 @@ def test_an_infeasible_target_is_reported_and_winds_nothing_up() -> None:
     hopeless.serve(BEFORE)
     status = target(hopeless, "ttft_p95_s")
     assert (status.held, status.feasible) == (False, False)
-    assert hopeless.selector.controller._x.max() <= LIMIT
+    assert hopeless.controller._x.max() <= LIMIT
     hopeless.selector.set_goals(make_goals(**STATED, ttft_p95_s=0.4))
     hopeless.serve(AFTER)
     assert hopeless.recovery(BEFORE, "ttft_s", 0.4) <= RECOVERED
@@ -222,11 +222,11 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
 def test_no_memory_grows_with_the_requests() -> None:
     small = world(e2e_p95_s=1.4)
     small.serve(300)
-    window = small.selector.controller._window
+    window = small.controller._window
     before = window._raw.nbytes
     small.serve(600)
     assert window._raw.nbytes == before
-    assert len(small.selector.controller._pending) <= ROWS
+    assert len(small.controller._pending) <= ROWS
 
 
 def test_unread_outcomes_are_bounded_without_a_tick() -> None:
@@ -275,7 +275,7 @@ def test_an_slm_that_leaves_is_forgotten() -> None:
     gone = world(e2e_p95_s=1.4)
     gone.serve(300)
     gone.selector.set_fleet(make_fleet(make_spec("small"), make_spec("large")))
-    assert set(gone.selector.controller._window._slms) == {"small", "large"}
+    assert set(gone.controller._window._slms) == {"small", "large"}
     gone.serve(100)
     assert gone.over("e2e_s", 300) < 5.0
 

@@ -48,7 +48,7 @@ class Host:
             self.slms[slm_id] = replace(self.slms[slm_id], observed=residency)
         return plan
 
-    def set(self, slm_id: str, **fields: Any) -> None:
+    def change(self, slm_id: str, **fields: Any) -> None:
         self.slms[slm_id] = replace(self.slms[slm_id], **fields)
 
     @property
@@ -106,8 +106,8 @@ def test_an_idle_slm_is_evicted_before_a_busy_one_of_higher_value() -> None:
     host = warm()
     for number, slm_id in enumerate("aabb" * 10):
         host.step(4.0 * number, slm_id)
-    host.set("b", running=4)
-    host.set("a", running=0)
+    host.change("b", running=4)
+    host.change("a", running=0)
     host.step(160.0, "c", queued={"c": 1})
     assert host.hot == {"b", "c"}
 
@@ -125,7 +125,7 @@ def test_an_slm_in_demand_is_evicted_only_for_requests_that_have_waited_long(run
     host = warm(1)
     for number in range(100):
         host.step(number * 0.1, "a")
-    host.set("a", running=running)
+    host.change("a", running=running)
     plan = host.step(10.0, "c", queued={"c": 1})
     assert host.hot == {"a"}
     assert math.isfinite(plan.wait_s["c"])
@@ -226,7 +226,7 @@ def test_the_budget_holds_on_each_node() -> None:
 def test_added_replicas_beyond_the_budget_put_an_slm_to_sleep() -> None:
     host = warm(2)
     host.step(0.0, *"aaaabaaaa")
-    host.set("a", bytes_by_node={"node": 2})
+    host.change("a", bytes_by_node={"node": 2})
     host.step(0.5)
     assert host.hot == {"a"}
 
@@ -245,9 +245,9 @@ def test_a_hot_on_demand_slm_goes_cold_too_but_not_while_it_answers() -> None:
     planner = ForecastPlanner(options(2, cold_after_s=30.0))
     host = Host(planner, slm("a"), slm("c", may_go_cold=True))
     host.step(0.0)
-    host.set("c", running=1)
+    host.change("c", running=1)
     assert host.step(31.0).desired["c"] is HOT
-    host.set("c", running=0)
+    host.change("c", running=0)
     plan = host.step(32.0)
     assert (plan.desired["a"], plan.desired["c"]) == (HOT, COLD)
 
@@ -256,7 +256,7 @@ def test_an_slm_whose_last_replica_serve_has_stopped_is_cold() -> None:
     host = Host(ForecastPlanner(options(2)), slm("a"), slm("c", may_go_cold=True))
     host.step(0.0)
     host.step(1.0)
-    host.set("c", observed=COLD)
+    host.change("c", observed=COLD)
     plan = host.step(2.0)
     assert plan.desired["c"] is COLD
     assert "c" not in plan.wake_order

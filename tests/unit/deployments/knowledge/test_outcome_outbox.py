@@ -102,15 +102,15 @@ async def test_rows_added_while_a_batch_is_under_way_are_not_lost(
 ) -> None:
     async def log(batch: Sequence[Outcome]) -> None:
         if not actor.rows:
-            sender.add(make_outcome("late"))
+            outbox.add(make_outcome("late"))
         await actor.log(batch)
 
-    sender = OutcomeOutbox(log, tmp_path / "me.jsonl")
-    fill(sender, 2)
-    sender.start()
+    outbox = OutcomeOutbox(log, tmp_path / "me.jsonl")
+    fill(outbox, 2)
+    outbox.start()
     await until(lambda: "late" in actor.rows)
     assert actor.batches == [2, 1]
-    await sender.stop()
+    await outbox.stop()
 
 
 async def test_beyond_memory_the_oldest_rows_are_spooled_and_replayed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -37,7 +38,7 @@ OUTCOME = make_outcome(
     engine=EngineFacts("", 100, 48, 20, queue_s=0.002, energy_j=2.5, energy_source="rapl"),
 )
 HOST = HostUsage(cpu_ratio=0.5, memory_used_bytes=100, memory_total_bytes=400)
-SNAPSHOT = {
+SNAPSHOT: dict[str, Any] = {
     "ready": True,
     "predictor": {"version": "lgbm-7"},
     "goals": {

@@ -216,7 +216,7 @@ async def open_call(queue: WakeupQueue, handles: dict[str, Scripted], one: Call)
     dispatcher = dispatch.Dispatcher(
         handles.__getitem__,  # type: ignore[arg-type]
         retries=2,
-        attempt_failed=lambda _slm: None,
+        attempt_failed=lambda _slm, _took_s: None,
         admit=queue.admit,
     )
     return await dispatcher.open(one, "chat", {}, {})

@@ -1,4 +1,4 @@
-"""Baseline residency policies, to compare `calm` with.
+"""Residency policies by name: `calm`, which is the forecast planner, and its baselines.
 
 LRU is the CALM paper's policy (arXiv 2602.03632), LFU its usual rival, `static` never changes
 anything. They keep the budget and the pins, and have no guards, no forecast and no prefetch.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from calm_serve.config import ResidencyOptions
-from calm_serve.residency.planner import Planner
+from calm_serve.config import ResidencyOptions, ResidencyPolicyName
+from calm_serve.residency.planner import ForecastPlanner, Planner
 from calm_serve.residency.records import ModelFootprint
 
 
@@ -51,3 +51,16 @@ class Static(Planner):
 
     def _earliest_sleep_at(self, footprint: ModelFootprint, now: float) -> float:
         return math.inf
+
+
+def build(options: ResidencyOptions, *, latency_per_s: float, energy_per_j: float) -> Planner:
+    """The planner of `options.policy`; the weights are the goals', per second and per joule."""
+    match options.policy:
+        case ResidencyPolicyName.LRU:
+            return LeastRecentlyUsed(options)
+        case ResidencyPolicyName.LFU:
+            return LeastFrequentlyUsed(options)
+        case ResidencyPolicyName.STATIC:
+            return Static(options)
+        case _:
+            return ForecastPlanner(options, latency_per_s=latency_per_s, energy_per_j=energy_per_j)

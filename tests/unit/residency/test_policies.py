@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calm_serve.config import ResidencyOptions
 from calm_serve.config.residency import ResidencyPolicyName
-from calm_serve.residency.factory import build
+from calm_serve.residency.policies import build
 from calm_serve.residency.records import ModelFootprint
 from calm_serve.types import Residency
 from load_tests.paper.simulated.belady import belady, belady_bound
