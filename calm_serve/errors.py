@@ -97,6 +97,10 @@ class KnowledgeError(ComponentError):
     code = "knowledge_unavailable"
 
 
+class NewerRecordError(KnowledgeError):
+    """A record was written by a newer program, so that the meaning of its fields is unknown."""
+
+
 def openai_error(
     message: str, error_type: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:

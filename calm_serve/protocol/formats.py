@@ -10,7 +10,7 @@ import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from calm_serve.config import first_error
-from calm_serve.errors import KnowledgeError
+from calm_serve.errors import KnowledgeError, NewerRecordError
 
 T = TypeVar("T")
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # plain data of a version -> of the next one
@@ -49,7 +49,10 @@ class RecordFormat(Generic[T]):
         return to_json(document)
 
     def decode(self, data: bytes | str) -> T:
-        """Read a document of `encode`, also of an older program. Raises KnowledgeError."""
+        """Read a document of `encode`, also of an older program.
+
+        Raises KnowledgeError; NewerRecordError if a newer program wrote it.
+        """
         try:
             document = pydantic_core.from_json(data)
         except ValueError as error:
@@ -72,7 +75,7 @@ class RecordFormat(Generic[T]):
         if not isinstance(version, int) or version < 1:
             raise KnowledgeError(f"{self.name}: no version in front of it")
         if version > self.version:
-            raise KnowledgeError(
+            raise NewerRecordError(
                 f"{self.name}: version {version} was written by a newer program; this one reads "
                 f"versions up to {self.version}"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic_core
 
-from calm_serve.errors import KnowledgeError
+from calm_serve.errors import KnowledgeError, NewerRecordError
 from calm_serve.protocol.formats import RecordFormat, to_json
 from calm_serve.types import Outcome
 
@@ -176,6 +176,8 @@ def encode_batch(outcomes: Iterable[Outcome]) -> bytes:
 def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
     """Read a document of `encode_batch`: outcomes, and id -> reason of malformed rows.
 
+    The id of a malformed row without one is its position: `row 3`.
+
     Raises KnowledgeError when the document as a whole cannot be read.
     """
     try:
@@ -186,19 +188,19 @@ def decode_batch(data: bytes) -> tuple[list[Outcome], dict[str, str]]:
     if name != BATCH or not isinstance(version, int) or version < 1 or not isinstance(rows, list):
         raise KnowledgeError(f"{BATCH}: not a batch: {name!r}, version {version!r}")
     if version > VERSION:
-        raise KnowledgeError(
+        raise NewerRecordError(
             f"{BATCH}: version {version} was written by a newer program; this one reads versions "
             f"up to {VERSION}"
         )
     outcomes: list[Outcome] = []
     refused: dict[str, str] = {}
-    for row in rows:
+    for position, row in enumerate(rows):
         try:
             document = {"format": OUTCOME.name, "version": version, "record": row}
             outcomes.append(check(OUTCOME.from_plain(document)))
         except KnowledgeError as error:
             outcome_id = row.get("outcome_id") if isinstance(row, dict) else None
-            refused[str(outcome_id)] = error.message
+            refused[str(outcome_id or f"row {position}")] = error.message
     return outcomes, refused
 
 

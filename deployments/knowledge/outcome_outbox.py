@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from calm_serve.errors import KnowledgeError
+from calm_serve.errors import KnowledgeError, NewerRecordError
 from calm_serve.protocol.outcomes import OUTCOME
 from calm_serve.types import Outcome
 
@@ -30,6 +30,8 @@ MEMORY_ROWS = 8_192  # outcomes in memory; more go to the spool
 SPOOL_BYTES = 64 << 20  # size of the spool; further outcomes are lost and counted
 # A spool that was not written for so long, while the actor answers, has lost its process.
 ORPHAN_S = 60.0
+# Suffix of a spool with outcomes of a newer program. Each process tries it once, at its start.
+SET_ASIDE = ".newer"
 
 Send = Callable[[Sequence[Outcome]], Awaitable[None]]
 
@@ -48,6 +50,7 @@ class OutcomeOutbox:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._next_search = 0.0  # on the event loop's clock
+        self._set_aside: list[Path] | None = None  # files of SET_ASIDE that were there at first
         self.lost_rows = 0
 
     def start(self) -> None:
@@ -137,7 +140,13 @@ class OutcomeOutbox:
             await asyncio.to_thread(self._adopt_orphan)
         if not self._spool.exists():
             return
-        rows = await asyncio.to_thread(read_spool, self._spool)
+        try:
+            rows = await asyncio.to_thread(read_spool, self._spool)
+        except NewerRecordError as error:
+            aside = self._spool.with_name(f"{self._spool.stem}-{time.time_ns()}{SET_ASIDE}")
+            log.error("spool kept as %s: %s", aside.name, error.message)
+            await asyncio.to_thread(self._spool.rename, aside)
+            return
         for start in range(0, len(rows), BATCH_ROWS):
             try:
                 await self._send(rows[start : start + BATCH_ROWS])
@@ -147,12 +156,16 @@ class OutcomeOutbox:
         await asyncio.to_thread(self._spool.unlink, missing_ok=True)
 
     def _adopt_orphan(self) -> None:
-        for orphan in self._spool.parent.glob(f"*{self._spool.suffix}"):
+        folder = self._spool.parent
+        if self._set_aside is None:
+            self._set_aside = sorted(folder.glob(f"*{SET_ASIDE}"))
+        for orphan in (*folder.glob(f"*{self._spool.suffix}"), *self._set_aside):
             try:
                 if self._spool.exists():
                     return
                 if time.time() - orphan.stat().st_mtime > ORPHAN_S:
                     orphan.rename(self._spool)
+                    self._set_aside = [path for path in self._set_aside if path != orphan]
             except FileNotFoundError:
                 continue  # another process was faster
 
@@ -160,7 +173,7 @@ class OutcomeOutbox:
 def read_spool(path: Path) -> list[Outcome]:
     """Outcomes of a spool file, also of an older program; unreadable lines are logged and ignored.
 
-    A crash may have cut off the last line.
+    A crash may have cut off the last line. Raises NewerRecordError at a line of a newer program.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -168,6 +181,8 @@ def read_spool(path: Path) -> list[Outcome]:
             continue
         try:
             rows.append(OUTCOME.decode(line))
+        except NewerRecordError:
+            raise
         except KnowledgeError as error:
             log.warning("unreadable spool line ignored: %s", error.message)
     return rows

@@ -273,9 +273,9 @@ def test_a_batch_of_version_1_rows_is_read() -> None:
 def test_a_malformed_row_is_refused_alone() -> None:
     bad = {**plain(make_outcome("bad")), "at": "yesterday"}
     good = plain(make_outcome("good"))
-    outcomes, refused = decode_batch(batch(bad, 5, good))
+    outcomes, refused = decode_batch(batch(bad, 5, {}, good))
     assert outcomes == [make_outcome("good")]
-    assert set(refused) == {"bad", "None"}
+    assert set(refused) == {"bad", "row 1", "row 2"}
     assert "malformed outcome: at:" in refused["bad"]
 
 

@@ -251,6 +251,28 @@ def test_an_unreadable_line_costs_no_other_row(
     assert [r.outcome_id for r in read_spool(spool)] == ["before", "after"]
 
 
+async def test_outcomes_of_a_newer_program_are_kept_for_it(
+    sender: OutcomeOutbox, actor: Actor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "spool"
+    spool = folder / "me.jsonl"
+    sender._spill(rows(2))
+    newer = spool.read_text("utf-8").replace('"version":', '"version":9')
+    spool.write_text(newer, "utf-8")
+    os.utime(spool, (0, 0))
+    await sender._replay()
+    (kept,) = folder.iterdir()
+    assert (kept.suffix, kept.read_text("utf-8")) == (".newer", newer)
+    await sender._replay()  # it is not tried again and again
+    assert [*folder.iterdir()] == [kept]
+
+    next_program = OutcomeOutbox(actor.log, folder / "next.jsonl")
+    monkeypatch.setattr(outcome_outbox, "read_spool", lambda _path: rows(2))
+    await next_program._replay()
+    assert sorted(actor.rows) == ["o0", "o1"]
+    assert not [*folder.iterdir()]
+
+
 async def test_memory_is_bounded_while_an_actor_acknowledges_too_slowly(tmp_path: Path) -> None:
     most = await slow_actor_rows(tmp_path)
     assert most <= outcome_outbox.MEMORY_ROWS + 2 * BATCH_ROWS
