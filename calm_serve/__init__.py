@@ -1,4 +1,4 @@
-"""calm_serve: which model, which replica, and what stays in memory, for every request.
+"""The decision core. Owner and "may block": see the first line of each room.
 
 This package is the decision core. It imports no Ray, no vLLM and no web framework, so that every
 decision can be made, explained, replayed and tested in a plain Python process. `deployments/` is

@@ -23,8 +23,8 @@ class DecisionPath(StrEnum):
     FALLBACK = "fallback"  # the winner failed before its first byte
 
 
-# Decisions that took the best score; these and logged deviations from it; these and the choices of
-# baselines. Rules, pins and failovers leave no choice.
+# Paths that took the best score; the same with exploration; the same with baselines as well. The
+# other paths (rule, pinned, fallback) had no choice between SLMs.
 BEST_SCORE_PATHS = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
 SCORED_PATHS = BEST_SCORE_PATHS | {DecisionPath.EXPLORED}
 FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE}
@@ -279,7 +279,7 @@ class Decision:
 class EngineFacts:
     """Facts that only the engine knows of one answer; sent with the SLM's last item."""
 
-    replica_id: str = ""  # the replica that really served
+    replica_id: str = ""  # the replica that answered
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

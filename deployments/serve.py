@@ -91,9 +91,9 @@ def run(path: Path, url: str, environment: Mapping[str, str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # So that Ctrl-C reaches this process alone, which sends it on once. A session of its own
-        # would do that too, but Linux's autogroup scheduling shares CPU time equally among
-        # sessions, and the whole fleet would get one shell's share.
+        # So that Ctrl-C reaches this process alone, which passes it on once. A new session would do
+        # that too, but Linux's autogroup scheduling divides CPU time equally among sessions, so the
+        # whole fleet would get no more than one shell.
         process_group=0,
     )
     output = Output(child)
@@ -138,7 +138,7 @@ def serve_environment(own: Mapping[str, str], *, fast: bool) -> dict[str, str]:
 class Output:
     """Copies the child's output to stdout and detects that the application could not be built.
 
-    `serve run` only logs that and keeps running without an application.
+    In that case `serve run` only logs the error and keeps running without an application.
     """
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:

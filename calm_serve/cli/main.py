@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     route.add_argument("prompt", metavar="PROMPT")
     source = route.add_mutually_exclusive_group()
     source.add_argument(
-        "--config", default=DEFAULT_CONFIG, help="decide locally, for an idle fleet (%(default)s)"
+        "--config",
+        default=DEFAULT_CONFIG,
+        help="decide without a service, as for an idle fleet (%(default)s)",
     )
     source.add_argument("--url", help=f"ask a running service, such as {DEFAULT_URL}")
     route.add_argument("--json", action="store_true", help="print the whole decision record")

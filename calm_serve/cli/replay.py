@@ -36,9 +36,11 @@ def add_command(commands: Any, run: Callable[..., None]) -> None:
     )
     replay.add_argument("log", metavar="LOG", help="SQLite store, its URL, or JSON lines")
     replay.add_argument(
-        "--goals", required=True, help="goals as JSON, or a file: goals or a serve_config.yaml"
+        "--goals", required=True, help="goals as JSON, or a file with goals or a serve_config.yaml"
     )
-    replay.add_argument("--predictor", metavar="FILE", help="predictor artifact (as logged)")
+    replay.add_argument(
+        "--predictor", metavar="FILE", help="predictor artifact (default: the logged predictions)"
+    )
     replay.add_argument("--json", action="store_true", help="print the whole report")
     replay.set_defaults(run=run, text=replay_text)
 
@@ -53,7 +55,7 @@ def replay_text(args: Namespace, fetch: Fetch) -> str:
 
     goals = read_goals(args.goals)
     if goals.policy.name is not SelectionPolicyName.CALM:
-        raise ConfigError("goals.policy: only decisions of the policy 'calm' can be made again")
+        raise ConfigError("goals.policy: only the policy 'calm' can be replayed")
     predictor = _predictor(args.predictor) if args.predictor else None
     replay = Replay(ReplaySettings(goals, config_version(goals), predictor))
     for outcome in read_outcomes(args.log):

@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 async def take_steps(*steps: Callable[[], Any]) -> None:
     """Run every step, awaiting those that return an awaitable; a failure is logged.
 
-    A failed step neither stops the others nor reaches the caller, who would otherwise send outcomes
-    again that are already durable.
+    A failed step does not stop the others, and no error reaches the caller, which would otherwise
+    send outcomes again that are already durable.
     """
     for step in steps:
         try:
@@ -39,7 +39,7 @@ class Ticker:
         self._stopping = asyncio.Event()
 
     def start(self) -> None:
-        """Begin in the running event loop; called later than the constructor, which has none."""
+        """Start in the running event loop. The constructor may run before there is one."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 

@@ -148,7 +148,7 @@ def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Ou
 
 
 def _pack_terms(terms: DecisionTerms) -> dict[str, Any]:
-    """Candidates as one list for each field: names once instead of once a candidate."""
+    """One list per field over all candidates, so that each field's name is stored once."""
     predictions = [c.prediction for c in terms.candidates]
     return {
         "candidates": {

@@ -16,7 +16,7 @@ MIN_CHECK_J = 5.0
 
 
 class EnergyLedger:
-    """Last report of each replica, and the sums of forgotten ones. `clock` returns seconds."""
+    """Last report of each replica, and the sums of dropped replicas. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -54,7 +54,7 @@ class EnergyLedger:
             error = round(abs(sums["requests_j"] + sums["idle_j"] - check_j) / check_j, 4)
         return SLMEnergy(
             **{name: round(joules, 3) for name, joules in sums.items()},
-            # A sum of joules from different sources has none of these sources.
+            # A sum of joules from different sources is "mixed".
             source=sources.pop() if len(sources) == 1 else "mixed",
             estimated=any(r.source == "estimate" for _, r in replicas),
             attribution_error_ratio=error,

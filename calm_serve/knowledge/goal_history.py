@@ -1,7 +1,8 @@
-"""Goal history: who changed the operator's goals when, and which are in force after a restart.
+"""Goal history: changes of the operator's goals with author and time, kept over a restart.
 
-A change at run time survives restarts and redeployments until the configured goals differ from
-those of the last deployment: then the configuration was edited, and it is in force.
+A change at run time survives restarts and redeployments. A deployment replaces it only when its
+configured goals differ from those of the last deployment, because the operator has then edited the
+configuration.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class GoalHistory:
         self._publish_newest()
 
     async def configure(self, goals: Goals) -> None:
-        """Take the goals of a deployment; in force if they differ from the last deployment's."""
+        """Take a deployment's goals; they apply if they differ from the last deployment's."""
         new = _plain(goals)
         configured = json.dumps(new, sort_keys=True)
 
@@ -100,7 +101,7 @@ class GoalHistory:
         try:
             Goals.model_validate(self._newest.new)
         except ValidationError as error:
-            _log.error("%s; not valid any more", first_error("stored goals", error))
+            _log.error("%s; this version does not accept them", first_error("stored goals", error))
             return False
         return True
 

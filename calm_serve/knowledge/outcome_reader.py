@@ -16,7 +16,7 @@ PAGE_ROWS = 1000  # rows in memory at a time
 def read_outcomes(log: str) -> Iterator[Outcome]:
     """Outcomes of a log: a JSON-lines file, an SQLite file or an SQLAlchemy URL.
 
-    Raises KnowledgeError when it is no log, or a line is no outcome.
+    Raises KnowledgeError when it is not a log, or a line of it is not an outcome.
     """
     path = _file_of(log)
     if path is not None and not path.is_file():  # opening it would create a store

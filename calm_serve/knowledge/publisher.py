@@ -47,7 +47,7 @@ class Publisher:
     async def wait(
         self, seen: Mapping[str, int], timeout_s: float, topics: Collection[str] | None = None
     ) -> dict[str, Update]:
-        """As `newer`, after waiting up to `timeout_s` for anything; empty on timeout."""
+        """As `newer`, but wait up to `timeout_s` for the first update; empty on timeout."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not (found := self.newer(seen, topics)):

@@ -110,7 +110,7 @@ class KnowledgeService:
     async def configure(self, fleet: Fleet, learning: Learning) -> None:
         """Take the settings of a redeployment.
 
-        Raises ConfigError when they would move the log.
+        Raises ConfigError when they name another place for the log.
         """
         check_settings(self._learning, learning)
         await self._in_thread(lambda: store_settings(self._store, fleet, learning))
@@ -119,7 +119,7 @@ class KnowledgeService:
         await self._learner.configure(fleet, learning)
 
     async def log(self, batch_id: str, batch: bytes) -> list[str]:
-        """Store outcomes; return the ids that need not be sent again, durable when this returns.
+        """Store outcomes; return the ids that the caller may forget. Durable on return.
 
         `batch` is the result of `protocol.outcomes.encode_batch`; anything else, or a batch of a
         newer program, is a KnowledgeError. A malformed row can never be stored, so its id is
@@ -149,7 +149,7 @@ class KnowledgeService:
         return known
 
     async def outcome(self, outcome_id: str) -> bytes | None:
-        """The stored outcome with its signals, as `protocol.outcomes.OUTCOME`; None for none."""
+        """A stored outcome with its signals, in the format `outcomes.OUTCOME`; None if unknown."""
         found = await self._in_thread(lambda: self._store.get(outcome_id))
         return None if found is None else OUTCOME.encode(found)
 
@@ -206,7 +206,7 @@ class KnowledgeService:
             await self._publish_registry()
 
     async def unregister(self, slm_id: str) -> None:
-        """Remove an SLM application; unknown ids are fine."""
+        """Remove an SLM application; an unknown id is ignored."""
         if self._registry.unregister(slm_id):
             await self._publish_registry()
 
@@ -292,7 +292,7 @@ class KnowledgeService:
 
 
 def check_settings(present: Learning, new: Learning) -> None:
-    """Raise ConfigError when the new settings would move the log."""
+    """Raise ConfigError when the new settings name another place for the log."""
     for name in ("store_url", "state_dir"):
         if getattr(new, name) != getattr(present, name):
             raise ConfigError(

@@ -15,7 +15,7 @@ from calm_serve.errors import ConfigError
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import RegisteredSLM
 
-# Without a heartbeat for so long an SLM is dropped; applications send one every few seconds.
+# An SLM without a heartbeat for this long is dropped; applications send one every few seconds.
 EXPIRY_S = 30.0
 # Bounds of memory.
 MAX_REGISTERED = 256
@@ -85,7 +85,7 @@ class SLMRegistry:
         return tuple(SLMSpec.model_validate(e.spec) for e in self._entries.values())
 
     def restore(self, text: str) -> None:
-        """Take over a snapshot (JSON) from before a restart; every heartbeat starts anew.
+        """Take over a snapshot (JSON) from before a restart; every heartbeat counts from now.
 
         An entry of another version of the program that this one cannot read is ignored and logged.
         """

@@ -241,7 +241,7 @@ class OutcomeStore:
                 f"{self._name}: no database driver ({error}); install calm-serve[postgres]"
             ) from error
         except (SQLAlchemyError, ValueError, TypeError) as error:
-            # Only the first line: the rest repeats the statement and its parameters.
+            # Only the error's first line: the rest repeats the statement and its parameters.
             first = str(error).strip().partition("\n")[0]
             raise KnowledgeError(f"{self._name}: cannot {what}: {first}") from error
 

@@ -1,12 +1,12 @@
 """P(success) of cold-start SLMs: fitted from the fleet file's examples, then from first answers.
 
-A champion that was trained before an SLM joined leaves it to the metadata prior, which is one
-number for every prompt without a marker, and the next champion takes hundreds of labels and
-minutes. P(success) is one small booster per SLM, so that of a cold-start SLM can be fitted alone:
-at first on the prompts that the fleet file lists as examples (its own are labelled with its
-`skill_quality`, those of other SLMs with its `quality`), then on its labelled answers too, each
-time their number has doubled. An SLM without examples uses the prompts that a rule sends to it,
-labelled alike.
+A champion that was trained before an SLM joined predicts only the metadata prior for it: one number
+for every prompt without a marker. The next champion needs hundreds of labels and minutes. Because
+P(success) has one small booster per SLM, the booster of a cold-start SLM can be fitted alone. The
+first fit uses the prompts that the fleet file lists as examples: the SLM's own are labelled with
+its `skill_quality`, those of other SLMs with its `quality`. Each time the number of its labelled
+answers has doubled, another fit uses these as well. For an SLM without examples, the prompts that a
+rule sends to it are its examples.
 
 The artifact contains only cold-start SLMs and replaces the champion's prior for them
 (`with_cold_start`). No other SLM's prediction changes, and the artifact is unused once a champion
@@ -50,9 +50,9 @@ from calm_serve.types import (
 )
 
 # `load_tests paper` notices a change of these two (new_slm_adoption_requests).
-FIRST_LABELS = 10  # answers before the second fit; each further fit needs twice as many
+FIRST_LABELS = 10  # labelled answers before the second fit; each further fit needs twice as many
 MAX_EXAMPLES = 512  # of all SLMs together; bounds the time of a fit
-# Bounds of memory. An SLM with so many answers is known to the next champion.
+# Bounds of memory. The next champion knows an SLM with so many answers.
 MAX_ANSWERS = 640  # kept of one SLM
 MAX_COLD_START_SLMS = 16
 SEED = 0  # of the boosters: equal jobs give equal artifacts
@@ -213,7 +213,7 @@ class ColdStartTrainer:
     ) -> None:
         """Follow fleet and champion; fit and publish when a fit is due."""
         if self._lock.locked():
-            return  # a fit is running; the next batch of outcomes asks again within seconds
+            return  # a fit is running; the next batch of outcomes calls this again within seconds
         async with self._lock:
             specs = (*fleet.slms, *joined)
             ids = frozenset(s.id for s in specs)

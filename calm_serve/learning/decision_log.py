@@ -1,10 +1,10 @@
 """The log of scored decisions, and their replay under other goals or another predictor.
 
-P(success) and answer length follow from the logged prompt features; latency and energy of an SLM
-also depend on the fleet's state at that moment, which cannot be rebuilt later. So the prediction of
-every candidate is logged (`types.DecisionTerms`). A replayed decision keeps the logged TTFT, TPOT
-and joules per token, and may replace the rest: other weights, another predictor's P(success) and
-lengths.
+P(success) and answer length can be computed from the logged prompt features; latency and energy of
+an SLM also depend on the fleet's state at that moment, which cannot be rebuilt later. So the
+prediction of every candidate is logged (`types.DecisionTerms`). A replayed decision keeps the
+logged TTFT, TPOT and joules per token, and may replace the rest: other weights, another predictor's
+P(success) and lengths.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _logged(candidate: Candidate, expected: Prediction) -> LoggedCandidate:
             round(expected.ttft_spread, _DIGITS),
             round(expected.e2e_spread, _DIGITS),
         ),
-        # Without a weight for switching the tier is unknown, and does not matter.
+        # If the weight of switching is 0, this is always True; the tier then has no effect.
         hot=candidate.switching <= 0.0,
         calibration_factor=1.0
         if abs(factor - 1.0) < _MIN_FACTOR_CHANGE

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
-# Feedback comes from a person or a test that saw the answer. A validator checks the form only: a
-# failure is certain, but of the answers that pass we assume that four in five are right.
+# Feedback comes from a person or a test that has the whole answer. A validator checks the form
+# only: an answer that fails is certainly wrong; of those that pass, four in five are assumed to be
+# right.
 FEEDBACK_WEIGHT = 1.0
 VALIDATOR_WEIGHT = 0.3
 SHELL_WEIGHT = 0.1  # this validator checks little more than balanced quotes

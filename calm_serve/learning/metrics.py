@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 RESAMPLES = 1000  # of a bootstrap; a 95 % percentile interval needs some 25 beyond each end
-# Of more than MANY_ROWS rows fewer are drawn: the interval is narrow, its ends may be rougher, and
-# each resample takes time in proportion to the rows.
+# Of more than MANY_ROWS rows fewer resamples are drawn: the interval is narrow, so its ends may be
+# less exact, and the time of a resample is proportional to the rows.
 MANY_ROWS, FEWER_RESAMPLES = 20_000, 200
 NORMAL_95 = 1.96  # standard errors on each side of a 95 % normal interval
 POSITIVE_LABEL = 0.5  # a soft label of at least this is positive for the AUC

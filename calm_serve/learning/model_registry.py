@@ -92,7 +92,7 @@ class RegisteredPredictor:
 class Index:
     """Content of the index file."""
 
-    predictors: tuple[RegisteredPredictor, ...] = ()  # the latest to enter comes first
+    predictors: tuple[RegisteredPredictor, ...] = ()  # the one added or promoted last comes first
     pinned: str = ""
     last_change: PredictorChange | None = None
     by_version: Mapping[str, RegisteredPredictor] = field(init=False)
@@ -105,7 +105,7 @@ class Index:
         return next((p for p in self.predictors if p.state is state), None)
 
     def was_worse(self, version: str) -> bool:
-        """Whether it was rolled back or rejected; such a predictor is not promoted again."""
+        """Whether it was rolled back or rejected; if so, it is not promoted again."""
         known = self.by_version.get(version)
         return known is not None and known.state in (
             PredictorState.ROLLED_BACK,
@@ -115,7 +115,7 @@ class Index:
     def with_transition(
         self, state: PredictorState, into: PredictorState, note: str | None = None
     ) -> Index:
-        """This index with the predictor in `state` moved into another; None keeps its note."""
+        """This index with the predictor in `state` moved to `into`, with `note` if given."""
         predictors = tuple(
             replace(p, state=into, note=p.note if note is None else note) if p.state is state else p
             for p in self.predictors
@@ -123,7 +123,7 @@ class Index:
         return replace(self, predictors=predictors)
 
     def with_predictor(self, predictor: RegisteredPredictor) -> Index:
-        """This index with a predictor added or replaced; of those not in use KEPT stay."""
+        """This index with a predictor added or replaced; the newest KEPT unused ones stay."""
         entries = [predictor, *(p for p in self.predictors if p.version != predictor.version)]
         unused = [p.version for p in entries if p.state not in _IN_USE and p.version != self.pinned]
         dropped = set(unused[KEPT:])
@@ -140,11 +140,11 @@ class Index:
         return index.with_predictor(champion)
 
     def rolled_back(self, reason: str) -> Index:
-        """This index with the previous predictor as champion and the champion marked."""
+        """This index with the previous predictor as champion, and the champion as rolled back."""
         index = self.with_transition(
             PredictorState.CHALLENGER,
             PredictorState.RETIRED,
-            "beat a predictor that was rolled back",
+            "was compared with a predictor that was rolled back",
         )
         index = index.with_transition(PredictorState.CHAMPION, PredictorState.ROLLED_BACK, reason)
         return index.with_transition(

@@ -39,16 +39,16 @@ MAX_REMEMBERED = 8_192  # outcomes for which feedback may still arrive
 
 CHECK_S = 1.0  # between two checks of the whole fleet's statistics
 PUBLISH_S = 5.0  # between two publications, unless a factor or an alarm has changed
-FACTOR_STEP = 0.02  # factors are published in these steps, so that noise is not published
+FACTOR_STEP = 0.02  # factors are rounded to these steps, so that noise is not published
 QUALITY_ALARM, QUALITY_CLEAR = 0.6, 0.8  # calibration factors
 
 # Kinds of drift that another predictor could learn.
 RETRAIN_KINDS = frozenset(("quality", "tokens", "prompt_mix"))
-# Outcomes after the change at which training starts; with fewer it would mostly learn the past.
+# Training starts so many outcomes after the change; with fewer, most rows are from before it.
 RETRAIN_OUTCOMES = 100
 RETRAIN_PAUSE_S = 600.0  # least time between two trainings for drift
 
-LENGTH_CHANGE_LIMIT = 2.0 * CHANGE_LIMIT  # lengths vary more than speeds
+LENGTH_CHANGE_LIMIT = 2.0 * CHANGE_LIMIT  # higher than for speed, because lengths vary more
 MIN_CALIBRATION, CALIBRATION_WINDOW = 100, 500  # answers behind the calibration error
 CALIBRATION_ALARM = 0.15  # mean error of P(success)
 
@@ -200,9 +200,10 @@ class OutcomeMonitor:
             self._report(change, "speed", outcome.slm_id, text, replica_id)
 
     def _new_predictor(self, version: str) -> None:
-        """Forget what was found against the predictions of another predictor.
+        """Forget what was measured against the former predictor's predictions.
 
-        The new one may have learned the change; the old factor would then count it twice.
+        The new predictor may have learned the change; keeping the factor would then correct it
+        twice.
         """
         _remember(self._predictors, version, None, MAX_PREDICTORS)
         self._scored.clear()

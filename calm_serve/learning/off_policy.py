@@ -12,9 +12,10 @@ of SLM s for this request and w = min(1[t = a] / p, clip):
 
 (Dudik, Langford, Li: Doubly Robust Policy Evaluation and Learning, ICML 2011.) Weights are clipped
 at the square root of the number of rows, at least MIN_CLIP (Ionides, Truncated Importance Sampling,
-JCGS 17, 2008): an interval is a little too short on the side of an SLM that was hardly ever tried;
-`mean_weight` well below 1 shows it. Labels are assumed to be missing at random, given SLM and
-prompt. The effect of a moved request on the queues of its new SLM is not estimated.
+JCGS 17, 2008): for an SLM that was hardly ever tried, the interval is a little too short on its
+side. A `mean_weight` well below 1 shows that this is the case. Labels are assumed to be missing at
+random, given SLM and prompt. The effect of a moved request on the queues of its new SLM is not
+estimated.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A challenger that passed the promotion test decides in the shadow until `learning.shadow_requests`
 scored requests have been compared, then replaces the champion unless live answers speak against it.
 After that the champion is compared with its predecessor on the answers that it predicted itself;
-when it is surely worse, the predecessor is published again.
+when it is worse with high confidence, the predecessor is published again.
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ class Promotion:
         self._publish_all()
 
     async def offer(self, blob: bytes, against: str | None = None) -> str:
-        """Take a challenger that passed the promotion test `against` a champion's version.
+        """Take a challenger that passed the promotion test; it beat the champion `against`.
 
         Returns "promoted": it is the champion; "shadow": it decides in the shadow first; "refused":
-        it was rolled back or rejected before; "outdated": the champion is not the one it beat.
+        it was rolled back or rejected before; "outdated": the champion is no longer the one it
+        beat.
         """
         offered = LoadedPredictor(Artifact.from_bytes(blob), blob, TRAINED)
         async with self._lock:

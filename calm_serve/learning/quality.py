@@ -14,42 +14,47 @@ from calm_serve.learning.labels import FAILED_BELOW
 from calm_serve.telemetry import Cusum
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
-# Labels behind a factor. More would be steadier, but slower to follow a change.
+# Number of labels that a factor is computed from. More give a steadier factor that follows a change
+# later.
 FACTOR_LABELS = 50
-# Evidence fades with time: an SLM without traffic gets no new labels, so only this restores it.
-# Near the point where it would be chosen again it gets about one request per half-life.
+# Labels lose weight with time, because an SLM without traffic gets no new labels and would never
+# regain it otherwise. While it is about to be chosen again, it gets about one request per
+# half-life.
 FACTOR_HALF_LIFE_S = 180.0
 # Strength of the prior that the predictor is right, in expected successes.
 PRIOR_SUCCESSES = 2.0
 # Deviation that counts as chance and is subtracted, in standard deviations.
 CHANCE_SIGMAS = 1.5
-# The same after a fall was detected, which is not chance. More would let requests through to a
-# broken SLM; less would keep them away for minutes from one that has recovered.
+# The same after a detected fall, which is probably not chance. A larger value would send requests
+# to a broken SLM; a smaller one would keep them for minutes from an SLM that has recovered.
 FALLEN_SIGMAS = 0.75
 # A failing SLM loses traffic for all prompts; success on some prompts is weaker evidence.
 MIN_FACTOR, MAX_FACTOR = 0.05, 1.25
-# A fall is detected by the likelihood of the labels at this share of the usual successes. A usual
-# 0.7 that becomes 0.0 reaches the limit in 10 labels, a 0.9 in 5; by chance it takes some 10,000.
+# A fall is detected when the labels are much more likely at this share of the usual success rate
+# than at the usual rate. A rate that falls from 0.7 to 0 reaches the limit in 10 labels, one that
+# falls from 0.9 in 5; an unchanged rate reaches it once in some 10,000 labels.
 FALL_RATIO, FALL_LIMIT = 0.4, 8.0  # limit in nats
-# After the answers have changed in another way, so many labels need less evidence for a fall.
+# After another change of the answers, such as their length, the limit is lower by this ratio for so
+# many labels.
 SUSPECTED_LABELS, SUSPECTED_LIMIT_RATIO = 50, 0.5
-# A rise is detected by the likelihood without the factor. A false rise costs a few requests.
+# A rise is detected when the labels are much more likely without the factor than with it. A false
+# alarm costs a few requests.
 RISE_LIMIT = 4.0  # nats
-# A constant bias of the predictor is no change. It is observed over predicted successes of so many
-# labels, with a prior of so many expected successes.
+# A constant bias of the predictor is not a change. Its estimate is observed over predicted
+# successes of about the last LEVEL_LABELS labels, with a prior of LEVEL_PRIOR expected successes.
 LEVEL_LABELS, LEVEL_PRIOR, MAX_LEVEL = 300, 10.0, 1.5
 # P(success) is taken to lie within these: a predictor that is certain may still be wrong.
 MIN_VARIANCE_P, MAX_P = 0.05, 0.95  # for the variance of a label
 MIN_LIKELIHOOD_P = 0.02  # for its likelihood
 
-USUAL_LABELS = 500  # behind the usual score of a stream
+USUAL_LABELS = 500  # that the usual score of a stream is a mean of
 MIN_USUAL_LABELS = 20  # with fewer there is no usual score yet
-# Feedback is taken as representative of all answers when it comes for at least this share of them.
-# The share is of the last 250 to 500 answers since the first feedback, plus PRIOR_ANSWERS, so that
-# one feedback is not a share of 1.
+# Feedback counts as representative of all answers when at least this share of them gets some. The
+# share is of the last 250 to 500 answers since the first feedback, plus PRIOR_ANSWERS, so that one
+# feedback is not a share of 1.
 REPRESENTATIVE_RATIO, PRIOR_ANSWERS = 0.2, 20.0
-# While a stream's factor is below this its answers are not usual: the usual score follows them at a
-# tenth of the rate.
+# While a stream's factor is below UNUSUAL_FACTOR, its answers change the usual score with a tenth
+# of their weight.
 UNUSUAL_FACTOR, UNUSUAL_WEIGHT = 0.8, 0.1
 
 
@@ -98,7 +103,7 @@ class Recalibration:
         """
         self._labels.append((self._clock(), label, predicted))
         now = predicted * min(self._factor, 1.0)
-        # A factor that only repeats the level must not count twice.
+        # Where the factor only reflects the constant bias, it must not be counted twice.
         expected = max(self._level.ratio, 1.0) * min(now, predicted * self._level.ratio)
         change = None
         # Both are always fed, because each counts the labels since its change began.
@@ -149,7 +154,7 @@ def _log_likelihood_ratio(changed: float, expected: float, label: float) -> floa
 
 
 class _Level:
-    """Observed over predicted successes of the last LEVEL_LABELS, at most MAX_LEVEL."""
+    """Constant bias: observed over predicted successes, decayed over LEVEL_LABELS labels."""
 
     __slots__ = ("_expected", "_observed")
 
@@ -196,7 +201,7 @@ class SLMQualityStream:
     def factor(self) -> float:
         """Factor on P(success); below 1 when any stream is worse than expected."""
         feedback = self._feedback.factor()
-        # A stream that is better than usual is no evidence about predictions.
+        # A stream that is better than usual does not show that predictions are too low.
         usual = min(self._ruled.factor, self._form.factor, 1.0)
         return min(feedback, usual) if feedback < 1.0 else feedback * usual
 

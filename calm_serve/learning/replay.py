@@ -1,10 +1,10 @@
 """Replay: every logged decision is repeated under other goals or another predictor, and valued.
 
-What is not in the log stays as it was: candidates that a filter or a rule excluded stay excluded;
-TTFT, TPOT and joules per token are those predicted at that time. With the logged goals, predictor
-and exploration the logged choice must result again; `Replay.reproduced` counts this. Goals with
-targets move the weights as in a router: a controller reads the log in its order, with the
-predictions of all candidates and the measurements of the chosen one.
+What the log does not have is assumed unchanged: candidates that a filter or a rule excluded stay
+excluded; TTFT, TPOT and joules per token are those predicted at that time. With the logged goals,
+predictor and exploration the logged choice must result again; `Replay.reproduced` counts this.
+Goals with targets move the weights as in a router: a controller reads the log in its order, with
+the predictions of all candidates and the measurements of the chosen one.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class RetrainingScheduler:
         return self._training
 
     async def _train(self) -> dict[str, Any]:
-        """Train once. A failure counts too; otherwise every batch of outcomes would try again."""
+        """Train once. A failure counts, or every batch of outcomes would start another."""
         total = await self._in_thread(self._store.labelled_total)
         await self._in_thread(lambda: self._store.set_meta(TRAINED_AT, str(total)))
         champion = self._promotion.champion

@@ -22,8 +22,8 @@ from calm_serve.prediction import fits_layout
 from calm_serve.protocol.topics import ShadowReport
 from calm_serve.types import Outcome, ShadowChoice
 
-# Upper limit. One takes about 0.2 ms with six candidates on the router's event loop: half a percent
-# of its time.
+# Upper limit. A comparison takes about 0.2 ms with six candidates, so at most half a percent of the
+# time of the router's event loop.
 COMPARISONS_PER_S = 20.0
 
 

@@ -39,13 +39,13 @@ from calm_serve.types import Outcome
 ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
 
 MIN_LABELLED = 20  # labelled outcomes; with fewer nothing is trained
-MIN_LABELLED_PER_SLM = 5  # with fewer an SLM keeps its prior
+MIN_LABELLED_PER_SLM = 5  # an SLM with fewer keeps its prior
 # Boosting rounds at the learning rate of _PARAMS; a higher rate takes proportionally fewer.
 MAX_ROUNDS = 150
 DEFAULT_ROUNDS = 40  # with too few rows to choose the number
-TUNING_PART = 5  # one in so many rows, the newest, chooses the number of rounds
+TUNING_PART = 5  # the newest 1 / TUNING_PART of the rows choose the number of rounds
 MIN_TUNING_ROWS = 20
-PATIENCE_ROUNDS = 15  # boosting stops after so many without improvement on the tuning rows
+PATIENCE_ROUNDS = 15  # boosting stops after this many rounds without improvement on the tuning rows
 
 # Small trees, because a prediction over all candidates must take tens of microseconds:
 # `load_tests decision` notices larger ones. SLMs are split one against the rest, because LightGBM's
@@ -63,7 +63,7 @@ _PARAMS: Mapping[str, Any] = {
     "force_col_wise": True,
     "verbosity": -1,
 }
-# For a booster of one SLM: fewer rows, and no interaction with the SLM that needs leaves.
+# For a booster of one SLM: it has fewer rows, and needs no leaves to tell SLMs apart.
 _OWN_PARAMS: Mapping[str, Any] = {"num_leaves": 7, "min_data_in_leaf": 5}
 # Lengths and times have a wide spread: a third of the trees predicts them as well.
 _COARSE: Mapping[str, Any] = {"learning_rate": 0.24}
@@ -164,10 +164,11 @@ def fit_heads(fit: Sequence[Outcome], slm_ids: Sequence[str], seed: int) -> dict
     boosters: dict[str, str] = {}
     labelled = [o for o in fit if quality_label(o.signals)]
     labels, weights = label_arrays(labelled)
-    # From equal labels nothing can be learned, and the prior stays.
+    # From equal labels nothing can be learned, so the prior is used.
     if len(set(labels.tolist())) > 1:
         for slm_id, rows, mine in _by_slm(labelled, slm_ids):
-            # Rule of succession: a few equal labels must not become a certainty.
+            # Rule of succession (smoothed labels): a few equal labels must not give a P(success) of
+            # 0 or 1.
             smoothed = (labels[mine] * mine.sum() + 0.5) / (mine.sum() + 1.0)
             boosters[own_head(SUCCESS, slm_id)] = _fit(
                 "cross_entropy", rows, smoothed, weights[mine], seed, _OWN_PARAMS
@@ -271,7 +272,7 @@ def label_arrays(outcomes: Sequence[Outcome]) -> tuple[Values, Values]:
 def success_probabilities(
     artifact: Artifact, outcomes: Sequence[Outcome], fallback: float
 ) -> Values:
-    """P(success) of logged outcomes; `fallback` where the artifact does not know the SLM."""
+    """P(success) of logged outcomes; `fallback` where the artifact does not have the SLM."""
     rows = outcome_rows(outcomes, artifact.slm_ids)
     found = Heads(artifact).of_own(SUCCESS, rows)
     return np.where(np.isnan(found), fallback, found)
@@ -283,7 +284,7 @@ def answered(outcome: Outcome) -> bool:
 
 
 def timed(outcome: Outcome) -> bool:
-    """Whether its TTFT is that of an awake SLM alone: no wake-up, no failed SLM before it."""
+    """Whether its TTFT is only that of an awake SLM, without a wake-up or a failed attempt."""
     own = not outcome.timing.cold and not outcome.retries
     return answered(outcome) and own and (outcome.timing.ttft_s or 0.0) > 0.0
 

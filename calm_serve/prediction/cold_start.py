@@ -18,10 +18,10 @@ from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMSt
 
 LABELLED = "labelled_answers"  # metric of an artifact: SLM -> labelled answers it was fitted on
 
-# P(success) is raised by UCB_SIGMAS standard errors of a rate measured on the labelled answers, so
-# that an uncertain SLM is tried where it may be the best, and only there (upper confidence bounds;
-# Auer, Journal of Machine Learning Research 3, 2002). The examples count as so many answers more.
-# `load_tests paper` notices a change (new_slm_adoption_requests).
+# P(success) is raised by UCB_SIGMAS standard errors of a rate measured on the labelled answers. So
+# an SLM with few answers is tried where it may be the best, and only there (upper confidence
+# bounds; Auer, Journal of Machine Learning Research 3, 2002). The examples together count as
+# EXAMPLE_ANSWERS answers. `load_tests paper` notices a change (new_slm_adoption_requests).
 UCB_SIGMAS, EXAMPLE_ANSWERS = 1.0, 8.0
 
 

@@ -1,10 +1,10 @@
 """LightGBM over prompt and live state: P(success), answer length, correction of the analytic TTFT.
 
 Boosters share one row layout (`COLUMNS`): numbers, presence of hashed words, live load, and the
-SLM's index as a category. P(success) and answer length have one small booster each per SLM, because
-which words an SLM is good at is an interaction of every feature with the SLM; one booster for all
-was worse on the same outcomes. They read the prompt alone, so one call predicts for all SLMs. The
-correction of TTFT is one booster over all SLMs and reads everything except the words. The prior
+SLM's index as a category. P(success) and answer length have one small booster each per SLM: the
+effect of every word depends on the SLM, and one booster for all SLMs had a higher loss on the same
+outcomes (decision 0009). These boosters read the prompt alone, so one call predicts for all SLMs.
+The correction of TTFT is one booster over all SLMs and reads everything except the words. The prior
 predicts where a head could not be trained, and for an SLM that the artifact does not know.
 """
 

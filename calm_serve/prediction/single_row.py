@@ -113,7 +113,7 @@ class SingleRow:
 
 # A tree that adds 0; fills up the last output of a booster.
 _NO_TREE = "num_leaves=1\nnum_cat=0\nleaf_value=0\nis_linear=0\nshrinkage=1\n"
-# More would need more filling trees, fewer more outputs.
+# A larger number needs more filling trees, a smaller one more outputs.
 _TREES_PER_OUTPUT = 16
 
 

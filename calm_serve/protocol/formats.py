@@ -106,7 +106,8 @@ class RecordFormat(Generic[T]):
 def to_json(document: Any) -> bytes:
     """Records as JSON; infinity and NaN are written as the constants that `from_json` reads.
 
-    A lone surrogate, which UTF-8 cannot hold, becomes "?": one text must not stop a whole batch.
+    A lone surrogate, which UTF-8 cannot encode, becomes "?", so that one text does not make a whole
+    batch fail.
     """
     try:
         return pydantic_core.to_json(document, inf_nan_mode="constants")

@@ -122,7 +122,7 @@ class GoalChange:
 
 @dataclass(frozen=True, slots=True)
 class DesiredResidency:
-    """The desired tier of each SLM; one that is not named is to be hot."""
+    """The desired tier of each SLM; an SLM that is missing is to be hot."""
 
     tiers: dict[str, Residency] = field(default_factory=dict)  # empty without a memory budget
     options: ResidencyOptions = field(default_factory=ResidencyOptions)

@@ -119,8 +119,9 @@ def detect_language(text: str) -> str:
         count = len(hits & stopwords)
         if count > best_hits:
             best, best_hits = code, count
-    # One frequent word is weak evidence: names and commands contain some. A request taken for the
-    # wrong language finds no SLM, so ASCII text is English unless two words indicate another one.
+    # One frequent word is weak evidence, because names and commands contain such words. A wrong
+    # language could exclude every SLM, so ASCII text counts as English unless two words indicate
+    # another language.
     return "en" if best_hits < 2 and words and text.isascii() else best
 
 

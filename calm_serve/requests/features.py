@@ -65,8 +65,9 @@ _QUANTITIES = token_hashes(
 def fill_features(context: RoutingContext, request: ChatRequest) -> None:
     """Add the prompt's features to `context`, unless it has them.
 
-    They cost more than the rest of the context, and a rule needs none of them. So they are added
-    to the existing record: before a prediction, or after the answer of a rule's SLM.
+    They take more time than the rest of the context, and a rule needs none of them. So they are
+    added to the existing record only when needed: before a prediction, or, for the log, after the
+    answer to a request that a rule decided.
     """
     if context.features.numbers:
         return

@@ -32,7 +32,7 @@ class ChatRequest:
     """The fields of a chat or completion body that the decision reads."""
 
     model: str
-    text: str  # roles and contents in order, as the engine's prefix cache sees them
+    text: str  # roles and contents in the order in which the engine caches prefixes
     last_user: str
     system_chars: int
     turns: int

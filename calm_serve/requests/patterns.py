@@ -2,9 +2,9 @@
 
 pydantic ships Rust's regex engine: linear time for any pattern, and about two hundred times faster
 than `re` on a prompt of 30,000 characters. The two interpret most patterns and characters alike,
-but not all. Rust is used only where its result must equal that of `re`: without look-around,
-back-references, atomic groups and inline flags, a search asks whether some part of the text belongs
-to a regular language, which has one answer. `re` does the rest.
+but not all. Rust is used only where its result must equal that of `re`: for patterns without
+look-around, back-references, atomic groups and inline flags, whether a text contains a match does
+not depend on the engine. All other patterns and texts are searched by `re`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Pattern:
 
 
 class Patterns:
-    """Named patterns, most texts matching none: one search for their union, then one for each."""
+    """Named patterns. One search for their union first, because most texts match none of them."""
 
     def __init__(self, patterns: dict[str, str]) -> None:
         """Compile, in the order of `patterns`. Raises re.error for an invalid pattern."""

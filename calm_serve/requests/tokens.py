@@ -1,8 +1,9 @@
 """Tokens of a text of bounded length: counts, and a hash for each token.
 
-A token is a run of letters, a run of digits, or one sign. From U+2000 on, where scripts have no
-blanks between words, every character is a token. The text is one array of bytes, and each step is
-one numpy call for all of it: a thousand characters take about 30 us.
+A token is a run of letters, a run of digits, or one other character that is not a space. From
+U+2000 on, where scripts have no blanks between words, every character is a token. The text is one
+array of bytes, and each step is one numpy call for all of it: a thousand characters take about 30
+us.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ HEAD_TOKENS, TAIL_TOKENS = 48, 16  # of a longer text only these are hashed
 LARGE_DIGITS = 3
 _SPACE, _LETTER, _DIGIT, _SIGN, _INSIDE = range(5)
 _MASK = (1 << 64) - 1
-_NUMBER = 0x9E3779B97F4A7C15  # hash of every run of digits; as an odd factor it spreads a hash
+_NUMBER = 0x9E3779B97F4A7C15  # the hash of every run of digits; also SplitMix64's odd multiplier
 _FACTOR = 0xD1342543DE82EF95  # of the polynomial; odd, so that it has an inverse modulo 2**64
 
 Hashes = NDArray[np.uint64]
@@ -29,7 +30,7 @@ Places = NDArray[np.intp]
 class TokenStats(NamedTuple):
     """Counts and hashes of a text's tokens."""
 
-    hashes: Hashes  # of the first and last tokens, in lower case; all numerals are alike
+    hashes: Hashes  # of the first and last tokens, in lower case; all numerals have one hash
     vocabulary: set[int]  # the distinct hashes
     tokens: int
     words: int
@@ -159,7 +160,7 @@ def pair_hashes(hashes: Hashes) -> Hashes:
 
 
 def _tokens(kinds: NDArray[np.uint8], plain: bool) -> tuple[Places, Places]:
-    """Return where each token starts and ends: a run of one kind, or a single sign."""
+    """Return where each token starts and ends: a run of one kind, or a single character."""
     begins = kinds == _SIGN
     if not plain:  # every byte of a character has its first byte's kind
         inside = kinds == _INSIDE

@@ -2,9 +2,9 @@
 
 Routers report demand, SLM replicas report their state. `ResidencyCoordinator` steps the planner
 with both and publishes the desired residency of each SLM, which replicas and routers follow. It
-never publishes a wake-up that would exceed the memory budget: an SLM is to wake only when the
-evicted ones have reported that they sleep, or are gone. Without a budget it publishes nothing.
-`ObservedReplicas` is what it knows of each replica.
+never publishes a wake-up that would exceed the memory budget: an SLM may wake only after the
+replicas of the evicted SLMs have reported that they sleep, or are gone. Without a budget it
+publishes nothing. `ObservedReplicas` holds the last reported state of each replica.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from calm_serve.telemetry import DEFAULT_WATTS_PER_CORE, DecayedRate, Ewma
 from calm_serve.types import Residency
 
 RESIDENCY_KEY = "residency"
-ROUTER_EXPIRY_S = 5.0  # the queues of a router that has not reported for so long count no more
-RESTART_PATIENCE_S = 10.0  # after a restart, replicas have this long to report before any plan
+ROUTER_EXPIRY_S = 5.0  # a router that has not reported for this long is dropped, with its queues
+RESTART_PATIENCE_S = 10.0  # after a restart, the first plan waits so long for reports
 FIRST_WAKE_S = 1.0  # assumed before any wake-up was measured
 WAKE_HALF_LIFE_S = 600.0  # of the mean wake-up time of an SLM
 RECENT_S = 60.0  # half-life of the recent hit ratio
 MAX_ROUTERS = 256
 
-GONE_AFTER_S = 1.5  # a replica that no router has listed for so long, two reports, has died
-START_PATIENCE_S = 600.0  # a replica that no router has listed yet may take so long to start
-# A replica missing from `min_replicas` counts as starting for so long; then it cannot be started.
+GONE_AFTER_S = 1.5  # a replica that no router has listed for this long (two reports) has died
+START_PATIENCE_S = 600.0  # a replica that no router has listed yet is dropped after this
+# A replica missing from `min_replicas` counts as starting for this long, then not any more.
 MISSING_REPLICA_PATIENCE_S = 60.0
 MAX_REPLICAS = 4096
 
@@ -85,7 +85,7 @@ class ResidencyCoordinator:
         self._wait_s: dict[str, float] = {}
         self._planned_at: dict[str, float] = {}  # SLM -> when its wake-up was first planned
         self._measured_wake_s: dict[str, Ewma] = {}
-        self._engine_wake_s: dict[str, float] = {}  # the engine's part of the last wake-up
+        self._engine_wake_s: dict[str, float] = {}  # of the last wake-up, in the engine alone
         self._hits = self._misses = self._peak_bytes = 0
         self._budget_reached = self._published = False
         now = clock()
@@ -99,7 +99,7 @@ class ResidencyCoordinator:
     def configure(
         self, options: ResidencyOptions, latency_per_s: float, energy_per_j: float
     ) -> str:
-        """Take settings, of a deployment or an operator; return the text to keep for a restart.
+        """Take settings from a deployment or an operator; return the text to store for a restart.
 
         Counts of hits, swaps and bytes start anew. The weights are the goals': quality points per
         second and per joule.
@@ -210,8 +210,8 @@ class ResidencyCoordinator:
         self._published = True
 
     def _track_peak(self, used_bytes: int) -> None:
-        # Not before the budget is first kept: at a start, or when the budget is set or lowered at
-        # run time, replicas are still awake that have to sleep.
+        # The peak counts from the time at which the budget was first kept. Before that (at a start,
+        # or after the budget was set or lowered) replicas are awake that still have to fall asleep.
         if self._replicas.settled and used_bytes <= self._budget_bytes and self._all_reported():
             self._budget_reached = True
         if self._budget_reached:
@@ -253,7 +253,7 @@ class ResidencyCoordinator:
         )
 
     def _wake_s(self, slm_id: str) -> float:
-        """Mean from the plan to the report; of the other SLMs before the first was measured."""
+        """Mean from plan to report; while nothing was measured, the mean of the other SLMs."""
         means = {i: e.mean for i, e in self._measured_wake_s.items() if e.mean is not None}
         if slm_id in means:
             return means[slm_id]
@@ -302,7 +302,7 @@ class ObservedReplicas:
         self._missing_since: dict[str, float] = {}  # SLM with fewer replicas than min_replicas
 
     def listed(self, slm_id: str, replica_id: str, node: str, now: float) -> None:
-        """A router lists the replica. One that has not reported, as after a restart, is hot."""
+        """Take in that a router lists the replica; until it reports, it counts as hot."""
         replica = self._of(slm_id, replica_id, Residency.HOT, now)
         replica.listed_at, replica.node = now, node
 
@@ -314,7 +314,7 @@ class ObservedReplicas:
         return replica.observed
 
     def forget(self, last_list_at: float) -> None:
-        """Drop replicas missing from the routers' lists, the last of which came at that time."""
+        """Drop replicas missing from recent lists; `last_list_at` is when the newest came."""
         for replica_id, replica in list(self._replicas.items()):
             last_at, patience_s = replica.listed_at, GONE_AFTER_S
             if last_at is None:  # it is starting, or died while it did
@@ -352,7 +352,7 @@ class ObservedReplicas:
             if replica.slm_id == spec.id and replica.node:
                 nodes[replica.node] = nodes.get(replica.node, 0) + spec.declared_bytes
                 unplaced -= 1
-        # The node of a replica to come is unknown: it counts on every known node.
+        # The node of a replica that has yet to start is unknown, so it counts on every known node.
         known = {r.node for r in self._replicas.values() if r.node} or {""}
         for node in known if unplaced else ():
             nodes[node] = nodes.get(node, 0) + unplaced * spec.declared_bytes

@@ -2,8 +2,8 @@
 
 `Planner` keeps the memory budget of each node and the pins, wakes SLMs for queued requests in the
 order in which their queues formed, and estimates how long each queue will wait. A policy overrides
-the hooks: what keeping an SLM in memory is worth, when it may be evicted and for what, how often
-SLMs may be woken, and what is woken before it is asked for.
+the hooks: the retention value of an SLM, when it may be evicted and for which SLM, how often SLMs
+may be woken, and which SLMs are prefetched.
 
 Pure and synchronous: time comes in as seconds of the caller's monotonic clock.
 """
@@ -78,7 +78,7 @@ class Planner(ABC):
 
     @abstractmethod
     def _retention_value(self, footprint: ModelFootprint, now: float) -> float:
-        """What keeping the SLM hot is worth, in a unit of the policy's own.
+        """Value of keeping the SLM hot, in a unit that the policy defines.
 
         The lowest value is evicted first; among equal values, the SLM that joined first.
         """
@@ -136,7 +136,7 @@ class Planner(ABC):
         self._on_wake(now)
 
     def _evictable(self, now: float) -> list[ModelFootprint]:
-        """SLMs that may sleep now. One that is waking wakes first: requests may wait for it."""
+        """SLMs that may sleep now. One that is waking is left out: requests may wait for it."""
         return [
             f
             for f in self._desired_hot()
@@ -205,7 +205,7 @@ class Planner(ABC):
             self._swap(footprint, victims, now)
 
     def _let_go_cold(self, now: float) -> None:
-        """Give up the replicas of SLMs that nothing has asked for in `cold_after_s`."""
+        """Make SLMs cold that no request has preferred for `cold_after_s`."""
         after_s = self._options.cold_after_s
         for slm_id, desired in self._desired.items():
             footprint = self._footprints[slm_id]
@@ -215,7 +215,7 @@ class Planner(ABC):
                 self._desired[slm_id] = Residency.COLD
 
     def _estimate_waits(self, now: float, queue: Sequence[str]) -> dict[str, float]:
-        """Seconds until each SLM that is not hot could answer, by playing the queue forward.
+        """Seconds until each SLM that is not hot could answer, by simulating the queue.
 
         An SLM without queued requests gets the estimate of one that joins the queue now.
         """
@@ -292,16 +292,16 @@ def _earliest_fit(
     return (at, asleep) if trial.fits(footprint) else (math.inf, [])
 
 
-# The constants below were chosen, and are watched, by the simulated workloads of
-# `python -m load_tests paper` (hit rate and swaps of each policy).
+# The constants below were chosen with the simulated workloads of `python -m load_tests paper`,
+# whose hit rate and swaps notice a change.
 MIN_HORIZON_ARRIVALS = 4.0
-"""Shortest horizon by which a swap is judged; at high rates it is the arrivals of one residence."""
+"""Shortest horizon of a retention value, which otherwise is the arrivals during one residence."""
 URGENCY_DOUBLING_S = 1.0
-"""A queue counts as one arrival against the SLMs in its way, and doubles after each of these."""
+"""A new queue weighs as much as one arrival in an eviction; the weight doubles in this time."""
 MAX_DOUBLINGS = 64.0
-"""Bounds the urgency of a queue to a finite number; it outweighs any retention value before."""
+"""Keeps the urgency of a queue finite; it exceeds any retention value long before this bound."""
 BURST_WINDOW_S = 10.0
-"""No more than this window's share of the minute's wake-ups within it, so a burst leaves some."""
+"""Limits a burst: of the wake-ups per minute, a window of this length gets its share by time."""
 PREFETCH_SHARE = 0.5
 """Share of the allowed wake-ups that prefetches may use; the rest is for queued requests."""
 PREFETCH_MARGIN_WAKES = 0.03
@@ -314,8 +314,8 @@ class ForecastPlanner(Planner):
     Retention value per byte = expected arrivals x (latency weight x wake_s + energy weight x
     wake_j) / bytes, over the arrivals of one residence. Guards against thrash: an SLM that woke
     stays for `min_resident_s`; wake-ups are bounded per minute; an SLM in demand is evicted only
-    for requests that have waited long relative to its value, so in a burst the SLMs of low demand
-    take turns in the places of lowest value; a prefetch must save more than it costs.
+    for requests that have waited long relative to its value, so that in a burst SLMs of low demand
+    evict each other and not the SLMs in demand; a prefetch must save more than it costs.
     """
 
     def __init__(
@@ -365,12 +365,12 @@ class ForecastPlanner(Planner):
         return self._latency_per_s * footprint.wake_s + self._energy_per_j * footprint.wake_j
 
     def _earliest_sleep_at(self, footprint: ModelFootprint, now: float) -> float:
-        """Until `min_resident_s` after it woke, an SLM stays."""
+        """An SLM stays hot for `min_resident_s` after it woke."""
         since = self._hot_since.get(footprint.slm_id, now)
         return since + self._options.min_resident_s
 
     def _earliest_wake_at(self, now: float, share: float = 1.0) -> float:
-        """When `share` of the wake-ups allowed per minute and per BURST_WINDOW_S permits one."""
+        """When a wake-up keeps within `share` of the limits per minute and per BURST_WINDOW_S."""
         at = now
         limits = ((self._wakes.maxlen or 1, 60.0), (self._max_burst, BURST_WINDOW_S))
         for limit, window_s in limits:
@@ -382,22 +382,23 @@ class ForecastPlanner(Planner):
     def _can_evict(self, victim: ModelFootprint, waiting: ModelFootprint, now: float) -> bool:
         """Whether the waiting SLM's saving, plus its queue's urgency, exceeds the victim's.
 
-        Both savings are scaled from the horizon's arrivals to the time until the victim could be
-        back: at low rates a queue need not wait for arrivals that may come much later.
+        Both savings count only the arrivals until the victim could be hot again, because at low
+        rates the arrivals of the whole horizon may come much later.
         """
         away_s = self._options.min_resident_s + waiting.wake_s + waiting.answer_s + victim.wake_s
         saving, value = self._saving(waiting, now), self._retention_value(victim, now)
         share = self._rate_per_s * away_s / self._horizon_arrivals
         if victim.running:  # it is in demand now
             share = max(share, 1.0)
-        # The urgency doubles every second, so no SLM waits for ever, whatever the victim is worth.
+        # The urgency doubles every second, so no SLM waits for ever, however high the
+        # victim's value.
         waited_s = now - self._queued_since[waiting.slm_id]
         doublings = min(waited_s / URGENCY_DOUBLING_S, MAX_DOUBLINGS)
         urgency = math.exp2(doublings) * self._wake_cost(waiting)
         return (saving * share + urgency) / max(waiting.bytes, 1) > value * share
 
     def _prefetch(self, now: float, demand: Demand) -> None:
-        """Wake the SLM that is likely to be asked for next in place of others: one per step."""
+        """Evict others for an SLM that requests will probably prefer soon: at most one per step."""
         if self._earliest_wake_at(now, PREFETCH_SHARE) > now:
             return
         asleep = [

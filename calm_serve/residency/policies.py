@@ -1,6 +1,6 @@
 """Residency policies by name: `calm`, which is the forecast planner, and its baselines.
 
-LRU is the CALM paper's policy (arXiv 2602.03632), LFU its usual rival, `static` never changes
+LRU is the CALM paper's policy (arXiv 2602.03632), LFU the usual alternative, `static` never changes
 anything. They keep the budget and the pins, and have no guards, no forecast and no prefetch.
 """
 
@@ -44,7 +44,7 @@ class LeastFrequentlyUsed(Planner):
 
 
 class Static(Planner):
-    """Keeps the pinned SLMs and the first others that fit; wakes no other SLM."""
+    """Keeps the pinned SLMs, then those that fit in the fleet file's order; wakes no other SLM."""
 
     def _retention_value(self, footprint: ModelFootprint, now: float) -> float:
         return 0.0

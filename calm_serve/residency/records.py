@@ -103,7 +103,7 @@ def within_budget(
         footprints: every SLM as observed now.
         published: the desired residency published so far. An SLM published as HOT counts as in
             memory, and one that still sleeps stays HOT until it has woken: its next report could
-            otherwise not be attributed to either of two changes.
+            otherwise be the answer to either of two changes.
         budget_bytes: limit per node.
     """
     budget = MemoryBudget(budget_bytes)

@@ -60,7 +60,7 @@ class Uniform(Baseline):
 
 
 class RoundRobin(Baseline):
-    """The candidate whose last turn is longest ago.
+    """The candidate that was chosen longest ago.
 
     The propensity is 1/n, because turns do not depend on the request.
     """

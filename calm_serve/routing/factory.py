@@ -1,4 +1,4 @@
-"""Builds the baseline that the goals name and keeps its memory while another policy is active."""
+"""Builds the baseline that the goals name, and keeps its state while another policy is active."""
 
 from __future__ import annotations
 

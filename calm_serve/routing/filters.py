@@ -80,8 +80,8 @@ FILTERS: dict[str, Filter] = {
 }
 # When no SLM passes, those that only this filter excluded are tried: a poor answer beats none.
 RELAXED_IF_NONE_PASSES = "language"
-# Filters of a pinned request: a client may insist on an SLM that lacks the language or whose
-# breaker is open, but not on what cannot work or violates the data policy.
+# Filters of a pinned request: the language and the circuit breaker do not count, because the client
+# chose the SLM; what the SLM cannot do, and the data policy, still exclude it.
 PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
 _EVERY = tuple(FILTERS.items())
 _PINNED = tuple((name, FILTERS[name]) for name in PINNED_FILTERS)

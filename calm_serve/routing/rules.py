@@ -26,9 +26,9 @@ def matches(rule: Rule, context: RoutingContext) -> bool:
 
 
 def rule_target_is_usable(state: SLMState) -> bool:
-    """Return whether an SLM that a rule names is hot and answers about as well as predicted.
+    """Return whether an SLM that a rule names is hot and its calibration factor is high enough.
 
-    An SLM that has to be woken is scored against the others.
+    If it has to be woken first, the request is scored over all candidates instead.
     """
     return state.calibration_factor >= MIN_CALIBRATION_FACTOR and state.residency is Residency.HOT
 

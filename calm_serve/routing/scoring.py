@@ -96,8 +96,8 @@ def evaluate(
 def slo_penalty(slo: ServiceLevel, prediction: Prediction) -> float:
     """Return SLO_PENALTY times the probability that the request's SLO is missed.
 
-    Measured times are assumed log-normal around the predicted ones. Of several SLOs the one most
-    likely to be missed counts, because one slow phase misses all of them.
+    Measured times are assumed log-normal around the predicted ones. Of several SLOs only the one
+    most likely to be missed counts, because one slow phase usually misses all of them together.
     """
     if not (slo.ttft_ms or slo.tpot_ms or slo.deadline_s):
         return 0.0

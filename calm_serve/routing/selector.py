@@ -166,7 +166,8 @@ class ModelSelector:
         started = self._timer()
         context = self._builder.build(request, overrides, decision_id)
         decision = self._decide(context, request)
-        # The record is not shared yet, and a copy for one field costs as much as the filters.
+        # Written in place: no other code has the record yet, and a copy would take as long as the
+        # filters.
         object.__setattr__(decision, "decided_in_s", self._timer() - started)
         self._log[decision_id] = decision
         while len(self._log) > self._log_size:
@@ -256,8 +257,8 @@ class ModelSelector:
         allowed: list[str],
         excluded: list[Candidate],
     ) -> Decision:
-        # The others are failover targets, most skills first: without scores, the broadest SLM is
-        # the likeliest to answer a request of another one.
+        # The others are failover targets, most skills first: without scores, the SLM with most
+        # skills is the most likely to answer a request that was meant for another one.
         others = [i for i in allowed if i != slm_id]
         others.sort(key=self._breadth.__getitem__)
         return self._record(

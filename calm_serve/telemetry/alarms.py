@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from calm_serve.protocol.topics import Alarm
 
-# A change is an event, not a state: its alarm stays on long enough to be seen.
+# A detected change is an event, not a state, so its alarm stays on for this long to be seen.
 LIFETIME_S = 600.0
 MAX_ALARMS = 64  # bound of memory
 

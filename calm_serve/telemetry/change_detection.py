@@ -13,7 +13,7 @@ from collections.abc import Iterable
 PSI_ALARM, PSI_CLEAR = 0.25, 0.15
 RECENT_REQUESTS, USUAL_REQUESTS = 300, 5_000  # spans of the two histograms
 WARM_UP = 50  # values of the first mean of a Page-Hinkley test
-MEAN_WARM_UPS = 20  # its mean follows the stream over so many times the warm-up
+MEAN_WARM_UPS = 20  # length of its running mean, in warm-ups
 
 
 class Cusum:

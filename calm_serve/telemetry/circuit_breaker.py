@@ -32,8 +32,8 @@ class BreakerLimits:
 class CircuitBreaker:
     """Opens on consecutive failures or on the recent failure ratio; closes on one good probe.
 
-    A probe is a request that was sent after the opening. Answers to requests sent before it show
-    how the SLM was, not how it is.
+    A probe is a request that was sent after the opening. Answers to requests sent before the
+    opening are ignored: they may show a state that is over.
     """
 
     __slots__ = ("_cool_down_s", "_limits", "_opened_at", "_ratio", "_since", "consecutive")
@@ -62,8 +62,9 @@ class CircuitBreaker:
     def blocks(self, now: float, in_flight: int) -> bool:
         """True when no further request may be sent; `in_flight` are the caller's own requests.
 
-        Half-open admits one probe at a time. A probe that never reports back must not lock the SLM
-        out, so after one more cool-down requests in flight no longer count.
+        Half-open admits one probe at a time. The result of a probe may never arrive. So that this
+        does not block the SLM for ever, requests in flight no longer count after one more
+        cool-down.
         """
         state = self.state(now)
         if state is not BreakerState.HALF_OPEN or self._opened_at is None:

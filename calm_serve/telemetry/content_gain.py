@@ -1,7 +1,7 @@
-"""Content gain: what the choices gained by reading prompts, by the scores that they were made on.
+"""Content gain: how much better choices are, by their own scores, because they read prompts.
 
-Two content-blind choices are scored on the same decisions: the best single SLM, and random choices
-with the shares of the real ones. If routing is no better than these, it has no benefit.
+Two content-blind choices get the scores of the same decisions: the best single SLM, and random
+choices with the shares of the real ones. If routing is no better than these, it has no benefit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from calm_serve.types import BEST_SCORE_PATHS, Decision
 
-WINDOW_DECISIONS = 512  # behind the summary
+WINDOW_DECISIONS = 512  # that the summary covers
 MIN_DECISIONS = 200  # with fewer there is no verdict
 MIN_ENTROPY_RATIO = 0.05  # with less, one SLM has nearly all requests: 0.99 of two, 0.992 of five
 MIN_GAIN = 0.005  # quality points per decision; less counts as no gain
@@ -102,7 +102,8 @@ class ContentGainMonitor:
         if not count:
             return None
         shares = {i: s.chosen / count for i, s in self._slms.items() if s.chosen}
-        # Where an SLM was no candidate, a blind choice of it takes the SLM that was really chosen.
+        # In decisions without the SLM as a candidate, a blind choice of it counts as the actual
+        # choice.
         score = {i: s.score + self._score - s.chosen_score for i, s in self._slms.items()}
         quality = {i: s.quality + self._quality - s.chosen_quality for i, s in self._slms.items()}
         blind_score = sum(share * score[i] for i, share in shares.items())

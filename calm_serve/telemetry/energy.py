@@ -19,7 +19,8 @@ from typing import Protocol
 # SLMs on one machine. It is no measurement, and memory, fans and power supply are not in it.
 DEFAULT_WATTS_PER_CORE = 6.0
 
-# Between two readings of a meter. CPU times tick every 10 ms, so more readings have little content.
+# Between two readings of a meter. CPU times have steps of 10 ms, so more frequent readings add
+# little information.
 MIN_READ_S = 0.05
 POWER_MEMORY_S = 0.5  # busy seconds behind the recent power
 PACE_GAIN = 0.1  # weight of the newest answer in the mean tokens per second of an answer
@@ -75,8 +76,9 @@ class CpuShare:
 class RaplMeter:
     """Package counters of Linux powercap, times `share()`.
 
-    A package counts everything on it, several SLMs included: without the share each SLM would be
-    charged for the whole machine. The package's idle power is thereby split over busy processes.
+    A package's counter includes every process, and so several SLMs. Without the share, each SLM
+    would be charged for the whole machine. The package's idle power is divided over busy processes
+    in this way.
 
     Args:
         paths: powercap folders of the packages (`energy_uj`, `max_energy_range_uj`).
@@ -163,11 +165,11 @@ class TokenShareAttributor:
     readings. A request that finishes in between is charged its tokens' part of the recent power of
     busy time. Those joules are ahead of the meter and are subtracted from the next reading. So the
     error of one request is at most |power now - recent power| * min_read_s; the requests (or the
-    idle time) of the next interval carry it, and no joule is lost or invented. `ahead_j` is at most
-    the recent power times min_read_s.
+    idle time) of the next interval carry it, so the sum of all joules stays right. `ahead_j` is at
+    most the recent power times min_read_s.
 
-    A reply in one piece reports its tokens at the end: they count as produced evenly while it ran.
-    A request that has not reported yet is assumed to produce tokens at the mean pace.
+    A reply that is not streamed reports its tokens at the end: they count as produced evenly while
+    it ran. A request that has not reported yet is assumed to produce tokens at the mean pace.
     """
 
     def __init__(

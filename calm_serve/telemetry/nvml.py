@@ -41,7 +41,7 @@ class NvmlMeter:
         try:
             now_mj = self._read()
         except self._nvml.NVMLError:
-            return self._joules  # a GPU that fails stops the engine anyway
+            return self._joules  # skipped: a GPU that fails stops the engine anyway
         # The counter starts anew with the driver.
         spent_mj = sum(max(now - last, 0) for now, last in zip(now_mj, self._last_mj, strict=True))
         self._last_mj = now_mj

@@ -71,7 +71,7 @@ class SLMStats:
         self._output_tokens = DecayedRate(HALF_LIFE_S, now)
         self._arrivals = DecayedRate(HALF_LIFE_S, now)
         self._breaker = CircuitBreaker(limits or BreakerLimits())
-        self._replica_ids: frozenset[str] = frozenset()  # those that the breaker's evidence covers
+        self._replica_ids: frozenset[str] = frozenset()  # at the last call of `state`
         self.residuals = SLMResiduals(champion)
         self.wake_s: float | None = None
         self.calibration_factor = 1.0
@@ -86,8 +86,8 @@ class SLMStats:
         self._count_attempt(outcome, now, now - (took_s or 0.0))
         self._cold_starts += outcome.timing.cold
         self.residuals.observe(outcome)
-        # The wait for a cold start is predicted from `wake_s`. In the mean it would make an SLM
-        # look slow for minutes after its wake-up.
+        # The wait for a cold start is predicted from `wake_s`. If the mean included it, the SLM
+        # would look slow for minutes after its wake-up.
         if outcome.timing.ttft_s is not None and not outcome.timing.cold:
             self._ttft.add(outcome.timing.ttft_s, now)
         if outcome.timing.tpot_s is not None:
@@ -184,8 +184,8 @@ class SLMStats:
     def _follow_replicas(self, replicas: Sequence[ReplicaState], now: float) -> None:
         ids = frozenset(r.replica_id for r in replicas)
         if not self._replica_ids <= ids:
-            # Failures are counted per SLM, not per replica, so the share of those that have gone is
-            # unknown: the rest and their successors start without any.
+            # Failures are counted per SLM, not per replica, so it is unknown how many of them came
+            # from the replicas that have gone. The breaker therefore forgets all of them.
             self._breaker.restart(now)
         self._replica_ids = ids
 
@@ -204,7 +204,7 @@ class FleetStats:
     def __init__(self, slm_ids: Iterable[str], clock: Clock) -> None:
         self._clock = clock
         self._windows = {slm_id: SLMStats(slm_id, clock) for slm_id in slm_ids}
-        self._inside: dict[str, int] = {}  # requests, when the SLM was last looked at
+        self._inside: dict[str, int] = {}  # SLM -> its requests at the last call of `state`
         self._in_flight = 0
         self._champion: str | None = None
 
@@ -214,7 +214,7 @@ class FleetStats:
         return tuple(self._windows)
 
     def add(self, slm_id: str) -> None:
-        """Observe an SLM from now on; one that is observed already keeps its statistics."""
+        """Observe an SLM from now on; if it is observed already, it keeps its statistics."""
         if slm_id not in self._windows:
             self._windows[slm_id] = SLMStats(slm_id, self._clock, champion=self._champion)
 
@@ -233,7 +233,7 @@ class FleetStats:
             found.observe(outcome, took_s)
 
     def attempt_failed(self, slm_id: str, took_s: float = 0.0) -> None:
-        """Count an attempt at `slm_id`, sent `took_s` ago, that failed and went on elsewhere.
+        """Count an attempt at `slm_id`, sent `took_s` ago, that failed before an answer.
 
         The outcome names only the SLM that answered, so the breaker learns of the others here.
         """
@@ -277,7 +277,7 @@ class FleetStats:
             spec: the SLM; one that is not observed yet is added.
             replicas: the replicas that can answer now. When one has gone since the last call, the
                 circuit breaker starts anew.
-            now: seconds on the monitor's clock.
+            now: seconds on the clock of this object.
             absent: residency to report when there are no replicas.
         """
         self.add(spec.id)

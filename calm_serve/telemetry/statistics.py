@@ -64,8 +64,8 @@ class DecayedRate:
 
     def per_s(self, now: float) -> float:
         """Return the rate per second."""
-        # Divided by the share of the exponential window that has passed, of at least MIN_SPAN_S, so
-        # that the first event does not give an infinite rate.
+        # Divided by the part of the exponential window since the start. It counts as MIN_SPAN_S at
+        # least, so that the first event does not give an infinite rate.
         span_s = max(now - self._since, MIN_SPAN_S)
         share = 1.0 - _halvings(span_s, self._half_life_s)
         return self._decayed(now) * _LN2 / self._half_life_s / share

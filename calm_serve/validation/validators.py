@@ -1,7 +1,8 @@
 """Quality signals from an answer's text: it parses, fits its schema, or is one of the labels.
 
-The finish reason is no signal: "stop" means that the model ended, not that it was right. The work
-is bounded (text size, schema steps) but can take some 100 ms: call it off the event loop.
+The finish reason is not a signal: "stop" means that the model ended its answer, not that the answer
+is right. The work is bounded (text size, schema steps) but can take some 100 ms, so call it in a
+thread.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from calm_serve.types import VALIDATOR_PREFIX, QualitySignal
 
 MAX_TEXT_BYTES = 64 * 1024
 MAX_SCHEMA_STEPS = 20_000
-# The client writes the schema and it is evaluated here: a regular expression may backtrack without
-# end, and comparing every item with every other is quadratic.
+# The schema comes from the client, so its cost must be bounded: a regular expression may backtrack
+# for ever, and `uniqueItems` compares every item with every other.
 _UNBOUNDED_KEYWORDS = ("pattern", "patternProperties", "uniqueItems")
 _STATEMENTS = (sql.Query, sql.DML, sql.Create, sql.Drop, sql.Alter)
 _FENCE = re.compile(r"\A```[\w-]*\n(.*?)\n?```\Z", re.DOTALL)
@@ -151,7 +152,7 @@ def _shell_ok(text: str, _schema: Mapping[str, Any] | None) -> bool:
         return False
     if not tokens or tokens[0] in _OPERATORS or tokens[-1] in _OPERATORS:
         return False
-    if "case" in tokens:  # its patterns close parentheses without opening them
+    if "case" in tokens:  # in patterns of `case`, parentheses are closed that were not opened
         return True
     depth = 0
     for token in tokens:

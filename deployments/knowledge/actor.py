@@ -48,7 +48,7 @@ def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
 async def get_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:
     """As `start_knowledge`, and pass the current settings to a running actor.
 
-    Raises ConfigError (as ray.exceptions' RayTaskError) when it keeps its log elsewhere.
+    Raises ConfigError, wrapped in a RayTaskError, when the new settings would move its log.
     """
     actor = start_knowledge(app_name, fleet, learning)
     await actor.configure.remote(fleet, learning)

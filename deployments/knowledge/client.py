@@ -77,7 +77,7 @@ class KnowledgeClient:
         return change
 
     async def goal_history(self, limit: int) -> list[dict[str, Any]]:
-        """Who changed the goals when, newest first. Raises KnowledgeError."""
+        """Changes of the goals, newest first. Raises KnowledgeError."""
         history: list[dict[str, Any]] = await self._ask("goal_history", limit)
         return history
 
@@ -87,7 +87,7 @@ class KnowledgeClient:
         return found
 
     async def change_predictor(self, action: str, version: str) -> dict[str, Any]:
-        """Pin, unpin or roll back. Raises RequestError for what cannot be done, KnowledgeError."""
+        """Pin, unpin or roll back. Raises RequestError for an impossible action, KnowledgeError."""
         found: dict[str, Any] = await self._ask("change_predictor", action, version)
         return found
 
@@ -103,7 +103,7 @@ class KnowledgeClient:
                 log.warning("knowledge actor does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
-            except AttributeError:  # a detached actor outlives the program that started it
+            except AttributeError:  # the actor was started by an older program
                 self.reachable, self._actor = False, None
                 log.error("the knowledge actor runs an older program; remove it and deploy again")
                 await asyncio.sleep(POLL_S)
@@ -122,6 +122,6 @@ class KnowledgeClient:
             return await asyncio.wait_for(self._call(method, *args), CALL_TIMEOUT_S)
         except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, RequestError):  # the actor answered, with a refusal
+            if isinstance(cause, RequestError):  # the actor answered with an error
                 raise cause from None
             raise KnowledgeError(f"the knowledge actor does not answer: {error}") from error

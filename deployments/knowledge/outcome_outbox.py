@@ -24,11 +24,11 @@ from calm_serve.types import Outcome
 log = logging.getLogger("ray.serve")
 
 BATCH_ROWS = 256  # outcomes of one call
-FLUSH_S = 0.5  # at most this long an outcome waits for a full batch
+FLUSH_S = 0.5  # longest time that an outcome waits for its batch to fill
 RETRY_S = 2.0  # after a failed call
 MEMORY_ROWS = 8_192  # outcomes in memory; more go to the spool
 SPOOL_BYTES = 64 << 20  # size of the spool; further outcomes are lost and counted
-# A spool that was not written for so long, while the actor answers, has lost its process.
+# If a spool was not written for so long although the actor answers, its process has ended.
 ORPHAN_S = 60.0
 # Suffix of a spool with outcomes of a newer program. Each process tries it once, at its start.
 SET_ASIDE = ".newer"

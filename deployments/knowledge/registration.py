@@ -1,4 +1,4 @@
-"""Registration: the ingress of an SLM's own application, which registers the SLM elsewhere."""
+"""Registration: ingress of an SLM's own application; registers the SLM with the knowledge actor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEARTBEAT_S = 5.0  # a sixth of the registry's expiry
 
 
 class Registration:
-    """Registers the SLM at the knowledge actor while its application exists; takes no requests.
+    """Keeps the SLM registered while its application runs; serves no requests.
 
     The SLM cannot be the ingress itself: with HAProxy in front, Serve refuses a custom request
     router for the ingress.

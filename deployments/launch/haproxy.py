@@ -1,8 +1,8 @@
 """HAProxy as Serve starts it, but without the kernel's splicing.
 
-With splicing, which Serve's configuration enables, HAProxy does not notice that a client
-disconnects while it waits for an answer that is not streamed, if the request's body came in a
-packet of its own, as most clients send it: the SLM would finish an answer that is never read.
+Serve's configuration enables splicing. With it, HAProxy does not notice that a client disconnects
+while it waits for an answer that is not streamed, if the request's body came in a packet of its
+own. Most clients send it so, and the SLM would finish an answer that is never read.
 """
 
 from __future__ import annotations

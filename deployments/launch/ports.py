@@ -1,7 +1,7 @@
 """Ports of a cluster's own processes, so that no two clusters on one machine share one.
 
-Serve opens its routers' ports with SO_REUSEPORT: a second cluster with Ray's default ports would
-not fail to start but receive part of the first one's requests.
+Serve opens its routers' ports with SO_REUSEPORT. A second cluster with Ray's default ports would
+therefore start without an error, and receive part of the first one's requests.
 """
 
 from __future__ import annotations

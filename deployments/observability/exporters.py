@@ -187,7 +187,7 @@ class RouterMetrics:
         self._record("calm_host_memory_used_bytes", (), host.memory_used_bytes)
         self._record("calm_host_memory_total_bytes", (), host.memory_total_bytes)
         for name, labels, value in fleet_samples(snapshot):
-            # To Ray only: `/metrics` renders these from the snapshot of its own moment.
+            # To Ray only: `/metrics` renders these from the snapshot of its own request.
             self._exporters[name](value, dict(zip(BY_NAME[name].labels, labels, strict=True)))
 
     def _follow(self, slm_ids: Iterable[str]) -> None:
@@ -265,7 +265,7 @@ class _FleetCollector(Collector):
         self._snapshot = snapshot
 
     def describe(self) -> Iterator[Family]:
-        # Without it, registering would collect once to get the names.
+        # Without this method, registering would call `collect` to get the names.
         return iter(())
 
     def collect(self) -> Iterator[Family]:

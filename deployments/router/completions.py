@@ -140,7 +140,7 @@ class CompletionsEndpoint:
         return call
 
     def _follow_failover(self, call: dispatch.Call) -> None:
-        """After a failover take state and load of the SLM that answers, for the outcome."""
+        """After a failover, record state and load of the SLM that answers, for the outcome."""
         spec = self._selector.specs.get(call.slm_id)
         if spec is not None and call.slm_id != call.decision.slm_id:
             call.state = self._view.state(spec)
@@ -152,7 +152,7 @@ class CompletionsEndpoint:
         opening: asyncio.Future[AsyncIterator[bytes] | ErrorReply],
         finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
-        """A stream that begins before its SLM is awake: keepalives first; errors become events."""
+        """A stream that begins before its SLM is awake: keepalives first, errors as events."""
         try:
             left_s = self._args.router.request_timeout_s - call.elapsed_s
             async with asyncio.timeout(left_s):

@@ -150,7 +150,7 @@ class Router:
             return http.error_response(error)
         except CalmError as error:
             return http.error_response(error)
-        except Exception:  # whatever fails, the client gets an error in OpenAI's format
+        except Exception:  # of any type: the client gets an error in OpenAI's format
             log.exception("request to %s failed", path)
             return http.error_response(CalmError("internal error"))
 

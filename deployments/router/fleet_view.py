@@ -58,7 +58,7 @@ class FleetView:
         """Take the replicas' reports, SLM to replica to report; the newest of an SLM is shown."""
         for slm_id, by_replica in reports.items():
             for replica_id, report in by_replica.items():
-                if report.state == "failed":  # it does not recover; Serve replaces it
+                if report.state == "failed":  # a failed replica does not recover; Serve replaces it
                     VIEW.died(deployment_name(slm_id), replica_id)
         for slm_id, replica_id in self.residency.set_reports(reports):
             VIEW.index(deployment_name(slm_id)).emptied(replica_id)
@@ -212,7 +212,7 @@ class FleetView:
             "ready",
             "asleep",
             "waking",
-        ):  # the last three are of a replica that is gone
+        ):  # the last three: of a replica that is gone
             return reported
         return str(Residency.COLD if spec.residency == "on_demand" else "pending")
 
@@ -237,7 +237,7 @@ class MonitorView:
 
     @property
     def calibration_factors(self) -> Mapping[str, float]:
-        """SLM -> factor on P(success); 1 where it is missing."""
+        """SLM -> factor on P(success); a missing SLM has the factor 1."""
         return self._findings.calibration_factors
 
     def set(self, findings: MonitorFindings) -> None:

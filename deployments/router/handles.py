@@ -38,7 +38,7 @@ class Handles:
             self._added[slm_id] = (app, handle)
 
     async def connect(self, fleet: Fleet) -> None:
-        """Start the request router of every handle: replicas are then known before a call."""
+        """Start the request router of every handle, so that it has replicas before a call."""
         for spec in fleet.slms:
             if spec.id in self._connected:
                 continue

@@ -79,7 +79,7 @@ class LiveView:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._lock = Lock()  # guards the ordered maps, which evict
+        self._lock = Lock()  # guards the ordered maps, because adding to one may evict from it
         self._deployments: OrderedDict[str, _Deployment] = OrderedDict()
         self._routed: OrderedDict[str, str] = OrderedDict()
         self._dead: OrderedDict[str, None] = OrderedDict()  # replica ids, oldest first
@@ -168,7 +168,7 @@ class LiveView:
         return self._of(deployment).index
 
     def died(self, deployment: str, replica_id: str) -> None:
-        """Forget a replica for good, before the controller has noticed its death.
+        """Leave out a dead replica from now on, also while the controller still lists it.
 
         Replica ids are not used twice, so a later list that still contains it is out of date.
         """

@@ -1,10 +1,10 @@
-"""Replica selection inside an SLM's handle: Ray Serve's `RequestRouter`, kept thin.
+"""Replica selection inside an SLM's handle: a thin subclass of Ray Serve's `RequestRouter`.
 
-Serve runs it in the process that holds the handle and pickles this module by value. So nothing
-here is state: per-router state is on the instance, per-process state in
-`deployments.router.live_state`,
-imported inside methods. The class overrides methods that Ray marks as private; the reasons are
-next to them, and `tests/integration/parts/test_replica_router_serve.py` fails if Ray changes them.
+Serve runs it in the process that holds the handle and pickles this module by value. So this module
+has no global state: the state of one handle is on the instance, that of the process in
+`deployments.router.live_state`, which methods import when they run. The class overrides methods
+that Ray marks as private; the reasons are next to them, and
+`tests/integration/parts/test_replica_router_serve.py` fails if Ray changes them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class ReplicaRouter(RequestRouter):
     without hints is load-balanced. Owned by the handle; one per handle and process.
     """
 
-    # Serve asks a replica that was idle for ten seconds for its queue length. With Serve's 0.1 s a
-    # replica on a busy machine misses the deadline, and its sessions and prefixes go elsewhere.
+    # Serve asks a replica that was idle for ten seconds for its queue length. With Serve's 0.1 s, a
+    # replica on a busy machine misses the deadline, and its sessions and prefixes go to other
+    # replicas.
     queue_len_response_deadline_s = 1.0
 
-    # Ray declares **kwargs: Any; named, a misspelt `request_router_kwargs` key is an error.
+    # Ray declares `**kwargs: Any`. With a named argument, a misspelt key is an error.
     def initialize_state(  # type: ignore[override]
         self, exploration_ratio: float = EXPLORATION_RATIO
     ) -> None:
@@ -61,9 +62,9 @@ class ReplicaRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Return every candidate once, in groups, best first.
 
-        A replica that is known to be dead is left out: Serve lists it until its health checks have
-        failed for seconds. With no other one it stays, because it refuses at once, while Serve
-        would make the request wait for a new one.
+        A replica that is known to be dead is left out, although Serve lists it until several health
+        checks have failed. If there is no other replica it stays: a call to it fails at once,
+        whereas with an empty list Serve would let the request wait for a new replica.
         """
         alive = [r for r in candidate_replicas if not self._view.is_dead(r.replica_id.unique_id)]
         candidate_replicas = alive or candidate_replicas
@@ -71,11 +72,11 @@ class ReplicaRouter(RequestRouter):
             return [candidate_replicas]
         context = pending_request.routing_context
         first_attempt = not context.should_backoff
-        # Without this Serve retries a full deployment in a loop that never sleeps.
+        # Without a back-off, Serve retries a full deployment in a loop that never sleeps.
         context.should_backoff = True
         try:
             return self._rank(candidate_replicas, pending_request, first_attempt)
-        except Exception:  # whatever it is, Serve would log it and never route the request
+        except Exception:  # of any type: Serve would log it and never route
             logger.exception("Ranking the replicas of %s failed; balancing load.", self._name)
             return [candidate_replicas]
 
@@ -135,10 +136,11 @@ class ReplicaRouter(RequestRouter):
         serve_id = self._ids.get(replica_id)
         return None if serve_id is None else self.replica_queue_len_cache.get(serve_id)
 
-    # Serve finds the request a replica was chosen for by `internal_request_id`, which all calls
-    # of one HTTP request share: two at once, and one is never fulfilled. The metadata object is
-    # one per call. Serve's second index, by multiplexed model id, is only emptied by
-    # `MultiplexMixin` and would grow for ever here; both stay empty.
+    # Serve looks up the pending request for a chosen replica by `internal_request_id`. All calls of
+    # one HTTP request share this id, so of two calls at once one is never fulfilled. Each call has
+    # a metadata object of its own, which is the key here. Serve's second index, by multiplexed
+    # model id, is emptied by `MultiplexMixin` only and would grow for ever, so both of Serve's
+    # indices stay empty.
 
     def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
         self._pending_by_metadata[id(pending_request.metadata)] = pending_request
@@ -171,6 +173,6 @@ def _state(replica: RunningReplica) -> ReplicaState:
 
 
 def _number(stats: dict[str, Any], name: str) -> float:
-    # The dictionary is the SLM's own; a slip there must not stop replica updates here.
+    # The SLM deployment fills the dictionary; a bad value in it must not stop replica updates.
     value = stats.get(name, 0.0)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0

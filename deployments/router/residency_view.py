@@ -1,4 +1,4 @@
-"""What one router knows of residency: desired tiers, reported states, how long a wake-up takes.
+"""Residency as one router sees it: desired tiers, reported states, and times of wake-ups.
 
 Without a memory budget there is no desired residency, and every SLM with a replica is hot.
 """
@@ -73,7 +73,7 @@ class ResidencyView:
         return slept
 
     def without_stale_load(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
-        """The replicas; those asleep without the load that came with their last answers."""
+        """The replicas, without the load of sleeping ones, which is of their last answers."""
         if not any(self._reported.get(r.replica_id) == "asleep" for r in replicas):
             return replicas
         return tuple(

@@ -99,7 +99,7 @@ class Subscriptions:
         self._goals_applied = asyncio.Event()
 
     async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
-        """Whether this router has goals of at least that revision, after waiting for them."""
+        """Wait for goals of at least this revision; return whether they arrived in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not self._has_goals(revision):

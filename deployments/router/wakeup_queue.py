@@ -1,9 +1,9 @@
 """Router side of residency: reports demand, and queues requests whose SLM is asleep.
 
-`WakeupQueue` keeps requests for a sleeping SLM in the router, because its replica would wake for
-them whatever the memory budget. The functions below it keep a queued stream alive: its client gets
-a comment now and then until the SLM is awake. A request whose SLM is hot pays two dictionary
-look-ups.
+`WakeupQueue` keeps requests for a sleeping SLM in the router, because a replica that received one
+would wake without regard to the memory budget. The functions below it keep a queued stream alive:
+its client gets a comment every KEEPALIVE_PERIOD_S until the SLM is awake. A request whose SLM is
+hot costs two dictionary look-ups.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BUSY_PERIOD_S = 0.25  # between two reports while there are arrivals or queued r
 IDLE_PERIOD_S = 1.0
 MAX_ARRIVALS = 1024  # kept between two reports; the oldest are dropped
 MAX_RETRY_AFTER_S = 600.0
-RETRY_GRACE_S = 2.0  # an SLM is kept for a refused client so long after the announced time
+RETRY_GRACE_S = 2.0  # demand of a client that was sent away counts so long beyond its Retry-After
 
-KEEPALIVE_AFTER_S = 1.0  # a stream waits this long before its headers go out without an answer
+KEEPALIVE_AFTER_S = 1.0  # after this long, a stream's headers are sent before its SLM answers
 KEEPALIVE_PERIOD_S = 1.0
 KEEPALIVE = b": waking\n\n"  # server-sent events: clients ignore lines that begin with a colon
 
@@ -49,7 +49,7 @@ class WakeupQueue:
         self._view, self._router_id = view, router_id
         self._arrivals: deque[str] = deque(maxlen=MAX_ARRIVALS)
         self._queued: Counter[str] = Counter()
-        self._retry_until: dict[str, float] = {}  # SLM -> end of its refused clients' retries
+        self._retry_until: dict[str, float] = {}  # SLM -> until when clients may retry
         self._running: Counter[str] = Counter()
         self._hits = self._misses = 0
         self._report_now = asyncio.Event()
@@ -62,9 +62,9 @@ class WakeupQueue:
         call.preferred_hot = hit
 
     async def admit(self, call: Call, slm_id: str) -> int | None:
-        """Return when the call may be sent to the SLM, with the revision of desired residency.
+        """Wait until the call may be sent to the SLM; return the revision of desired residency.
 
-        None is the revision without a memory budget. Raises AsleepError when the SLM will not be
+        The revision is None without a memory budget. Raises AsleepError when the SLM will not be
         awake in time.
         """
         if not self._view.active:
@@ -77,13 +77,13 @@ class WakeupQueue:
         return self._view.revision
 
     def release(self, call: Call) -> None:
-        """Count the call as running on its SLM no longer; fine to repeat."""
+        """Stop counting the call as running on its SLM; a repeated call has no effect."""
         if call.running_on:
             self._running[call.running_on] -= 1
             call.running_on = ""
 
     async def run(self, report: ReportDemand, fleet: Callable[[], Fleet]) -> None:
-        """Call `report`, KnowledgeClient.report_demand, for ever, at once for a new queue."""
+        """Call `report` (`KnowledgeClient.report_demand`) for ever; at once when a queue forms."""
         while True:
             await self._view.until_active()
             self._report_now.clear()
@@ -98,7 +98,7 @@ class WakeupQueue:
             await self._pause(period_s)
 
     async def _pause(self, period_s: float) -> None:
-        """Wait, but not while an SLM has to be woken, and not long while there are arrivals."""
+        """Wait; end at once when an SLM has to be woken, and early when there are arrivals."""
         ends = time.monotonic() + period_s
         while (left_s := ends - time.monotonic()) > 0.0:
             try:
@@ -114,7 +114,7 @@ class WakeupQueue:
         expected_s = self._view.wait_s.get(slm_id, 0.0)
         if expected_s > left_s:
             if expected_s < MAX_RETRY_AFTER_S:
-                # The client is told to retry, so the SLM is woken as for a queued request.
+                # The client gets Retry-After, so the SLM is woken as for a queued request.
                 self._retry_until[slm_id] = time.monotonic() + expected_s + RETRY_GRACE_S
                 self._report_now.set()
             raise self._too_late(slm_id)
@@ -139,7 +139,7 @@ class WakeupQueue:
     def _too_late(self, slm_id: str) -> AsleepError:
         wait_s = min(max(self._view.wait_s.get(slm_id, 1.0), 1.0), MAX_RETRY_AFTER_S)
         return AsleepError(
-            f"SLM {slm_id!r} is asleep and not awake in time; about {wait_s:.0f} s from now",
+            f"SLM {slm_id!r} is asleep and cannot wake in time; it needs about {wait_s:.0f} s",
             retry_after_s=wait_s,
         )
 
@@ -163,7 +163,7 @@ class WakeupQueue:
         return demand
 
     def _put_back(self, demand: DemandReport) -> None:
-        """Keep the demand of a report that was not received, for the next one."""
+        """Add the demand of a report that was not received to the next report."""
         self._arrivals.extendleft(reversed(demand.wanted))
         self._hits += demand.hits
         self._misses += demand.misses

@@ -1,4 +1,4 @@
-"""SLM deployment: a vLLM engine or a remote upstream. Owner: SLM replica. Blocks in threads only.
+"""SLM deployment: an engine or a remote upstream. Owner: SLM replica. Blocks at its start only.
 
 Imports nothing of learning or of the knowledge service.
 """

@@ -43,7 +43,7 @@ class ResidentAdapter:
         self._unloaded = True
         with contextlib.suppress(RuntimeError):
             if asyncio.get_running_loop() is self._loop:
-                return  # collected on the event loop: the replica shuts down, and the engine too
+                return  # on the event loop, by the garbage collector: the replica is shutting down
         self._idle.wait(UNLOAD_TIMEOUT_S)
         asyncio.run_coroutine_threadsafe(self._engine.unload_adapter(self.name), self._loop).result(
             UNLOAD_TIMEOUT_S

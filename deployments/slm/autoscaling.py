@@ -1,4 +1,4 @@
-"""Cold tier: the residency planner's influence on replica counts, through Serve's autoscaling.
+"""Cold tier: Serve's autoscaling hook, which stops all replicas of SLMs that are to be cold.
 
     applications:
       - name: calm
@@ -34,7 +34,7 @@ States = dict[Any, dict[str, Any]]
 
 
 class ColdTierPolicy:
-    """No replica for an SLM that is to be cold; for others what their load needs, at least one.
+    """No replica for an SLM that is to be cold; at least one, and what the load needs, for others.
 
     Bounds and delays are Serve's, from each SLM's `scaling`. An SLM without replicas is started
     only when the planner has memory for it; one that sleeps keeps the replicas that it has.
@@ -66,7 +66,7 @@ class ColdTierPolicy:
             return int(by_load)
         desired = self._desired.get(deployment.removeprefix(_PREFIX), Residency.HOT)
         if desired != Residency.HOT and not context.current_num_replicas:
-            return None  # left out: otherwise Serve starts one for any trace of a request
+            return None  # left out: otherwise Serve starts a replica at the first sign of a request
         if desired == Residency.COLD:
             return 0
         if desired == Residency.ASLEEP:

@@ -27,7 +27,7 @@ log = logging.getLogger("ray.serve")
 
 TICK_S = 1.0
 ENGINE_CHECK_S = 0.1  # Serve's own health checks take seconds to find that an engine is dead
-MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a cut answer fails
+MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a truncated answer fails
 # Statistics are rounded: each change of the dict makes Serve broadcast every replica again.
 ROUND_RATIO, ROUND_BYTES = 0.05, 32 << 20
 
@@ -95,7 +95,7 @@ class SLM:
             async for _ in self._engine.chat({**body, **extra}, self._facts_type()):
                 pass
         for adapter in self._spec.adapters[:1]:
-            # The first use of any adapter compiles kernels; pay it now, not in a request.
+            # The first use of any adapter compiles kernels; do it now, not in a client's request.
             name = self._full_name(adapter.name)
             await self._engine.load_adapter(name, adapter.path)
             async for _ in self._engine.chat({**body, "model": name}, self._facts_type()):
@@ -160,7 +160,9 @@ class SLM:
             self._energy.add_tokens(key, max(0, facts.output_tokens - counted))
             energy = self._energy.finish(key)
             if not finished:
-                log.info("request %s ended early", hints.get("decision_id", "?"))
+                log.info(
+                    "request %s ended with an incomplete answer", hints.get("decision_id", "?")
+                )
         signals: tuple[QualitySignal, ...] = ()
         if kinds:
             # In a thread: checking against a client's schema may take a while.
@@ -189,15 +191,15 @@ class SLM:
         if limit_tokens is not None and facts.output_tokens >= limit_tokens:
             kinds = kinds & {
                 hints.get("validate")
-            }  # cut by the client's limit, not the SLM's fault
+            }  # the client's limit may have truncated the answer: no failure of the SLM
         text = "".join(facts.text)[:MAX_KEPT_CHARS]
         signals = []
         for kind in sorted(kinds):
             signal = validate(
                 kind, text, schema=hints.get("schema"), labels=hints.get("labels", ())
             )
-            # An SLM's own format proves nothing about the prompt unless the client asked for it:
-            # a well-formed SQL answer to a poem is still wrong. A malformed one is always wrong.
+            # That an answer has its SLM's own format is no evidence unless the client asked for it:
+            # a well-formed SQL answer to a request for a poem is wrong. A malformed one always is.
             if kind == hints.get("validate") or signal.value < 1.0:
                 signals.append(signal)
         return tuple(signals)
@@ -288,5 +290,6 @@ def _memory_bytes(process: psutil.Process) -> int:
         memory = process.memory_info()
     except psutil.NoSuchProcess:
         return 0
-    # Resident minus shared: what ending the process would free (forks share the imports).
+    # Resident minus shared: the memory that would be free if the process ended (forks share the
+    # imports).
     return int(memory.rss - memory.shared)

@@ -1,6 +1,6 @@
 """Energy of one replica: the best meter available, its attribution to requests, and a check.
 
-GPU and CPU joules are different kinds and are never added: a replica with GPUs reports its GPUs'
+GPU and CPU joules are measured differently and never added: a replica with GPUs reports its GPUs'
 counter, one without reports RAPL where that can be read, else an estimate from CPU time.
 """
 
@@ -36,7 +36,7 @@ REPORT_S = 10.0
 class ProcessesCpu:
     """Cumulative CPU seconds of the processes that `processes` names at the time.
 
-    A new process counts from its own start; one that has ended keeps its part of the total.
+    A new process counts from its own start; the seconds of one that has ended stay in the total.
     """
 
     def __init__(self, processes: Callable[[], Sequence[psutil.Process]]) -> None:

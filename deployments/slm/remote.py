@@ -67,7 +67,7 @@ class RemoteSLM:
             upstream = {**body, "model": self._spec.model}
             async with self._client.stream("POST", path, json=upstream) as response:
                 if response.status_code in (401, 403):
-                    # Our key was refused; the client can do nothing about that.
+                    # The upstream did not accept our key; the client cannot change that.
                     yield self._upstream_failed(f"refused our key ({response.status_code})")
                     return
                 if response.status_code >= 400:

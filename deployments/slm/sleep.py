@@ -1,8 +1,8 @@
-"""Sleep and wake-up of one SLM replica, as the knowledge actor desires and as requests need.
+"""Sleep and wake-up of one SLM replica, by the desired residency and by requests.
 
-`ReplicaResidency` is the state machine around the engine: it brings together the desired residency,
-the requests that are running, and an engine that fails to sleep or wake.
-`follow_desired_residency` long-polls the knowledge actor for the desired residency of the SLM.
+`ReplicaResidency` is the state machine around the engine. Its inputs are the desired residency, the
+running requests, and the engine's failures to sleep or wake. `follow_desired_residency` long-polls
+the knowledge actor for the desired residency of the SLM.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Sleeper(Protocol):
     """What is put to sleep: an engine."""
 
     async def sleep(self) -> None:
-        """Give memory back. An engine that raises here stays awake."""
+        """Give memory back. If this raises, the engine is still awake."""
 
     async def wake(self) -> None:
-        """Take memory again. An engine that raises here is lost."""
+        """Take memory again. If this raises, the engine is unusable."""
 
 
 class Timer(Protocol):
@@ -60,8 +60,8 @@ class ReplicaResidency:
 
     Changes run one at a time; after each, the newest desired residency counts. Requests are never
     cut: sleep waits until none runs. A request that arrives while the engine sleeps wakes it and
-    waits, unless its router did not know yet that the SLM is to sleep: that one is refused with
-    AsleepError, for the router to queue it.
+    waits. The exception is a request that its router sent before it knew that the SLM is to sleep:
+    it gets AsleepError, and the router queues it.
 
     `state` is "ready", "falling asleep", "asleep", "waking" or "failed".
 
@@ -96,7 +96,7 @@ class ReplicaResidency:
         self.state = "ready"
 
     def set_desired(self, residency: str, revision: int = 0) -> None:
-        """Be awake for "hot"; for any other tier sleep as soon as no request runs.
+        """Wake for "hot"; for any other tier sleep as soon as no request runs.
 
         `revision` grows with every publication of desired residency.
         """
@@ -125,7 +125,7 @@ class ReplicaResidency:
                 self.check_health()
                 newer = known_revision is None or known_revision > self._revision
                 if not newer and not self._desired_awake:
-                    raise AsleepError("asleep, as the residency planner desires")
+                    raise AsleepError("the SLM is asleep under the present memory plan")
                 self._woken_by_request = not self._desired_awake
                 self._start_change()
                 await self._awake.wait()
@@ -228,14 +228,14 @@ class ReplicaResidency:
 
     def _enter(self, state: str, detail: str = "") -> None:
         if self.state == "failed":
-            return  # final: a change that was under way when the engine died ends here
+            return  # "failed" is final, also for a change that is under way
         self.state = state
         if state in ("ready", "failed"):
             self._awake.set()
         self._send_report(detail)
 
     def _send_report(self, detail: str = "") -> None:
-        # Memory is what the residency coordinator needs to know of: it is taken until "asleep".
+        # The residency coordinator plans memory, and the memory is in use until "asleep".
         state = "ready" if self.state == "falling asleep" else self.state
         self._report(state, self._times, detail)
 
@@ -255,7 +255,7 @@ async def follow_desired_residency(app_name: str, slm_id: str, residency: Replic
             actor = actor or ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
             updates: dict[str, Update] = await actor.follow.remote(seen, POLL_S, topics)
         except (RayActorError, RayTaskError, ValueError) as error:
-            log.warning("SLM %s: no desired residency, stays as it is: %s", slm_id, error)
+            log.warning("SLM %s: desired residency not received, stays as it is: %s", slm_id, error)
             actor = None
             await asyncio.sleep(POLL_RETRY_S)
             continue

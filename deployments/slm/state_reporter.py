@@ -1,4 +1,4 @@
-"""How an SLM replica reports its state to the knowledge actor: best effort, without waiting."""
+"""Reports of an SLM replica to the knowledge actor: best effort, without waiting."""
 
 from __future__ import annotations
 

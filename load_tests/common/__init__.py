@@ -1,4 +1,4 @@
-"""Common: load generator, arrivals, served fleet, workloads and reports of all benchmarks.
+"""Common: parts that all benchmarks use. Owner: the process of a benchmark. May block.
 
-Owner: any benchmark's process. May block.
+Load generator, arrivals, the served fleet, workloads and reports.
 """

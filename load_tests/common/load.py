@@ -19,7 +19,7 @@ from load_tests.common.sse import Answer, Raw, parse
 
 TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
-MAX_CONNECTIONS = 256  # of the open loop; a request beyond waits, and its waiting is counted
+MAX_CONNECTIONS = 256  # of the open loop; a further request waits, and its waiting is measured
 _END_OF_CHUNKS = b"\r\n0\r\n\r\n"
 _END_OF_HEAD = b"\r\n\r\n"
 
@@ -157,7 +157,7 @@ class _Pool:
         self._idle: dict[Address, list[_Connection]] = defaultdict(list)
 
     async def prepare(self, addresses: Sequence[Address]) -> None:
-        """Open a connection to each address; on failure stop, the request will report it."""
+        """Open a connection to each address; stop at a failure, which a request then reports."""
         for one in addresses:
             try:
                 self._idle[one].append(await _connect(one))

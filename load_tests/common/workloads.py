@@ -3,7 +3,7 @@
 Held-out rows of the reference fleet (`deployments/reference_fleet/eval`), from the side that no
 predictor was fitted on, over all tasks and difficulties. About two in three name neither their task
 nor the form of the answer, so keyword rules decide only a minority; four tasks have easy and hard
-slices, so knowing the task does not suffice either.
+slices, so the task alone does not determine the best SLM.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""Fleet: quality and cost of every model of the reference fleet. Owner: benchmark, which serves
-the fleet or uses a running one over HTTP; `fit_predictor` is a command of its own. Blocks.
+"""Fleet: quality and cost of every reference model. Owner: process of the benchmark. Blocks.
+
+Serves the fleet or uses a running one over HTTP; `fit_predictor` is a command of its own.
 """

@@ -1,3 +1,4 @@
-"""Overhead: latency that the router adds to the same engine. Owner: benchmark, which serves a
-fleet and a vLLM server and loads both over HTTP. Blocks.
+"""Overhead: latency that the router adds. Owner: process of the benchmark. Blocks.
+
+Serves a fleet and a vLLM server with the same engine, and loads both over HTTP.
 """

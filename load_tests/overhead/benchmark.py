@@ -145,8 +145,8 @@ def figures_of(measured: Measured, suffix: str) -> Figures:
 async def routed_texts(url: str) -> list[str]:
     """Texts that `auto` sends to the measured SLM, so that all sides use the same engine.
 
-    First texts without an instruction. If scoring sends too few of them to the SLM, texts that name
-    its task and are decided by a rule.
+    First come texts without an instruction. If scoring sends too few of them to the SLM, texts
+    follow that name its task and are decided by a rule.
     """
     bare = texts(CANDIDATES)
     found: list[str] = []

@@ -1,3 +1,4 @@
-"""Paper: the CALM paper's experiment. Owner: benchmark, which serves the fleet over HTTP; `changes`
-is served too, `simulated` runs in worker processes. Blocks.
+"""Paper: the CALM paper's experiment. Owner: process of the benchmark. Blocks.
+
+Serves the fleet over HTTP, also in `changes`; `simulated` runs in worker processes.
 """

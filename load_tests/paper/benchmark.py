@@ -1,10 +1,10 @@
 """The CALM paper's experiment on the reference fleet: generalist alone, the paper's policy, ours.
 
-Served: the standard workload is sent to the fleet under policies that take turns in blocks at run
-time (`PUT /v1/goals`): the generalist alone, the paper's score (`routing/calm_paper.py`),
-content-blind random with the shares of ours, ours, and ours with the generalist's or the paper's
-quality as its target (`min_quality`) at the lowest cost, which compares cost at equal quality.
-All policies batch; a smaller part sends one request at a time, as in the paper. Arrivals: one
+Served: the standard workload is sent to the fleet. Policies take turns in blocks and are switched
+at run time (`PUT /v1/goals`): the generalist alone; the paper's score (`routing/calm_paper.py`);
+content-blind random with the shares of ours; ours; and ours with the generalist's or the paper's
+quality as its target (`min_quality`), which compares cost at equal quality. Requests are batched
+under all policies; a smaller part sends one request at a time, as in the paper. Arrivals: one
 compressed day with the shape of the 1998 football world cup's web site (`arrivals.world_cup`), and
 the Azure trace of code requests if DATA_DIR is set. Once with all models hot, once with memory for
 half of them, where the paper's policy has the paper's cache (LRU).

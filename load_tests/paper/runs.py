@@ -1,8 +1,9 @@
 """Graded requests to a running service: one policy at a time, in blocks that take turns.
 
 All policies have the same requests at the same times. The sequence of arrivals is cut into blocks;
-each block is run for every policy before the next one, each time starting with another policy, so
-that a drift of the machine affects all policies alike. Policies are switched by `PUT /v1/goals`.
+each block is run under every policy before the next block, each time starting with another policy,
+so that a change of the machine's speed affects all policies alike. Policies are switched by `PUT
+/v1/goals`.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""Peers: other gateways in front of the same vLLM servers. Owner: the `throughput` benchmark; each
-gateway is a process of its own, reached over HTTP. Blocks.
+"""Peers: other gateways in front of the same vLLM servers. Owner: `throughput`. Blocks.
+
+Each gateway is a process of its own, reached over HTTP.
 """

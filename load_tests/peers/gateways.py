@@ -37,8 +37,8 @@ VERSIONS = {
     "vllm_router": "vllm-router==0.1.17",
     "ray_serve_llm": "pyarrow==26.0.1",  # what Ray Serve LLM needs beyond our own environment
 }
-# Peers of a group run at the same time. A second Ray cluster with its engines needs a group of its
-# own: more does not fit on the machine.
+# Peers of a group run at the same time. A second Ray cluster with its engines is a group alone,
+# because nothing more fits on the machine.
 GROUPS = (("litellm", "smg", "vllm_router"), ("ray_serve_llm",), ("ray_serve_llm_prefix",))
 FIRST_ANSWER_S = 120.0
 RAY_READY_S = 240.0

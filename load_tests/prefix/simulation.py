@@ -2,10 +2,10 @@
 
 An engine computes prompts one after the other, in the order of arrival, and decodes concurrently at
 a fixed pace. A prompt's blocks enter its cache when the request is sent; only leading blocks can be
-hits. A router process has its own prefix index and its own view of the load, which ages as with Ray
-Serve: it counts its own requests, receives a replica's true queue length with each request that it
-sends there, forgets it after `QUEUE_LIFETIME_S`, and otherwise has statistics polled every
-`POLL_S`.
+hits. A router process has its own prefix index and its own view of the load, as with Ray Serve: it
+counts its own requests, and receives a replica's true queue length with each request that it sends
+there. It uses that length for `QUEUE_LIFETIME_S`, and after that the statistics that are polled
+every `POLL_S`.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""Routing: quality, latency and energy against other policies. Owner: benchmark, which serves the
-fleet or uses a running one over HTTP. Blocks.
+"""Routing: comparison with other policies. Owner: process of the benchmark. Blocks.
+
+Measures quality, latency and energy; serves the fleet or uses a running one over HTTP.
 """

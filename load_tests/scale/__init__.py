@@ -1,3 +1,4 @@
-"""Scale: cost, state and staleness of a router process on simulated time. Owner: benchmark, one
-process, no service. Blocks.
+"""Scale: a router process at high load, simulated. Owner: process of the benchmark. Blocks.
+
+Measures cost, state and staleness on simulated time; no service.
 """

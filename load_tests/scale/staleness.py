@@ -10,7 +10,8 @@ ranking and prefix index; their view of the load differs:
 - `two`: the same cache, and the less loaded of two random replicas, as Ray Serve's own router.
 - `least`: the replica with the least true load; `random`: any replica.
 
-A full replica rejects, and the next one in the ranking is tried. The last three are for comparison.
+A full replica rejects, and the next one in the ranking is tried. `two`, `least` and `random` are
+for comparison.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from calm_serve.testing import make_outcome
 from calm_serve.types import Outcome
 from deployments.knowledge.outcome_outbox import BATCH_ROWS, OutcomeOutbox
 
-# Not followed: code, and the event loop's objects, which reference everything in the process.
+# References are not followed into code and the event loop's objects, which reference everything in
+# the process.
 _STOP = (
     type,
     ModuleType,

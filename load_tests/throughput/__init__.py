@@ -1,3 +1,4 @@
-"""Throughput: saturated tokens/s and goodput. Owner: benchmark, which serves a fleet, vLLM servers
-and gateways and loads them over HTTP. Blocks.
+"""Throughput: saturated tokens/s and goodput. Owner: process of the benchmark. Blocks.
+
+Serves a fleet, vLLM servers and gateways, and loads them over HTTP.
 """

@@ -2,8 +2,9 @@
 
 All sides run at once and are loaded in turn with the same requests, half for each SLM. Goodput is
 the number of requests per second that meet the SLO in an open loop at a share of direct vLLM's
-capacity; the SLO are multiples of the time to first token and the time per token of direct vLLM for
-one request alone. With `--peers`, other gateways in front of the same vLLM servers take part.
+capacity; the bounds of the SLO are multiples of the time to first token and the time per token that
+direct vLLM needs for one request alone. With `--peers`, other gateways in front of the same vLLM
+servers take part.
 """
 
 from __future__ import annotations

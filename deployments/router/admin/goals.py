@@ -1,4 +1,4 @@
-"""`/v1/goals`: the operator's goals, the state of their targets, and who changed them."""
+"""`/v1/goals`: the operator's goals, the state of their targets, and the history of changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AppliedGoals(Protocol):
     goals_change: GoalChange | None  # in force in this router
 
     async def wait_for_goals(self, revision: int, timeout_s: float) -> bool:
-        """Whether this router has goals of at least that revision, after waiting for them."""
+        """Wait for goals of at least this revision; return whether they arrived in time."""
         ...
 
 

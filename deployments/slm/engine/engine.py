@@ -1,6 +1,6 @@
 """A vLLM engine with vLLM's OpenAI layer, and the facts of each request.
 
-This room is all that imports vLLM, so an upgrade changes nothing else. Pinned to vLLM 0.32.
+Only this room imports vLLM, so an upgrade of vLLM changes only this room. Pinned to vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
 
 EVENTS_PER_S = 500  # of all streams of a replica together
 MAX_SPACING_S = 0.05  # between two events of a stream
-MIN_WAIT_S = 0.0015  # a shorter wait is below a step of the smallest models: no timer
+MIN_WAIT_S = 0.0015  # no timer for a shorter wait: it is less than a step of the smallest models
 _ERROR_EVENT = 'data: {"error"'
 _ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
 
@@ -58,7 +58,7 @@ class RequestFacts:
     ttft_s: float = 0.0
     finished: bool = False  # the engine has no more tokens for it
     keep_text: bool = False
-    text: list[str] = field(default_factory=list)  # pieces of the first choice, for validators
+    text: list[str] = field(default_factory=list)  # of the first choice, for validators
 
 
 _facts: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("facts", default=None)

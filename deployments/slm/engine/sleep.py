@@ -41,7 +41,7 @@ def sleep_arguments() -> dict[str, Any]:
 async def fall_asleep(llm: Any) -> None:
     """Wait for running requests, clear the prefix cache, release the memory.
 
-    Requests that reach the engine later wait in it. When this raises, the engine is awake.
+    Requests that reach the engine meanwhile wait inside it. If this raises, the engine is awake.
     """
     if not current_platform.is_cpu():
         await llm.sleep(level=1, mode="wait")
@@ -55,7 +55,7 @@ async def fall_asleep(llm: Any) -> None:
 
 
 async def wake_up(llm: Any) -> None:
-    """Restore the memory. When this raises, the engine is unusable and must be restarted."""
+    """Restore the memory. If this raises, the engine is unusable and must be restarted."""
     if not current_platform.is_cpu():
         await llm.wake_up()
         return

@@ -1,3 +1,4 @@
-"""Changes: the served fleet while goals, load, checkpoints, SLMs or feedback change. Owner:
-benchmark, over HTTP, Serve's configuration and `calm`. Blocks.
+"""Changes: a served fleet while its conditions change. Owner: process of the benchmark. Blocks.
+
+Goals, load, checkpoints, SLMs and feedback change, over HTTP, Serve's configuration and `calm`.
 """

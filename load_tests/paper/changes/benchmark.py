@@ -4,8 +4,8 @@ One fleet is served with its shipped predictor. It gets goals, then another mix 
 the load. Then the checkpoint of one SLM is replaced by another task's, which answers in the right
 form but wrongly, with feedback on every answer; then of a second SLM, with feedback on three in
 ten. A second fleet starts without one SLM, which its predictor does not know, and the SLM joins.
-Then feedback is swapped, good for bad, until the service has learned from it and another predictor
-decides; then it is true again, until the service has rolled back by itself.
+Then feedback is swapped, good for bad, until the service has trained on it and another predictor
+decides. Then feedback is true again, until the service itself has rolled that predictor back.
 
 Everything goes through the interfaces of operators and clients: HTTP, Serve's configuration and
 `calm`. Feedback is the grade of the answer to a held-out row.

@@ -30,12 +30,12 @@ def measured(records: Sequence[Record], metric: str) -> float:
 
 
 def goal(metric: str, limit: float, after: Sequence[Record], without: Sequence[Record]) -> Figures:
-    """Requests until the next WINDOW of them hold the goal within 10 %, and the state later."""
+    """Requests until the goal holds within 10 % over the next WINDOW of them; state later."""
     values = windows(after, metric)
     within = [value <= GOAL_TOLERANCE * limit for value in values]
     return {
         "recovery_requests": next((i for i, ok in enumerate(within) if ok), len(after)),
-        # From here on the goal holds to the end; it may hold earlier and be lost again.
+        # From here on the goal holds to the end; it may have held earlier and been missed again.
         "settled_requests": max((i + 1 for i, ok in enumerate(within) if not ok), default=0),
         "held_ratio": float(np.mean(within)),
         "worst_ratio": max(values) / limit,

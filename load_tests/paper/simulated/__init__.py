@@ -1,3 +1,4 @@
-"""Simulated: the paper's experiment with the real core on simulated time. Owner: worker processes
-of the benchmark, one scenario and seed at a time; no service. Blocks.
+"""Simulated: the experiment on simulated time. Owner: worker processes of `paper`. Blocks.
+
+The real core with simulated engines, one scenario and seed at a time; no service.
 """

@@ -21,7 +21,7 @@ from load_tests.paper.simulated.world import World
 BEFORE, AFTER = 500, 900
 WINDOW = 100  # requests over which a goal's metric is taken
 GOAL_TOLERANCE = 1.1  # a goal holds up to 10 % above it
-FEEDBACK_RATIO = 0.3  # share of answers with feedback, unless the figure's name says otherwise
+FEEDBACK_RATIO = 0.3  # share of answers with feedback, unless the figure's name has another
 
 SHARE_RATIO = 0.8  # of its usual share, at which a repaired or joining SLM has its traffic
 LOST_RATIO = 0.2  # of its usual share, at which a broken SLM has lost its traffic
@@ -142,8 +142,8 @@ SHORT = 100  # requests over which a broken SLM's share is taken
 def broken_slm(answers: Answers, seed: int, *, kind: str) -> Figures:
     """An SLM breaks and is repaired: requests sent to it until it has lost its traffic.
 
-    Counted up to the end of the first SHORT requests of which it gets at most LOST_RATIO of its
-    usual share, so the requests that revealed the fault are included.
+    The count ends with the first SHORT consecutive requests of which the SLM gets at most
+    LOST_RATIO of its usual share. So it includes the requests that revealed the fault.
     """
     broken = BREAKS[kind]
     rows = _broken(answers, seed, broken)

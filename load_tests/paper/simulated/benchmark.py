@@ -1,8 +1,8 @@
 """The simulated part of the `paper` experiment: the real core, simulated engines, real answers.
 
-`world` says what is real and what is simulated, `answers` where answers and speeds come from. Each
-point is run with several seeds, which draw arrivals and requests; figures are means over the seeds
-with a 95 % interval (Student's t). Equal seeds give equal figures.
+`world` lists what is real and what is simulated, `answers` where answers and speeds come from. Each
+point is run with several seeds, from which arrivals and requests are drawn; figures are means over
+the seeds with a 95 % interval (Student's t). Equal seeds give equal figures.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def answer_outcome(
     tokens: int,
     cold: bool,
 ) -> Outcome:
-    """The outcome of an answered request, as `deployments.router.dispatch.outcome_of` makes it."""
+    """The outcome of an answered request, as `deployments.router.outcome.outcome_of` makes it."""
     row, decision = call.row, call.decision
     chosen = next((c for c in decision.candidates if c.slm_id == row.slm), None)
     return make_outcome(

@@ -19,7 +19,7 @@ from calm_serve.types import Residency
 
 Trace = Sequence[tuple[float, str]]  # seconds, preferred SLM; seconds do not decrease
 STEP_S = 0.25  # period of the planner between arrivals ...
-MAX_IDLE_STEPS = 8  # ... for at most so many steps, to expire requests and to prefetch
+MAX_IDLE_STEPS = 8  # ... for at most this many steps, to expire requests and to prefetch
 
 
 @dataclass(frozen=True, slots=True)

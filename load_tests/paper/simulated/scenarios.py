@@ -82,7 +82,7 @@ def capacity_rps(answers: Answers, slm_id: str) -> float:
 
 
 def thrifty(answers: Answers) -> Goals:
-    """Goals that value the cost of one answer of the largest SLM like half the range of quality.
+    """Goals under which one answer of the largest SLM costs half of the range of quality.
 
     The paper's policy is cheap and often wrong; this compares ours at similar cost. The weights
     were picked from a dozen on one seed of `half_memory`, so as to cost less than the paper's

@@ -130,7 +130,7 @@ def _terms(extra: Mapping[str, Any]) -> dict[str, Any] | None:
             "hot": [bool(row[6]) for row in rows],
             "calibration_factor": [row[7] for row in rows],
         },
-        # The list ended before the weights of targets that were not set.
+        # Schema 1 left out the last weights when no target had set them.
         "weights": {**weights, **dict(zip(_WEIGHTS, extra["weights"], strict=False))},
         "left_out": extra.get("left_out", 0),
         "slo": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms, "deadline_s": deadline_s},
