@@ -36,6 +36,9 @@ MAX_ROUTERS = 256
 
 GONE_AFTER_S = 1.5  # a replica that no router has listed for this long (two reports) has died
 START_PATIENCE_S = 600.0  # a replica that no router has listed yet is dropped after this
+# Routers list a replica within seconds after it is ready. They list none while there is no budget,
+# so a replica that died before the budget was set is never listed.
+READY_PATIENCE_S = 30.0
 # A replica missing from `min_replicas` counts as starting for this long, then not any more.
 MISSING_REPLICA_PATIENCE_S = 60.0
 MAX_REPLICAS = 4096
@@ -317,8 +320,10 @@ class ObservedReplicas:
         """Drop replicas missing from recent lists; `last_list_at` is when the newest came."""
         for replica_id, replica in list(self._replicas.items()):
             last_at, patience_s = replica.listed_at, GONE_AFTER_S
-            if last_at is None:  # it is starting, or died while it did
-                last_at, patience_s = replica.reported_at, START_PATIENCE_S
+            if last_at is None:  # it is starting, or died before a router listed it
+                last_at = replica.reported_at
+                is_ready = replica.observed in _SETTLED
+                patience_s = READY_PATIENCE_S if is_ready else START_PATIENCE_S
             if last_list_at - last_at > patience_s:
                 del self._replicas[replica_id]
 

@@ -12,6 +12,7 @@ from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySumm
 from calm_serve.residency.coordinator import (
     GONE_AFTER_S,
     MISSING_REPLICA_PATIENCE_S,
+    READY_PATIENCE_S,
     RESIDENCY_KEY,
     RESTART_PATIENCE_S,
     ROUTER_EXPIRY_S,
@@ -117,6 +118,18 @@ def test_a_dead_replica_without_replacement_frees_its_memory() -> None:
         fleet.clock.advance(0.5)
         fleet.report_demand(queued={"c": 1}, gone="b")
     assert fleet.hot == {"a", "c"}
+
+
+def test_a_replica_that_died_before_the_budget_was_set_takes_no_memory() -> None:
+    fleet = Fleet(budget=None).deploy()
+    for slm_id in IDS:
+        fleet.report(slm_id, "ready")
+    fleet.coordinator.report("a", "a-0", "ready", {})  # a second replica, which dies
+    fleet.clock.advance(READY_PATIENCE_S + 1.0)
+    fleet.options = ResidencyOptions(memory_budget_bytes=3 * SIZE, min_resident_s=0.5)
+    fleet.deploy()
+    fleet.report_demand()
+    assert fleet.summary().hot_bytes == 3 * SIZE
 
 
 def test_a_replica_that_a_request_woke_keeps_others_asleep() -> None:
