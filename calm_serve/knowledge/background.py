@@ -52,6 +52,7 @@ class Ticker:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                await asyncio.wait_for(self._stopping.wait(), self._period_s)
+                async with asyncio.timeout(self._period_s):
+                    await self._stopping.wait()
             except TimeoutError:
                 await self._tick()

@@ -240,7 +240,7 @@ class OutcomeStore:
             raise KnowledgeError(
                 f"{self._name}: no database driver ({error}); install calm-serve[postgres]"
             ) from error
-        except (SQLAlchemyError, ValueError, TypeError) as error:
+        except (SQLAlchemyError, ValueError, TypeError, OverflowError) as error:
             # Only the error's first line: the rest repeats the statement and its parameters.
             first = str(error).strip().partition("\n")[0]
             raise KnowledgeError(f"{self._name}: cannot {what}: {first}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pydantic_core
@@ -17,6 +18,7 @@ from calm_serve.types import Outcome
 
 VERSION = 2  # of an outcome; raised when a field changes its name or meaning
 BATCH = "outcomes"  # name in front of a batch
+MAX_INTEGER = 2**31 - 1  # of a database column
 
 
 def outcome_from_v1(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,10 +160,16 @@ OUTCOME: RecordFormat[Outcome] = RecordFormat(
 def check(outcome: Outcome) -> Outcome:
     """Return the outcome. Raises KnowledgeError for a value that is not finite or out of bounds.
 
-    Neither JSON in a database nor a training set can contain such a value.
+    Neither JSON in a database nor a training set can contain such a value, nor can a column of
+    integers one of more than 32 bits. One such row would stop its whole batch.
     """
     if where := _not_finite(outcome):
         raise KnowledgeError(f"malformed outcome: {where} is not finite")
+    for part in (outcome, outcome.engine):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, int) and abs(value) > MAX_INTEGER:
+                raise KnowledgeError(f"malformed outcome: {field.name} is above {MAX_INTEGER}")
     for signal in outcome.signals:
         if not 0.0 <= signal.value <= 1.0:
             raise KnowledgeError(f"malformed outcome: signal {signal.value} is not in [0, 1]")

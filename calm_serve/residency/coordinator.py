@@ -302,6 +302,7 @@ class ObservedReplicas:
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
+        self._forgotten: dict[str, _Replica] = {}  # a router that restarts may list them again
         self._missing_since: dict[str, float] = {}  # SLM with fewer replicas than min_replicas
 
     def listed(self, slm_id: str, replica_id: str, node: str, now: float) -> None:
@@ -325,7 +326,8 @@ class ObservedReplicas:
                 is_ready = replica.observed in _SETTLED
                 patience_s = READY_PATIENCE_S if is_ready else START_PATIENCE_S
             if last_list_at - last_at > patience_s:
-                del self._replicas[replica_id]
+                _drop_oldest(self._forgotten)
+                self._forgotten[replica_id] = self._replicas.pop(replica_id)
 
     @property
     def reporting_slms(self) -> set[str]:
@@ -353,8 +355,8 @@ class ObservedReplicas:
         """Declared bytes of the SLM's replicas while they are hot."""
         nodes: dict[str, int] = {}
         unplaced = max(self._count(spec), spec.scaling.min_replicas, 1)
-        for replica in self._replicas.values():
-            if replica.slm_id == spec.id and replica.node:
+        for replica in self._not_failed(spec):
+            if replica.node:
                 nodes[replica.node] = nodes.get(replica.node, 0) + spec.declared_bytes
                 unplaced -= 1
         # The node of a replica that has yet to start is unknown, so it counts on every known node.
@@ -364,15 +366,24 @@ class ObservedReplicas:
         return nodes
 
     def _count(self, spec: SLMSpec) -> int:
-        return sum(1 for r in self._replicas.values() if r.slm_id == spec.id)
+        return len(self._not_failed(spec))
+
+    def _not_failed(self, spec: SLMSpec) -> list[_Replica]:
+        replicas = self._replicas.values()
+        return [r for r in replicas if r.slm_id == spec.id and r.observed is not Residency.COLD]
 
     def _of(self, slm_id: str, replica_id: str, assumed: Residency, now: float) -> _Replica:
         replica = self._replicas.get(replica_id)
         if replica is None:
-            if len(self._replicas) >= MAX_REPLICAS:
-                del self._replicas[next(iter(self._replicas))]
-            replica = self._replicas[replica_id] = _Replica(slm_id, assumed, now)
+            _drop_oldest(self._replicas)
+            replica = self._forgotten.pop(replica_id, None) or _Replica(slm_id, assumed, now)
+            self._replicas[replica_id] = replica
         return replica
+
+
+def _drop_oldest(replicas: dict[str, _Replica]) -> None:
+    if len(replicas) >= MAX_REPLICAS:
+        del replicas[next(iter(replicas))]
 
 
 def hot_bytes(footprints: Iterable[ModelFootprint]) -> int:

@@ -22,7 +22,8 @@ JOULES_HALF_LIFE = 16.0  # joules scatter more; all of them tell a mean
 PRIOR_ANSWERS = 2.0  # weight of "the prediction is right"
 SPREAD_PRIOR_ANSWERS = 4.0
 PRIOR_SPREAD, MIN_SPREAD = 0.5, 0.05  # of log(measured / predicted)
-MAX_LOG_RATIO = 3.0  # a factor of 20: beyond it an answer is an accident
+MAX_LOG_RATIO = 3.0  # a factor of 20: beyond it an answer is an accident and counts as this
+MIN_RATIO, MAX_RATIO = math.exp(-MAX_LOG_RATIO), math.exp(MAX_LOG_RATIO)
 TINY_S = 1e-6  # instead of a prediction of 0 seconds
 
 # Engines on one machine take each other's cores. Slope of log(latency) over the logarithm of all
@@ -114,8 +115,8 @@ class ResidualEstimator:
             in_flight: requests inside all SLMs at the decision, this one included.
             applied: the factor by which the prediction had been corrected.
         """
-        self._line.add(ratio * applied, in_flight)
-        log_ratio = min(max(math.log(ratio), -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        self._line.add(min(max(ratio * applied, MIN_RATIO), MAX_RATIO), in_flight)
+        log_ratio = math.log(min(max(ratio, MIN_RATIO), MAX_RATIO))
         self._weight = self._weight * _SPREAD_KEEP + 1.0
         self._squares = self._squares * _SPREAD_KEEP + log_ratio**2
         self.spread = max(math.sqrt(self._squares / self._weight), MIN_SPREAD)

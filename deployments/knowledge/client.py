@@ -45,7 +45,8 @@ class KnowledgeClient:
     async def log(self, rows: Sequence[Outcome]) -> None:
         """Return once the rows are durable; raise otherwise."""
         batch = encode_batch(rows)
-        await asyncio.wait_for(self._call("log", uuid.uuid4().hex, batch), CALL_TIMEOUT_S)
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            await self._call("log", uuid.uuid4().hex, batch)
 
     async def feedback(self, outcome_id: str, signals: tuple[QualitySignal, ...]) -> None:
         """Store quality signals durably. Raises KnowledgeError when the actor does not answer."""
@@ -119,7 +120,8 @@ class KnowledgeClient:
 
     async def _ask(self, method: str, *args: Any) -> Any:
         try:
-            return await asyncio.wait_for(self._call(method, *args), CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await self._call(method, *args)
         except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, RequestError):  # the actor answered with an error

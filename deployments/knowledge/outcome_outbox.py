@@ -81,8 +81,10 @@ class OutcomeOutbox:
 
     async def _run(self) -> None:
         while True:
+            # Not `wait_for`: in Python 3.11 it swallows a cancellation as `_wake` is set.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), FLUSH_S)
+                async with asyncio.timeout(FLUSH_S):
+                    await self._wake.wait()
             self._wake.clear()
             while self._waiting:
                 delivered = await self._deliver()
@@ -131,6 +133,7 @@ class OutcomeOutbox:
         if self._spool.exists() and self._spool.stat().st_size >= SPOOL_BYTES:
             raise OSError(f"{self._spool.name} has reached {SPOOL_BYTES} bytes")
         with self._spool.open("ab") as file:
+            file.write(b"\n")  # ends a line that a crash or a full disk cut off
             file.writelines(OUTCOME.encode(row) + b"\n" for row in rows)
 
     async def _replay(self) -> None:

@@ -102,7 +102,8 @@ class WakeupQueue:
         ends = time.monotonic() + period_s
         while (left_s := ends - time.monotonic()) > 0.0:
             try:
-                await asyncio.wait_for(self._report_now.wait(), min(left_s, BUSY_PERIOD_S))
+                async with asyncio.timeout(min(left_s, BUSY_PERIOD_S)):
+                    await self._report_now.wait()
                 return
             except TimeoutError:
                 if self._arrivals:

@@ -18,6 +18,8 @@ from calm_serve.types import EngineFacts
 from deployments.slm.state_reporter import StateReporter
 from deployments.wire import STREAM_END, ErrorReply, Hints, ReplyEnd
 
+MAX_TOKENS = 10_000_000  # of a prompt or an answer; no context is longer
+
 
 class RemoteSLM:
     """Forwards bodies and bytes; takes token counts from the upstream's usage."""
@@ -115,10 +117,11 @@ def usage_of(tail: bytes) -> tuple[int, int]:
         return 0, 0
     try:
         usage, _ = json.JSONDecoder().raw_decode(tail[brace:].decode("utf-8", "replace"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number of too many digits
         return 0, 0
     return _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    """A token count; 0 for what cannot be one, because the upstream is not trusted."""
+    return value if type(value) is int and 0 < value <= MAX_TOKENS else 0

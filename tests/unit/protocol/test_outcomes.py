@@ -322,6 +322,14 @@ def test_a_signal_out_of_bounds_is_refused(value: float) -> None:
         check(row)
 
 
+@pytest.mark.parametrize("field", ["output_tokens", "retries"])
+def test_an_integer_that_no_column_holds_is_refused(field: str) -> None:
+    rows = [make_outcome("bad", **{field: 2**63}), make_outcome("good")]
+    outcomes, refused = decode_batch(encode_batch(rows))
+    assert outcomes == [make_outcome("good")]
+    assert refused == {"bad": f"malformed outcome: {field} is above 2147483647"}
+
+
 def test_large_finite_numbers_are_not_taken_for_infinity() -> None:
     row = make_outcome("a", numbers=(1e308, 1e308))
     assert check(row) is row

@@ -132,6 +132,23 @@ def test_a_replica_that_died_before_the_budget_was_set_takes_no_memory() -> None
     assert fleet.summary().hot_bytes == 3 * SIZE
 
 
+def test_a_sleeping_replica_that_a_list_left_out_for_a_while_is_still_asleep() -> None:
+    fleet = Fleet().up()  # c is asleep
+    for _ in range(round(GONE_AFTER_S / 0.5) + 1):
+        fleet.clock.advance(0.5)
+        fleet.report_demand(gone="c")
+    fleet.report_demand()
+    assert fleet.summary().hot_bytes == 2 * SIZE
+
+
+def test_starts_that_failed_take_no_memory() -> None:
+    fleet = Fleet().up()
+    for replica_id in ("a-2", "a-3"):
+        fleet.coordinator.report("a", replica_id, "failed", {})
+    fleet.report_demand()
+    assert fleet.summary().hot_bytes == 2 * SIZE  # a and b
+
+
 def test_a_replica_that_a_request_woke_keeps_others_asleep() -> None:
     fleet = Fleet().up()
     fleet.report_demand("a", "c", queued={"c": 1})

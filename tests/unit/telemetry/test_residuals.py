@@ -106,6 +106,14 @@ def test_the_ttft_ratio_is_bounded(answers: list[tuple[float, int]]) -> None:
         assert math.exp(-MAX_LOG_RATIO) <= ratio.at(math.log(in_flight)) <= math.exp(MAX_LOG_RATIO)
 
 
+@pytest.mark.parametrize("ratio", [1e9, math.inf])
+def test_an_accident_counts_as_a_factor_of_20(ratio: float) -> None:
+    accident, slow = ResidualEstimator(), ResidualEstimator()
+    accident.add(ratio)
+    slow.add(math.exp(MAX_LOG_RATIO))
+    assert (accident.at(), accident.spread) == (slow.at(), slow.spread)
+
+
 def test_a_latency_is_that_of_the_load_that_is_asked_for() -> None:
     tpot, random = LoadLine(), Random(4)
     assert (tpot.answers, tpot.trust) == (0, 0.0)

@@ -153,6 +153,18 @@ async def test_stopping_delivers_everything_that_waits(sender: OutcomeOutbox, ac
     assert sender.pending_rows == 0
 
 
+async def test_it_stops_also_when_a_batch_has_just_become_full(
+    sender: OutcomeOutbox, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome_outbox, "FLUSH_S", 60.0)
+    sender.start()
+    await asyncio.sleep(0)  # it waits for the first outcome
+    fill(sender, BATCH_ROWS)
+    async with asyncio.timeout(20):
+        await sender.stop()
+    assert len(actor.rows) == BATCH_ROWS
+
+
 async def test_stopping_without_the_actor_spools_everything_that_waits(
     sender: OutcomeOutbox, actor: Actor, tmp_path: Path
 ) -> None:
@@ -247,6 +259,16 @@ def test_an_unreadable_line_costs_no_other_row(
     sender._spill([make_outcome("before")])
     with spool.open("ab") as file:
         file.write(line.encode() + b"\xff\n")
+    sender._spill([make_outcome("after")])
+    assert [r.outcome_id for r in read_spool(spool)] == ["before", "after"]
+
+
+def test_a_line_that_a_crash_cut_off_costs_no_later_row(
+    sender: OutcomeOutbox, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool" / "me.jsonl"
+    sender._spill([make_outcome("before"), make_outcome("cut")])
+    spool.write_bytes(spool.read_bytes()[:-20])
     sender._spill([make_outcome("after")])
     assert [r.outcome_id for r in read_spool(spool)] == ["before", "after"]
 

@@ -202,6 +202,8 @@ async def test_a_local_slm_cannot_be_started_as_a_remote_one(start: Any) -> None
         (b'{"usage": null}', (0, 0)),
         (b'{"usage": {"prompt_tokens": "many", "completion_tokens": -5}}', (0, 0)),
         (b'{"usage": {"prompt_tok', (0, 0)),
+        (b'{"usage": {"prompt_tokens": true, "completion_tokens": %d}}' % 2**63, (0, 0)),
+        (b'{"usage": {"prompt_tokens": 1' + b"0" * 5000 + b"}}", (0, 0)),
         (b'"usage"' + b'{"a":' * 1600, (0, 0)),
         (b"", (0, 0)),
     ],
