@@ -26,7 +26,10 @@ def add_command(commands: Any, default_url: str, run: Callable[..., None]) -> No
 
 
 def predictors_text(args: Namespace, fetch: Fetch) -> str:
-    """Send the action, if any; return the list of predictors afterwards as text."""
+    """Send the action, if any; return the list of predictors afterwards as text.
+
+    Raises ConfigError for a missing or needless version, and what `fetch` raises.
+    """
     url = f"{args.url.rstrip('/')}/v1/predictors"
     if (args.action == "pin") != bool(args.version):
         raise ConfigError("VERSION is required with pin, and only with pin")

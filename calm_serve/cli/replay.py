@@ -46,7 +46,11 @@ def add_command(commands: Any, run: Callable[..., None]) -> None:
 
 
 def replay_text(args: Namespace, fetch: Fetch) -> str:
-    """Read the log, decide again, estimate the effect; progress goes to stderr on a terminal."""
+    """Read the log, decide again, estimate the effect; progress goes to stderr on a terminal.
+
+    Raises ConfigError for wrong goals, another policy than calm or an unreadable predictor, and
+    KnowledgeError for an unreadable log. `fetch` is not used.
+    """
     del fetch
     # Imported here, so that other commands do not wait for numpy, LightGBM and SQLAlchemy.
     from calm_serve.knowledge import read_outcomes

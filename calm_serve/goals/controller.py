@@ -214,11 +214,11 @@ class _Search:
 
     def run(self, start: Array, active: list[int]) -> tuple[Array, Array]:
         """Return the best multipliers found from `start`, and by how much each goal is missed."""
-        best, score, missed = start, *(a[0] for a in self._judge(start[None]))
+        best, score, missed = start, *(a[0] for a in self._scored(start[None]))
         for _ in range(SWEEPS):
             before = best
             for points in self._scans(best, active):
-                scores, misses = self._judge(points)
+                scores, misses = self._scored(points)
                 top = int(scores.argmax())
                 if scores[top] > score + 1e-9:
                     best, score, missed = points[top], scores[top], misses[top]
@@ -248,7 +248,7 @@ class _Search:
         if len(active) > 1:
             yield np.minimum(x * _FACTORS[:, None], LIMIT)
 
-    def _judge(self, points: Array) -> tuple[Array, Array]:
+    def _scored(self, points: Array) -> tuple[Array, Array]:
         """Return the scores (g,) and the misses (g, 4) of g points (g, 4)."""
         n = len(self._offset)
         scores = (points @ self._features + self._base).reshape(len(points), n, -1)

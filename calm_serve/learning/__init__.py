@@ -1,8 +1,8 @@
-"""Learning: labels, training, evaluation and promotion. Owner: knowledge actor. May block.
+"""Learning: labels to promotion. Owner: knowledge actor, router. The actor's part may block.
 
 Takes outcomes from a log (`LabelledLog`, `TrainingLog`) and gives predictors, verdicts, calibration
-factors and alarms. Touches files through the model registry only. Training runs in a child process
-of the actor. The router uses `shadow` and `decision_log`, which never block.
+factors and alarms. The router imports `decision_terms` and `Shadow`, which never block. In the
+actor, files are touched through the model registry only; training runs in a child process.
 """
 
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit_cold_start

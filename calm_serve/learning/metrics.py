@@ -25,7 +25,10 @@ CLIP = 1e-3
 
 
 def log_losses(labels: Values, predicted: Values) -> Values:
-    """Cross-entropy of each prediction in nats."""
+    """Cross-entropy of each prediction in nats, (n,) for labels and predictions of shape (n,).
+
+    Probabilities are clipped to [CLIP, 1 - CLIP].
+    """
     p = np.clip(predicted, CLIP, 1.0 - CLIP)
     losses: Values = -(labels * np.log(p) + (1.0 - labels) * np.log1p(-p))
     return losses

@@ -1,7 +1,8 @@
-"""Prediction of success, length, latency and energy. Owner: router. Never blocks.
+"""Prediction of success, length, latency, joules. Owner: router. Blocks only to load an artifact.
 
-Takes contexts and live states, gives a `Prediction` per SLM. The training child of the knowledge
-actor writes the artifacts that are read here.
+Takes contexts and live states, gives a `Prediction` per SLM without blocking. Making a predictor
+from an artifact blocks: LightGBM parses its boosters. The training child of the knowledge actor
+writes the artifacts.
 """
 
 from calm_serve.prediction.artifact import (

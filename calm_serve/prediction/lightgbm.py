@@ -81,7 +81,10 @@ class Heads:
         return np.asarray(self.residual.predict(rows, num_threads=1), dtype=np.float64)
 
     def of_own(self, head: str, rows: Rows) -> Values:
-        """Each row's output of its own SLM's booster; NaN where there is none."""
+        """Each row's output of its own SLM's booster, (n,) for n rows; NaN where there is none.
+
+        An unknown `head` gives NaN everywhere.
+        """
         found = np.full(len(rows), np.nan)
         columns = rows[:, SLM_COLUMN]
         for (booster_head, index), booster in self.own.items():

@@ -32,7 +32,7 @@ class EnergyReport:
 class DemandReport:
     """One router's demand for SLMs since its last report."""
 
-    wanted: tuple[str, ...] = ()  # preferred SLM of each request, in order
+    arrivals: tuple[str, ...] = ()  # preferred SLM of each request, in order
     queued: dict[str, int] = field(default_factory=dict)  # requests waiting for a wake-up, by SLM
     running: dict[str, int] = field(default_factory=dict)  # requests in the SLM, by SLM
     replicas: dict[str, dict[str, str]] = field(default_factory=dict)  # SLM -> replica -> node
@@ -53,7 +53,7 @@ class ResidencySummary:
     misses: int
     hit_ratio: float | None
     recent_hit_ratio: float | None
-    held_requests: int  # queued for a wake-up
+    queued_requests: int  # queued for a wake-up
 
 
 @dataclass(frozen=True, slots=True)

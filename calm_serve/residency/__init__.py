@@ -1,6 +1,7 @@
-"""Residency: which SLMs are in memory. Owner: knowledge actor. Never blocks.
+"""Residency: which SLMs are in memory. Owner: knowledge actor. Blocks at its creation only.
 
-Public: `ResidencyCoordinator`, which runs in the actor; and for simulations the planner that
+Public: `ResidencyCoordinator`, which runs in the actor and reads its stored settings when it is
+created; and for simulations the planner that
 `build` returns, its records, and `within_budget`.
 """
 

@@ -135,7 +135,7 @@ class ResidencyCoordinator:
         self._misses += report.misses
         for rate, count in zip(self._recent, (report.hits, report.misses), strict=True):
             rate.add(count, now)
-        self.step(report.wanted)
+        self.step(report.arrivals)
         return DemandReply(dict(self._wait_s), self.summary())
 
     def report(self, slm_id: str, replica_id: str, state: str, times: Mapping[str, float]) -> None:
@@ -187,7 +187,7 @@ class ResidencyCoordinator:
             misses=self._misses,
             hit_ratio=_ratio(self._hits, self._misses),
             recent_hit_ratio=_ratio(hits, misses),
-            held_requests=sum(self._queued().values()),
+            queued_requests=sum(self._queued().values()),
         )
 
     def _restore(self, text: str) -> None:

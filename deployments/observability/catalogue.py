@@ -71,7 +71,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_residency_swaps", _G, "Wake-ups planned since the last deployment.", ()),
     Metric("calm_residency_budget_bytes", _G, "Declared bytes that may be hot per node.", ()),
     Metric("calm_residency_hot_bytes", _G, "Declared bytes in memory, fullest node.", ()),
-    Metric("calm_held_requests", _G, "Requests that wait for their SLM to wake.", ()),
+    Metric("calm_queued_requests", _G, "Requests that wait for their SLM to wake.", ()),
     Metric("calm_slm_calibration_factor", _G, "Recent successes over predicted ones.", SLM),
     Metric("calm_energy_idle_joules", _G, "Energy charged to no request.", ("slm", "source")),
     Metric("calm_energy_attribution_error_ratio", _G, "Relative error of requests plus idle.", SLM),

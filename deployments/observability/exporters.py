@@ -60,7 +60,7 @@ _RESIDENCY_GAUGES = {
     "calm_residency_budget_bytes": "budget_bytes",
     "calm_residency_hot_bytes": "hot_bytes",
     "calm_residency_swaps": "swaps",
-    "calm_held_requests": "held_requests",
+    "calm_queued_requests": "queued_requests",
 }
 _PHASES = ("import", "engine", "warmup", "total")
 SLM_ALARMS = ("quality", "tokens", "speed")

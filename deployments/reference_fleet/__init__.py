@@ -2,5 +2,5 @@
 
 Five small specialists and one generalist, trained from scratch. A running service reads only the
 weights, `models/` and `predictor/`. `corpora` makes the data, `training` the weights, `grading` the
-scores.
+scores. Public: the folders in `paths`; `python -m` commands in `training` and `grading`.
 """

@@ -2,4 +2,5 @@
 
 Takes HTTP requests; sends them to SLM replicas through Serve's handles, and outcomes, feedback and
 demand to the knowledge actor. It touches one file, the spool of outcomes.
+Public: `deployment.Router`, and `request_router.ReplicaRouter`, which Serve imports by its name.
 """

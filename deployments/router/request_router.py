@@ -30,7 +30,7 @@ logger = logging.getLogger("ray.serve")
 class ReplicaRouter(RequestRouter):
     """Ranks an SLM's replicas for each request by the hints that come with the call.
 
-    Calls look like `handle.chat.remote(body, hints=hints)`, `hints` being `live.Hints`; a call
+    Calls look like `handle.chat.remote(body, hints=hints)`, `hints` being `wire.Hints`; a call
     without hints is load-balanced. Owned by the handle; one per handle and process.
     """
 

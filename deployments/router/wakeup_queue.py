@@ -149,7 +149,7 @@ class WakeupQueue:
         now = time.monotonic()
         self._retry_until = {i: t for i, t in self._retry_until.items() if t > now}
         demand = DemandReport(
-            wanted=tuple(self._arrivals),
+            arrivals=tuple(self._arrivals),
             queued={**dict.fromkeys(self._retry_until, 1), **self._queued},
             running={i: n for i, n in self._running.items() if n > 0},
             replicas={
@@ -165,7 +165,7 @@ class WakeupQueue:
 
     def _put_back(self, demand: DemandReport) -> None:
         """Add the demand of a report that was not received to the next report."""
-        self._arrivals.extendleft(reversed(demand.wanted))
+        self._arrivals.extendleft(reversed(demand.arrivals))
         self._hits += demand.hits
         self._misses += demand.misses
 

@@ -30,6 +30,10 @@ class RemoteSLM:
         app_name: str,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """Open the client and report "ready"; `transport` replaces the network in tests.
+
+        Raises ValueError when the SLM is not remote.
+        """
         if spec.remote is None:
             raise ValueError(f"SLM {spec.id!r} is not remote")
         context = serve.get_replica_context()
@@ -46,7 +50,11 @@ class RemoteSLM:
         StateReporter(app_name, spec.id, self._replica_id).report("ready", {"total": 0.0})
 
     async def chat(self, body: dict[str, Any], hints: Hints | None = None) -> AsyncIterator[Any]:
-        """Forward a `/v1/chat/completions` body; see `wire` for what is yielded."""
+        """Forward a `/v1/chat/completions` body; see `wire` for what is yielded.
+
+        Raises httpx.HTTPError when the upstream fails after a stream's first byte; any earlier
+        failure is an ErrorReply.
+        """
         del hints
         async with aclosing(self._forward("chat/completions", body)) as items:
             async for item in items:
@@ -55,7 +63,7 @@ class RemoteSLM:
     async def complete(
         self, body: dict[str, Any], hints: Hints | None = None
     ) -> AsyncIterator[Any]:
-        """Forward a `/v1/completions` body."""
+        """Forward a `/v1/completions` body; yields and raises as `chat`."""
         del hints
         async with aclosing(self._forward("completions", body)) as items:
             async for item in items:

@@ -48,6 +48,7 @@ class Ours:
         self._random = Random(seed)
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return the first replica of the production ranking."""
         chain = prompt.chain
         request = ReplicaRequest(
             decision_id=prompt.decision_id,
@@ -60,6 +61,7 @@ class Ours:
         return ranked[0][0]
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
+        """Index the prompt's prefix under the replica."""
         self._index.add(prompt.chain, replica_id)
 
 
@@ -70,9 +72,11 @@ class RoundRobin:
         self._next = Random(seed).randrange(1 << 16)
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return the replica whose turn it is."""
         return replicas[self._next % len(replicas)].replica_id
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
+        """Go on to the next replica."""
         self._next += 1
 
 
@@ -83,11 +87,12 @@ class PowerOfTwo:
         self._random = Random(seed)
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return the one of two drawn replicas with the shorter queue."""
         drawn = self._random.sample(replicas, min(2, len(replicas)))
         return min(drawn, key=lambda r: r.queue_length).replica_id
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
-        pass
+        """Do nothing: the choice has no memory."""
 
 
 class LeastLoaded:
@@ -97,21 +102,23 @@ class LeastLoaded:
         self._random = Random(seed)
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return a replica with the shortest queue."""
         return min(replicas, key=lambda r: (r.queue_length, self._random.random())).replica_id
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
-        pass
+        """Do nothing: the choice has no memory."""
 
 
 class Sticky:
     """Rendezvous hash of the session, or of the prompt's first 256 characters; ignores load."""
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return the replica with the highest hash for the session or first blocks."""
         key = prompt.session or str(prompt.chain[min(1, len(prompt.chain) - 1)])
         return max(replicas, key=lambda r: _weight(key, r.replica_id)).replica_id
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
-        pass
+        """Do nothing: the hash needs no memory."""
 
 
 class RayTree:
@@ -136,6 +143,7 @@ class RayPrefixRule:
         self._random = Random(seed)
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
+        """Return the least loaded of the replicas that the shared tree names."""
         matched: set[str] = set()
         depth = 0
         for block in prompt.blocks:
@@ -151,6 +159,7 @@ class RayPrefixRule:
         return min(chosen, key=lambda r: (r.queue_length, self._random.random())).replica_id
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
+        """Add the prompt's blocks to the replica's part of the shared tree."""
         for block in prompt.blocks:
             holders = self._tree.holders.setdefault(block, set())
             if replica_id not in holders:

@@ -84,8 +84,8 @@ def conclusions(figures: Figures) -> Figures:
     found["state_growth_ratio"] = round(
         figures[f"seen.{last}.state_bytes"] / figures[f"seen.{middle}.state_bytes"], 3
     )
-    fresh = figures[f"{Setting('board').name}.p99_wait_ms"]
-    for prefix, policy in (("staleness", "board"), ("staleness_reports", "reports")):
+    fresh = figures[f"{Setting('live_view').name}.p99_wait_ms"]
+    for prefix, policy in (("staleness", "live_view"), ("staleness_reports", "reports")):
         old = figures[f"{Setting(policy, 1.0, 8).name}.p99_wait_ms"]
         found[f"{prefix}_p99_wait_ratio_1s"] = round(old / max(fresh, 1.0), 3)
     return found
@@ -188,7 +188,7 @@ def _show_staleness(figures: Figures) -> None:
         [
             s.policy,
             str(s.routers),
-            f"{s.age_s:g}" if s.policy in ("board", "reports") else "",
+            f"{s.age_s:g}" if s.policy in ("live_view", "reports") else "",
             *(f"{figures[f'{s.name}.{key}']:,}" for key in keys),
         ]
         for s in settings()

@@ -69,10 +69,10 @@ def _sizes(
 
 
 def _staleness(axis: Any, figures: Figures) -> None:
-    fresh = figures[f"{Setting('board').name}.mean_wait_ms"]
+    fresh = figures[f"{Setting('live_view').name}.mean_wait_ms"]
     ages = AGES_S[1:]
     for routers, color in zip(ROUTERS, COLORS, strict=False):
-        for policy, style in (("board", "o-"), ("reports", "^:")):
+        for policy, style in (("live_view", "o-"), ("reports", "^:")):
             found = [figures[f"{Setting(policy, a, routers).name}.mean_wait_ms"] for a in ages]
             axis.plot(ages, found, style, color=color, label=f"{policy}, {routers} routers")
     axis.axhline(fresh, color="black", label="always fresh")

@@ -3,8 +3,8 @@
 One SLM's replicas are engines with a queue. Router processes choose among them with the production
 ranking and prefix index; their view of the load differs:
 
-- `board`: the true load as of the last published snapshot, plus the process's own calls since. A
-  snapshot is published every `age_s`, so it is half as old on average.
+- `live_view`: the true load as of the last published snapshot, plus the process's own calls since.
+  A snapshot is published every `age_s`, so it is half as old on average.
 - `reports`: the snapshot alone, without the process's own calls.
 - `served`: Ray Serve's cache, without snapshots: own calls, and replicas' reports with each call.
 - `two`: the same cache, and the less loaded of two random replicas, as Ray Serve's own router.
@@ -48,7 +48,7 @@ SAMPLE_EVERY = 20  # arrivals between two samples of the imbalance
 class Setting:
     """One point of the curves: the view, its age, and the number of router processes."""
 
-    policy: str  # board, reports, served, two, least or random
+    policy: str  # live_view, reports, served, two, least or random
     age_s: float = 0.0
     routers: int = 1
 
@@ -57,7 +57,7 @@ class Setting:
         """Prefix of its figures."""
         if self.policy in ("least", "random"):
             return f"staleness.{self.policy}"
-        aged = f".{self.age_s * 1000:g}ms" if self.policy in ("board", "reports") else ""
+        aged = f".{self.age_s * 1000:g}ms" if self.policy in ("live_view", "reports") else ""
         return f"staleness.{self.policy}.{self.routers}{aged}"
 
 
@@ -190,12 +190,12 @@ def settings() -> list[Setting]:
     """
     aged = [
         Setting(policy, age_s, routers)
-        for policy in ("board", "reports")
+        for policy in ("live_view", "reports")
         for age_s in AGES_S[1:]
         for routers in ROUTERS
     ]
     cached = [Setting(policy, 0.0, routers) for policy in ("served", "two") for routers in ROUTERS]
-    return [Setting("least"), Setting("random"), Setting("board"), *cached, *aged]
+    return [Setting("least"), Setting("random"), Setting("live_view"), *cached, *aged]
 
 
 def measure_staleness(requests: int, seed: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What every policy to compare with must keep to."""
+"""What every baseline must keep to."""
 
 from __future__ import annotations
 

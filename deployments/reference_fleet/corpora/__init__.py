@@ -2,4 +2,5 @@
 
 Used for training and for building `eval/`; the benchmarks use `phrasing` and `adapter_schemas`.
 Readers block on files; nothing is downloaded, nothing imports torch.
+Public: what `training` and `grading` read, `examples` first; a module for each kind of data.
 """

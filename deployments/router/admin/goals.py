@@ -20,7 +20,7 @@ ECHO_TIMEOUT_S = 2.0  # wait for this router to receive its own change
 
 
 class GoalStore(Protocol):
-    """The knowledge client, as the endpoint uses it."""
+    """The knowledge client, as the endpoint uses it. Its methods raise KnowledgeError."""
 
     async def set_goals(self, goals: Goals, by: str) -> GoalChange:
         """Change the goals durably."""
@@ -50,7 +50,11 @@ class GoalsEndpoint:
         self._selector, self._knowledge, self._applied = selector, knowledge, applied
 
     async def get(self, request: Request) -> Response:
-        """Goals, weights and targets of this router; `?history=N` adds the last N changes."""
+        """Goals, weights and targets of this router; `?history=N` adds the last N changes.
+
+        Raises RequestError for an N that is no number from 1 to MAX_HISTORY; with a history,
+        KnowledgeError when the actor does not answer.
+        """
         document = self._document()
         if limit := request.query_params.get("history"):
             valid = limit.isdecimal() and len(limit) <= len(str(MAX_HISTORY))
@@ -64,7 +68,8 @@ class GoalsEndpoint:
         """Replace the goals of all routers; fields left out get their defaults.
 
         Durable when answered; 202 when this router has not received the change yet. The audit trail
-        gets `x-calm-actor`, else the client's address.
+        gets `x-calm-actor`, else the client's address. Raises RequestError for wrong goals and
+        KnowledgeError when the actor does not answer.
         """
         body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):

@@ -76,14 +76,18 @@ class Operations:
         return http.json_response({"object": "list", "data": list(self._models().values())})
 
     def model(self, name: str) -> Response:
-        """One entry of the model list; 404 when there is none."""
+        """One entry of the model list. Raises UnknownModelError (404) when there is none."""
         found = self._models().get(name)
         if found is None:
             raise UnknownModelError(f"model {name!r} not found", param="model")
         return http.json_response(found)
 
     async def decision(self, decision_id: str) -> Response:
-        """The record of a decision: from this router's memory, else the stored outcome."""
+        """The record of a decision: from this router's memory, else the stored outcome.
+
+        Raises RequestError with status 404 when there is neither, and KnowledgeError when the actor
+        has to be asked and does not answer.
+        """
         decision = self._selector.recall(decision_id)
         if decision is not None:
             return http.json_response(self._selector.explain(decision))
@@ -95,7 +99,10 @@ class Operations:
         return http.json_response(asdict(stored))
 
     async def feedback(self, body: Any) -> Response:
-        """`{"decision_id", "score"}`, score in [0, 1] or a boolean; durable when answered."""
+        """`{"decision_id", "score"}`, score in [0, 1] or a boolean; durable when answered.
+
+        Raises RequestError for another body and KnowledgeError when the actor does not answer.
+        """
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object")
         unknown = set(body) - {"decision_id", "score"}

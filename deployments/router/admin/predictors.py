@@ -19,12 +19,19 @@ class PredictorsEndpoint:
         self._knowledge = knowledge
 
     async def get(self, request: Request) -> Response:
-        """Stored predictors; shadow, post-promotion evaluation, last change and training."""
+        """Stored predictors; shadow, post-promotion evaluation, last change and training.
+
+        Raises KnowledgeError when the actor does not answer.
+        """
         del request
         return http.json_response(await self._knowledge.predictors())
 
     async def post(self, request: Request) -> Response:
-        """`{"action": "pin" | "unpin" | "rollback", "version"}`; answers with the new list."""
+        """`{"action": "pin" | "unpin" | "rollback", "version"}`; answers with the new list.
+
+        Raises RequestError for another body, a predictor that is not stored and an action that is
+        not possible now; KnowledgeError when the actor does not answer.
+        """
         body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object")

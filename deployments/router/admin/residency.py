@@ -30,7 +30,10 @@ class ResidencyEndpoint:
         return http.json_response(self._document())
 
     async def put(self, request: Request) -> Response:
-        """Replace the settings for the whole fleet; fields left out get their defaults."""
+        """Replace the settings for the whole fleet; fields left out get their defaults.
+
+        Raises RequestError for wrong settings and KnowledgeError when the actor does not answer.
+        """
         body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         if not isinstance(body, dict):
             raise RequestError("the body must be a JSON object with the fields of `residency`")

@@ -107,7 +107,7 @@ def goal_figures(changes: Changes) -> None:
         found = figures_of.goal(metric, changes.limits[name], *parts)
         (target,) = changes.reported[f"{name} after"]
         found |= {"goal": changes.limits[name]}
-        found |= {f"said_{k}": target[k] for k in ("measured", "held", "feasible")}
+        found |= {f"reported_{k}": target[k] for k in ("measured", "held", "feasible")}
         changes.figures |= {f"live.shift.{name}.{k}": v for k, v in found.items()}
 
 

@@ -88,8 +88,15 @@ async def test_steps_are_taken_in_order_and_awaited(caplog: pytest.LogCaptureFix
     assert "cannot do this" in caplog.text
 
 
-async def test_a_ticker_that_was_never_started_stops() -> None:
-    await Ticker(lambda: take_steps(), 1.0).stop()
+async def test_a_ticker_that_was_stopped_before_its_start_ends_without_a_tick() -> None:
+    ticks: list[str] = []
+    ticker = Ticker(lambda: take_steps(lambda: ticks.append("tick")), 0.001)
+    await ticker.stop()
+    ticker.start()
+    assert ticker._task is not None
+    async with asyncio.timeout(10.0):
+        await ticker._task
+    assert ticks == []
 
 
 async def test_an_outcome_that_is_sent_again_is_counted_once(world: World) -> None:

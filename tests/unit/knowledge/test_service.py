@@ -153,26 +153,26 @@ async def test_a_failed_training_is_reported_and_not_repeated_at_once(world: Wor
 
 
 async def test_a_second_call_joins_the_training_that_runs(world: World) -> None:
-    service, gate = world.start(min_outcomes=1000), asyncio.Event()
-    world.before_training = gate.wait
+    service, released = world.start(min_outcomes=1000), asyncio.Event()
+    world.before_training = released.wait
     await log(service, "b", make_world(200))
     first = asyncio.create_task(service.retrain(force=True))
     second = asyncio.create_task(service.retrain(force=True))
     await world.training.wait()
     assert (await service.status())["retraining"] is True
-    gate.set()
+    released.set()
     assert await first == await second
     assert len(world.jobs) == 1
 
 
 async def test_a_caller_who_gives_up_does_not_end_the_training(world: World) -> None:
-    service, gate = world.start(min_outcomes=1000), asyncio.Event()
-    world.before_training = gate.wait
+    service, released = world.start(min_outcomes=1000), asyncio.Event()
+    world.before_training = released.wait
     await log(service, "b", make_world(300))
     caller = asyncio.create_task(service.retrain(force=True))
     await world.training.wait()
     caller.cancel()
-    gate.set()
+    released.set()
     await settled(service)
     assert (await service.status())["predictor_source"] == "trained"
 

@@ -120,15 +120,15 @@ def test_only_events_with_text_are_found() -> None:
 def test_the_end_of_an_answer_is_found_however_it_is_cut(
     data: bytes, keep: bool, step: int
 ) -> None:
-    ending = ResponseEnd()
+    end = ResponseEnd()
     pieces = [data[i : i + step] for i in range(0, len(data), step)]
-    assert [ending.feed(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert ending.keep is keep
+    assert [end.feed(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert end.keep is keep
 
 
 def test_an_answer_without_a_length_ends_with_its_connection() -> None:
-    ending = ResponseEnd()
-    assert not ending.feed(HEAD + b"\r\nsomething")
+    end = ResponseEnd()
+    assert not end.feed(HEAD + b"\r\nsomething")
 
 
 def test_a_request_is_ready_to_be_sent() -> None:

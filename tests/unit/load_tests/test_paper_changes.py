@@ -62,7 +62,7 @@ def test_a_broken_slm_is_drained_when_a_hundred_requests_go_elsewhere() -> None:
     assert (kept["lost"], kept["drain_requests"]) == (False, 100)
 
 
-def test_a_newcomer_is_adopted_at_four_fifths_of_the_share_of_a_known_one() -> None:
+def test_a_cold_start_slm_is_adopted_at_four_fifths_of_the_share_of_a_known_one() -> None:
     known = sent(["a", "b"] * 150)
     after = sent(["b"] * 50 + ["a", "b"] * 125)
     found = figures_of.adoption(known, after, "a")

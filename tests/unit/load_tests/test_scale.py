@@ -167,7 +167,7 @@ def test_the_exponent_tells_flat_from_linear_from_quadratic() -> None:
 def test_old_views_are_the_same_every_time_and_worse_than_the_truth() -> None:
     least = Balance(Setting("least"), 1500, seed=1).run()
     assert least == Balance(Setting("least"), 1500, seed=1).run()
-    fresh = Balance(Setting("board"), 1500, seed=1).run()
+    fresh = Balance(Setting("live_view"), 1500, seed=1).run()
     blind = Balance(Setting("random"), 1500, seed=1).run()
     assert least["waiting_share"] <= fresh["waiting_share"]
     assert least["mean_wait_ms"] < blind["mean_wait_ms"]
@@ -175,8 +175,8 @@ def test_old_views_are_the_same_every_time_and_worse_than_the_truth() -> None:
 
 
 def test_one_process_that_counts_its_own_calls_needs_no_snapshot() -> None:
-    fresh = Balance(Setting("board"), 800, seed=1).run()
-    assert Balance(Setting("board", 10.0, 1), 800, seed=1).run() == fresh
+    fresh = Balance(Setting("live_view"), 800, seed=1).run()
+    assert Balance(Setting("live_view", 10.0, 1), 800, seed=1).run() == fresh
     assert Balance(Setting("served", 0.0, 1), 800, seed=1).run() == fresh
 
 
@@ -196,7 +196,7 @@ def test_a_snapshot_has_the_load_at_its_publication() -> None:
 def test_every_setting_has_its_own_name() -> None:
     names = [s.name for s in settings()]
     assert len(set(names)) == len(names)
-    assert replace(Setting("board"), age_s=0.01).name == "staleness.board.1.10ms"
+    assert replace(Setting("live_view"), age_s=0.01).name == "staleness.live_view.1.10ms"
 
 
 def test_the_conclusions_are_ratios_and_slopes_of_the_curves() -> None:
@@ -207,7 +207,7 @@ def test_the_conclusions_are_ratios_and_slopes_of_the_curves() -> None:
     for tenth, factor in ((1, 1.0), (5, 2.0), (10, 2.2)):
         figures |= {f"seen.{tenth}.{s}.p50_us": 50.0 * factor for s in ("decide", "choose")}
         figures[f"seen.{tenth}.state_bytes"] = 1000 * factor
-    waits = {"board.1.0ms": 200.0, "board.8.1000ms": 300.0, "reports.8.1000ms": 500.0}
+    waits = {"live_view.1.0ms": 200.0, "live_view.8.1000ms": 300.0, "reports.8.1000ms": 500.0}
     figures |= {f"staleness.{name}.p99_wait_ms": wait for name, wait in waits.items()}
     found = conclusions(figures)
     assert found["staleness_p99_wait_ratio_1s"] == 1.5

@@ -146,17 +146,19 @@ def test_a_session_stays_with_its_replica_while_loads_are_within_the_bound(
     session: str, loads: list[int], matches: dict[str, int]
 ) -> None:
     request = ReplicaRequest(session_key=session)
-    home = rank(request, [replica(n) for n in NAMES[:4]])[0]
+    preferred = rank(request, [replica(n) for n in NAMES[:4]])[0]
     # The most that cannot exceed ceil(1.5 * (mean + 1)) for any other loads is 2.
     busy = [replica(n, min(q, 2)) for n, q in zip(NAMES, loads, strict=False)]
-    assert rank(request, busy, matches)[0] == home
+    assert rank(request, busy, matches)[0] == preferred
 
 
-def test_a_session_spills_to_another_replica_when_its_home_is_far_above_the_mean() -> None:
+def test_a_session_spills_to_another_replica_when_its_preferred_replica_is_far_above_the_mean() -> (
+    None
+):
     request = ReplicaRequest(session_key="s")
-    home = rank(request, [replica("a"), replica("b")])[0][0]
-    loaded = [replica(n, 12 if n == home else 0) for n in ("a", "b")]
-    assert rank(request, loaded)[0] != [home]
+    preferred = rank(request, [replica("a"), replica("b")])[0][0]
+    loaded = [replica(n, 12 if n == preferred else 0) for n in ("a", "b")]
+    assert rank(request, loaded)[0] != [preferred]
 
 
 def test_losing_a_replica_moves_only_the_families_it_served() -> None:
@@ -169,8 +171,8 @@ def test_losing_a_replica_moves_only_the_families_it_served() -> None:
 
 def test_families_spread_evenly_over_idle_replicas() -> None:
     fleet = [replica(n) for n in NAMES[:4]]
-    homes = Counter(rank(ReplicaRequest(prefix_family=f"f{i}"), fleet)[0][0] for i in range(4000))
-    assert all(850 < count < 1150 for count in homes.values())
+    chosen = Counter(rank(ReplicaRequest(prefix_family=f"f{i}"), fleet)[0][0] for i in range(4000))
+    assert all(850 < count < 1150 for count in chosen.values())
 
 
 def test_the_longest_prefix_match_refines_the_family_preference() -> None:
@@ -180,7 +182,7 @@ def test_the_longest_prefix_match_refines_the_family_preference() -> None:
     assert rank(request, fleet, {last: 4, "r0" if last != "r0" else "r1": 1})[0] == [last]
 
 
-def test_the_home_is_kept_when_another_replica_has_only_a_little_more() -> None:
+def test_the_preferred_replica_is_kept_when_another_replica_has_only_a_little_more() -> None:
     request = ReplicaRequest(prefix_family="f", prompt_blocks=20)
     fleet = [replica(n) for n in NAMES]
     order = [group[0] for group in rank(request, fleet)]
@@ -188,7 +190,7 @@ def test_the_home_is_kept_when_another_replica_has_only_a_little_more() -> None:
     assert rank(request, fleet, {order[0]: 2, order[1]: 20})[0] == [order[1]]
 
 
-def test_a_match_is_worth_some_queue_but_not_any() -> None:
+def test_a_match_outweighs_a_short_queue_but_not_a_long_one() -> None:
     request = ReplicaRequest(prefix_family="f", prompt_blocks=10)
     fleet = [replica(n) for n in NAMES]
     holder = rank(request, fleet)[0][0]
@@ -211,29 +213,29 @@ def ranked_by_work(request: ReplicaRequest, matches: dict[str, int], busy: str) 
 
 def test_a_new_conversation_avoids_the_replica_that_did_most_of_the_work() -> None:
     request = ReplicaRequest(prefix_family="c", prompt_blocks=10)
-    home = rank(request, [replica(n) for n in NAMES])[0][0]
-    assert ranked_by_work(request, {}, busy=home) != [home]
-    assert ranked_by_work(request, {}, busy=NAMES[NAMES.index(home) - 1]) == [home]
+    preferred = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert ranked_by_work(request, {}, busy=preferred) != [preferred]
+    assert ranked_by_work(request, {}, busy=NAMES[NAMES.index(preferred) - 1]) == [preferred]
 
 
-def test_a_named_session_goes_home_whatever_work_this_process_gave_its_home() -> None:
+def test_a_named_session_keeps_its_replica_at_any_work_that_this_process_gave_it() -> None:
     request = ReplicaRequest(session_key="c", prompt_blocks=10)
-    home = rank(request, [replica(n) for n in NAMES])[0][0]
-    assert all(ranked_by_work(request, {}, busy=name) == [home] for name in NAMES)
+    preferred = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert all(ranked_by_work(request, {}, busy=name) == [preferred] for name in NAMES)
 
 
 @pytest.mark.parametrize("kind", ["prefix_family", "session_key"])
 def test_work_in_the_past_does_not_move_a_conversation_from_its_cache(kind: str) -> None:
     request = ReplicaRequest(**{kind: "c"}, prompt_blocks=10)
-    home = rank(request, [replica(n) for n in NAMES])[0][0]
-    assert ranked_by_work(request, {home: 8}, busy=home) == [home]
+    preferred = rank(request, [replica(n) for n in NAMES])[0][0]
+    assert ranked_by_work(request, {preferred: 8}, busy=preferred) == [preferred]
 
 
 def test_a_system_prompt_alone_does_not_tie_a_conversation_to_its_holder() -> None:
     request = ReplicaRequest(prefix_family="c", prompt_blocks=10, shared_blocks=8)
     fleet = [replica(n) for n in NAMES]
-    home, *_, other = (group[0] for group in rank(request, fleet))
-    assert rank(request, fleet, {other: 8})[0] == [home]
+    preferred, *_, other = (group[0] for group in rank(request, fleet))
+    assert rank(request, fleet, {other: 8})[0] == [preferred]
     assert rank(request, fleet, {other: 10})[0] == [other]
 
 
@@ -292,10 +294,11 @@ def test_locality_does_not_move_a_family_between_router_nodes() -> None:
 def test_exploration_tries_another_replica_in_about_one_request_of_a_hundred() -> None:
     request = ReplicaRequest(prefix_family="f")
     fleet = [replica(n) for n in NAMES]
-    home = rank(request, fleet)[0]
+    preferred = rank(request, fleet)[0]
     dice = Random(7)
     elsewhere = sum(
-        rank(request, fleet, exploration_ratio=0.01, random=dice)[0] != home for _ in range(10_000)
+        rank(request, fleet, exploration_ratio=0.01, random=dice)[0] != preferred
+        for _ in range(10_000)
     )
     assert 60 < elsewhere < 140
 

@@ -152,7 +152,7 @@ def test_no_text_of_the_prompt_is_in_the_context() -> None:
     assert "xylophonist" not in repr(context)
 
 
-def test_word_order_and_words_are_told_apart() -> None:
+def test_word_order_and_words_make_a_difference() -> None:
     one, other = read_tokens("dog bites man"), read_tokens("man bites dog")
     assert token_buckets(one.hashes) != token_buckets(other.hashes)
     assert token_buckets(read_tokens("dog").hashes) != token_buckets(read_tokens("man").hashes)
@@ -200,7 +200,7 @@ def test_the_size_of_a_number_is_not_vocabulary() -> None:
         ("", "und"),
     ],
 )
-def test_language_is_told_by_frequent_words(text: str, language: str) -> None:
+def test_language_is_recognised_by_frequent_words(text: str, language: str) -> None:
     assert detect_language(text) == language
 
 

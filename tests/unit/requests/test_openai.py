@@ -133,7 +133,8 @@ def test_the_model_defaults_to_the_routers_choice() -> None:
 
 
 def test_parameters_that_the_decision_does_not_read_are_passed_over() -> None:
-    parse_chat(chat(temperature="hot", brand_new_parameter={"a": 1}))
+    more = {"temperature": "hot", "brand_new_parameter": {"a": 1}}
+    assert parse_chat(chat(user("hi"), **more)) == parse_chat(chat(user("hi")))
 
 
 @pytest.mark.parametrize(

@@ -209,10 +209,10 @@ def test_a_deployment_without_a_budget_wakes_every_slm() -> None:
 def test_queues_of_a_router_that_stopped_reporting_are_dropped() -> None:
     fleet = Fleet().up()
     fleet.report_demand(queued={"c": 3})
-    assert fleet.summary().held_requests == 3
+    assert fleet.summary().queued_requests == 3
     fleet.clock.advance(ROUTER_EXPIRY_S + 0.1)
     fleet.coordinator.step()
-    assert fleet.summary().held_requests == 0
+    assert fleet.summary().queued_requests == 0
 
 
 def test_hits_of_all_routers_are_counted() -> None:

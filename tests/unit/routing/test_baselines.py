@@ -60,7 +60,7 @@ def test_the_largest_has_most_parameters_and_single_comes_before_it() -> None:
     assert choose(policy("single", slm="poet"), ids=("sql", "wide")) == ["wide", "sql"]
 
 
-def test_rules_send_what_no_rule_decides_to_whoever_lists_most_skills() -> None:
+def test_rules_send_what_no_rule_decides_to_the_slm_with_most_skills() -> None:
     assert choose(policy("rules")) == ["wide", "huge", "sql", "poet"]
 
 
@@ -112,7 +112,7 @@ def test_an_example_makes_an_slm_like_prompts_of_its_kind() -> None:
     assert similarity["music"] > similarity["rest"]
 
 
-def test_a_prompt_without_words_is_like_nobody() -> None:
+def test_a_prompt_without_words_is_similar_to_no_slm() -> None:
     assert set(Similarity(FLEET.slms, text_buckets).of(()).values()) == {0.0}
 
 
@@ -170,11 +170,11 @@ def test_named_models_and_safety_come_before_any_policy() -> None:
 
 def test_hard_filters_come_before_any_policy() -> None:
     away = make_spec("away", parameters=99, locality="remote", remote={"base_url": "http://x/v1"})
-    fleet = make_fleet(make_spec("home"), away)
+    fleet = make_fleet(make_spec("near"), away)
     target = selector("single", fleet, slm="away")
     local = Overrides(local_only=True)
     body = parse_chat({"messages": [{"role": "user", "content": "hello"}]})
-    assert target.decide(body, local, "decision").slm_id == "home"
+    assert target.decide(body, local, "decision").slm_id == "near"
     with pytest.raises(NoCandidateError):
         decide(target, max_tokens=100_000)
 

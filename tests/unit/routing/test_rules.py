@@ -54,7 +54,7 @@ def test_no_rule_is_a_valid_answer() -> None:
     assert first_match((), make_context()) is None
 
 
-def test_a_rules_slm_keeps_its_word_while_it_is_awake_and_about_as_good_as_usual() -> None:
+def test_a_rules_slm_is_usable_while_it_is_awake_and_about_as_good_as_usual() -> None:
     assert rule_target_is_usable(make_state())
     assert not rule_target_is_usable(make_state(calibration_factor=0.4))
     assert not rule_target_is_usable(make_state(residency=Residency.ASLEEP))

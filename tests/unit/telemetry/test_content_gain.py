@@ -22,11 +22,11 @@ def decision(
 
 
 def test_choices_that_follow_the_prompt_gain_over_both_blind_rivals() -> None:
-    draw, watch = Random(1), ContentGainMonitor()
+    draw, monitor = Random(1), ContentGainMonitor()
     for _ in range(400):
         sql, chat = (0.9, 0.2) if draw.random() < 0.5 else (0.2, 0.9)
-        watch.observe(decision({"sql": (sql, sql), "chat": (chat, chat)}))
-    gains = watch.gains()
+        monitor.observe(decision({"sql": (sql, sql), "chat": (chat, chat)}))
+    gains = monitor.gains()
     assert gains is not None
     assert gains.gain_best_single > 0.3
     assert gains.gain_share_matched > 0.3
@@ -49,34 +49,34 @@ def test_one_slm_for_everything_is_an_alarm_that_states_whether_others_are_bette
 
 
 def test_choices_by_chance_alone_are_an_alarm() -> None:
-    draw, watch = Random(3), ContentGainMonitor()
+    draw, monitor = Random(3), ContentGainMonitor()
     for _ in range(400):
         tilt = 0.001 * draw.random()
-        watch.observe(decision({"a": (0.5 + tilt, 0.5), "b": (0.5005, 0.5)}))
-    gains = watch.gains()
+        monitor.observe(decision({"a": (0.5 + tilt, 0.5), "b": (0.5005, 0.5)}))
+    gains = monitor.gains()
     assert gains is not None
     assert gains.verdict == "choices vary, but not with the prompt"
 
 
 def test_there_is_no_early_verdict_and_pinned_decisions_do_not_count() -> None:
-    watch = ContentGainMonitor()
+    monitor = ContentGainMonitor()
     for _ in range(MIN_DECISIONS + 5):
-        watch.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}, DecisionPath.PINNED))
-    assert watch.gains() is None
+        monitor.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}, DecisionPath.PINNED))
+    assert monitor.gains() is None
     for _ in range(MIN_DECISIONS - 1):
-        watch.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}))
-    gains = watch.gains()
+        monitor.observe(decision({"a": (0.5, 0.5), "b": (0.1, 0.1)}))
+    gains = monitor.gains()
     assert gains is not None
     assert gains.verdict == ""
 
 
 def test_old_decisions_and_slms_that_left_are_forgotten() -> None:
-    watch = ContentGainMonitor()
+    monitor = ContentGainMonitor()
     for _ in range(50):
-        watch.observe(decision({"a": (0.9, 0.9), "gone": (0.1, 0.1)}))
+        monitor.observe(decision({"a": (0.9, 0.9), "gone": (0.1, 0.1)}))
     for _ in range(WINDOW_DECISIONS):
-        watch.observe(decision({"a": (0.1, 0.1), "b": (0.9, 0.9)}))
-    gains = watch.gains()
+        monitor.observe(decision({"a": (0.1, 0.1), "b": (0.9, 0.9)}))
+    gains = monitor.gains()
     assert gains is not None
     assert gains.decisions == WINDOW_DECISIONS
     assert gains.shares == {"b": 1.0}

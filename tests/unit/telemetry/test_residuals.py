@@ -33,7 +33,7 @@ def answered(running: float = 1.0, in_flight: int = 1, applied: float = 1.0, **f
     return make_outcome(load=LoadAtDecision(running, in_flight, applied), **fields)
 
 
-def test_joules_of_a_step_are_told_from_joules_of_a_token() -> None:
+def test_joules_of_a_step_are_separated_from_joules_of_a_token() -> None:
     energy, random = TokenEnergy(), Random(1)
     for _ in range(200):
         running, tokens = random.randint(1, 8), random.randint(5, 60)

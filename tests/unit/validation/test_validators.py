@@ -159,9 +159,9 @@ PASSED = QualitySignal("validator:json", 1.0, 1.0)
 FAILED = QualitySignal("validator:sql", 0.0, 1.0)
 
 
-def test_nothing_said_is_no_label() -> None:
+def test_no_known_signal_is_no_label() -> None:
     assert quality_label([]) is None
-    assert quality_label([QualitySignal("somebody", 1.0)]) is None
+    assert quality_label([QualitySignal("unknown", 1.0)]) is None
 
 
 def test_feedback_overrides_validators_both_ways() -> None:

@@ -1,4 +1,4 @@
-"""The router's calls to the knowledge actor: what crosses, what a refusal means, following."""
+"""The router's calls to the knowledge actor: what crosses, what an error means, following."""
 
 from __future__ import annotations
 
@@ -59,10 +59,8 @@ def connect(client: KnowledgeClient, monkeypatch: pytest.MonkeyPatch, *replies: 
 async def test_what_the_actor_refuses_is_the_clients_mistake(
     client: KnowledgeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusal = RayTaskError(
-        "change_predictor", "traceback", RequestError("no such", param="version")
-    )
-    monkeypatch.setattr(client, "_call", raising(refusal.as_instanceof_cause()))
+    error = RayTaskError("change_predictor", "traceback", RequestError("no such", param="version"))
+    monkeypatch.setattr(client, "_call", raising(error.as_instanceof_cause()))
     with pytest.raises(RequestError, match="no such") as found:
         await client.change_predictor("pin", "v9")
     assert (found.value.http_status, found.value.param) == (400, "version")

@@ -83,7 +83,7 @@ def test_a_remote_slms_key_must_be_in_the_environment(
     assert serve.check(path) == URL
 
 
-def test_applications_of_others_are_not_judged(tmp_path: Path) -> None:
+def test_applications_of_others_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "serve_config.yaml"
     ours = {"import_path": "deployments.app:build_app", "args": fleet()}
     other = {"name": "x", "import_path": "other:app", "args": {"fleet": "nowhere"}}
@@ -204,7 +204,7 @@ def test_following_ends_with_the_child(
         b"will be retried. Error: User exception:\n",
     ],
 )
-def test_a_failed_build_is_said_and_stops_the_child(
+def test_a_failed_build_is_reported_and_stops_the_child(
     line: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     child = Child(9, line)

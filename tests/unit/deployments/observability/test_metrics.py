@@ -45,7 +45,7 @@ SNAPSHOT: dict[str, Any] = {
         "weights": {"latency_per_s": 0.1},
         "targets": [{"name": "ttft_p95_s", "target": 1.0, "measured": 0.5, "held": True}],
     },
-    "residency": {"budget_bytes": 400, "hot_bytes": 300, "swaps": 7, "held_requests": 2},
+    "residency": {"budget_bytes": 400, "hot_bytes": 300, "swaps": 7, "queued_requests": 2},
     "alarms": [{"kind": "quality", "slm": "code"}],
     "choices": {
         "calibration_error": 0.04,
@@ -112,9 +112,9 @@ def router_metrics(clock: Clock | None = None) -> tuple[RouterMetrics, Recorder]
     return RouterMetrics(clock or Clock(), ["code", "chat"], recorder), recorder
 
 
-def samples(exposition: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def samples(exported: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     def each() -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], float]]:
-        for family in text_string_to_metric_families(exposition.decode()):
+        for family in text_string_to_metric_families(exported.decode()):
             for sample in family.samples:
                 yield (sample.name, frozenset(sample.labels.items())), sample.value
 
@@ -143,7 +143,7 @@ def test_histograms_have_rising_positive_buckets_and_others_have_none() -> None:
         assert all(bound > 0 for bound in metric.buckets)
 
 
-def test_one_outcome_reaches_ray_and_the_exposition_alike() -> None:
+def test_one_outcome_reaches_ray_and_the_exporter_alike() -> None:
     metrics, recorder = router_metrics()
     metrics.observe(OUTCOME)
     (counted,) = recorder.of("calm_requests")
@@ -158,7 +158,7 @@ def test_one_outcome_reaches_ray_and_the_exposition_alike() -> None:
     assert shown[key("calm_retries_total", slm="code")] == 1.0
 
 
-def test_exposition_accumulates_counters_and_buckets() -> None:
+def test_the_exporter_accumulates_counters_and_buckets() -> None:
     metrics, _ = router_metrics()
     for ttft_s in (0.005, 0.006, 0.5, 999.0):
         metrics.observe(change_outcome(OUTCOME, ttft_s=ttft_s))
@@ -261,7 +261,7 @@ def test_request_rate_is_recent_and_falls_when_requests_stop() -> None:
     assert rates[1] < 0.1
 
 
-def test_exposition_shows_the_fleet_snapshot_it_is_given() -> None:
+def test_the_exporter_shows_the_fleet_snapshot_it_is_given() -> None:
     metrics, _ = router_metrics()
     metrics.refresh({"ready": False, "slms": []}, HOST)
     shown = samples(render_fleet_metrics(metrics.aggregates, SNAPSHOT))
@@ -273,7 +273,7 @@ def test_exposition_shows_the_fleet_snapshot_it_is_given() -> None:
     assert key("calm_slm_cached_prefix_ratio", slm="code") not in shown
 
 
-def test_exposition_shows_alarms_that_are_on_and_zero_for_those_that_are_off() -> None:
+def test_the_exporter_shows_alarms_that_are_on_and_zero_for_those_that_are_off() -> None:
     metrics, _ = router_metrics()
     shown = samples(render_fleet_metrics(metrics.aggregates, SNAPSHOT))
     assert shown[key("calm_alarm", kind="quality", slm="code")] == 1.0
@@ -283,7 +283,7 @@ def test_exposition_shows_alarms_that_are_on_and_zero_for_those_that_are_off() -
     assert shown[key("calm_choice_gain", against="share_matched")] == 0.1
 
 
-def test_exposition_exports_the_series_names_the_table_promises() -> None:
+def test_the_exporter_writes_the_series_names_the_table_promises() -> None:
     metrics, _ = router_metrics()
     metrics.observe(OUTCOME)
     for hot in (True, False):

@@ -53,7 +53,7 @@ async def body_of(response: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("items", "options", "status", "ending"),
+    ("items", "options", "status", "logged"),
     [
         ((b'{"a":', ReplyEnd(b"1}", make_facts("r1"))), {}, 200, "ok"),
         ((ErrorReply(422, b"{}"),), {}, 422, "rejected"),
@@ -70,13 +70,13 @@ async def test_every_end_of_a_reply_in_one_piece_leaves_one_outcome(
     items: Any,
     options: dict[str, Any],
     status: int,
-    ending: str,
+    logged: str,
 ) -> None:
     async with Service(tmp_path, *items, **options) as service:
         response = await service.post(CHAT)
         (outcome,) = await service.outcomes()
     assert response.status_code == status
-    assert outcome.status == ending
+    assert outcome.status == logged
     assert outcome.outcome_id == response.headers["x-calm-decision-id"]
 
 
@@ -95,7 +95,7 @@ async def test_the_outcome_has_the_status_that_the_client_saw(
 
 
 @pytest.mark.parametrize(
-    ("items", "options", "end", "ending"),
+    ("items", "options", "end", "logged"),
     [
         ((b"data: 1\n\n", END), {}, b"[DONE]\n\n", ("ok", 200)),
         ((b"data: 1\n\n", RayActorError()), {}, b"}\n\n", ("error", 503)),
@@ -109,7 +109,7 @@ async def test_every_end_of_a_stream_leaves_one_outcome(
     items: Any,
     options: dict[str, Any],
     end: bytes,
-    ending: tuple[str, int],
+    logged: tuple[str, int],
 ) -> None:
     async with Service(tmp_path, *items, **options) as service:
         response = await service.post({**CHAT, "stream": True})
@@ -118,7 +118,7 @@ async def test_every_end_of_a_stream_leaves_one_outcome(
     assert response.status_code == 200
     assert content.startswith(b"data: 1\n\n")
     assert content.endswith(end)
-    assert (outcome.status, outcome.http_status) == ending
+    assert (outcome.status, outcome.http_status) == logged
 
 
 async def test_a_client_that_leaves_a_stream_stops_the_slm_and_leaves_one_outcome(

@@ -125,7 +125,7 @@ async def test_the_answer_passes_through_in_order(view: LiveView) -> None:
     assert fleet.failed == []
 
 
-async def test_an_answer_in_one_piece_is_its_final_item_alone(view: LiveView) -> None:
+async def test_an_answer_in_one_piece_is_its_reply_end_alone(view: LiveView) -> None:
     call = started()
     assert await read(await Fleet(view, 2, a=[END]).open(call)) == b"end"
     assert call.end == END
@@ -255,13 +255,15 @@ async def test_a_dead_fleet_is_unavailable(view: LiveView) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 422, 429])
-async def test_a_refusal_that_is_the_clients_fault_is_final(view: LiveView, status: int) -> None:
+async def test_an_error_reply_that_is_the_clients_fault_is_not_retried(
+    view: LiveView, status: int
+) -> None:
     fleet, call = Fleet(view, 2, a=[ErrorReply(status, b"no")], b=[]), started()
     assert await fleet.open(call) == ErrorReply(status, b"no")
     assert (call.slm_id, fleet.failed) == ("a", [])
 
 
-async def test_the_last_refusal_is_the_answer_and_still_counts_as_a_failure(
+async def test_the_last_error_reply_is_the_answer_and_still_counts_as_a_failure(
     view: LiveView,
 ) -> None:
     fleet = Fleet(view, 0, a=[UNWELL])
@@ -308,7 +310,7 @@ async def test_nothing_is_retried_after_the_first_byte(view: LiveView, failure: 
     assert (outcome.status, outcome.http_status, outcome.retries) == ("error", 500, 0)
 
 
-async def test_a_refusal_after_the_first_byte_is_an_error_not_bytes(view: LiveView) -> None:
+async def test_an_error_reply_after_the_first_byte_is_an_error_not_bytes(view: LiveView) -> None:
     call = started()
     answer = await Fleet(view, 2, a=[[b"one", UNWELL], END], b=[END]).open(call)
     assert await anext(answer) == b"one"

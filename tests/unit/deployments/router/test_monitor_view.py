@@ -52,7 +52,7 @@ def test_the_fleet_document_has_alarms_choices_and_each_slms_calibration_and_ene
 
 
 def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() -> None:
-    watch = MonitorView(FakeClock())
+    monitor = MonitorView(FakeClock())
     sides = [("small", "large"), ("large", "small")]
 
     def choose(best: str, other: str) -> None:
@@ -60,18 +60,18 @@ def test_a_router_that_always_takes_the_same_slm_raises_the_alarm_and_ends_it() 
             Candidate(best, prediction=make_prediction(best), quality=0.9, score=0.9),
             Candidate(other, prediction=make_prediction(other), quality=0.1, score=0.1),
         )
-        watch.chose(make_decision(best, other, candidates=candidates))
+        monitor.chose(make_decision(best, other, candidates=candidates))
 
     for _ in range(MIN_DECISIONS):
         choose(*sides[0])
-    (alarm,) = watch.fleet()["alarms"]
+    (alarm,) = monitor.fleet()["alarms"]
     assert (alarm["kind"], alarm["detail"]) == (
         "constant_selector",
         "small is best for every prompt",
     )
     for number in range(MIN_DECISIONS):
         choose(*sides[number % 2])
-    assert watch.fleet()["alarms"] == []
+    assert monitor.fleet()["alarms"] == []
 
 
 def selector(factors: dict[str, float]) -> ModelSelector:

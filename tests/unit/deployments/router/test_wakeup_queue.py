@@ -140,10 +140,10 @@ async def test_demand_is_reported_once_and_kept_when_the_actor_does_not_answer(
     with pytest.raises(IndexError):  # there is no answer to a third report
         await queue.run(report, make_fleet)
     del reports[2:]
-    assert [r.wanted for r in reports] == [("small", "large")] * 2
+    assert [r.arrivals for r in reports] == [("small", "large")] * 2
     assert [(r.hits, r.misses) for r in reports] == [(1, 1)] * 2
     assert (view.wait_s, view.summary) == ({"small": 3.0}, summary)
-    assert queue._take_demand(make_fleet()).wanted == ()
+    assert queue._take_demand(make_fleet()).arrivals == ()
 
 
 async def test_the_first_queued_request_is_reported_at_once(

@@ -82,7 +82,7 @@ async def test_an_answer_passes_through_and_its_usage_is_counted(start: Any) -> 
     assert facts.energy_j == pytest.approx(4.0)
 
 
-async def test_a_stream_keeps_its_bytes_in_order_and_ends_with_one_final(start: Any) -> None:
+async def test_a_stream_keeps_its_bytes_in_order_and_ends_with_one_reply_end(start: Any) -> None:
     chunks = [b"data: 1\n\n", b"data: " + json.dumps(ANSWER).encode(), b"\n\ndata: [DONE]\n\n"]
     slm = await start(lambda _: httpx.Response(200, stream=Chunks(*chunks)))
     items = await answers(slm, {"stream": True})
@@ -113,20 +113,20 @@ async def test_the_upstream_gets_its_own_model_name_key_and_path(
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
-async def test_an_upstream_error_is_a_refusal_with_its_body(start: Any, status: int) -> None:
+async def test_an_upstream_error_is_an_error_reply_with_its_body(start: Any, status: int) -> None:
     slm = await start(lambda _: httpx.Response(status, json={"error": {"message": "no"}}))
-    (refusal,) = await answers(slm)
-    assert isinstance(refusal, ErrorReply)
-    assert (refusal.http_status, json.loads(refusal.body)["error"]["message"]) == (status, "no")
+    (reply,) = await answers(slm)
+    assert isinstance(reply, ErrorReply)
+    assert (reply.http_status, json.loads(reply.body)["error"]["message"]) == (status, "no")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_key_that_the_upstream_refuses_is_not_the_clients_fault(
     start: Any, status: int
 ) -> None:
-    (refusal,) = await answers(await start(lambda _: httpx.Response(status)))
-    assert refusal.http_status == 502
-    assert f"refused our key ({status})" in json.loads(refusal.body)["error"]["message"]
+    (reply,) = await answers(await start(lambda _: httpx.Response(status)))
+    assert reply.http_status == 502
+    assert f"refused our key ({status})" in json.loads(reply.body)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ async def test_an_upstream_that_does_not_answer_is_a_bad_gateway(
     def upstream(_request: httpx.Request) -> httpx.Response:
         raise failure
 
-    (refusal,) = await answers(await start(upstream))
-    assert refusal.http_status == 502
-    message = json.loads(refusal.body)["error"]["message"]
+    (reply,) = await answers(await start(upstream))
+    assert reply.http_status == 502
+    message = json.loads(reply.body)["error"]["message"]
     assert "'cloud'" in message
     assert type(failure).__name__ in message
 
@@ -157,8 +157,8 @@ async def test_a_connection_that_breaks_after_the_first_bytes_raises(start: Any)
 
 async def test_a_document_that_breaks_off_is_a_bad_gateway(start: Any) -> None:
     broken = Chunks(b"one", httpx.ReadError("gone"))
-    (refusal,) = await answers(await start(lambda _: httpx.Response(200, stream=broken)))
-    assert refusal.http_status == 502
+    (reply,) = await answers(await start(lambda _: httpx.Response(200, stream=broken)))
+    assert reply.http_status == 502
 
 
 async def test_requests_inside_are_counted_until_they_end_however_they_end(start: Any) -> None:

@@ -13,13 +13,13 @@ from deployments.slm.sleep import LINGER_S, RETRY_S, ReplicaResidency
 
 
 class Engine:
-    """Sleeps and wakes when `gate` is open; keeps the calls."""
+    """Sleeps and wakes when `released` is set; keeps the calls."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
         self.calls: list[str] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.released = asyncio.Event()
+        self.released.set()
         self.failure: Exception | None = None
         self.asleep = False
 
@@ -33,7 +33,7 @@ class Engine:
 
     async def _do(self, what: str) -> None:
         self.calls.append(what)
-        await self.gate.wait()
+        await self.released.wait()
         self._clock.advance(0.25)
         if self.failure is not None:
             raise self.failure
@@ -148,25 +148,25 @@ async def test_a_request_wakes_a_sleeping_replica_and_is_answered() -> None:
 
 async def test_a_request_while_the_engine_falls_asleep_waits_and_is_answered() -> None:
     world = World()
-    world.engine.gate.clear()
+    world.engine.released.clear()
     world.residency.set_desired("asleep")
     await settle()
     requests = [asyncio.create_task(world.answer()) for _ in range(3)]
     await settle()
     assert not any(r.done() for r in requests)
     assert world.reports == []  # its memory is still taken
-    world.engine.gate.set()
+    world.engine.released.set()
     assert await asyncio.gather(*requests) == [True] * 3
     assert world.engine.calls == ["sleep", "wake"]
 
 
 async def test_the_newest_desired_residency_wins() -> None:
     world = World()
-    world.engine.gate.clear()
+    world.engine.released.clear()
     for desired in ("asleep", "hot", "asleep", "hot"):
         world.residency.set_desired(desired)
         await settle()
-    world.engine.gate.set()
+    world.engine.released.set()
     await settle()
     assert world.engine.calls == ["sleep", "wake"]
     assert not world.engine.asleep
@@ -180,12 +180,12 @@ async def test_a_waiting_request_that_is_cancelled_lets_the_replica_sleep_again(
     world = World()
     world.residency.set_desired("asleep")
     await settle()
-    world.engine.gate.clear()
+    world.engine.released.clear()
     request = asyncio.create_task(world.answer())
     await settle()
     request.cancel()
     await settle()
-    world.engine.gate.set()
+    world.engine.released.set()
     await world.time_out()
     assert world.engine.calls == ["sleep", "wake", "sleep"]
     assert world.engine.asleep
@@ -243,7 +243,7 @@ async def test_an_engine_that_dies_while_it_falls_asleep_stays_dead(
     failure: Exception | None,
 ) -> None:
     world = World()
-    world.engine.gate.clear()
+    world.engine.released.clear()
     world.residency.set_desired("asleep")
     await settle()
     waiting = asyncio.create_task(world.answer())
@@ -252,7 +252,7 @@ async def test_an_engine_that_dies_while_it_falls_asleep_stays_dead(
     with pytest.raises(ComponentError, match="killed"):
         await waiting
     world.engine.failure = failure
-    world.engine.gate.set()
+    world.engine.released.set()
     await settle()
     assert (world.residency.state, world.reports) == ("failed", ["failed"])
 
