@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec, first_error
-from calm_serve.errors import ConfigError
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
+from calm_serve.errors import ConfigError, KnowledgeError, NewerRecordError
 from calm_serve.knowledge.background import Ticker, take_steps
 from calm_serve.knowledge.columns import decode_signals
 from calm_serve.knowledge.energy_ledger import EnergyLedger
@@ -32,6 +29,7 @@ from calm_serve.knowledge.slm_registry import SLMRegistry, StartupStates
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.training_process import retrain_in_child
 from calm_serve.learning import RetrainJob, RetrainResult
+from calm_serve.protocol.formats import RecordFormat
 from calm_serve.protocol.outcomes import OUTCOME, decode_batch
 from calm_serve.protocol.reports import (
     DEMAND_REPLY,
@@ -263,7 +261,10 @@ class KnowledgeService:
         """The SLM applications of an earlier run, published until their heartbeats are missed."""
         registry = SLMRegistry(monotonic)
         if text := self._store.meta(REGISTRY_KEY):
-            registry.restore(text)
+            try:
+                registry.restore(text)
+            except KnowledgeError as error:  # heartbeats bring the SLMs back within seconds
+                _log.error("stored %r ignored: %s", REGISTRY_KEY, error.message)
         self._publisher.publish(Topic.SLMS, registry.snapshot())
         return registry
 
@@ -300,20 +301,37 @@ def check_settings(present: Learning, new: Learning) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSettings:
+    """Settings of the last `configure`, for an actor that Ray restarts."""
+
+    fleet: Fleet
+    learning: Learning
+
+
+# The former build wrote version 1 without name and version in front.
+SETTINGS: RecordFormat[StoredSettings] = RecordFormat("settings", 1, StoredSettings, bare=1)
+
+
 def store_settings(store: OutcomeStore, fleet: Fleet, learning: Learning) -> None:
     """Store both; durable when this returns. Raises KnowledgeError."""
-    data = {"fleet": fleet.model_dump(mode="json"), "learning": learning.model_dump(mode="json")}
-    store.set_meta(SETTINGS_KEY, json.dumps(data))
+    store.set_meta(SETTINGS_KEY, SETTINGS.encode(StoredSettings(fleet, learning)).decode())
 
 
 def stored_settings(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
-    """The stored settings, None when there are none or they are no longer valid."""
+    """The stored settings; None for none, and for what this program cannot read, which is logged.
+
+    They stay in the store until the next `configure`, which brings settings of its own.
+    """
     text = store.meta(SETTINGS_KEY)
     if text is None:
         return None
     try:
-        data = json.loads(text)
-        return Fleet.model_validate(data["fleet"]), Learning.model_validate(data["learning"])
-    except ValidationError as error:
-        _log.warning("%s; ignored", first_error("stored settings", error))
+        found = SETTINGS.decode(text)
+    except NewerRecordError as error:
+        _log.error("stored %r ignored: %s", SETTINGS_KEY, error.message)
         return None
+    except KnowledgeError as error:
+        _log.warning("stored %r ignored: %s", SETTINGS_KEY, error.message)
+        return None
+    return found.fleet, found.learning
