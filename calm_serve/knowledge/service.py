@@ -30,14 +30,20 @@ from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.training_process import retrain_in_child
 from calm_serve.learning import RetrainJob, RetrainResult
 from calm_serve.protocol.formats import RecordFormat
-from calm_serve.protocol.outcomes import OUTCOME, decode_batch
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS, decode_batch
 from calm_serve.protocol.reports import (
     DEMAND_REPLY,
     DEMAND_REPORT,
     ENERGY_REPORT,
     REPLICA_REPORT,
 )
-from calm_serve.protocol.topics import FORMATS, Topic, Update
+from calm_serve.protocol.topics import (
+    FORMATS,
+    GOAL_CHANGES,
+    REGISTRATION,
+    Topic,
+    Update,
+)
 from calm_serve.residency import RESIDENCY_KEY, ResidencyCoordinator
 from calm_serve.types import QualitySignal
 
@@ -139,12 +145,17 @@ class KnowledgeService:
         """Store quality signals, also of an outcome that has not arrived yet.
 
         Returns whether the outcome is known. Raises KnowledgeError for a malformed signal.
+        Routers of the former build call this, with plain data.
         """
         self._ticker.start()
         decoded = decode_signals(signals)
         known = await self._in_thread(lambda: self._store.add_signals(outcome_id, decoded))
         await self._learner.feedback(outcome_id, decoded)
         return known
+
+    async def add_signals(self, outcome_id: str, signals: bytes) -> bool:
+        """As `feedback`, from `protocol.outcomes.SIGNALS`."""
+        return await self.feedback(outcome_id, SIGNALS.decode(signals))
 
     async def outcome(self, outcome_id: str) -> bytes | None:
         """A stored outcome with its signals, in the format `outcomes.OUTCOME`; None if unknown."""
@@ -169,9 +180,9 @@ class KnowledgeService:
         """Replace the goals; return the durable change, in the format of its topic."""
         return FORMATS[Topic.GOALS].encode(await self._goals.set(goals, by))
 
-    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
-        """Who changed the goals when, newest first."""
-        return await self._goals.history(limit)
+    async def goal_changes(self, limit: int) -> bytes:
+        """Who changed the goals when, newest first, as `protocol.topics.GOAL_CHANGES`."""
+        return GOAL_CHANGES.encode(await self._goals.history(limit))
 
     async def report_state(self, slm_id: str, replica_id: str, report: bytes) -> None:
         """Take a replica's report of its start-up, `protocol.reports.REPLICA_REPORT`."""
@@ -197,10 +208,14 @@ class KnowledgeService:
         """Take a replica's energy, published at the next tick."""
         self._energy.report(slm_id, replica_id, ENERGY_REPORT.decode(report))
 
-    async def register(self, spec_json: str, app_name: str) -> None:
-        """Add an SLM application, or renew its heartbeat. Raises ConfigError."""
+    async def register_slm(self, registration: bytes) -> None:
+        """Add an SLM application, `protocol.topics.REGISTRATION`, or renew its heartbeat.
+
+        Raises ConfigError for what cannot be registered, KnowledgeError for another record.
+        """
         self._ticker.start()
-        if self._registry.register(spec_json, app_name, [s.id for s in self._fleet.slms]):
+        found, taken = REGISTRATION.decode(registration), [s.id for s in self._fleet.slms]
+        if self._registry.register(found.spec, found.app_name, taken):
             await self._publish_registry()
 
     async def unregister(self, slm_id: str) -> None:

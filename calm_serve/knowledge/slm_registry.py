@@ -42,22 +42,22 @@ class SLMRegistry:
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
 
-    def register(self, spec_json: str, app_name: str, taken: Collection[str]) -> bool:
+    def register(self, spec: dict[str, Any], app_name: str, taken: Collection[str]) -> bool:
         """Add an SLM or renew its heartbeat; return whether anything but the heartbeat changed.
 
         `taken` are ids of the fleet file. Raises ConfigError for a bad spec or a taken id.
         """
         try:
-            spec = SLMSpec.model_validate_json(spec_json)
+            found = SLMSpec.model_validate(spec)
         except ValidationError as error:
             raise ConfigError(f"registered SLM: {first_error('', error)}") from error
-        old = self._entries.get(spec.id)
-        if spec.id in taken or (old is not None and old.app_name != app_name):
-            raise ConfigError(f"SLM id {spec.id!r} is taken")
+        old = self._entries.get(found.id)
+        if found.id in taken or (old is not None and old.app_name != app_name):
+            raise ConfigError(f"SLM id {found.id!r} is taken")
         if old is None and len(self._entries) >= MAX_REGISTERED:
             raise ConfigError(f"{MAX_REGISTERED} SLM applications are registered already")
-        plain = spec.model_dump(mode="json")
-        self._entries[spec.id] = _Entry(plain, app_name, self._clock())
+        plain = found.model_dump(mode="json")
+        self._entries[found.id] = _Entry(plain, app_name, self._clock())
         return old is None or old.spec != plain
 
     def unregister(self, slm_id: str) -> bool:

@@ -21,7 +21,7 @@ from calm_serve.learning.training import train
 from calm_serve.testing import change_outcome
 from calm_serve.types import QualitySignal, ShadowChoice
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_spec, make_world
-from tests.knowledge_world import World, log, settled
+from tests.knowledge_world import World, log, register, settled
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ async def test_one_failing_part_does_not_stop_the_others(world: World) -> None:
     await settled(service)
     assert len(world.jobs) == 1
     service._learner.promotion.tick = broken  # type: ignore[assignment, method-assign]
-    await service.register(make_spec("later").model_dump_json(), "app2")
+    await register(service, make_spec("later"), "app2")
     world.clock.now += 60.0
     await service.tick()
     assert (await service.status())["registered"] == []
@@ -167,7 +167,7 @@ async def test_what_another_version_wrote_down_does_not_stop_a_start(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = world.start()
-    await service.register(make_spec("fine").model_dump_json(), "app2")
+    await register(service, make_spec("fine"), "app2")
     stored = json.loads(service._store.meta("registry") or "{}")
     stored["record"]["odd"] = {"spec": {"id": "odd", "gone_field": 1}, "app_name": "app3"}
     service._store.set_meta("registry", json.dumps(stored))
@@ -184,7 +184,7 @@ KEYS = ("registry", "residency", "settings")
 
 async def test_what_the_former_build_stored_is_read(world: World) -> None:
     service = world.start()
-    await service.register(make_spec("fine").model_dump_json(), "app2")
+    await register(service, make_spec("fine"), "app2")
     learning = service._learning.model_copy(update={"min_outcomes": 50})
     await service.configure(make_fleet(), learning)
     await service.configure_residency(ResidencyOptions(memory_budget_bytes=10), 0.2, 0.02)
