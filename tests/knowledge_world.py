@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm_serve.config import Learning
+from calm_serve.config import Learning, SLMSpec
 from calm_serve.knowledge.service import KnowledgeService
 from calm_serve.knowledge.training_process import retrain_from_store
 from calm_serve.learning.retraining import RetrainJob, RetrainResult
 from calm_serve.protocol.outcomes import encode_batch
-from calm_serve.protocol.topics import Topic, decode
+from calm_serve.protocol.topics import REGISTRATION, RegisteredSLM, Topic, decode
 from calm_serve.types import Outcome
 from tests.knowledge_data import make_fleet
 
@@ -77,6 +77,12 @@ async def settled(service: KnowledgeService) -> None:
 async def log(service: KnowledgeService, batch_id: str, rows: Sequence[Outcome]) -> list[str]:
     """Send outcomes as a router does; return the ids that are acknowledged."""
     return await service.log(batch_id, encode_batch(rows))
+
+
+async def register(service: KnowledgeService, spec: SLMSpec, app_name: str) -> None:
+    """Register an SLM as its application does."""
+    record = RegisteredSLM(spec.model_dump(mode="json"), app_name)
+    await service.register_slm(REGISTRATION.encode(record))
 
 
 async def published(service: KnowledgeService, topic: Topic) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -82,11 +81,11 @@ class GoalHistory:
         self._publish_newest()
         return change
 
-    async def history(self, limit: int) -> list[dict[str, Any]]:
+    async def history(self, limit: int) -> tuple[GoalChange, ...]:
         """The newest changes first, at most `limit` and MAX_HISTORY."""
         limit = min(limit, MAX_HISTORY)
         found: list[GoalChange] = await self._in_thread(lambda: self._log.goal_changes(limit))
-        return [asdict(change) for change in found]
+        return tuple(found)
 
     def _write(self, new: dict[str, Any], by: str, configured: str | None) -> GoalChange:
         old = self._newest.new if self._newest else None

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec, first_error
-from calm_serve.errors import ConfigError
+from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions, SLMSpec
+from calm_serve.errors import ConfigError, KnowledgeError, NewerRecordError
 from calm_serve.knowledge.background import Ticker, take_steps
 from calm_serve.knowledge.columns import decode_signals
 from calm_serve.knowledge.energy_ledger import EnergyLedger
@@ -32,14 +29,21 @@ from calm_serve.knowledge.slm_registry import SLMRegistry, StartupStates
 from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.knowledge.training_process import retrain_in_child
 from calm_serve.learning import RetrainJob, RetrainResult
-from calm_serve.protocol.outcomes import OUTCOME, decode_batch
+from calm_serve.protocol.formats import RecordFormat
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS, decode_batch
 from calm_serve.protocol.reports import (
     DEMAND_REPLY,
     DEMAND_REPORT,
     ENERGY_REPORT,
     REPLICA_REPORT,
 )
-from calm_serve.protocol.topics import FORMATS, Topic, Update
+from calm_serve.protocol.topics import (
+    FORMATS,
+    GOAL_CHANGES,
+    REGISTRATION,
+    Topic,
+    Update,
+)
 from calm_serve.residency import RESIDENCY_KEY, ResidencyCoordinator
 from calm_serve.types import QualitySignal
 
@@ -141,12 +145,17 @@ class KnowledgeService:
         """Store quality signals, also of an outcome that has not arrived yet.
 
         Returns whether the outcome is known. Raises KnowledgeError for a malformed signal.
+        Routers of the former build call this, with plain data.
         """
         self._ticker.start()
         decoded = decode_signals(signals)
         known = await self._in_thread(lambda: self._store.add_signals(outcome_id, decoded))
         await self._learner.feedback(outcome_id, decoded)
         return known
+
+    async def add_signals(self, outcome_id: str, signals: bytes) -> bool:
+        """As `feedback`, from `protocol.outcomes.SIGNALS`."""
+        return await self.feedback(outcome_id, SIGNALS.decode(signals))
 
     async def outcome(self, outcome_id: str) -> bytes | None:
         """A stored outcome with its signals, in the format `outcomes.OUTCOME`; None if unknown."""
@@ -171,9 +180,9 @@ class KnowledgeService:
         """Replace the goals; return the durable change, in the format of its topic."""
         return FORMATS[Topic.GOALS].encode(await self._goals.set(goals, by))
 
-    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
-        """Who changed the goals when, newest first."""
-        return await self._goals.history(limit)
+    async def goal_changes(self, limit: int) -> bytes:
+        """Who changed the goals when, newest first, as `protocol.topics.GOAL_CHANGES`."""
+        return GOAL_CHANGES.encode(await self._goals.history(limit))
 
     async def report_state(self, slm_id: str, replica_id: str, report: bytes) -> None:
         """Take a replica's report of its start-up, `protocol.reports.REPLICA_REPORT`."""
@@ -199,10 +208,14 @@ class KnowledgeService:
         """Take a replica's energy, published at the next tick."""
         self._energy.report(slm_id, replica_id, ENERGY_REPORT.decode(report))
 
-    async def register(self, spec_json: str, app_name: str) -> None:
-        """Add an SLM application, or renew its heartbeat. Raises ConfigError."""
+    async def register_slm(self, registration: bytes) -> None:
+        """Add an SLM application, `protocol.topics.REGISTRATION`, or renew its heartbeat.
+
+        Raises ConfigError for what cannot be registered, KnowledgeError for another record.
+        """
         self._ticker.start()
-        if self._registry.register(spec_json, app_name, [s.id for s in self._fleet.slms]):
+        found, taken = REGISTRATION.decode(registration), [s.id for s in self._fleet.slms]
+        if self._registry.register(found.spec, found.app_name, taken):
             await self._publish_registry()
 
     async def unregister(self, slm_id: str) -> None:
@@ -263,7 +276,10 @@ class KnowledgeService:
         """The SLM applications of an earlier run, published until their heartbeats are missed."""
         registry = SLMRegistry(monotonic)
         if text := self._store.meta(REGISTRY_KEY):
-            registry.restore(text)
+            try:
+                registry.restore(text)
+            except KnowledgeError as error:  # heartbeats bring the SLMs back within seconds
+                _log.error("stored %r ignored: %s", REGISTRY_KEY, error.message)
         self._publisher.publish(Topic.SLMS, registry.snapshot())
         return registry
 
@@ -300,20 +316,37 @@ def check_settings(present: Learning, new: Learning) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSettings:
+    """Settings of the last `configure`, for an actor that Ray restarts."""
+
+    fleet: Fleet
+    learning: Learning
+
+
+# The former build wrote version 1 without name and version in front.
+SETTINGS: RecordFormat[StoredSettings] = RecordFormat("settings", 1, StoredSettings, bare=1)
+
+
 def store_settings(store: OutcomeStore, fleet: Fleet, learning: Learning) -> None:
     """Store both; durable when this returns. Raises KnowledgeError."""
-    data = {"fleet": fleet.model_dump(mode="json"), "learning": learning.model_dump(mode="json")}
-    store.set_meta(SETTINGS_KEY, json.dumps(data))
+    store.set_meta(SETTINGS_KEY, SETTINGS.encode(StoredSettings(fleet, learning)).decode())
 
 
 def stored_settings(store: OutcomeStore) -> tuple[Fleet, Learning] | None:
-    """The stored settings, None when there are none or they are no longer valid."""
+    """The stored settings; None for none, and for what this program cannot read, which is logged.
+
+    They stay in the store until the next `configure`, which brings settings of its own.
+    """
     text = store.meta(SETTINGS_KEY)
     if text is None:
         return None
     try:
-        data = json.loads(text)
-        return Fleet.model_validate(data["fleet"]), Learning.model_validate(data["learning"])
-    except ValidationError as error:
-        _log.warning("%s; ignored", first_error("stored settings", error))
+        found = SETTINGS.decode(text)
+    except NewerRecordError as error:
+        _log.error("stored %r ignored: %s", SETTINGS_KEY, error.message)
         return None
+    except KnowledgeError as error:
+        _log.warning("stored %r ignored: %s", SETTINGS_KEY, error.message)
+        return None
+    return found.fleet, found.learning

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from calm_serve.config import SLMSpec, first_error
 from calm_serve.errors import ConfigError
+from calm_serve.protocol.formats import RecordFormat
 from calm_serve.protocol.reports import ReplicaReport
 from calm_serve.protocol.topics import RegisteredSLM
 
@@ -21,6 +21,10 @@ EXPIRY_S = 30.0
 MAX_REGISTERED = 256
 MAX_REPLICAS_PER_SLM = 32
 MAX_SLMS = 512
+# The snapshot in the store. The former build wrote version 1 without name and version in front.
+REGISTERED_SLMS: RecordFormat[dict[str, RegisteredSLM]] = RecordFormat(
+    "registered_slms", 1, dict[str, RegisteredSLM], bare=1
+)
 _log = logging.getLogger(__name__)
 
 
@@ -38,22 +42,22 @@ class SLMRegistry:
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
 
-    def register(self, spec_json: str, app_name: str, taken: Collection[str]) -> bool:
+    def register(self, spec: dict[str, Any], app_name: str, taken: Collection[str]) -> bool:
         """Add an SLM or renew its heartbeat; return whether anything but the heartbeat changed.
 
         `taken` are ids of the fleet file. Raises ConfigError for a bad spec or a taken id.
         """
         try:
-            spec = SLMSpec.model_validate_json(spec_json)
+            found = SLMSpec.model_validate(spec)
         except ValidationError as error:
             raise ConfigError(f"registered SLM: {first_error('', error)}") from error
-        old = self._entries.get(spec.id)
-        if spec.id in taken or (old is not None and old.app_name != app_name):
-            raise ConfigError(f"SLM id {spec.id!r} is taken")
+        old = self._entries.get(found.id)
+        if found.id in taken or (old is not None and old.app_name != app_name):
+            raise ConfigError(f"SLM id {found.id!r} is taken")
         if old is None and len(self._entries) >= MAX_REGISTERED:
             raise ConfigError(f"{MAX_REGISTERED} SLM applications are registered already")
-        plain = spec.model_dump(mode="json")
-        self._entries[spec.id] = _Entry(plain, app_name, self._clock())
+        plain = found.model_dump(mode="json")
+        self._entries[found.id] = _Entry(plain, app_name, self._clock())
         return old is None or old.spec != plain
 
     def unregister(self, slm_id: str) -> bool:
@@ -78,24 +82,25 @@ class SLMRegistry:
 
     def to_json(self) -> str:
         """The snapshot as `restore` reads it after a restart."""
-        return json.dumps({i: asdict(slm) for i, slm in self.snapshot().items()})
+        return REGISTERED_SLMS.encode(self.snapshot()).decode()
 
     def specs(self) -> tuple[SLMSpec, ...]:
         """The registered SLMs."""
         return tuple(SLMSpec.model_validate(e.spec) for e in self._entries.values())
 
     def restore(self, text: str) -> None:
-        """Take over a snapshot (JSON) from before a restart; every heartbeat counts from now.
+        """Take over a snapshot (`to_json`) from before a restart; every heartbeat counts from now.
 
-        An entry of another version of the program that this one cannot read is ignored and logged.
+        An SLM whose entry this program cannot read is ignored and logged. Raises KnowledgeError
+        when that holds for the snapshot as a whole.
         """
-        for slm_id, entry in json.loads(text).items():
+        for slm_id, slm in REGISTERED_SLMS.decode(text).items():
             try:
-                SLMSpec.model_validate(entry["spec"])
+                SLMSpec.model_validate(slm.spec)
             except ValidationError as error:
                 _log.warning("registered SLM %r ignored: %s", slm_id, first_error("", error))
                 continue
-            self._entries[slm_id] = _Entry(entry["spec"], entry["app_name"], self._clock())
+            self._entries[slm_id] = _Entry(slm.spec, slm.app_name, self._clock())
 
 
 class StartupStates:

@@ -1,25 +1,28 @@
 """Training process: one retraining, from the log to a verdict, in a child of low priority.
 
-The parent writes a job to the child's standard input and reads the result from its standard output
-(one JSON document each). So training never blocks the event loop, a crash in native code ends the
-child only, and no command line contains a database password.
+The parent writes a job to the child's standard input and reads the reply from its standard output
+(one versioned record each). So training never blocks the event loop, a crash in native code ends
+the child only, and no command line contains a database password.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.knowledge.store import OutcomeStore
-from calm_serve.learning import RetrainJob, RetrainResult, retrain
+from calm_serve.learning import (
+    RETRAIN_JOB,
+    RETRAIN_REPLY,
+    RetrainJob,
+    RetrainReply,
+    RetrainResult,
+    retrain,
+)
 
 # 50,000 rows take about 110 MB of memory and less than a minute on one core.
 MAX_TRAINING_ROWS = 50_000
@@ -52,7 +55,7 @@ async def retrain_in_child(job: RetrainJob) -> RetrainResult:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     try:
-        out, err = await asyncio.wait_for(child.communicate(_encode(job)), TIMEOUT_S)
+        out, err = await asyncio.wait_for(child.communicate(RETRAIN_JOB.encode(job)), TIMEOUT_S)
     except TimeoutError as error:
         raise KnowledgeError(f"training took more than {TIMEOUT_S:g} s") from error
     finally:
@@ -62,41 +65,26 @@ async def retrain_in_child(job: RetrainJob) -> RetrainResult:
     if child.returncode != 0:
         last = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise KnowledgeError(f"training process ended with {child.returncode}: {last}")
-    answer = json.loads(out)
-    if "error" in answer:
-        raise KnowledgeError(answer["error"])
-    return RetrainResult(**{**answer, "blob": _from_text(answer["blob"])})
+    reply = RETRAIN_REPLY.decode(out)
+    if reply.result is None:
+        raise KnowledgeError(reply.error)
+    return reply.result
 
 
 def main() -> None:
     """Entry of the child process."""
     os.nice(NICENESS)
-    # LightGBM's Python side prints to standard output, which carries the result here.
-    answer_to, sys.stdout = sys.stdout, sys.stderr
-    answer: dict[str, Any]
+    # LightGBM's Python side prints to standard output, which carries the reply here.
+    reply_to, sys.stdout = sys.stdout.buffer, sys.stderr
+    reply_to.write(RETRAIN_REPLY.encode(_reply(sys.stdin.buffer.read())))
+    reply_to.flush()
+
+
+def _reply(job: bytes) -> RetrainReply:
     try:
-        result = retrain_from_store(_decode(json.load(sys.stdin)), time.time)
-        answer = {**asdict(result), "blob": _to_text(result.blob)}
+        return RetrainReply(retrain_from_store(RETRAIN_JOB.decode(job), time.time))
     except KnowledgeError as error:
-        answer = {"error": error.message}
-    json.dump(answer, answer_to)
-
-
-def _encode(job: RetrainJob) -> bytes:
-    return json.dumps({**asdict(job), "champion": _to_text(job.champion)}).encode()
-
-
-def _decode(data: Mapping[str, Any]) -> RetrainJob:
-    values = {**data, "slm_ids": tuple(data["slm_ids"]), "champion": _from_text(data["champion"])}
-    return RetrainJob(**values)
-
-
-def _to_text(blob: bytes | None) -> str | None:
-    return None if blob is None else base64.b64encode(blob).decode()
-
-
-def _from_text(text: str | None) -> bytes | None:
-    return None if text is None else base64.b64decode(text)
+        return RetrainReply(error=error.message)
 
 
 if __name__ == "__main__":

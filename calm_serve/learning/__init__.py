@@ -11,11 +11,21 @@ from calm_serve.learning.labels import quality_label
 from calm_serve.learning.monitor import OutcomeMonitor
 from calm_serve.learning.promotion import Promotion
 from calm_serve.learning.replay import Replay, ReplaySettings
-from calm_serve.learning.retraining import RetrainingScheduler, RetrainJob, RetrainResult, retrain
+from calm_serve.learning.retraining import (
+    RETRAIN_JOB,
+    RETRAIN_REPLY,
+    RetrainingScheduler,
+    RetrainJob,
+    RetrainReply,
+    RetrainResult,
+    retrain,
+)
 from calm_serve.learning.shadow import Shadow
 from calm_serve.learning.training import train
 
 __all__ = [
+    "RETRAIN_JOB",
+    "RETRAIN_REPLY",
     "ColdStartSLMs",
     "ColdStartTrainer",
     "OutcomeMonitor",
@@ -23,6 +33,7 @@ __all__ = [
     "Replay",
     "ReplaySettings",
     "RetrainJob",
+    "RetrainReply",
     "RetrainResult",
     "RetrainingScheduler",
     "Shadow",

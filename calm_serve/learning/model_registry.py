@@ -2,25 +2,29 @@
 
 `models/models.json` is the index, `models/VERSION.bin` an artifact. Artifacts are written first,
 then the index is replaced in one step, so after a crash every artifact that it names exists.
+An artifact is deleted only if the index before named it: what no readable index has named may be
+the only copy of a predictor.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from calm_serve.errors import KnowledgeError
+from calm_serve.errors import KnowledgeError, NewerRecordError
 from calm_serve.prediction import Artifact, load_artifact
+from calm_serve.protocol.formats import RecordFormat
 from calm_serve.protocol.topics import PredictorChange
 
 FOLDER = "models"
 INDEX = "models.json"
+UNREADABLE = ".unreadable"  # suffix of an index that was set aside
 SHIPPED_FILE = "predictor.bin"
 TRAINED, SHIPPED = "trained", "shipped"  # where a predictor comes from
 
@@ -152,11 +156,28 @@ class Index:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredIndex:
+    """The index as its file has it."""
+
+    models: tuple[RegisteredPredictor, ...]
+    pinned: str
+    last_change: PredictorChange | None
+
+
+# The former build wrote version 1 without name and version in front.
+INDEX_FORMAT: RecordFormat[StoredIndex] = RecordFormat("predictors_index", 1, StoredIndex, bare=1)
+
+
 class ModelRegistry:
     """The folder. Methods block and raise KnowledgeError; `index` is what was last written."""
 
     def __init__(self, state_dir: Path) -> None:
-        """Read the index; an unreadable one is logged and replaced by an empty one."""
+        """Read the index; a malformed one is logged, and set aside under another name.
+
+        Raises NewerRecordError for the index of a newer program, which stays as it is, and
+        KnowledgeError for one that the disk does not give.
+        """
         self._folder = state_dir / FOLDER
         self.index = self._read_index()
 
@@ -185,43 +206,42 @@ class ModelRegistry:
             return None
 
     def write(self, index: Index, blobs: Mapping[str, bytes] | None = None) -> None:
-        """Store artifacts, then the index, then delete artifacts that it does not name."""
+        """Store artifacts, then the index, then delete artifacts that it no longer names."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for version, blob in (blobs or {}).items():
             _write_atomically(self._path(version), blob)
-        data = {
-            "pinned": index.pinned,
-            "last_change": None if index.last_change is None else asdict(index.last_change),
-            "models": [asdict(p) for p in index.predictors],
-        }
-        _write_atomically(self._folder / INDEX, json.dumps(data, indent=1).encode())
+        stored = StoredIndex(index.predictors, index.pinned, index.last_change)
+        _write_atomically(self._folder / INDEX, INDEX_FORMAT.encode(stored))
+        dropped = {p.version for p in self.index.predictors} - set(index.by_version)
         self.index = index
-        named = {self._path(p.version) for p in index.predictors}
-        for path in self._folder.glob("*.bin"):
-            if path not in named:
-                path.unlink(missing_ok=True)
+        for version in dropped:
+            self._path(version).unlink(missing_ok=True)
 
     def _path(self, version: str) -> Path:
         return self._folder / f"{version}.bin"
 
     def _read_index(self) -> Index:
         path = self._folder / INDEX
-        if not path.is_file():
-            return Index()
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            change = data["last_change"]
-            return Index(
-                predictors=tuple(
-                    RegisteredPredictor(**{**p, "state": PredictorState(p["state"])})
-                    for p in data["models"]
-                ),
-                pinned=str(data["pinned"]),
-                last_change=None if change is None else PredictorChange(**change),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("unreadable index of predictors ignored: %s: %r", path.name, error)
+            stored = INDEX_FORMAT.decode(path.read_bytes())
+        except FileNotFoundError:
             return Index()
+        except OSError as error:
+            raise KnowledgeError(f"{path}: cannot be read: {error.strerror}") from error
+        except NewerRecordError as error:
+            raise NewerRecordError(
+                f"{path}: {error.message}; start the newer program, or move the folder away"
+            ) from error
+        except KnowledgeError as error:
+            aside = _set_aside(path)
+            _log.error(
+                "%s is kept as %s, and the predictors that it names are not used: %s",
+                path,
+                aside.name,
+                error.message,
+            )
+            return Index()
+        return Index(stored.models, stored.pinned, stored.last_change)
 
 
 def load_shipped(shipped_dir: str) -> LoadedPredictor | None:
@@ -275,3 +295,13 @@ def _write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise KnowledgeError(f"{path.name}: cannot be saved: {error.strerror}") from error
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file a name that is not in use yet; return it."""
+    aside = path.with_name(f"{path.stem}-{time.time_ns()}{UNREADABLE}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise KnowledgeError(f"{path}: cannot be set aside: {error.strerror}") from error
+    return aside

@@ -11,11 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from pydantic import Base64Bytes
+
 from calm_serve.config import Learning
-from calm_serve.learning.evaluation import promotion_test
+from calm_serve.learning.evaluation import Verdict, promotion_test
 from calm_serve.learning.promotion import Promotion
 from calm_serve.learning.training import train
 from calm_serve.prediction import Artifact
+from calm_serve.protocol.formats import RecordFormat
 from calm_serve.types import Outcome
 
 TRAINED_AT = "trained_at"  # the store's key of `labelled_total` at the last training
@@ -29,7 +32,7 @@ class RetrainJob:
 
     store_url: str
     slm_ids: tuple[str, ...]
-    champion: bytes | None
+    champion: Base64Bytes | None
     holdout_ratio: float
     seed: int = 0
 
@@ -38,10 +41,32 @@ class RetrainJob:
 class RetrainResult:
     """Verdict of the promotion test, the challenger's metrics, and its artifact if it passed."""
 
-    verdict: dict[str, Any]
-    metrics: dict[str, Any]
+    verdict: Verdict
+    metrics: dict[str, Any]  # those of the artifact
     version: str
-    blob: bytes | None
+    blob: Base64Bytes | None
+
+    def document(self, against: str) -> dict[str, Any]:
+        """Verdict, version and metrics as plain data; `against` is the version of the champion."""
+        return {
+            **asdict(self.verdict),
+            "reason": str(self.verdict.reason),
+            "version": self.version,
+            "against": against or "base_rate",
+            "metrics": self.metrics,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RetrainReply:
+    """What the training child writes: a result, or an error if there is none."""
+
+    result: RetrainResult | None = None
+    error: str = ""
+
+
+RETRAIN_JOB: RecordFormat[RetrainJob] = RecordFormat("retrain_job", 1, RetrainJob)
+RETRAIN_REPLY: RecordFormat[RetrainReply] = RecordFormat("retrain_reply", 1, RetrainReply)
 
 
 def retrain(
@@ -60,7 +85,7 @@ def retrain(
         seed=job.seed,
     )
     return RetrainResult(
-        verdict=asdict(verdict),
+        verdict=verdict,
         metrics=dict(training.metrics),
         version=training.artifact.version,
         blob=training.artifact.to_bytes() if verdict.publish else None,
@@ -178,12 +203,7 @@ class RetrainingScheduler:
             self.last_verdict = {"publish": False, "reason": "failed", "detail": str(error)}
             raise
         against = champion.artifact.version if champion else ""
-        found: dict[str, Any] = {
-            **result.verdict,
-            "version": result.version,
-            "against": against or "base_rate",
-            "metrics": result.metrics,
-        }
+        found = result.document(against)
         if result.blob is not None:
             found["then"] = await self._promotion.offer(result.blob, against)
         self.last_verdict = found

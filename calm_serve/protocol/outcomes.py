@@ -14,7 +14,7 @@ import pydantic_core
 
 from calm_serve.errors import KnowledgeError, NewerRecordError
 from calm_serve.protocol.formats import RecordFormat, to_json
-from calm_serve.types import Outcome
+from calm_serve.types import Outcome, QualitySignal
 
 VERSION = 2  # of an outcome; raised when a field changes its name or meaning
 BATCH = "outcomes"  # name in front of a batch
@@ -154,6 +154,9 @@ def _shadow(shadow: Mapping[str, Any]) -> dict[str, Any]:
 
 OUTCOME: RecordFormat[Outcome] = RecordFormat(
     "outcome", VERSION, Outcome, {1: outcome_from_v1}, bare=1
+)
+SIGNALS: RecordFormat[tuple[QualitySignal, ...]] = RecordFormat(
+    "signals", 1, tuple[QualitySignal, ...]
 )
 
 

@@ -176,6 +176,12 @@ FORMATS: Mapping[Topic, RecordFormat[Any]] = {
     Topic.ENERGY: RecordFormat("energy", 1, dict[str, SLMEnergy]),
 }
 
+# Calls of the knowledge actor whose records topics have too.
+REGISTRATION: RecordFormat[RegisteredSLM] = RecordFormat("registration", 1, RegisteredSLM)
+GOAL_CHANGES: RecordFormat[tuple[GoalChange, ...]] = RecordFormat(
+    "goal_changes", 1, tuple[GoalChange, ...]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Update:

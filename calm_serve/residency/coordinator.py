@@ -9,15 +9,14 @@ publishes nothing. `ObservedReplicas` holds the last reported state of each repl
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from pydantic import ValidationError
+from typing import Protocol
 
 from calm_serve.config import ResidencyOptions, SLMSpec
+from calm_serve.errors import KnowledgeError
+from calm_serve.protocol.formats import RecordFormat
 from calm_serve.protocol.reports import DemandReply, DemandReport, ResidencySummary
 from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.residency.planner import Planner
@@ -52,6 +51,21 @@ class MetaStore(Protocol):
     def meta(self, key: str) -> str | None:
         """The text, None when there is none."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencySettings:
+    """Settings of a deployment or an operator, kept over a restart."""
+
+    options: ResidencyOptions
+    latency_per_s: float  # weights of the goals, in quality points
+    energy_per_j: float
+
+
+# The former build wrote version 1 without name and version in front.
+SETTINGS: RecordFormat[ResidencySettings] = RecordFormat(
+    "residency_settings", 1, ResidencySettings, bare=1
+)
 
 
 @dataclass(slots=True)
@@ -107,15 +121,13 @@ class ResidencyCoordinator:
         Counts of hits, swaps and bytes start anew. The weights are the goals': quality points per
         second and per joule.
         """
-        settings = options.model_dump(mode="json")
+        settings = ResidencySettings(options, latency_per_s, energy_per_j)
         self._hits = self._misses = self._peak_bytes = 0
         self._budget_reached = False
-        self._apply(settings, latency_per_s, energy_per_j)
+        self._apply(settings)
         self._no_plan_until = self._clock()
         self.step()
-        return json.dumps(
-            {"options": settings, "latency_per_s": latency_per_s, "energy_per_j": energy_per_j}
-        )
+        return SETTINGS.encode(settings).decode()
 
     def set_slms(self, specs: Iterable[SLMSpec]) -> None:
         """Follow SLMs that joined or left; remote ones take no memory here."""
@@ -192,17 +204,19 @@ class ResidencyCoordinator:
 
     def _restore(self, text: str) -> None:
         try:
-            self._apply(**json.loads(text))
-        except (ValidationError, TypeError) as error:  # written by another version of the program
-            _log.warning("stored residency settings ignored: %s", error)
+            self._apply(SETTINGS.decode(text))
+        except KnowledgeError as error:  # the text stays in the store until the next `configure`
+            _log.error("stored %r ignored: %s", RESIDENCY_KEY, error.message)
 
-    def _apply(self, options: Mapping[str, Any], latency_per_s: float, energy_per_j: float) -> None:
-        self._options = ResidencyOptions.model_validate(options)
+    def _apply(self, settings: ResidencySettings) -> None:
+        self._options = settings.options
         had_budget = self._planner is not None
         self._planner, self._published = None, False
         if self._options.memory_budget_bytes is not None:
             self._planner = build(
-                self._options, latency_per_s=latency_per_s, energy_per_j=energy_per_j
+                self._options,
+                latency_per_s=settings.latency_per_s,
+                energy_per_j=settings.energy_per_j,
             )
         elif had_budget:
             self._desired, self._wait_s = {}, {}

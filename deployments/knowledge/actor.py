@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
 from calm_serve.config import Fleet, Learning
 from calm_serve.knowledge import KnowledgeService
+from calm_serve.protocol.topics import GOAL_CHANGES, REGISTRATION, RegisteredSLM
 from deployments.knowledge.address import NAMESPACE, actor_name
 
 # Concurrent calls. Every router and SLM replica occupies one with its long poll.
@@ -20,6 +23,15 @@ class KnowledgeActor(KnowledgeService):
     def __init__(self, fleet: Fleet, learning: Learning) -> None:
         restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         super().__init__(fleet, learning, resume=restarted)
+
+    async def register(self, spec_json: str, app_name: str) -> None:
+        """As `register_slm`, for SLM applications of the former build: they outlive a redeploy."""
+        record = RegisteredSLM(json.loads(spec_json), app_name)
+        await self.register_slm(REGISTRATION.encode(record))
+
+    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+        """As `goal_changes`, for routers of the former build."""
+        return [asdict(change) for change in GOAL_CHANGES.decode(await self.goal_changes(limit))]
 
 
 def start_knowledge(app_name: str, fleet: Fleet, learning: Learning) -> Any:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -18,11 +17,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from calm_serve.config import Fleet, Goals, Learning, ResidencyOptions
 from calm_serve.errors import KnowledgeError, RequestError
-from calm_serve.protocol.outcomes import OUTCOME, encode_batch
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS, encode_batch
 from calm_serve.protocol.reports import DEMAND_REPLY, DEMAND_REPORT, DemandReply, DemandReport
-from calm_serve.protocol.topics import FORMATS, GoalChange, Topic, Update
+from calm_serve.protocol.topics import FORMATS, GOAL_CHANGES, GoalChange, Topic, Update
 from calm_serve.types import Outcome, QualitySignal
 from deployments.knowledge.actor import get_knowledge
+from deployments.knowledge.address import OLDER_ACTOR
 
 log = logging.getLogger("ray.serve")
 
@@ -50,7 +50,7 @@ class KnowledgeClient:
 
     async def feedback(self, outcome_id: str, signals: tuple[QualitySignal, ...]) -> None:
         """Store quality signals durably. Raises KnowledgeError when the actor does not answer."""
-        await self._ask("feedback", outcome_id, [asdict(s) for s in signals])
+        await self._ask("add_signals", outcome_id, SIGNALS.encode(signals))
 
     async def outcome(self, outcome_id: str) -> Outcome | None:
         """A stored outcome, None when there is none. Raises KnowledgeError."""
@@ -77,10 +77,10 @@ class KnowledgeClient:
         change: GoalChange = FORMATS[Topic.GOALS].decode(payload)
         return change
 
-    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+    async def goal_changes(self, limit: int) -> tuple[GoalChange, ...]:
         """Changes of the goals, newest first. Raises KnowledgeError."""
-        history: list[dict[str, Any]] = await self._ask("goal_history", limit)
-        return history
+        found: bytes = await self._ask("goal_changes", limit)
+        return GOAL_CHANGES.decode(found)
 
     async def predictors(self) -> dict[str, Any]:
         """Stored predictors and their states. Raises KnowledgeError."""
@@ -106,7 +106,7 @@ class KnowledgeClient:
                 continue
             except AttributeError:  # the actor was started by an older program
                 self.reachable, self._actor = False, None
-                log.error("the knowledge actor runs an older program; remove it and deploy again")
+                log.error(OLDER_ACTOR)
                 await asyncio.sleep(POLL_S)
                 continue
             for topic, update in updates.items():
@@ -127,3 +127,5 @@ class KnowledgeClient:
             if isinstance(cause, RequestError):  # the actor answered with an error
                 raise cause from None
             raise KnowledgeError(f"the knowledge actor does not answer: {error}") from error
+        except AttributeError as error:  # the actor has no such method
+            raise KnowledgeError(OLDER_ACTOR) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Any
 
 import ray
@@ -12,7 +13,10 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from calm_serve.config import SLMSpec
-from deployments.knowledge.address import NAMESPACE, actor_name
+from calm_serve.protocol.topics import REGISTRATION, RegisteredSLM
+from deployments.knowledge.address import NAMESPACE, OLDER_ACTOR, actor_name
+
+log = logging.getLogger("ray.serve")
 
 HEARTBEAT_S = 5.0  # a sixth of the registry's expiry
 
@@ -44,11 +48,19 @@ class Registration:
 
     async def _heartbeat(self) -> None:
         while True:
-            await self._call("register", self._spec.model_dump_json(), self._own_app)
+            await self._register()
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _register(self) -> None:
+        record = RegisteredSLM(self._spec.model_dump(mode="json"), self._own_app)
+        await self._call("register_slm", REGISTRATION.encode(record))
 
     async def _call(self, method: str, *args: Any) -> None:
         # An actor that is missing or restarting gets the next heartbeat.
         with contextlib.suppress(ValueError, RayError):
             actor = ray.get_actor(self._knowledge, namespace=NAMESPACE)
-            await getattr(actor, method).remote(*args)
+            call = getattr(actor, method, None)
+            if call is None:
+                log.error("%r is not registered: %s", self._spec.id, OLDER_ACTOR)
+                return
+            await call.remote(*args)

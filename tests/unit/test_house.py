@@ -33,7 +33,6 @@ ONE_IMPORTER = {
         calm_serve.cli.goals calm_serve.cli.predictors calm_serve.cli.replay
         deployments.reference_fleet.training.train""",
     "an endpoint": "deployments.router.admin.residency deployments.router.completions",
-    "it runs in a deployment of its own": "deployments.knowledge.registration",
     "private interfaces of vLLM": """
         deployments.slm.engine.engine deployments.slm.engine.forked_core
         deployments.slm.engine.metrics deployments.slm.engine.sleep""",

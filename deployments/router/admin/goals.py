@@ -26,7 +26,7 @@ class GoalStore(Protocol):
         """Change the goals durably."""
         ...
 
-    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
+    async def goal_changes(self, limit: int) -> tuple[GoalChange, ...]:
         """The newest changes first."""
         ...
 
@@ -61,7 +61,8 @@ class GoalsEndpoint:
             if not valid or not 1 <= int(limit) <= MAX_HISTORY:
                 text = f"'history' must be a number from 1 to {MAX_HISTORY}"
                 raise RequestError(text, param="history")
-            document["history"] = await self._knowledge.goal_history(int(limit))
+            changes = await self._knowledge.goal_changes(int(limit))
+            document["history"] = [asdict(change) for change in changes]
         return http.json_response(document)
 
     async def put(self, request: Request) -> Response:

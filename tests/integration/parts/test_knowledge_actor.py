@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from calm_serve.config import Learning
 from calm_serve.errors import ConfigError
 from calm_serve.protocol.outcomes import OUTCOME, encode_batch
-from calm_serve.protocol.topics import Topic, decode
+from calm_serve.protocol.topics import REGISTRATION, RegisteredSLM, Topic, decode
 from deployments.knowledge.actor import get_knowledge
 from deployments.knowledge.address import NAMESPACE, actor_name
 from tests.knowledge_data import make_fleet, make_outcome, make_spec, make_world
@@ -108,6 +108,7 @@ async def test_every_caller_gets_the_same_actor_and_its_log_cannot_move(
 
 async def test_a_refused_registration_reaches_the_caller_as_what_it_is(learning: Learning) -> None:
     actor = await get_knowledge("test", make_fleet(), learning)
-    await actor.register.remote(make_spec("later").model_dump_json(), "app2")
+    spec = make_spec("later").model_dump(mode="json")
+    await actor.register_slm.remote(REGISTRATION.encode(RegisteredSLM(spec, "app2")))
     with pytest.raises(ConfigError, match="taken"):
-        await actor.register.remote(make_spec("later").model_dump_json(), "app3")
+        await actor.register_slm.remote(REGISTRATION.encode(RegisteredSLM(spec, "app3")))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from calm_serve.config import ResidencyOptions
 from calm_serve.errors import RequestError
 from calm_serve.knowledge import service as service_module
 from calm_serve.knowledge.background import Ticker, take_steps
@@ -20,7 +21,7 @@ from calm_serve.learning.training import train
 from calm_serve.testing import change_outcome
 from calm_serve.types import QualitySignal, ShadowChoice
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_spec, make_world
-from tests.knowledge_world import World, log, settled
+from tests.knowledge_world import World, log, register, settled
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ async def test_one_failing_part_does_not_stop_the_others(world: World) -> None:
     await settled(service)
     assert len(world.jobs) == 1
     service._learner.promotion.tick = broken  # type: ignore[assignment, method-assign]
-    await service.register(make_spec("later").model_dump_json(), "app2")
+    await register(service, make_spec("later"), "app2")
     world.clock.now += 60.0
     await service.tick()
     assert (await service.status())["registered"] == []
@@ -173,9 +174,9 @@ async def test_what_another_version_wrote_down_does_not_stop_a_start(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = world.start()
-    await service.register(make_spec("fine").model_dump_json(), "app2")
+    await register(service, make_spec("fine"), "app2")
     stored = json.loads(service._store.meta("registry") or "{}")
-    stored["odd"] = {"spec": {"id": "odd", "gone_field": 1}, "app_name": "app3"}
+    stored["record"]["odd"] = {"spec": {"id": "odd", "gone_field": 1}, "app_name": "app3"}
     service._store.set_meta("registry", json.dumps(stored))
     service._store.set_meta("residency", json.dumps({"options": {"gone_field": 1}}))
     service._store.set_meta("settings", json.dumps({"fleet": {"gone_field": 1}, "learning": {}}))
@@ -183,6 +184,51 @@ async def test_what_another_version_wrote_down_does_not_stop_a_start(
         again = world.start(resume=True)
     assert (await again.status())["registered"] == ["fine"]
     assert "odd" in caplog.text
+
+
+KEYS = ("registry", "residency", "settings")
+
+
+async def test_what_the_former_build_stored_is_read(world: World) -> None:
+    service = world.start()
+    await register(service, make_spec("fine"), "app2")
+    learning = service._learning.model_copy(update={"min_outcomes": 50})
+    await service.configure(make_fleet(), learning)
+    await service.configure_residency(ResidencyOptions(memory_budget_bytes=10), 0.2, 0.02)
+    names = []
+    for key in KEYS:
+        stored = json.loads(service._store.meta(key) or "")
+        names.append((stored["format"], stored["version"]))
+        service._store.set_meta(key, json.dumps(stored["record"]))  # without name and version
+    assert names == [("registered_slms", 1), ("residency_settings", 1), ("settings", 1)]
+    again = world.start(resume=True)
+    assert (await again.status())["registered"] == ["fine"]
+    assert (again._fleet, again._learning) == (make_fleet(), learning)
+    summary = again._residency.summary()
+    assert summary is not None
+    assert summary.budget_bytes == 10
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "%s", "version": 2, "record": {}}'])
+async def test_stored_texts_that_cannot_be_read_are_named_in_the_log_and_stay(
+    world: World, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    service = world.start()
+    texts = {
+        key: text.replace("%s", name)
+        for key, name in zip(
+            KEYS, ("registered_slms", "residency_settings", "settings"), strict=True
+        )
+    }
+    for key, stored in texts.items():
+        service._store.set_meta(key, stored)
+    with caplog.at_level(logging.WARNING):
+        again = world.start(min_outcomes=777, resume=True)
+    assert again._learning.min_outcomes == 777
+    assert (await again.status())["registered"] == []
+    for key, stored in texts.items():
+        assert again._store.meta(key) == stored
+        assert f"stored {key!r} ignored" in caplog.text
 
 
 async def test_a_training_that_won_against_a_champion_now_gone_changes_nothing(

@@ -12,7 +12,7 @@ from calm_serve.config import Goals
 from calm_serve.knowledge.goal_history import CONFIGURATION, MAX_LABEL_CHARS
 from calm_serve.knowledge.service import KnowledgeService
 from calm_serve.knowledge.store import MAX_GOAL_CHANGES, OutcomeStore
-from calm_serve.protocol.topics import FORMATS, GoalChange, Topic, decode
+from calm_serve.protocol.topics import FORMATS, GOAL_CHANGES, GoalChange, Topic, decode
 from tests.knowledge_world import World, published, revisions
 
 CONFIGURED = Goals(ttft_p95_s=1.0)
@@ -84,13 +84,13 @@ async def test_an_edited_configuration_wins_over_an_older_change(world: World) -
     found = await newest(service)
     assert found is not None
     assert (found.by, found.new) == (CONFIGURATION, {"ttft_p95_s": 3.0})
-    history = await service.goal_history(10)
-    assert [(h["by"], h["new"]["ttft_p95_s"]) for h in history] == [
+    history = GOAL_CHANGES.decode(await service.goal_changes(10))
+    assert [(h.by, h.new["ttft_p95_s"]) for h in history] == [
         (CONFIGURATION, 3.0),
         ("ann", 2.0),
         (CONFIGURATION, 1.0),
     ]
-    assert await service.goal_history(1) == history[:1]
+    assert GOAL_CHANGES.decode(await service.goal_changes(1)) == history[:1]
 
 
 async def test_a_policy_change_is_a_change_of_goals(world: World) -> None:

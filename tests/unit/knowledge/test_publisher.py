@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from calm_serve.config import SLMSpec
-from calm_serve.errors import ConfigError
+from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.knowledge.publisher import Publisher
 from calm_serve.knowledge.service import MAX_DETAIL_CHARS
 from calm_serve.knowledge.slm_registry import (
@@ -20,9 +20,9 @@ from calm_serve.knowledge.slm_registry import (
     StartupStates,
 )
 from calm_serve.protocol.reports import REPLICA_REPORT, ReplicaReport
-from calm_serve.protocol.topics import Topic, decode
+from calm_serve.protocol.topics import REGISTRATION, RegisteredSLM, Topic, decode
 from tests.knowledge_data import CODER, make_spec
-from tests.knowledge_world import World, published, revisions
+from tests.knowledge_world import World, published, register, revisions
 
 AT_THE_START = {"slms", "replicas", "challenger", "predictors"}
 
@@ -88,12 +88,12 @@ async def test_a_follower_of_a_service_that_restarted_reads_everything_again(wor
 
 async def test_a_registered_slm_is_published_until_its_heartbeat_stops(world: World) -> None:
     service, spec = world.start(), make_spec("later")
-    await service.register(spec.model_dump_json(), "app2")
+    await register(service, spec, "app2")
     entry = (await published(service, Topic.SLMS))["later"]
     assert (entry.app_name, SLMSpec.model_validate(entry.spec)) == ("app2", spec)
     seen = await revisions(service)
     world.clock.now += EXPIRY_S - 1
-    await service.register(spec.model_dump_json(), "app2")  # a heartbeat changes nothing
+    await register(service, spec, "app2")  # a heartbeat changes nothing
     assert await revisions(service) == seen
     world.clock.now += EXPIRY_S - 1
     await service.tick()
@@ -104,7 +104,7 @@ async def test_a_registered_slm_is_published_until_its_heartbeat_stops(world: Wo
 
 
 async def test_registrations_survive_a_kill_and_still_expire(world: World) -> None:
-    await world.start().register(make_spec("later").model_dump_json(), "app2")
+    await register(world.start(), make_spec("later"), "app2")
     again = world.start()
     assert set(await published(again, Topic.SLMS)) == {"later"}
     world.clock.now += EXPIRY_S + 1
@@ -114,7 +114,7 @@ async def test_registrations_survive_a_kill_and_still_expire(world: World) -> No
 
 async def test_an_unregistered_slm_is_published_no_more(world: World) -> None:
     service = world.start()
-    await service.register(make_spec("later").model_dump_json(), "app2")
+    await register(service, make_spec("later"), "app2")
     await service.unregister("later")
     await service.unregister("never there")
     assert await published(service, Topic.SLMS) == {}
@@ -123,12 +123,14 @@ async def test_an_unregistered_slm_is_published_no_more(world: World) -> None:
 async def test_a_taken_id_or_a_bad_spec_is_not_registered(world: World) -> None:
     service = world.start()
     with pytest.raises(ConfigError, match="taken"):
-        await service.register(make_spec(CODER).model_dump_json(), "app2")
-    await service.register(make_spec("later").model_dump_json(), "app2")
+        await register(service, make_spec(CODER), "app2")
+    await register(service, make_spec("later"), "app2")
     with pytest.raises(ConfigError, match="taken"):
-        await service.register(make_spec("later").model_dump_json(), "app3")
+        await register(service, make_spec("later"), "app3")
     with pytest.raises(ConfigError, match="registered SLM"):
-        await service.register('{"id": "x"}', "app2")
+        await service.register_slm(REGISTRATION.encode(RegisteredSLM({"id": "x"}, "app2")))
+    with pytest.raises(KnowledgeError, match="newer program"):
+        await service.register_slm(b'{"format": "registration", "version": 2, "record": {}}')
 
 
 def test_startup_reports_are_bounded_and_keep_the_newest() -> None:

@@ -13,8 +13,9 @@ import pytest
 from calm_serve.errors import ConfigError, KnowledgeError
 from calm_serve.learning.model_registry import SHIPPED_FILE
 from calm_serve.learning.training import train
-from calm_serve.protocol.outcomes import OUTCOME, encode_batch
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS, encode_batch
 from calm_serve.protocol.topics import Topic, decode
+from calm_serve.types import QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_fleet, make_outcome, make_world
 from tests.knowledge_world import World, log, published, revisions, settled
 
@@ -75,6 +76,19 @@ async def test_feedback_finds_its_outcome_in_either_order(world: World) -> None:
     await log(service, "b", [make_outcome("a")])
     assert await service.feedback("a", signals) is True
     assert (await service.status())["labelled"] == 1
+
+
+async def test_signals_cross_as_a_versioned_record(world: World) -> None:
+    service, signals = world.start(), (QualitySignal("feedback", 1.0, 5.0),)
+    await log(service, "b", [make_outcome("a")])
+    assert await service.add_signals("a", SIGNALS.encode(signals)) is True
+    found = await service.outcome("a")
+    assert found is not None
+    assert OUTCOME.decode(found).signals == signals
+    with pytest.raises(KnowledgeError, match="newer program"):
+        await service.add_signals("a", b'{"format": "signals", "version": 2, "record": []}')
+    with pytest.raises(KnowledgeError, match=r"7\.0 is not in"):
+        await service.add_signals("a", SIGNALS.encode((QualitySignal("feedback", 7.0),)))
 
 
 async def test_malformed_feedback_is_refused(world: World) -> None:

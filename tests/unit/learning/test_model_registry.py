@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from calm_serve.errors import KnowledgeError
+from calm_serve.errors import KnowledgeError, NewerRecordError
 from calm_serve.learning.model_registry import (
     FOLDER,
     INDEX,
     KEPT,
+    UNREADABLE,
     Index,
     ModelRegistry,
     RegisteredPredictor,
@@ -66,15 +68,72 @@ def test_a_pinned_one_is_kept(tmp_path: Path) -> None:
     assert "lgbm-1" not in index.by_version
 
 
-@pytest.mark.parametrize("content", ["{", '{"models": [{"version": 1}]}', "[]"])
-def test_an_unreadable_index_is_ignored_and_logged(
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()}
+
+
+def test_an_index_of_the_former_build_is_read(tmp_path: Path) -> None:
+    index, blobs = filled(2)
+    registry = ModelRegistry(tmp_path)
+    index = replace(index, pinned="lgbm-1")
+    registry.write(index, blobs)
+    path = tmp_path / FOLDER / INDEX
+    document = json.loads(path.read_text())
+    assert (document["format"], document["version"]) == ("predictors_index", 1)
+    path.write_text(json.dumps(document["record"], indent=1))
+    assert ModelRegistry(tmp_path).index == index
+
+
+def test_a_field_that_a_later_build_added_loses_nothing(tmp_path: Path) -> None:
+    index, blobs = filled(2)
+    ModelRegistry(tmp_path).write(index, blobs)
+    path = tmp_path / FOLDER / INDEX
+    document = json.loads(path.read_text())
+    document["record"]["models"][0]["fleet"] = "f1"
+    path.write_text(json.dumps(document))
+    again = ModelRegistry(tmp_path)
+    assert again.index == index
+    again.write(again.index.with_predictor(entry(9)), {"lgbm-9": b"x"})
+    assert {"lgbm-0.bin", "lgbm-1.bin", "lgbm-9.bin"} <= set(files_of(tmp_path))
+
+
+def test_an_index_of_a_newer_program_is_refused_and_every_file_stays(tmp_path: Path) -> None:
+    index, blobs = filled(2)
+    ModelRegistry(tmp_path).write(index, blobs)
+    path = tmp_path / FOLDER / INDEX
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "version": 2, "record": {"artifacts": []}}))
+    before = files_of(tmp_path)
+    with pytest.raises(NewerRecordError, match="version 2 was written by a newer") as refused:
+        ModelRegistry(tmp_path)
+    assert str(path) in refused.value.message
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["{", '{"models": [{"version": 1}]}', "[]", "\0" * 64, ""])
+def test_a_malformed_index_is_set_aside_and_no_artifact_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
-    (tmp_path / FOLDER).mkdir()
+    index, blobs = filled(3)
+    ModelRegistry(tmp_path).write(index, blobs)
     (tmp_path / FOLDER / INDEX).write_text(content)
-    with caplog.at_level(logging.WARNING):
-        assert ModelRegistry(tmp_path).index == Index()
+    with caplog.at_level(logging.ERROR):
+        registry = ModelRegistry(tmp_path)
+    assert registry.index == Index()
     assert INDEX in caplog.text
+    registry.write(Index().with_predictor(entry(8)), {"lgbm-8": b"x"})
+    registry.write(Index().with_predictor(entry(9)), {"lgbm-9": b"x"})
+    files = files_of(tmp_path)
+    (aside,) = (name for name in files if name.endswith(UNREADABLE))
+    assert files[aside] == content.encode()
+    assert {f"{version}.bin": blob for version, blob in blobs.items()}.items() <= files.items()
+    assert "lgbm-8.bin" not in files  # a readable index named it
+
+
+def test_an_index_that_the_disk_does_not_give_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FOLDER / INDEX).mkdir(parents=True)
+    with pytest.raises(KnowledgeError, match="cannot be read"):
+        ModelRegistry(tmp_path)
 
 
 def test_an_index_that_could_not_be_written_changes_nothing(tmp_path: Path) -> None:

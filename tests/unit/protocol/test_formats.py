@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.protocol.formats import RecordFormat
-from calm_serve.protocol.outcomes import OUTCOME
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS
 from calm_serve.protocol.reports import (
     DEMAND_REPLY,
     DEMAND_REPORT,
@@ -22,7 +22,15 @@ from calm_serve.protocol.reports import (
     DemandReply,
     ReplicaReport,
 )
-from calm_serve.protocol.topics import FORMATS, PublishedPredictor, Topic, Update, decode
+from calm_serve.protocol.topics import (
+    FORMATS,
+    GOAL_CHANGES,
+    REGISTRATION,
+    PublishedPredictor,
+    Topic,
+    Update,
+    decode,
+)
 from tests.unit.protocol.strategies import records
 
 ALL: dict[str, RecordFormat[Any]] = {
@@ -34,6 +42,9 @@ ALL: dict[str, RecordFormat[Any]] = {
         DEMAND_REPORT,
         DEMAND_REPLY,
         OUTCOME,
+        SIGNALS,
+        REGISTRATION,
+        GOAL_CHANGES,
     )
 }
 
@@ -63,7 +74,7 @@ def document(version: Any, record: Any, name: str = "reading") -> bytes:
 
 def test_every_topic_has_a_format_of_its_own_name() -> None:
     assert {topic: str(topic) for topic in Topic} == {t: f.name for t, f in FORMATS.items()}
-    assert len(ALL) == len(Topic) + 5
+    assert len(ALL) == len(Topic) + 8
 
 
 @pytest.mark.parametrize("name", ALL)

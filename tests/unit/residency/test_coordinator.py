@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from calm_serve.residency.coordinator import (
     RESIDENCY_KEY,
     RESTART_PATIENCE_S,
     ROUTER_EXPIRY_S,
+    SETTINGS,
     ResidencyCoordinator,
 )
 from calm_serve.testing import FakeClock, make_spec
@@ -203,7 +205,38 @@ def test_a_deployment_without_a_budget_wakes_every_slm() -> None:
     fleet.options = ResidencyOptions()
     fleet.deploy()
     assert fleet.published[-1] == {}
-    assert json.loads(fleet.store.texts[RESIDENCY_KEY])["options"]["memory_budget_bytes"] is None
+    assert SETTINGS.decode(fleet.store.texts[RESIDENCY_KEY]).options.memory_budget_bytes is None
+
+
+def stored_by_the_former_build(text: str) -> str:
+    return json.dumps(json.loads(text)["record"])
+
+
+def test_settings_of_the_former_build_are_read() -> None:
+    store = Fleet().deploy().store
+    document = json.loads(store.texts[RESIDENCY_KEY])
+    assert (document["format"], document["version"]) == ("residency_settings", 1)
+    store.texts[RESIDENCY_KEY] = stored_by_the_former_build(store.texts[RESIDENCY_KEY])
+    assert Fleet(store=store).summary().budget_bytes == 2 * SIZE
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"format": "residency_settings", "version": 2, "record": {}}', "a newer program"),
+        ('{"options": {"gone_field": 1}, "latency_per_s": 1.0, "energy_per_j": 1.0}', "gone_field"),
+        ("{", "not JSON"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_ignored_named_in_the_log_and_kept(
+    text: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store()
+    store.texts[RESIDENCY_KEY] = text
+    with caplog.at_level(logging.ERROR):
+        assert Fleet(store=store).coordinator.summary() is None
+    assert RESIDENCY_KEY in caplog.text and reason in caplog.text
+    assert store.texts[RESIDENCY_KEY] == text
 
 
 def test_queues_of_a_router_that_stopped_reporting_are_dropped() -> None:

@@ -11,9 +11,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from calm_serve.config import Goals, Learning
 from calm_serve.errors import KnowledgeError, RequestError
-from calm_serve.protocol.outcomes import OUTCOME, decode_batch
+from calm_serve.protocol.outcomes import OUTCOME, SIGNALS, decode_batch
 from calm_serve.protocol.reports import DEMAND_REPLY, DEMAND_REPORT, DemandReply, DemandReport
-from calm_serve.protocol.topics import FORMATS, GoalChange, Topic, Update
+from calm_serve.protocol.topics import FORMATS, GOAL_CHANGES, GoalChange, Topic, Update
 from calm_serve.testing import make_fleet, make_outcome
 from calm_serve.types import QualitySignal
 from deployments.knowledge import client as client_module
@@ -114,6 +114,27 @@ async def test_a_change_of_goals_is_answered_with_the_durable_change(
     actor = connect(client, monkeypatch, FORMATS[Topic.GOALS].encode(change))
     assert await client.set_goals(Goals(ttft_p95_s=2.0), "ann") == change
     assert actor.calls == [("set_goals", Goals(ttft_p95_s=2.0), "ann")]
+
+
+async def test_quality_signals_and_the_goals_history_cross_by_format(
+    client: KnowledgeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals = (QualitySignal("feedback", 1.0, 5.0), QualitySignal("validator:json", 0.0))
+    changes = (GoalChange(2.0, "ann", {}, {"ttft_p95_s": 2.0}, 2), GoalChange(1.0, "x", None, {}))
+    actor = connect(client, monkeypatch, True, GOAL_CHANGES.encode(changes))
+    await client.feedback("a", signals)
+    assert await client.goal_changes(5) == changes
+    (method, outcome_id, sent), asked = actor.calls
+    assert (method, outcome_id, SIGNALS.decode(sent)) == ("add_signals", "a", signals)
+    assert asked == ("goal_changes", 5)
+
+
+async def test_an_actor_without_the_method_is_of_an_older_program(
+    client: KnowledgeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_actor", object())
+    with pytest.raises(KnowledgeError, match="runs an older program; remove it and deploy again"):
+        await client.feedback("a", (QualitySignal("feedback", 1.0),))
 
 
 async def test_following_passes_updates_on_and_survives_an_actor_that_is_away(

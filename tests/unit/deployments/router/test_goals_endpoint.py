@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -27,12 +26,12 @@ class Knowledge:
     def __init__(self, selector: ModelSelector) -> None:
         self.selector = selector
         self.goals_change: GoalChange | None = None
-        self.history: list[dict[str, Any]] = []
+        self.history: list[GoalChange] = []
         self.reachable = True
 
     async def set_goals(self, goals: Goals, by: str) -> GoalChange:
         change = GoalChange(5.0, by, None, {}, revision=len(self.history) + 1)
-        self.history.insert(0, asdict(change))
+        self.history.insert(0, change)
         if self.reachable:
             self.goals_change = change
             self.selector.set_goals(goals)
@@ -42,8 +41,8 @@ class Knowledge:
         assert timeout_s > 0.0
         return self.goals_change is not None and self.goals_change.revision >= revision
 
-    async def goal_history(self, limit: int) -> list[dict[str, Any]]:
-        return self.history[:limit]
+    async def goal_changes(self, limit: int) -> tuple[GoalChange, ...]:
+        return tuple(self.history[:limit])
 
 
 def request(body: Any = None, query: str = "", **headers: str) -> Request:
