@@ -16,6 +16,8 @@ from calm_serve.routing import above_floor, reward, slo_penalty
 from calm_serve.telemetry import ResidualEstimator, TotalRatio, decay
 from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
+# Four half-lives: what is older would have a sixteenth of all weight, and every row costs time in a
+# step (decisions/0017). tests/unit/goals notices a quarter of it and four times as many.
 ROWS = 192
 # A row counts half as much after this many newer ones, so that requests since a shift prevail
 # before they fill the window.

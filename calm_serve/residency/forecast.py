@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 COUNT_HALF_LIVES = (8.0, 64.0, 512.0)  # arrivals
 SCORE_HALF_LIFE = 48.0  # arrivals, of a component's log-likelihood
 TRANSITION_HALF_LIFE = 128.0  # arrivals of the same SLM
+# The rate sets how many arrivals one residence is worth. Chosen by hand, long enough for some
+# arrivals and short against a change of load. The unit tests of this room do not notice 60 s.
 RATE_HALF_LIFE_S = 5.0
 PRIOR_COUNT = 0.25  # arrivals per SLM, so that none has the probability 0
 MAX_STEPS = 64  # arrivals ahead for which the transition matrix is applied

@@ -29,6 +29,9 @@ TINY_S = 1e-6  # instead of a prediction of 0 seconds
 # Engines on one machine take each other's cores. Slope of log(latency) over the logarithm of all
 # requests in flight, until it is measured; 0.4 to 0.7 with six engines on 2 cores.
 LATENCY_SLOPE, MAX_LATENCY_SLOPE = 0.5, 1.5
+# Sum of squares of the logarithm that the stated slope is worth, chosen by hand: at steady load the
+# measured slope is mostly noise. tests/unit/telemetry/test_residuals.py notices ten times as much,
+# not a tenth.
 LATENCY_RIDGE = 4.0
 # An engine's step costs about the same whoever is in it, so a token's joules fall with the number
 # of requests that share its steps. Share of a lone token's joules that is the step's, until it is
