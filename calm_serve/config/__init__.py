@@ -31,10 +31,11 @@ from calm_serve.config.loading import (
     read_yaml,
 )
 from calm_serve.config.residency import ResidencyOptions, ResidencyPolicyName
-from calm_serve.config.service import Learning, RouterOptions, ServeArgs
+from calm_serve.config.service import DECISION_LOG, Learning, RouterOptions, ServeArgs
 
 __all__ = [
     "BATCHING",
+    "DECISION_LOG",
     "FLEET_APPLICATION",
     "Adapter",
     "BatchingProfile",

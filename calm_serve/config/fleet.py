@@ -178,6 +178,10 @@ class SLMSpec(Config):
         """The batching profile's numbers."""
         return BATCHING[self.batching]
 
+    def wake_s(self, measured_s: float | None) -> float:
+        """Seconds of a wake-up: as measured, or the prior while None or 0."""
+        return measured_s or self.priors.wake_s
+
     @property
     def declared_bytes(self) -> int:
         """What one hot replica counts against the memory budget: weights, adapters, KV cache."""

@@ -9,6 +9,10 @@ from calm_serve.config.fleet import Fleet
 from calm_serve.config.goals import Goals
 from calm_serve.config.residency import ResidencyOptions
 
+DECISION_LOG = (
+    2048  # decisions, each of a few kilobytes; explains the last minutes of a busy router
+)
+
 
 class Learning(Config):
     """The knowledge actor: where outcomes live and when it retrains."""
@@ -38,7 +42,9 @@ class RouterOptions(Config):
     max_body_bytes: ByteSize = Field(default=ByteSize(4 << 20), description="413 above this.")
     request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Per request.")
     retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")
-    decision_log: int = Field(default=2048, ge=1, description="Decisions kept for explanation.")
+    decision_log: int = Field(
+        default=DECISION_LOG, ge=1, description="Decisions kept for explanation."
+    )
 
     @property
     def total_cpus(self) -> float:

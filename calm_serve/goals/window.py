@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from calm_serve.routing import above_floor, reward, slo_penalty
-from calm_serve.telemetry import ResidualEstimator, TotalRatio
+from calm_serve.telemetry import ResidualEstimator, TotalRatio, decay
 from calm_serve.types import SCORED_PATHS, Candidate, Decision, Outcome, Weights
 
+# Four half-lives: what is older would have a sixteenth of all weight, and every row costs time in a
+# step (decisions/0017). tests/unit/goals notices a quarter of it and four times as many.
 ROWS = 192
 # A row counts half as much after this many newer ones, so that requests since a shift prevail
 # before they fill the window.
@@ -118,8 +120,7 @@ class GoalWindow:
     def terms(self) -> Terms:
         """Return the arrays from which other choices are computed."""
         order = self._newest_first()
-        age = np.arange(len(order))
-        weights = 0.5 ** (age / HALF_LIFE_ROWS)
+        weights = _weights(len(order))
         weights /= weights.sum()
         is_scored = self._chosen[order] >= 0
         rows = order[is_scored]
@@ -198,7 +199,12 @@ class GoalWindow:
             return float("nan")
         gaps = np.maximum(-np.diff(self._at[order]), 0.0)
         gaps = np.minimum(gaps, GAP_LIMIT * max(float(np.median(gaps)), 1e-6))
-        return float(np.average(gaps, weights=0.5 ** (np.arange(len(gaps)) / HALF_LIFE_ROWS)))
+        return float(np.average(gaps, weights=_weights(len(gaps))))
+
+
+def _weights(rows: int) -> Array:
+    """Weights of rows, newest first."""
+    return decay(np.arange(rows, dtype=np.float64), HALF_LIFE_ROWS)
 
 
 class _Residuals:

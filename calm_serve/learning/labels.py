@@ -8,7 +8,7 @@ from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
 # Feedback comes from a person or a test that has the whole answer. A validator checks the form
 # only: an answer that fails is certainly wrong; of those that pass, four in five are assumed to be
-# right.
+# right. The weights were chosen by hand; the unit tests compare with their names, not their sizes.
 FEEDBACK_WEIGHT = 1.0
 VALIDATOR_WEIGHT = 0.3
 SHELL_WEIGHT = 0.1  # this validator checks little more than balanced quotes

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from calm_serve.learning.labels import FAILED_BELOW
-from calm_serve.telemetry import Cusum
+from calm_serve.telemetry import Cusum, decay
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
 # Number of labels that a factor is computed from. More give a steadier factor that follows a change
@@ -129,7 +129,7 @@ class Recalibration:
     def factor(self) -> float:
         """The factor now, in [MIN_FACTOR, MAX_FACTOR]; 1 without evidence."""
         at, expected, excess, variance = self._sums
-        left: float = 0.5 ** ((self._clock() - at) / FACTOR_HALF_LIFE_S)  # all labels fade alike
+        left = decay(self._clock() - at, FACTOR_HALF_LIFE_S)  # all labels fade alike
         sigmas = FALLEN_SIGMAS if self._fallen else CHANCE_SIGMAS
         certain = max(abs(excess) - sigmas * math.sqrt(variance), 0.0) * left
         factor = 1.0 + (certain if excess > 0.0 else -certain) / (PRIOR_SUCCESSES + expected * left)
@@ -139,7 +139,7 @@ class Recalibration:
         now = self._clock()
         expected = excess = variance = 0.0
         for at, label, predicted in self._labels:
-            weight = 0.5 ** ((now - at) / FACTOR_HALF_LIFE_S)
+            weight = decay(now - at, FACTOR_HALF_LIFE_S)
             expected += weight * predicted
             excess += weight * (label - predicted)
             p = min(max(predicted, MIN_VARIANCE_P), MAX_P)

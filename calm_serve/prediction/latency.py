@@ -53,7 +53,7 @@ def awake_ttft_s(
 
 def wake_s(spec: SLMSpec, state: SLMState) -> float:
     """Seconds until the SLM is awake."""
-    return 0.0 if state.residency is Residency.HOT else state.wake_s or spec.priors.wake_s
+    return 0.0 if state.residency is Residency.HOT else spec.wake_s(state.wake_s)
 
 
 def energy_j(spec: SLMSpec, state: SLMState, output_tokens: float) -> float:

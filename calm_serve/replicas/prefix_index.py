@@ -10,7 +10,7 @@ ANSWER_BLOCKS = 8
 """Work of an answer, in prompt blocks of about 32 tokens; its length is not known in advance."""
 
 WORK_MEMORY = 64
-"""Requests per replica after which work counts 1/e."""
+"""Requests per replica after which work counts 1/e; tests/unit/replicas notices much fewer."""
 
 _SEVERAL = -1  # no block: blocks are CRC-32 values
 

@@ -13,6 +13,7 @@ from calm_serve.requests.openai import (
     parse_completion,
     parse_overrides,
 )
+from calm_serve.requests.tokens import mixed_bits
 
 __all__ = [
     "BLOCK_CHARS",
@@ -23,6 +24,7 @@ __all__ = [
     "ContextBuilder",
     "Overrides",
     "fill_features",
+    "mixed_bits",
     "parse_chat",
     "parse_completion",
     "parse_overrides",

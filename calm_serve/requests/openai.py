@@ -15,6 +15,12 @@ from calm_serve.errors import RequestError
 from calm_serve.types import OutputShape
 
 MAX_OUTPUT_TOKENS = 2**31 - 1
+# An hour, the longest time that a deployment may give a request (`router.request_timeout_s`). A
+# longer objective can only be a mistake in the unit.
+MAX_SLO_S = 3600.0
+MAX_SLO_MS = 1000.0 * MAX_SLO_S
+# A session id is hashed and a task is kept with its outcome; what is longer is cut, not refused.
+MAX_SESSION_CHARS, MAX_TASK_CHARS = 256, 64
 VALIDATORS = ("json", "sql", "shell", "label")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _OVERRIDES = (
@@ -123,13 +129,13 @@ def parse_overrides(headers: Mapping[str, str]) -> Overrides:
             param="x-calm-validate",
         )
     return Overrides(
-        session_id=headers.get("x-session-id", "")[:256],
-        slo_ttft_ms=_number(headers, "x-slo-ttft-ms", 0.0, 3.6e6),
-        slo_tpot_ms=_number(headers, "x-slo-tpot-ms", 0.0, 3.6e6),
-        deadline_s=_number(headers, "x-calm-deadline-s", 0.0, 3600.0),
+        session_id=headers.get("x-session-id", "")[:MAX_SESSION_CHARS],
+        slo_ttft_ms=_number(headers, "x-slo-ttft-ms", 0.0, MAX_SLO_MS),
+        slo_tpot_ms=_number(headers, "x-slo-tpot-ms", 0.0, MAX_SLO_MS),
+        deadline_s=_number(headers, "x-calm-deadline-s", 0.0, MAX_SLO_S),
         quality_floor=_number(headers, "x-calm-quality-floor", 0.0, 1.0) or 0.0,
         local_only=policy == "local",
-        task=headers.get("x-calm-task", "")[:64],
+        task=headers.get("x-calm-task", "")[:MAX_TASK_CHARS],
         validate=validate,
         labels=tuple(x.strip() for x in headers.get("x-calm-labels", "").split(",") if x.strip()),
     )

@@ -74,12 +74,16 @@ def _class_of(byte: int) -> int:
     return found[0] if found else len(CHARACTERS)
 
 
-def _mixed(number: int) -> int:
-    """Random bits from a counter (SplitMix64, Steele and others, OOPSLA 2014)."""
-    number = (number + 1) * _NUMBER & _MASK
+def mixed_bits(number: int) -> int:
+    """Mix 64 bits so that each one depends on all (SplitMix64's finaliser)."""
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
     return number ^ number >> 31
+
+
+def _random_bits(number: int) -> int:
+    """Random bits from a counter (SplitMix64, Steele and others, OOPSLA 2014)."""
+    return mixed_bits((number + 1) * _NUMBER & _MASK)
 
 
 _KINDS = bytes(map(_kind_of, range(256)))
@@ -88,7 +92,7 @@ _CLASS_COUNT = len(CHARACTERS) + 1
 _STOPS = bytes(46 if chr(b) in ".!?" else 32 if _kind_of(b) == _SPACE else 97 for b in range(256))
 _LETTERS_ONLY = bytes(b if chr(b) in ascii_lowercase else 32 for b in range(256))
 _LETTERS = re.compile(r"[^\W\d_]+")
-_VALUES = np.array([_mixed(b) for b in range(256)], dtype=np.uint64)
+_VALUES = np.array([_random_bits(b) for b in range(256)], dtype=np.uint64)
 _POWERS = np.array([pow(_FACTOR, i, 1 << 64) for i in range(MAX_BYTES)], dtype=np.uint64)
 _INVERSES = np.array([pow(_FACTOR, -i, 1 << 64) for i in range(MAX_BYTES)], dtype=np.uint64)
 _NONE = np.zeros(0, dtype=np.uint64)

@@ -12,24 +12,29 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from calm_serve.telemetry import DecayedRate
+from calm_serve.telemetry import DecayedRate, decay
 
 Floats = npt.NDArray[np.float64]
 
 COUNT_HALF_LIVES = (8.0, 64.0, 512.0)  # arrivals
 SCORE_HALF_LIFE = 48.0  # arrivals, of a component's log-likelihood
 TRANSITION_HALF_LIFE = 128.0  # arrivals of the same SLM
+# The rate sets how many arrivals one residence is worth. Chosen by hand, long enough for some
+# arrivals and short against a change of load. The unit tests of this room do not notice 60 s.
 RATE_HALF_LIFE_S = 5.0
 PRIOR_COUNT = 0.25  # arrivals per SLM, so that none has the probability 0
 MAX_STEPS = 64  # arrivals ahead for which the transition matrix is applied
 MAX_SLMS = 512
+# Weight of the transition matrix below which it is not applied for several steps: it would move an
+# expectation by less than this share, and costs SLMs^2 operations a step.
+MIN_TRANSITION_WEIGHT = 0.01
 
 
 class Forecast:
     """Expected arrivals per SLM, learned from the sequence of preferred SLMs. Memory: O(SLMs^2)."""
 
     def __init__(self) -> None:
-        self._decays: Floats = np.array([[0.5 ** (1.0 / h)] for h in COUNT_HALF_LIVES])
+        self._decays: Floats = np.array([[decay(1.0, h)] for h in COUNT_HALF_LIVES])
         self._scores: Floats = np.zeros(len(COUNT_HALF_LIVES) + 1)
         self._last: int | None = None  # index of the SLM of the last arrival
         self._resize(())
@@ -54,12 +59,12 @@ class Forecast:
         if position is None:
             return
         seen = np.log(self._components()[:, position])
-        self._scores = self._scores * 0.5 ** (1.0 / SCORE_HALF_LIFE) + seen
+        self._scores = self._scores * decay(1.0, SCORE_HALF_LIFE) + seen
         self._counts *= self._decays
         self._counts[:, position] += 1.0
         if self._last is not None:
             row = self._transitions[self._last]
-            row *= 0.5 ** (1.0 / TRANSITION_HALF_LIFE)
+            row *= decay(1.0, TRANSITION_HALF_LIFE)
             row[position] += 1.0
         self._last = position
         if self._rate is None:
@@ -81,7 +86,7 @@ class Forecast:
         weights = np.exp(self._scores - self._scores.max())
         weights /= weights.sum()
         components = self._components()
-        if (steps := min(round(arrivals), MAX_STEPS)) > 1 and weights[-1] > 0.01:
+        if (steps := min(round(arrivals), MAX_STEPS)) > 1 and weights[-1] > MIN_TRANSITION_WEIGHT:
             matrix = self._transition_matrix()
             ahead = total = components[-1]
             for _ in range(steps - 1):

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
-from calm_serve.config import ResidencyOptions
+from calm_serve.config import Goals, ResidencyOptions
 from calm_serve.residency.forecast import Forecast
 from calm_serve.residency.records import (
     IN_MEMORY,
@@ -308,6 +308,9 @@ PREFETCH_MARGIN_WAKES = 0.03
 """Wake-ups that a prefetch must be expected to save beyond its own energy: forecasts are noisy."""
 
 
+_GOALS = Goals()  # whose weights are the default ones
+
+
 class ForecastPlanner(Planner):
     """The policy `calm`: keeps the highest forecast value per byte, and prefetches.
 
@@ -319,7 +322,11 @@ class ForecastPlanner(Planner):
     """
 
     def __init__(
-        self, options: ResidencyOptions, *, latency_per_s: float = 0.1, energy_per_j: float = 0.002
+        self,
+        options: ResidencyOptions,
+        *,
+        latency_per_s: float = _GOALS.latency_weight_per_s,
+        energy_per_j: float = _GOALS.energy_weight_per_j,
     ) -> None:
         """The weights are the goals': quality points per second and per joule."""
         super().__init__(options)

@@ -28,7 +28,9 @@ Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
 # Quality points that a certain miss of the request's SLO costs.
 SLO_PENALTY = 0.5
-MIN_SPREAD = 0.01  # of log(measured / predicted)
+# The least spread to divide by; a prediction that was logged or made by hand may have one of 0. It
+# is below MIN_SPREAD of `telemetry.residuals`, so it decides nothing in a running router.
+DIVISOR_SPREAD = 0.01
 _SQRT2 = math.sqrt(2.0)
 
 
@@ -115,10 +117,14 @@ def slo_penalty(slo: ServiceLevel, prediction: Prediction) -> float:
 
 
 def _above_one(middle: float, spread: float) -> float:
-    """P(X > 1) where log(X) is normal around log(middle)."""
+    """P(X > 1) where log(X) is normal around log(middle).
+
+    `goals.controller` approximates the same for arrays, where numpy has no error function. Here the
+    exact one is as fast, and a decision is not to move with the approximation.
+    """
     if middle <= 0.0:
         return 0.0
-    return 0.5 * math.erfc(-math.log(middle) / (max(spread, MIN_SPREAD) * _SQRT2))
+    return 0.5 * math.erfc(-math.log(middle) / (max(spread, DIVISOR_SPREAD) * _SQRT2))
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:

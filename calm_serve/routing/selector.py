@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 from zlib import crc32
 
-from calm_serve.config import Fleet, Goals, SLMSpec
+from calm_serve.config import DECISION_LOG, Fleet, Goals, SLMSpec
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
 from calm_serve.prediction import MetadataPrior, Predictor
 from calm_serve.requests import ChatRequest, ContextBuilder, Overrides, fill_features, text_buckets
@@ -114,7 +114,7 @@ class ModelSelector:
         read_state: StateReader = assume_hot,
         predictor: Predictor | None = None,
         timer: Callable[[], float] = time.perf_counter,
-        decision_log: int = 2048,
+        decision_log: int = DECISION_LOG,
         controller: WeightController | None = None,
     ) -> None:
         """Without a `controller` the weights stay as the goals state them."""

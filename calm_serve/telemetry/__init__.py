@@ -24,7 +24,7 @@ from calm_serve.telemetry.residuals import (
     load_at_decision,
 )
 from calm_serve.telemetry.slm_stats import FleetStats
-from calm_serve.telemetry.statistics import DecayedRate, Ewma
+from calm_serve.telemetry.statistics import DecayedRate, Ewma, decay
 
 __all__ = [
     "CHANGE_LIMIT",
@@ -47,6 +47,7 @@ __all__ = [
     "TokenShareAttributor",
     "TotalRatio",
     "best_meter",
+    "decay",
     "load_at_decision",
     "visible_gpus",
 ]

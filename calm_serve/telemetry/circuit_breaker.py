@@ -19,7 +19,7 @@ class BreakerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BreakerLimits:
-    """When to open, and for how long."""
+    """When to open, and for how long; tests/unit/telemetry notices `consecutive`."""
 
     consecutive: int = 5  # failures in a row
     failure_ratio: float = 0.5  # of the recent requests ...

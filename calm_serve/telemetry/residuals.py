@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from calm_serve.telemetry.change_detection import LevelChange
-from calm_serve.telemetry.statistics import DecayedLine
-from calm_serve.types import LoadAtDecision, Outcome, SLMState
+from calm_serve.telemetry.statistics import DecayedLine, decay
+from calm_serve.types import PRIOR_SPREAD, LoadAtDecision, Outcome, SLMState
 
 # Half-lives, in answers of one SLM. How fast a goal holds again after a shift depends on them
 # (bounds in tests/unit/goals, figures in decisions/0033).
@@ -21,7 +21,7 @@ JOULES_HALF_LIFE = 16.0  # joules scatter more; all of them tell a mean
 
 PRIOR_ANSWERS = 2.0  # weight of "the prediction is right"
 SPREAD_PRIOR_ANSWERS = 4.0
-PRIOR_SPREAD, MIN_SPREAD = 0.5, 0.05  # of log(measured / predicted)
+MIN_SPREAD = 0.05  # a smaller one, of a few like answers, is chance and no certainty
 MAX_LOG_RATIO = 3.0  # a factor of 20: beyond it an answer is an accident and counts as this
 MIN_RATIO, MAX_RATIO = math.exp(-MAX_LOG_RATIO), math.exp(MAX_LOG_RATIO)
 TINY_S = 1e-6  # instead of a prediction of 0 seconds
@@ -29,6 +29,9 @@ TINY_S = 1e-6  # instead of a prediction of 0 seconds
 # Engines on one machine take each other's cores. Slope of log(latency) over the logarithm of all
 # requests in flight, until it is measured; 0.4 to 0.7 with six engines on 2 cores.
 LATENCY_SLOPE, MAX_LATENCY_SLOPE = 0.5, 1.5
+# Sum of squares of the logarithm that the stated slope is worth, chosen by hand: at steady load the
+# measured slope is mostly noise. tests/unit/telemetry/test_residuals.py notices ten times as much,
+# not a tenth.
 LATENCY_RIDGE = 4.0
 # An engine's step costs about the same whoever is in it, so a token's joules fall with the number
 # of requests that share its steps. Share of a lone token's joules that is the step's, until it is
@@ -40,7 +43,7 @@ ENERGY_RIDGE = 16.0  # tokens times squares of 1 / requests that the stated slop
 # deviation 0.3 to 0.7), TPOT twice as long is found in 9 to 12 answers, a third more in 40.
 CHANGE_SLACK, CHANGE_LIMIT = 0.15, 6.0
 
-_SPREAD_KEEP = 0.5 ** (1.0 / SPREAD_HALF_LIFE)
+_SPREAD_KEEP = decay(1.0, SPREAD_HALF_LIFE)
 
 
 class LoadLine:

@@ -172,7 +172,7 @@ class SLMStats:
             energy_j_per_token=self._energy_j_per_token.mean if per_token is None else per_token,
             failure_ratio=self._breaker.failure_ratio,
             breaker_open=self._breaker.blocks(now, sent),
-            wake_s=spec.priors.wake_s if self.wake_s is None else self.wake_s,
+            wake_s=spec.wake_s(self.wake_s),
             age_s=max(now - self._seen_at, 0.0),
             calibration_factor=self.calibration_factor,
             in_flight=elsewhere + inside,

@@ -9,9 +9,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# A number, or an array of them.
+Number = TypeVar("Number", float, "npt.NDArray[np.float64]")
 
 MIN_SPAN_S = 1.0  # of a rate
 _LN2 = math.log(2.0)
+
+
+def decay(age: Number, half_life: float) -> Number:
+    """Weight of what is `age` old; both in one unit, which may be seconds or a count.
+
+    >>> decay(16.0, 8.0)
+    0.25
+    """
+    weight: Number = 0.5 ** (age / half_life)
+    return weight
 
 
 class Ewma:
@@ -37,7 +55,7 @@ class Ewma:
         """Remaining weight of the values so far; with weights of 1, their number."""
         if self._weight == 0.0:
             return 0.0
-        return self._weight * _halvings(now - self._at, self._half_life_s)
+        return self._weight * _left(now - self._at, self._half_life_s)
 
     def add(self, value: float, now: float, weight: float = 1.0) -> None:
         """Count `value` with `weight` (above 0)."""
@@ -67,11 +85,11 @@ class DecayedRate:
         # Divided by the part of the exponential window since the start. It counts as MIN_SPAN_S at
         # least, so that the first event does not give an infinite rate.
         span_s = max(now - self._since, MIN_SPAN_S)
-        share = 1.0 - _halvings(span_s, self._half_life_s)
+        share = 1.0 - _left(span_s, self._half_life_s)
         return self._decayed(now) * _LN2 / self._half_life_s / share
 
     def _decayed(self, now: float) -> float:
-        return self._amount * _halvings(now - self._at, self._half_life_s)
+        return self._amount * _left(now - self._at, self._half_life_s)
 
 
 class DecayedLine:
@@ -80,7 +98,7 @@ class DecayedLine:
     __slots__ = ("_keep", "_x", "_xx", "_xy", "_y", "weight")
 
     def __init__(self, half_life: float) -> None:
-        self._keep = 0.5 ** (1.0 / half_life)
+        self._keep = decay(1.0, half_life)
         self.weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float, weight: float = 1.0) -> None:
@@ -133,5 +151,5 @@ class QuantileWindow:
         return tuple(ordered[max(math.ceil(r * len(ordered)) - 1, 0)] for r in ratios)
 
 
-def _halvings(elapsed_s: float, half_life_s: float) -> float:
-    return float(0.5 ** (max(elapsed_s, 0.0) / half_life_s))
+def _left(elapsed_s: float, half_life_s: float) -> float:
+    return float(decay(max(elapsed_s, 0.0), half_life_s))

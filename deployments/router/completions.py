@@ -125,7 +125,7 @@ class CompletionsEndpoint:
             raise
         except CalmError as error:
             return finish(http.error_response(outcome.refused(call, error), headers))
-        except dispatch.REPLICA_FAILURES as error:
+        except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             dispatch.cancel(answer)
             return finish(http.error_response(outcome.gone(call, error), headers))
         return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
@@ -170,7 +170,7 @@ class CompletionsEndpoint:
                     yield part
         except CalmError as error:
             yield http.sse_error(outcome.refused(call, error))
-        except dispatch.REPLICA_FAILURES as error:
+        except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             yield http.sse_error(outcome.gone(call, error))
         except (asyncio.CancelledError, GeneratorExit):
             outcome.cancelled(call)
@@ -188,7 +188,7 @@ class CompletionsEndpoint:
                 async for part in answer:
                     if part:
                         yield part
-        except dispatch.REPLICA_FAILURES as error:
+        except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             # The status line is sent already, so the client gets an error event instead of [DONE].
             yield http.sse_error(outcome.gone(call, error))
         except (asyncio.CancelledError, GeneratorExit):

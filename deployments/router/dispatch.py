@@ -28,9 +28,6 @@ from deployments.wire import ErrorReply, Hints, ReplyEnd, deployment_name
 
 log = logging.getLogger("ray.serve")
 
-# A dead replica, an exception in a replica, a deleted application. Over gRPC, Serve raises the type
-# that was raised in the replica, so no list of types would be complete.
-REPLICA_FAILURES: tuple[type[Exception], ...] = (Exception,)
 RETRY_AFTER_S = 1.0
 # A router receives the desired residency about this long after the replicas.
 RESIDENCY_LAG_S = 0.02
@@ -132,7 +129,9 @@ class Dispatcher:
             except BackPressureError:
                 full.append(slm_id)
                 continue
-            except REPLICA_FAILURES as error:
+            # A dead replica, an exception in it, a deleted application. Over gRPC, Serve raises the
+            # type that was raised in the replica, so no list of types would be complete.
+            except Exception as error:  # noqa: BLE001
                 log.warning("SLM %s failed before its first byte: %r", slm_id, error)
                 self._attempt_failed(slm_id, call.took_s)
                 continue

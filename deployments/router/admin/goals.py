@@ -15,7 +15,9 @@ from calm_serve.routing import ModelSelector
 from deployments.router import http
 
 ACTOR_HEADER = "x-calm-actor"
-MAX_HISTORY = 1000  # changes in one answer
+# Changes in one answer, as `knowledge.goal_history` bounds them; a test compares the two. The
+# router does not import that room, which loads SQLAlchemy.
+MAX_HISTORY = 1000
 ECHO_TIMEOUT_S = 2.0  # wait for this router to receive its own change
 
 

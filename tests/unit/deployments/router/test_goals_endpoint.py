@@ -12,12 +12,13 @@ from starlette.responses import Response
 from calm_serve.config import Goals
 from calm_serve.errors import RequestError
 from calm_serve.goals.controller import GoalController
+from calm_serve.knowledge import goal_history
 from calm_serve.protocol.topics import GoalChange
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.testing import make_decision, make_fleet, make_goals, make_outcome
 from deployments.observability.catalogue import BY_NAME
 from deployments.observability.exporters import fleet_samples
-from deployments.router.admin.goals import GoalsEndpoint, goals_section
+from deployments.router.admin.goals import MAX_HISTORY, GoalsEndpoint, goals_section
 
 
 class Knowledge:
@@ -202,3 +203,7 @@ def test_gauges_show_targets_measurements_and_weights(selector: ModelSelector) -
     assert found["calm_weight", "quality"] == 1.0
     assert ("calm_weight", "late_ttft_after_s") not in found
     assert all(name in BY_NAME for name, *_ in found)
+
+
+def test_the_history_that_may_be_asked_for_is_what_the_knowledge_actor_gives() -> None:
+    assert goal_history.MAX_HISTORY == MAX_HISTORY
