@@ -125,3 +125,13 @@ def knowledge_actor(fleet: ServedFleet) -> psutil.Process:
         return found[0] if found else None
 
     return eventually("the knowledge actor runs", find, 30.0)
+
+
+def test_an_slm_replica_holds_no_database_and_no_training_library(fleet: ServedFleet) -> None:
+    # Whatever it imports for its own work, Ray imports the class of each actor that it looks up.
+    replicas = [p for p in fleet.processes() if "slm-" in " ".join(p.cmdline())]
+    assert replicas
+    for replica in replicas:
+        libraries = [m.path for m in replica.memory_maps()]
+        assert any("torch" in path for path in libraries)
+        assert not [p for p in libraries if "sqlalchemy" in p or "lightgbm" in p]
