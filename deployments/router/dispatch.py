@@ -131,7 +131,7 @@ class Dispatcher:
                 continue
             # A dead replica, an exception in it, a deleted application. Over gRPC, Serve raises the
             # type that was raised in the replica, so no list of types would be complete.
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  # of any type, see above
                 log.warning("SLM %s failed before its first byte: %r", slm_id, error)
                 self._attempt_failed(slm_id, call.took_s)
                 continue

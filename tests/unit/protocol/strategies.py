@@ -71,4 +71,4 @@ def _of_generic(hint: Any, of: Callable[[Any], st.SearchStrategy[Any]]) -> st.Se
         return st.tuples(*map(of, inner))
     if origin is Annotated:
         return of(inner[0])
-    raise NotImplementedError(f"no strategy for {hint!r}")
+    raise TypeError(f"a record has a field of a kind that no record had before: {hint!r}")
