@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from calm_serve.replicas import EXPLORATION_RATIO, ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import EXPLORATION_RATIO, QueueLengths, ReplicaRequest, rank_for_prompt
 from calm_serve.types import ReplicaState
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class ReplicaRouter(RequestRouter):
         self._exploration_ratio = exploration_ratio
         self._random = Random()
         self._node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-        self._ids: dict[str, ReplicaID] = {}
+        self._queues = QueueLengths(time.monotonic)
         self._pending_by_metadata: dict[int, PendingRequest] = {}
-        self._view.attach(self._name, self._queue_length)
+        self._view.attach(self._name, self._queues.of)
 
     async def choose_replicas(
         self,
@@ -123,18 +124,51 @@ class ReplicaRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Follow membership, adapters and polled statistics."""
         super().update_replicas(replicas)
-        self._ids = {r.replica_id.unique_id: r.replica_id for r in replicas}
+        self._queues.retain({r.replica_id.unique_id for r in replicas})
         self._view.update_replicas(self._name, [_state(r) for r in replicas])
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Forget a replica whose actor is dead."""
         super().on_replica_actor_died(replica_id)
-        self._ids.pop(replica_id.unique_id, None)
         self._view.died(self._name, replica_id.unique_id)
 
-    def _queue_length(self, replica_id: str) -> int | None:
-        serve_id = self._ids.get(replica_id)
-        return None if serve_id is None else self.replica_queue_len_cache.get(serve_id)
+    # Serve's own cache of queue lengths takes a replica's count as it comes. The count may include
+    # requests that have finished since; each of them stays in the cache for ten seconds, and idle
+    # replicas look busy. So this class counts for itself. The cache still bounds admission: a
+    # replica that looks full is asked.
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Count a request that goes to a replica."""
+        super().on_send_request(replica_id)
+        self._queues.sent(replica_id.unique_id)
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """Take the replica's count, which it sends as it accepts or refuses a request."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._queues.answered(replica_id.unique_id, num_ongoing_requests)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count a request that is over, refused ones too."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._queues.finished(replica_id.unique_id)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """Forget the count of a replica that cannot be reached."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._queues.forget(replica_id.unique_id)
+
+    async def _probe_queue_lens(
+        self, replicas: list[RunningReplica], backoff_index: int
+    ) -> list[tuple[RunningReplica, int | None]]:
+        asked = {r.replica_id: self._queues.asked(r.replica_id.unique_id) for r in replicas}
+        lengths: list[tuple[RunningReplica, int | None]] = await super()._probe_queue_lens(
+            replicas, backoff_index
+        )
+        for replica, length in lengths:
+            if length is not None:
+                name = replica.replica_id.unique_id
+                self._queues.reported(name, length, asked[replica.replica_id])
+        return lengths
 
     # Serve looks up the pending request for a chosen replica by `internal_request_id`. All calls of
     # one HTTP request share this id, so of two calls at once one is never fulfilled. Each call has

@@ -81,6 +81,7 @@ class Caller:
             "predicted": [VIEW.take_routed(_decision_id(c)) for c in plan["calls"]],
             "replicas": [r.replica_id for r in VIEW.replicas(slm)],
             "waiting": [r.waiting for r in VIEW.replicas(slm)],
+            "queued": [r.queue_length for r in VIEW.replicas(slm)],
             "cpu_ratio": (time.process_time() - cpu_s) / (time.perf_counter() - started_s),
         }
 
@@ -211,6 +212,14 @@ def test_concurrent_calls_of_one_request_each_go_by_their_own_prefix(
     answer = client(*calls)
     assert answer["served"] == list(expected.values())
     assert answer["predicted"] == answer["served"]
+
+
+def test_replicas_without_requests_look_idle_at_once(client: Client) -> None:
+    client.replicas()
+    for _ in range(20):  # in Serve's cache of queue lengths, most rounds leave a request behind
+        client(*({"hints": {"prefix_family": f"f{i}"}} for i in range(4)))
+        client()  # Serve learns of the end of a call on its own loop
+        assert client()["queued"] == [0, 0]
 
 
 def test_an_exception_while_ranking_does_not_hang_the_request(client: Client) -> None:
