@@ -219,7 +219,7 @@ def test_replicas_without_requests_look_idle_at_once(client: Client) -> None:
     for _ in range(20):  # in Serve's cache of queue lengths, most rounds leave a request behind
         client(*({"hints": {"prefix_family": f"f{i}"}} for i in range(4)))
         client()  # Serve learns of the end of a call on its own loop
-        assert client()["queued"] == [0, 0]
+        assert not any(client()["queued"])
 
 
 def test_an_exception_while_ranking_does_not_hang_the_request(client: Client) -> None:
