@@ -1,22 +1,38 @@
-"""Records between a router and an SLM deployment, as plain data.
+"""What a router and an SLM replica say to each other over HTTP.
 
-An SLM method is an async generator. It yields `bytes` that the router sends to the client
-unchanged, and then one `ReplyEnd`; for a request that fails before its first byte it yields one
-`ErrorReply` instead.
+The router POSTs the client's body to a replica's own port. Request headers: the replica's secret,
+and an `AnswerRequest`. The answer is the engine's, byte by byte. What only the replica knows comes
+as an `AnswerEnd`: in a header of a whole document, or as the last event of a stream, which the
+router takes off.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypedDict
 
 from calm_serve.types import EngineFacts, QualitySignal
 
-STREAM_END = b"data: [DONE]\n\n"  # the last event of a stream
+SECRET_HEADER = "x-calm-secret"
+REQUEST_HEADER = "x-calm-request"  # an `AnswerRequest`
+END_HEADER = "x-calm-end"  # an `AnswerEnd`
+REFUSAL_HEADER = "x-calm-refusal"  # a `Refusal`: the engine has not seen the request
+ONGOING_HEADER = "x-calm-ongoing"  # requests in the replica
+# A line of its own in the stream. No answer can contain it: line breaks in JSON are escaped.
+END_EVENT = b"event: calm.end\ndata: "
+
+
+class Refusal(StrEnum):
+    """Why a replica did not give a request to its engine."""
+
+    FULL = "full"
+    ASLEEP = "asleep"  # the router did not know yet that the SLM sleeps: it queues the request
+    DEAD = "dead"  # its engine has died
 
 
 class Hints(TypedDict, total=False):
-    """Routing and validation hints that accompany a body; the engine does not get them."""
+    """What replica choice reads of a request."""
 
     decision_id: str
     prefix_family: str
@@ -24,10 +40,13 @@ class Hints(TypedDict, total=False):
     session_key: str
     adapter: str
     avoid: str  # replica of the failed attempt before this one
-    validate: str  # name of the check that the client requested
-    schema: dict[str, Any] | None
-    labels: tuple[str, ...]
-    residency_revision: int  # of the router's desired residency; absent without a memory budget
+
+
+class ReplicaAddress(TypedDict):
+    """Where a replica listens; Serve hands it to the handles (`record_replica_metadata`)."""
+
+    url: str
+    secret: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +64,23 @@ class ErrorReply:
 
     http_status: int
     body: bytes  # OpenAI's error document
-    asleep: bool = False  # the router did not know yet that the SLM sleeps: it queues the request
+    asleep: bool = False  # see `Refusal`
     dead_replica: str = ""  # id of the replica that sent this, when its engine has died
 
 
 def deployment_name(slm_id: str) -> str:
     """Name of an SLM's Serve deployment."""
     return f"slm-{slm_id}"
+
+
+def served_name(slm_id: str, adapter: str) -> str:
+    """Name by which an SLM's engine knows itself or one of its adapters."""
+    return f"{slm_id}:{adapter}" if adapter else slm_id
+
+
+def address_of(metadata: dict[str, Any]) -> ReplicaAddress | None:
+    """Return the address in a replica's metadata; None when there is none."""
+    url, secret = metadata.get("url"), metadata.get("secret")
+    if isinstance(url, str) and isinstance(secret, str):
+        return ReplicaAddress(url=url, secret=secret)
+    return None

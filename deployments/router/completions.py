@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from calm_serve.config import ServeArgs
 from calm_serve.errors import CalmError
 from calm_serve.prediction import live_load
+from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.requests import (
     ChatRequest,
     Overrides,
@@ -30,7 +31,7 @@ from deployments.router import (
 )
 from deployments.router.fleet_view import FleetView
 from deployments.router.wakeup_queue import WakeupQueue
-from deployments.wire import ErrorReply, Hints
+from deployments.wire import ErrorReply
 
 JSON, EVENTS = "application/json", "text/event-stream"
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
@@ -56,14 +57,14 @@ class CompletionsEndpoint:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        return await self._answer(request, parse_chat, "chat")
+        return await self._answer(request, parse_chat, "/v1/chat/completions")
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        return await self._answer(request, parse_completion, "complete")
+        return await self._answer(request, parse_completion, "/v1/completions")
 
     async def _answer(
-        self, request: Request, parse: Callable[[Any], ChatRequest], method: str
+        self, request: Request, parse: Callable[[Any], ChatRequest], path: str
     ) -> Response:
         decision_id = uuid.uuid4().hex
         headers = {
@@ -83,7 +84,7 @@ class CompletionsEndpoint:
         task = overrides.task
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
-        opening = self._dispatcher.open(call, method, body, _hints(parsed, overrides))
+        opening = self._dispatcher.open(call, path, body, _asked(decision, parsed, overrides))
         return await self._respond(call, opening, parsed.stream, headers, finish)
 
     async def _respond(
@@ -200,10 +201,11 @@ class CompletionsEndpoint:
             finish()
 
 
-def _hints(parsed: ChatRequest, overrides: Overrides) -> Hints:
-    """The checks of the answer that the client requested."""
-    return {
-        "validate": overrides.validate or ("json" if parsed.schema is not None else ""),
-        "schema": dict(parsed.schema) if parsed.schema is not None else None,
-        "labels": overrides.labels,
-    }
+def _asked(decision: Decision, parsed: ChatRequest, overrides: Overrides) -> AnswerRequest:
+    """What the SLM replica has to know beside the body."""
+    return AnswerRequest(
+        decision_id=decision.decision_id,
+        adapter=decision.adapter,
+        validate=overrides.validate or ("json" if parsed.schema is not None else ""),
+        labels=overrides.labels,
+    )

@@ -48,6 +48,7 @@ from deployments.router.fleet_view import FleetView
 from deployments.router.handles import Handles
 from deployments.router.outcome import outcome_of
 from deployments.router.subscriptions import Subscriptions
+from deployments.router.upstream import Upstream
 from deployments.router.wakeup_queue import WakeupQueue
 
 log = logging.getLogger("ray.serve")
@@ -76,8 +77,10 @@ class Router:
             decision_log=args.router.decision_log,
             controller=GoalController(args.goals, routers=args.router.replicas),
         )
+        self._upstream = self.connect_upstream()
         dispatcher = dispatch.Dispatcher(
-            self._handles.get,
+            self._upstream.call,
+            in_fleet=self._handles.__contains__,
             retries=args.router.retries,
             attempt_failed=self._view.attempt_failed,
             admit=self._wakeup_queue.admit,
@@ -109,6 +112,22 @@ class Router:
                 self._wakeup_queue.run(self._knowledge.report_demand, lambda: self._selector.fleet)
             ),
         ]
+
+    def connect_upstream(self) -> Upstream:
+        """Return the connections to the SLMs."""
+        return Upstream(
+            may_queue=lambda slm_id: self._selector.specs[slm_id].limits.max_queued_requests,
+            start_replica=self._start_replica,
+        )
+
+    def _start_replica(self, slm_id: str) -> Awaitable[object] | None:
+        """Let Serve start a replica of an SLM that may have none, and wait for it."""
+        if self._selector.specs[slm_id].scaling.min_replicas:
+            return None
+        return self._wait_for_replica(self._handles.get(slm_id))
+
+    async def _wait_for_replica(self, handle: DeploymentHandle) -> None:
+        await handle.ready.remote()  # counts as queued, by which Serve scales up from zero
 
     def _endpoints(self, completions: CompletionsEndpoint) -> dict[tuple[str, str], Endpoint]:
         """Method and path -> endpoint; `__call__` adds the paths that end in an id."""
@@ -211,3 +230,5 @@ class Router:
             task.cancel()
         if outcomes := getattr(self, "_outcomes", None):
             await outcomes.stop()
+        if upstream := getattr(self, "_upstream", None):
+            await upstream.close()

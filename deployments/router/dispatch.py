@@ -10,13 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
-
 from calm_serve.errors import AsleepError, CalmError, CapacityError, SLMUnavailableError
+from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.types import (
     Decision,
     DecisionPath,
@@ -78,12 +76,13 @@ class Call:
 
 
 class Dispatcher:
-    """Sends calls to the SLMs' handles. `retries` bounds the failovers of a request."""
+    """Sends calls to the SLMs. `retries` bounds the failovers of a request."""
 
     def __init__(
         self,
-        handle: Callable[[str], DeploymentHandle],
+        send: Callable[[str, str, dict[str, Any], AnswerRequest, Hints], AsyncIterator[Any]],
         *,
+        in_fleet: Callable[[str], bool],
         retries: int,
         attempt_failed: Callable[[str, float], None],
         admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
@@ -91,19 +90,20 @@ class Dispatcher:
         """Create a dispatcher.
 
         Args:
-            handle: returns the handle of an SLM; KeyError when it is not in the fleet.
+            send: returns the reply of an SLM (`Upstream.call`).
+            in_fleet: whether an SLM is still in the fleet.
             retries: most failovers per request.
             attempt_failed: called with the SLM and the seconds since the call was sent to it.
             admit: waits until a call may be sent to an SLM, or raises AsleepError. Returns the
                 revision of the desired residency that it followed, None without a memory budget.
         """
-        self._handle = handle
+        self._send, self._in_fleet = send, in_fleet
         self._admit = admit
         self._retries = retries
         self._attempt_failed = attempt_failed
 
     async def open(
-        self, call: Call, method: str, body: dict[str, Any], extra: Hints
+        self, call: Call, path: str, body: dict[str, Any], asked: AnswerRequest
     ) -> AsyncIterator[bytes] | ErrorReply:
         """Return the answer as an iterator of bytes, after its first chunk came, or an error reply.
 
@@ -111,7 +111,7 @@ class Dispatcher:
             CapacityError: every SLM of the plan has a full queue or is asleep for too long.
             SLMUnavailableError: no SLM of the plan answered.
         """
-        hints: Hints = {**hints_of(call.decision), **extra}
+        hints = hints_of(call.decision)
         plan = self._plan(call.decision)
         full: list[str] = []
         late: AsleepError | None = None
@@ -121,17 +121,17 @@ class Dispatcher:
                 continue
             call.slm_id, call.retries = slm_id, position
             try:
-                items, first = await self._first(call, method, body, hints)
+                items, first = await self._first(call, path, body, asked, hints)
             except AsleepError as error:
                 late = late or error
                 full.append(slm_id)
                 continue
-            except BackPressureError:
+            except CapacityError:
                 full.append(slm_id)
                 continue
-            # A dead replica, an exception in it, a deleted application. Over gRPC, Serve raises the
-            # type that was raised in the replica, so no list of types would be complete.
-            except Exception as error:  # noqa: BLE001  # of any type, see above
+            # A dead replica, an exception in it, a deleted application, of any type: a fault of
+            # one attempt must not cost the client the others.
+            except Exception as error:  # noqa: BLE001
                 log.warning("SLM %s failed before its first byte: %r", slm_id, error)
                 self._attempt_failed(slm_id, call.took_s)
                 continue
@@ -149,20 +149,15 @@ class Dispatcher:
         raise late or _no_answer(plan, full)
 
     async def _first(
-        self, call: Call, method: str, body: dict[str, Any], hints: Hints
+        self, call: Call, path: str, body: dict[str, Any], asked: AnswerRequest, hints: Hints
     ) -> tuple[AsyncIterator[Any], Any]:
         """Send the call once its SLM is awake; return the reply's items and the first item."""
         while True:
             if self._admit is not None and (revision := await self._admit(call, call.slm_id)):
-                hints = {**hints, "residency_revision": revision}
+                asked = replace(asked, residency_revision=revision)
             call.sent = time.perf_counter()
-            items = self._items(call.slm_id, method, body, hints)
-            try:
-                first = await anext(items)
-            except asyncio.CancelledError:
-                # Serve does not cancel a call when the wait for its next item is cancelled.
-                cancel_items(items)
-                raise
+            items = self._send(call.slm_id, path, body, asked, hints)
+            first = await anext(items)
             if not isinstance(first, ErrorReply) or not first.asleep:
                 return items, first
             # The replica received the order to sleep before this router did.
@@ -170,11 +165,8 @@ class Dispatcher:
             await asyncio.sleep(RESIDENCY_LAG_S)
 
     def _may_answer(self, slm_id: str, *, again: bool) -> bool:
-        try:
-            self._handle(slm_id)
-        except KeyError:
-            return False  # the SLM has left the fleet since the decision
-        # Without a live replica, Serve would let the call wait for a new one.
+        if not self._in_fleet(slm_id):
+            return False  # it has left since the decision
         return not again or bool(VIEW.replicas(deployment_name(slm_id)))
 
     def _plan(self, decision: Decision) -> list[str]:
@@ -183,14 +175,6 @@ class Dispatcher:
             return [decision.slm_id] * (1 + min(self._retries, 1))
         order = [decision.slm_id, decision.slm_id, *decision.ranking[1:]]
         return order[: 1 + self._retries]
-
-    def _items(
-        self, slm_id: str, method: str, body: dict[str, Any], hints: Hints
-    ) -> AsyncIterator[Any]:
-        handle = self._handle(slm_id).options(
-            stream=True, method_name=method, multiplexed_model_id=hints["adapter"]
-        )
-        return aiter(handle.remote(body, hints=hints))
 
 
 class _Answer:
@@ -246,7 +230,7 @@ def cancel(answer: object) -> None:
 
 
 def cancel_items(items: object) -> None:
-    """Cancel the call if `items` came from a handle; do nothing otherwise."""
+    """Break the reply off if `items` is one; do nothing otherwise."""
     stop = getattr(items, "cancel", None)
     if stop is not None:
         stop()

@@ -19,6 +19,7 @@ from threading import Lock
 
 from calm_serve.replicas import PrefixIndex
 from calm_serve.types import Decision, EngineFacts, ReplicaState
+from deployments.router.chosen import ReplicaChooser
 from deployments.wire import Hints
 
 FACTS_LIFETIME_S = 10.0
@@ -68,6 +69,7 @@ class _Deployment:
     reports: dict[str, _LastReport] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=lambda: PrefixIndex(MAX_BLOCKS))
     queue_length: Callable[[str], int | None] = _unknown_queue_length
+    chooser: ReplicaChooser | None = None
 
 
 class LiveView:
@@ -92,6 +94,15 @@ class LiveView:
     def attach(self, deployment: str, queue_length: Callable[[str], int | None]) -> None:
         """Read queue lengths (requests in a replica, None if unknown) through `queue_length`."""
         self._of(deployment).queue_length = queue_length
+
+    def attach_chooser(self, deployment: str, chooser: ReplicaChooser) -> None:
+        """Choose the deployment's replicas through `chooser`."""
+        self._of(deployment).chooser = chooser
+
+    def chooser(self, deployment: str) -> ReplicaChooser | None:
+        """Return what chooses the deployment's replicas; None before its handle has started."""
+        record = self._deployments.get(deployment)
+        return None if record is None else record.chooser
 
     def update_replicas(self, deployment: str, states: Iterable[ReplicaState]) -> None:
         """Replace the deployment's replicas and their polled load; drop those that are gone."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Container
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,21 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from calm_serve.replicas import EXPLORATION_RATIO, QueueLengths, ReplicaRequest, rank_for_prompt
 from calm_serve.types import ReplicaState
+from deployments.router.chosen import ChosenReplica
+from deployments.wire import Hints, ReplicaAddress, address_of
 
 if TYPE_CHECKING:
     from ray.serve._private.common import RequestMetadata
-    from ray.serve._private.replica_result import ReplicaResult
 
 logger = logging.getLogger("ray.serve")
 
 
 class ReplicaRouter(RequestRouter):
-    """Ranks an SLM's replicas for each request by the hints that come with the call.
+    """Ranks an SLM's replicas for each request by its hints (`wire.Hints`).
 
-    Calls look like `handle.chat.remote(body, hints=hints)`, `hints` being `wire.Hints`; a call
-    without hints is load-balanced. Owned by the handle; one per handle and process.
+    The router process asks `choose` and sends the request to the replica's own HTTP port. A call
+    of the handle itself, which waits for a replica to start, is load-balanced. Owned by the handle;
+    one per handle and process.
     """
 
     # Serve asks a replica that was idle for ten seconds for its queue length. With Serve's 0.1 s, a
@@ -54,46 +57,64 @@ class ReplicaRouter(RequestRouter):
         self._node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._queues = QueueLengths(time.monotonic)
         self._pending_by_metadata: dict[int, PendingRequest] = {}
+        self._addresses: dict[str, ReplicaAddress] = {}
         self._view.attach(self._name, self._queues.of)
+        self._view.attach_chooser(self._name, self)
+
+    def choose(self, hints: Hints, tried: Container[str] = ()) -> ChosenReplica | None:
+        """Return the best replica that is not in `tried`; None when there is no other one."""
+        left = [
+            r
+            for r in self._alive(self._replicas_list)
+            if r.replica_id.unique_id not in tried and r.replica_id.unique_id in self._addresses
+        ]
+        if not left:
+            return None
+        replica_id = self._rank(left, hints)[0][0].replica_id.unique_id
+        return ChosenReplica(replica_id, self._addresses[replica_id])
+
+    def sent(self, replica_id: str) -> None:
+        """Count a request that is on its way to a replica."""
+        self._queues.sent(replica_id)
+
+    def answered(
+        self, replica_id: str, hints: Hints, *, accepted: bool, ongoing: int | None
+    ) -> None:
+        """Take a replica's first reaction to a request; `ongoing` is its count of requests."""
+        if ongoing is not None:
+            self._queues.answered(replica_id, ongoing)
+        if accepted:
+            self._view.index(self._name).add(hints.get("prefix_chain", ()), replica_id)
+
+    def finished(self, replica_id: str) -> None:
+        """Count a request that is over, however it ended."""
+        self._queues.finished(replica_id)
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return every candidate once, in groups, best first.
+        """Return every candidate once, in groups, best first."""
+        if pending_request is not None:
+            # Without a back-off, Serve retries a full deployment in a loop that never sleeps.
+            pending_request.routing_context.should_backoff = True
+        return [self._alive(candidate_replicas)]
 
-        A replica that is known to be dead is left out, although Serve lists it until several health
-        checks have failed. If there is no other replica it stays: a call to it fails at once,
-        whereas with an empty list Serve would let the request wait for a new replica.
+    def _alive(self, replicas: list[RunningReplica]) -> list[RunningReplica]:
+        """Leave out replicas that are known to be dead, although Serve still lists them.
+
+        If there is no other replica they stay: a request to one fails at once.
         """
-        alive = [r for r in candidate_replicas if not self._view.is_dead(r.replica_id.unique_id)]
-        candidate_replicas = alive or candidate_replicas
-        if pending_request is None:
-            return [candidate_replicas]
-        context = pending_request.routing_context
-        first_attempt = not context.should_backoff
-        # Without a back-off, Serve retries a full deployment in a loop that never sleeps.
-        context.should_backoff = True
-        try:
-            return self._rank(candidate_replicas, pending_request, first_attempt)
-        except Exception:  # of any type: Serve would log it and never route
-            logger.exception("Ranking the replicas of %s failed; balancing load.", self._name)
-            return [candidate_replicas]
+        alive = [r for r in replicas if not self._view.is_dead(r.replica_id.unique_id)]
+        return alive or replicas
 
-    def _rank(
-        self,
-        candidates: list[RunningReplica],
-        pending_request: PendingRequest,
-        first_attempt: bool,
-    ) -> list[list[RunningReplica]]:
-        hints = pending_request.kwargs.get("hints") or {}
-        metadata = pending_request.metadata
+    def _rank(self, candidates: list[RunningReplica], hints: Hints) -> list[list[RunningReplica]]:
         request = ReplicaRequest(
-            decision_id=hints.get("decision_id") or metadata.request_id,
+            decision_id=hints.get("decision_id", ""),
             prefix_family=hints.get("prefix_family", ""),
-            session_key=hints.get("session_key") or metadata.session_id,
-            adapter=hints.get("adapter") or metadata.multiplexed_model_id,
+            session_key=hints.get("session_key", ""),
+            adapter=hints.get("adapter", ""),
             avoid=hints.get("avoid", ""),
         )
         known = {s.replica_id: s for s in self._view.replicas(self._name)}
@@ -107,50 +128,20 @@ class ReplicaRouter(RequestRouter):
             random=self._random,
             exploration_ratio=self._exploration_ratio,
         )
-        if first_attempt and hints:
-            self._view.routed(request.decision_id, groups[0][0])
         return [[by_id[replica_id] for replica_id in group] for group in groups]
-
-    def on_request_routed(
-        self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
-    ) -> None:
-        """Remember the prefix of a request that a replica has accepted."""
-        hints = pending_request.kwargs.get("hints") or {}
-        try:
-            self._view.index(self._name).add(hints.get("prefix_chain", ()), replica_id.unique_id)
-        except Exception:  # malformed hints must not fail a request that a replica is serving
-            logger.exception("Indexing a prefix for %s failed.", self._name)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Follow membership, adapters and polled statistics."""
         super().update_replicas(replicas)
         self._queues.retain({r.replica_id.unique_id for r in replicas})
+        found = {r.replica_id.unique_id: address_of(r.replica_metadata) for r in replicas}
+        self._addresses = {name: address for name, address in found.items() if address is not None}
         self._view.update_replicas(self._name, [_state(r) for r in replicas])
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Forget a replica whose actor is dead."""
         super().on_replica_actor_died(replica_id)
         self._view.died(self._name, replica_id.unique_id)
-
-    # Serve's own cache of queue lengths takes a replica's count as it comes. The count may include
-    # requests that have finished since; each of them stays in the cache for ten seconds, and idle
-    # replicas look busy. So this class counts for itself. The cache still bounds admission: a
-    # replica that looks full is asked.
-
-    def on_send_request(self, replica_id: ReplicaID) -> None:
-        """Count a request that goes to a replica."""
-        super().on_send_request(replica_id)
-        self._queues.sent(replica_id.unique_id)
-
-    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
-        """Take the replica's count, which it sends as it accepts or refuses a request."""
-        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-        self._queues.answered(replica_id.unique_id, num_ongoing_requests)
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Count a request that is over, refused ones too."""
-        super().on_request_completed(replica_id, internal_request_id)
-        self._queues.finished(replica_id.unique_id)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         """Forget the count of a replica that cannot be reached."""

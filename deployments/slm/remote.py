@@ -16,7 +16,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.errors import openai_error
 from calm_serve.types import EngineFacts
 from deployments.slm.state_reporter import StateReporter
-from deployments.wire import STREAM_END, ErrorReply, Hints, ReplyEnd
+from deployments.wire import ErrorReply, Hints, ReplyEnd
 
 MAX_TOKENS = 10_000_000  # of a prompt or an answer; no context is longer
 
@@ -86,7 +86,7 @@ class RemoteSLM:
                 async for chunk in response.aiter_bytes():
                     first = first or time.perf_counter() - started
                     tail = (tail + chunk)[-8192:]
-                    if stream and not chunk.endswith(STREAM_END):
+                    if stream and not chunk.endswith(b"data: [DONE]\n\n"):
                         yield chunk
                     else:
                         last += chunk

@@ -6,58 +6,66 @@ Only this room imports vLLM, so an upgrade of vLLM changes only this room. Pinne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import json
 import multiprocessing
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, fields
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from starlette.datastructures import State
+from fastapi import FastAPI
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from calm_serve.config import SLMSpec, error_field, first_error
-from calm_serve.errors import CalmError, ComponentError, RequestError, openai_error
+from calm_serve.config import SLMSpec
+from calm_serve.errors import ComponentError
 from deployments.slm.engine.forked_core import fork_cores
 from deployments.slm.engine.metrics import BatchedStatLogger, EngineLoad, load_logger
 from deployments.slm.engine.sleep import fall_asleep, sleep_arguments, wake_up
 
 __all__ = ["Engine", "EngineDeadError", "EngineLoad", "RequestFacts"]
 
-EVENTS_PER_S = 500  # of all streams of a replica together
 MAX_SPACING_S = 0.05  # between two events of a stream
 MIN_WAIT_S = 0.0015  # no timer for a shorter wait: it is less than a step of the smallest models
-_ERROR_EVENT = 'data: {"error"'
+# The router is the server that clients see; the engine's own is reached by it alone.
+OUR_SERVER: dict[str, Any] = {
+    "api_key": None,
+    "middleware": [],
+    "root_path": "",
+    "enable_request_id_headers": False,
+    "enable_server_load_tracking": False,
+}
 _ENGINE_FIELDS = frozenset(f.name for f in fields(AsyncEngineArgs))
 
 
 @dataclass(slots=True)
 class RequestFacts:
-    """Facts of one request from the engine, filled while it runs. Times in seconds."""
+    """Facts of one request from the engine, filled while it runs. Times in seconds.
 
+    A request may make the engine generate several times: one completion for each of several
+    prompts. Counts are sums over them, and over all choices.
+    """
+
+    on_tokens: Callable[[int], None]  # called with the number of new output tokens
+    keep_text: bool = False
     started: float = field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     queue_s: float = 0.0
     ttft_s: float = 0.0
-    finished: bool = False  # the engine has no more tokens for it
-    keep_text: bool = False
     text: list[str] = field(default_factory=list)  # of the first choice, for validators
 
 
@@ -67,39 +75,45 @@ _facts: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("fa
 class _ObservedLLM(AsyncLLM):  # type: ignore[misc]  # vLLM ships no types
     """AsyncLLM that records each request's facts in the caller's RequestFacts.
 
-    It also limits the events of all streams together to EVENTS_PER_S. An event costs less in the
-    engine than in the processes between it and the client, so with many streams each sends several
-    tokens per event: vLLM merges them while they wait. The first token never waits.
+    It may also limit the events of all streams together to `events_per_s`. Then, with many streams,
+    each sends several tokens per event: vLLM merges them while they wait. The first token never
+    waits.
     """
 
     load: EngineLoad | None = None
+    events_per_s: float | None = None
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        facts = _facts.get()
+        params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
+        repeats = getattr(params, "output_kind", None) is RequestOutputKind.CUMULATIVE
+        observe = _observer(_facts.get(), repeats)
         async for output in super().generate(*args, **kwargs):
-            if facts is not None:
-                _observe(facts, output)
+            observe(output)
             taken_s = time.perf_counter()
             yield output
-            if not output.finished and self.load is not None:
-                others = self.load.running - 1
-                spacing_s = min(others / EVENTS_PER_S, MAX_SPACING_S)
+            if self.events_per_s is not None and not output.finished and self.load is not None:
+                spacing_s = min((self.load.running - 1) / self.events_per_s, MAX_SPACING_S)
                 wait_s = taken_s + spacing_s - time.perf_counter()
                 if wait_s > MIN_WAIT_S:
                     await asyncio.sleep(wait_s)
+
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        observe = _observer(_facts.get(), repeats=False)
+        async for output in super().encode(*args, **kwargs):
+            observe(output)
+            yield output
 
 
 class Engine:
     """One SLM's vLLM engine with vLLM's own OpenAI serving layer."""
 
-    def __init__(self, spec: SLMSpec, llm: AsyncLLM, state: State, load: EngineLoad) -> None:
+    def __init__(self, spec: SLMSpec, llm: AsyncLLM, app: FastAPI, load: EngineLoad) -> None:
         self.spec = spec
         self.load = load
+        self.app = app  # vLLM's own HTTP application
         self.asleep = False
         self._llm = llm
-        self._chat = state.openai_serving_chat
-        self._completion = state.openai_serving_completion
-        self._models = state.openai_serving_models
+        self._models = app.state.openai_serving_models
 
     @classmethod
     async def start(cls, spec: SLMSpec) -> Engine:
@@ -113,33 +127,22 @@ class Engine:
             config, stat_loggers=[load_logger(load), BatchedStatLogger]
         )
         llm.load = load
-        state = State()
         frontend = vars(FrontendArgs())
         own = {k: v for k, v in spec.engine.items() if k in frontend}
-        namespace = Namespace(**(frontend | vars(args) | own))
-        await init_app_state(llm, state, namespace, supported_tasks=await llm.get_supported_tasks())
-        return cls(spec, llm, state, load)
+        namespace = Namespace(**(frontend | vars(args) | own | OUR_SERVER))
+        tasks = await llm.get_supported_tasks()
+        app = build_app(namespace, tasks, llm.model_config)
+        await init_app_state(llm, app.state, namespace, supported_tasks=tasks)
+        return cls(spec, llm, app, load)
 
-    async def chat(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
-        """Yield a `/v1/chat/completions` answer: SSE events, or one JSON document.
-
-        Raises CalmError, before the first item, for a request that the engine rejects.
-        """
-        first, is_first = b"", bool(body.get("stream"))
-        async for chunk in self._run(ChatCompletionRequest, self._chat_call, body, facts):
-            if is_first:
-                # It has the role only; it is sent together with the event of the first text.
-                first, is_first = chunk, False
-                continue
-            yield first + chunk
-            first = b""
-        if first:
-            yield first
-
-    async def complete(self, body: dict[str, Any], facts: RequestFacts) -> AsyncIterator[bytes]:
-        """Yield a `/v1/completions` answer; see `chat`."""
-        async for chunk in self._run(CompletionRequest, self._completion_call, body, facts):
-            yield chunk
+    @contextlib.contextmanager
+    def observed(self, facts: RequestFacts) -> Iterator[None]:
+        """Record in `facts` what the engine does for the requests of this block."""
+        token = _facts.set(facts)
+        try:
+            yield
+        finally:
+            _facts.reset(token)
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter as `name`. Raises ComponentError when the engine rejects it."""
@@ -183,41 +186,6 @@ class Engine:
         """Stop the engine process."""
         self._llm.shutdown()
 
-    async def _chat_call(self, request: ChatCompletionRequest) -> Any:
-        return await self._chat.create_chat_completion(request, None)
-
-    async def _completion_call(self, request: CompletionRequest) -> Any:
-        return await self._completion.create_completion(request, None)
-
-    async def _run(
-        self,
-        protocol: type[Any],
-        call: Callable[[Any], Any],
-        body: dict[str, Any],
-        facts: RequestFacts,
-    ) -> AsyncIterator[bytes]:
-        token = _facts.set(facts)
-        try:
-            answer = await call(_parse(protocol, body))
-        except (EngineDeadError, asyncio.CancelledError, CalmError):
-            raise
-        except Exception as error:  # noqa: BLE001  # vLLM's table maps any exception to a status
-            answer = create_error_response(error)
-        finally:
-            _facts.reset(token)
-        if isinstance(answer, ErrorResponse):
-            raise _error_of(answer)
-        if hasattr(answer, "__aiter__"):
-            # The engine's generator is created lazily, on the first iteration.
-            token = _facts.set(facts)
-            async for event in answer:
-                if event.startswith(_ERROR_EVENT):
-                    # vLLM would end the stream with [DONE] as if the answer were complete.
-                    raise _error_of(ErrorResponse.model_validate_json(event[len("data: ") :]))
-                yield event.encode()
-        else:
-            yield answer.model_dump_json(exclude_none=False).encode()
-
 
 def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
     """Return vLLM's arguments: batching profile, resources, then the operator's `engine:`."""
@@ -256,40 +224,35 @@ def _lora_rank(path: str) -> int:
     return max(8, 1 << (rank - 1).bit_length())  # vLLM accepts powers of two from 8
 
 
-def _observe(facts: RequestFacts, output: Any) -> None:
-    facts.finished = output.finished
-    if not facts.ttft_s:
-        facts.ttft_s = time.perf_counter() - facts.started
-        facts.prompt_tokens = len(output.prompt_token_ids or ())
-        facts.cached_tokens = output.num_cached_tokens or 0
-    if facts.keep_text and output.outputs and output.outputs[0].index == 0:
-        facts.text.append(output.outputs[0].text)
-    if output.metrics is not None:
-        # An answer that is not streamed arrives at its end; the engine measured its first token.
-        facts.ttft_s = output.metrics.first_token_latency or facts.ttft_s
-        facts.output_tokens = output.metrics.num_generation_tokens
-        facts.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
+def _observer(facts: RequestFacts | None, repeats: bool) -> Callable[[Any], None]:
+    """Return what records the outputs of one generation; `repeats`: each has all tokens so far."""
+    if facts is None:
+        return lambda _output: None
+    before: dict[int, int] = {}  # tokens by choice
+    first = True
 
+    def observe(output: Any) -> None:
+        nonlocal first
+        if first:
+            first = False
+            facts.ttft_s = facts.ttft_s or time.perf_counter() - facts.started
+            facts.prompt_tokens += len(output.prompt_token_ids or ())
+            facts.cached_tokens += getattr(output, "num_cached_tokens", 0) or 0
+        choices = getattr(output, "outputs", None)
+        if not isinstance(choices, list):
+            return  # a pooling model makes no tokens
+        new = 0
+        for choice in choices:
+            count = len(choice.token_ids)
+            new += count - before.get(choice.index, 0) if repeats else count
+            before[choice.index] = count
+            if facts.keep_text and choice.index == 0:
+                facts.text.append(choice.text)
+        facts.output_tokens += new
+        facts.on_tokens(new)
+        if output.metrics is not None:
+            # An answer that is not streamed comes at its end; the engine knows its first token.
+            facts.ttft_s = output.metrics.first_token_latency or facts.ttft_s
+            facts.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
 
-def _parse(protocol: type[Any], body: dict[str, Any]) -> Any:
-    try:
-        return protocol(**body)
-    except ValidationError as error:
-        # Not counted: vLLM tries each kind of message, and one wrong message fails them all.
-        message = first_error("", error, counted=False)
-        raise RequestError(message, param=error_field(error) or None) from error
-
-
-def _error_of(answer: ErrorResponse) -> CalmError:
-    status = HTTPStatus(answer.error.code)
-    kind = RequestError if status < HTTPStatus.INTERNAL_SERVER_ERROR else ComponentError
-    error = kind(answer.error.message, param=answer.error.param)
-    error.http_status = int(status)
-    return error
-
-
-def error_body(error: CalmError) -> bytes:
-    """Return OpenAI's error document for `error`, encoded."""
-    return json.dumps(
-        openai_error(error.message, error.error_type, error.param, error.code)
-    ).encode()
+    return observe
