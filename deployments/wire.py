@@ -19,8 +19,9 @@ REQUEST_HEADER = "x-calm-request"  # an `AnswerRequest`
 END_HEADER = "x-calm-end"  # an `AnswerEnd`
 REFUSAL_HEADER = "x-calm-refusal"  # a `Refusal`: the engine has not seen the request
 ONGOING_HEADER = "x-calm-ongoing"  # requests in the replica
-# A line of its own in the stream. No answer can contain it: line breaks in JSON are escaped.
-END_EVENT = b"event: calm.end\ndata: "
+# Begins a line of its own in the stream, a comment that clients would ignore. No answer contains
+# such a line: line breaks in JSON are escaped.
+END_EVENT = b": calm.end "
 
 
 class Refusal(StrEnum):

@@ -19,10 +19,10 @@ from deployments.router import deployment
 
 
 class Answer:
-    """The result of one call of a handle: an iterator that can be cancelled."""
+    """A reply: an iterator that can be cancelled."""
 
-    def __init__(self, handle: Handle, items: AsyncIterator[Any]) -> None:
-        self._handle, self._items = handle, items
+    def __init__(self, slms: SLMs, items: AsyncIterator[Any]) -> None:
+        self._slms, self._items = slms, items
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
@@ -31,20 +31,21 @@ class Answer:
         return await anext(self._items)
 
     def cancel(self) -> None:
-        self._handle.cancelled += 1
+        self._slms.cancelled += 1
 
 
-class Handle:
-    """A handle whose every call plays the same items."""
-
-    is_initialized = True
+class SLMs:
+    """Takes the place of the connections to the SLMs: every call plays the same items."""
 
     def __init__(self, *items: Any) -> None:
         self._items = items
         self.cancelled = 0
 
-    def options(self, **_options: Any) -> Handle:
-        return self
+    def call(self, *_request: Any) -> Answer:
+        return Answer(self, self._play())
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
     async def _play(self) -> AsyncIterator[Any]:
         for item in self._items:
@@ -54,9 +55,11 @@ class Handle:
                 await asyncio.Event().wait()
             yield item
 
-    def remote(self, _body: Any, *, hints: Any) -> Answer:
-        del hints
-        return Answer(self, self._play())
+
+class Handle:
+    """A handle that has started."""
+
+    is_initialized = True
 
 
 class Knowledge:
@@ -98,7 +101,12 @@ class Metrics:
 
 
 class PlainRouter(deployment.Router):
-    """Serve awaits `__del__`; the interpreter, which has it here, cannot."""
+    """A router with scripted SLMs. Serve awaits `__del__`; the interpreter cannot."""
+
+    slms: SLMs
+
+    def connect_upstream(self) -> Any:
+        return self.slms
 
     def __del__(self) -> None:  # type: ignore[override]
         """Closed by `Service` already."""
@@ -116,11 +124,12 @@ class Service:
                 "router": options,
             }
         )
-        self.handle = Handle(*items)
+        self.slms = SLMs(*items)
         self.router: Any = PlainRouter.__new__(PlainRouter)
+        self.router.slms = self.slms
 
     async def __aenter__(self) -> Service:
-        handles = {"small": self.handle, "large": self.handle}
+        handles = {"small": Handle(), "large": Handle()}
         await self.router.__init__(self._args, make_fleet(), "calm", handles)
         return self
 

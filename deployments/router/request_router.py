@@ -9,12 +9,11 @@ that Ray marks as private; the reasons are next to them, and
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Container
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -23,11 +22,6 @@ from calm_serve.replicas import EXPLORATION_RATIO, QueueLengths, ReplicaRequest,
 from calm_serve.types import ReplicaState
 from deployments.router.chosen import ChosenReplica
 from deployments.wire import Hints, ReplicaAddress, address_of
-
-if TYPE_CHECKING:
-    from ray.serve._private.common import RequestMetadata
-
-logger = logging.getLogger("ray.serve")
 
 
 class ReplicaRouter(RequestRouter):
@@ -56,7 +50,6 @@ class ReplicaRouter(RequestRouter):
         self._random = Random()
         self._node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._queues = QueueLengths(time.monotonic)
-        self._pending_by_metadata: dict[int, PendingRequest] = {}
         self._addresses: dict[str, ReplicaAddress] = {}
         self._view.attach(self._name, self._queues.of)
         self._view.attach_chooser(self._name, self)
@@ -160,26 +153,6 @@ class ReplicaRouter(RequestRouter):
                 name = replica.replica_id.unique_id
                 self._queues.reported(name, length, asked[replica.replica_id])
         return lengths
-
-    # Serve looks up the pending request for a chosen replica by `internal_request_id`. All calls of
-    # one HTTP request share this id, so of two calls at once one is never fulfilled. Each call has
-    # a metadata object of its own, which is the key here. Serve's second index, by multiplexed
-    # model id, is emptied by `MultiplexMixin` only and would grow for ever, so both of Serve's
-    # indices stay empty.
-
-    def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
-        self._pending_by_metadata[id(pending_request.metadata)] = pending_request
-
-    def _remove_pending_request_from_indices(self, pending_request: PendingRequest) -> None:
-        self._pending_by_metadata.pop(id(pending_request.metadata), None)
-
-    def _get_pending_request_matching_internal_request_id(
-        self, request_metadata: RequestMetadata | None = None
-    ) -> PendingRequest | None:
-        pending = self._pending_by_metadata.get(id(request_metadata))
-        if pending is None or pending.metadata is not request_metadata or pending.future.done():
-            return None
-        return pending
 
 
 def _state(replica: RunningReplica) -> ReplicaState:

@@ -1,31 +1,46 @@
-"""`ReplicaRouter` inside real Ray Serve: one test per way in which a custom router can go wrong.
+"""Replica choice and Serve's books in real Ray Serve; requests go to the replicas' own ports.
 
-The SLM here only streams strings; this is about routing. Two applications run side by side:
-`threads` with two router processes and Serve's default threads, `loop` with the flags that put
-the router and the deployment's code on one event loop (both implied by
-`RAY_SERVE_THROUGHPUT_OPTIMIZED`).
+The SLM here only streams strings; this is about choosing, counting, draining and adapters. Two
+applications run side by side: `threads` with two router processes and Serve's default threads,
+`loop` with the flags that put request router, replica and its HTTP server on one event loop (both
+implied by `RAY_SERVE_THROUGHPUT_OPTIMIZED`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 import time
-from collections.abc import AsyncIterator
 from random import Random
 from typing import Any
 
 import httpx
 import pytest
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
+from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
 from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas
 from calm_serve.types import EngineFacts, ReplicaState
 from deployments.router.live_state import VIEW
+from deployments.router.upstream import Upstream
+from deployments.slm.http_server import HttpServer
+from deployments.slm.serve_account import FullError, ServeAccount
+from deployments.wire import (
+    END_EVENT,
+    ONGOING_HEADER,
+    REFUSAL_HEADER,
+    REQUEST_HEADER,
+    SECRET_HEADER,
+    Refusal,
+    ReplyEnd,
+    deployment_name,
+)
 
 SAME_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -35,43 +50,128 @@ ROUTED = RequestRouterConfig(
     request_router_class="deployments.router.request_router:ReplicaRouter",
     request_router_kwargs={"exploration_ratio": 0.0},
 )
+SECRET = "of this test"
+SLM, TINY = deployment_name("slm"), deployment_name("tiny")
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0},
     request_router_config=ROUTED,
     graceful_shutdown_wait_loop_s=0.1,
+    graceful_shutdown_timeout_s=20,
     health_check_period_s=1,
 )
 class FakeSLM:
-    """Streams its replica's name, then "done"."""
+    """Streams its replica's name, then "done", over a port of its own."""
 
-    def __init__(self) -> None:
-        self.name = serve.get_replica_context().replica_id.unique_id
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits constructors
+        context = serve.get_replica_context()
+        self.name = context.replica_id.unique_id
+        self.account = ServeAccount(context.app_name)
+        self.loaded: list[str] = []
+        self.server = HttpServer(self.answer, "127.0.0.1")
+        await self.server.start()
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        return {"url": self.server.url, "secret": SECRET}
 
     def reconfigure(self, config: Any) -> None:
         """Accept any `user_config`."""
 
-    async def chat(self, body: dict[str, Any], hints: Any = None) -> AsyncIterator[str]:
+    async def url(self) -> str:
+        """Where it listens."""
+        return self.server.url
+
+    async def books(self) -> dict[str, Any]:
+        """Serve's count without this call, and the adapters in memory."""
+        return {"ongoing": self.account.ongoing - 1, "loaded": list(self.loaded)}
+
+    @serve.multiplexed(max_num_models_per_replica=1)  # type: ignore[untyped-decorator]
+    async def load_adapter(self, name: str) -> Adapter:
+        self.loaded.append(name)
+        return Adapter(name, self.loaded)
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = dict(scope["headers"])
+        if headers.get(SECRET_HEADER.encode()) != SECRET.encode():
+            await document(send, 401)
+            return
+        asked = ANSWER_REQUEST.decode(headers[REQUEST_HEADER.encode()])
+        try:
+            async with self.account.request(
+                route=scope["path"], request_id="r", adapter=asked.adapter
+            ):
+                if asked.adapter:
+                    await self.load_adapter(asked.adapter)
+                await self.stream(await body_of(receive), receive, send)
+        except FullError:
+            await document(send, 503, (REFUSAL_HEADER.encode(), Refusal.FULL.encode()))
+
+    async def stream(self, body: dict[str, Any], receive: Any, send: Any) -> None:
         if body.get("die"):
             os._exit(1)
-        yield self.name
-        await asyncio.sleep(body.get("hold_s", 0.0))
-        yield "done"
+        ongoing = (ONGOING_HEADER.encode(), str(self.account.ongoing).encode())
+        kind = (b"content-type", b"text/event-stream")
+        await send({"type": "http.response.start", "status": 200, "headers": [kind, ongoing]})
+        await part(send, self.name.encode() + b"\n\n")
+        left = asyncio.ensure_future(receive())  # the client's disconnection
+        await asyncio.wait({left}, timeout=body.get("hold_s", 0.0))
+        if left.done():
+            return
+        left.cancel()
+        await part(send, b"done\n\n")
+        end = AnswerEnd(EngineFacts(self.name, waiting=3))
+        await part(send, END_EVENT + ANSWER_END.encode(end) + b"\n\n", more=False)
+
+
+class Adapter:
+    """A loaded adapter that notes its unloading."""
+
+    def __init__(self, name: str, loaded: list[str]) -> None:
+        self.name, self.loaded = name, loaded
+
+    def __del__(self) -> None:
+        if self.name in self.loaded:
+            self.loaded.remove(self.name)
+
+
+async def document(send: Any, status: int, *headers: tuple[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+    await part(send, b"{}", more=False)
+
+
+async def part(send: Any, body: bytes, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def body_of(receive: Any) -> dict[str, Any]:
+    import json
+
+    raw = b""
+    while True:
+        message = await receive()
+        raw += message.get("body", b"")
+        if not message.get("more_body"):
+            found: dict[str, Any] = json.loads(raw)
+            return found
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
 class Caller:
     """Takes the place of the router deployment: makes the calls of one HTTP request."""
 
-    def __init__(self, **slms: DeploymentHandle) -> None:
-        self.slms = {name: handle.options(stream=True) for name, handle in slms.items()}
+    async def __init__(self, **slms: DeploymentHandle) -> None:  # type: ignore[misc]
+        self.slms = slms
+        for handle in slms.values():
+            handle._init()
+        self.upstream = Upstream(may_queue=lambda _slm: 8, start_replica=lambda _slm: None)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         plan = await request.json()
         slm = plan.get("slm", "slm")
+        name = deployment_name(slm)
         if learn := plan.get("learn"):
-            VIEW.index(slm).add(learn["chain"], learn["replica"])
+            VIEW.index(name).add(learn["chain"], learn["replica"])
         started_s, cpu_s = time.perf_counter(), time.process_time()
         served = await asyncio.gather(*(self.call(slm, c) for c in plan["calls"]))
         return {
@@ -79,27 +179,32 @@ class Caller:
             "router": type(self.slms[slm]._router).__name__,
             "served": served,
             "predicted": [VIEW.take_routed(_decision_id(c)) for c in plan["calls"]],
-            "replicas": [r.replica_id for r in VIEW.replicas(slm)],
-            "waiting": [r.waiting for r in VIEW.replicas(slm)],
-            "queued": [r.queue_length for r in VIEW.replicas(slm)],
+            "replicas": [r.replica_id for r in VIEW.replicas(name)],
+            "adapters": {r.replica_id: r.adapters for r in VIEW.replicas(name)},
+            "waiting": [r.waiting for r in VIEW.replicas(name)],
+            "queued": [r.queue_length for r in VIEW.replicas(name)],
             "cpu_ratio": (time.process_time() - cpu_s) / (time.perf_counter() - started_s),
         }
 
     async def call(self, slm: str, call: dict[str, Any]) -> str:
-        handle = self.slms[slm].options(session_id=call.get("session_id", ""))
-        stream = handle.chat.remote(call.get("body", {}), hints=call.get("hints"))
+        hints = call.get("hints", {})
+        asked = AnswerRequest(hints.get("decision_id", ""), adapter=hints.get("adapter", ""))
+        reply = self.upstream.call(slm, "/v1/x", call.get("body", {}), asked, hints)
         try:
-            words = [word async for word in stream]
-        except RayActorError:
+            items = [item async for item in reply]
+        except SLMUnavailableError:
             return "died"
-        assert words[1:] == ["done"]
-        VIEW.observe(slm, EngineFacts(words[0], waiting=3))
-        return str(words[0])
+        except CapacityError:
+            return "full"
+        assert isinstance(items[-1], ReplyEnd), items
+        words = b"".join(items[:-1]).split()
+        assert words[1:] == [b"done"]
+        VIEW.observe(deployment_name(slm), items[-1].facts)
+        return words[0].decode()
 
 
 def _decision_id(call: dict[str, Any]) -> str:
-    hints = call.get("hints")
-    return str(hints.get("decision_id", "")) if isinstance(hints, dict) else ""
+    return str(call.get("hints", {}).get("decision_id", ""))
 
 
 def application(callers: int, env: dict[str, str], **slm_options: Any) -> serve.Application:
@@ -109,13 +214,13 @@ def application(callers: int, env: dict[str, str], **slm_options: Any) -> serve.
     slm_deployment: Any = FakeSLM  # Serve ships no types
     caller_deployment: Any = Caller
     slm = slm_deployment.options(**{"num_replicas": 2, "max_ongoing_requests": 16} | slm_options)
-    tiny = slm_deployment.options(name="tiny", num_replicas=1, max_ongoing_requests=2)
+    tiny = slm_deployment.options(name=TINY, num_replicas=1, max_ongoing_requests=2)
     caller = caller_deployment.options(
         num_replicas=callers,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": env}},
     )
     return caller.options(**pinned).bind(
-        slm=slm.options(name="slm", **pinned).bind(), tiny=tiny.options(**pinned).bind()
+        slm=slm.options(name=SLM, **pinned).bind(), tiny=tiny.options(**pinned).bind()
     )
 
 
@@ -136,7 +241,7 @@ class Client:
         agreeing: list[list[str]] = []
         while len(agreeing) < 8:
             assert time.monotonic() < deadline_s, "the callers never agreed on the replicas"
-            known = sorted(self({})["replicas"])
+            known = sorted(self()["replicas"])
             if agreeing and known != agreeing[-1]:
                 agreeing = []
             if len(known) >= at_least:
@@ -198,13 +303,17 @@ def evenly(field: str, replicas: list[str], each: int) -> dict[str, str]:
 
 
 def test_both_ways_to_run_the_router_are_under_test(clients: dict[str, Client]) -> None:
-    used = {name: client({})["router"] for name, client in clients.items()}
+    used = {name: client()["router"] for name, client in clients.items()}
     assert used == {"threads": "SingletonThreadRouter", "loop": "CurrentLoopRouter"}
 
 
+@pytest.mark.parametrize("env", [{}, SAME_LOOP], ids=["threads", "loop"])
 def test_concurrent_calls_of_one_request_each_go_by_their_own_prefix(
-    client: Client,
+    serve_cluster: str, env: dict[str, str]
 ) -> None:
+    # Of its own: where a process has lately given one replica more work, it may prefer the other.
+    serve.run(application(1, env), name="concurrent", route_prefix="/concurrent")
+    client = Client(f"{serve_cluster}/concurrent/")
     expected = evenly("prefix_family", client.replicas(), each=4)
     calls = [
         {"hints": {"decision_id": f, "prefix_family": f, "prefix_chain": []}} for f in expected
@@ -212,6 +321,7 @@ def test_concurrent_calls_of_one_request_each_go_by_their_own_prefix(
     answer = client(*calls)
     assert answer["served"] == list(expected.values())
     assert answer["predicted"] == answer["served"]
+    serve.delete("concurrent")
 
 
 def test_replicas_without_requests_look_idle_at_once(client: Client) -> None:
@@ -220,12 +330,6 @@ def test_replicas_without_requests_look_idle_at_once(client: Client) -> None:
         client(*({"hints": {"prefix_family": f"f{i}"}} for i in range(4)))
         client()  # Serve learns of the end of a call on its own loop
         assert not any(client()["queued"])
-
-
-def test_an_exception_while_ranking_does_not_hang_the_request(client: Client) -> None:
-    broken = {"hints": {"decision_id": "d", "prefix_family": 5, "prefix_chain": 5}}
-    answer = client(broken, broken, {"hints": "not a dictionary"}, {})
-    assert set(answer["served"]) <= set(client.replicas())
 
 
 def test_saturated_replicas_make_requests_wait_without_burning_a_core(client: Client) -> None:
@@ -243,12 +347,6 @@ def test_a_session_sticks_to_one_replica_in_every_router_process(routers: Client
         named = {"hints": {"session_key": session, "prefix_family": "shared", "prefix_chain": [1]}}
         answers = [*routers.of_both_callers(named).values(), routers(named), routers(named)]
         assert [a["served"] for a in answers] == [[owner]] * 4
-
-
-def test_a_serve_session_id_is_enough_to_stick(client: Client) -> None:
-    client.replicas()
-    served = {client({"session_id": "somebody"})["served"][0] for _ in range(8)}
-    assert len(served) == 1
 
 
 def test_two_router_processes_prefer_the_same_replica_for_a_new_prefix(serve_cluster: str) -> None:
@@ -294,6 +392,116 @@ def test_traffic_moves_when_a_replica_dies(client: Client) -> None:
     named: dict[str, Any] = {"hints": {"session_key": "s", "prefix_family": "f"}}
     assert client(named)["served"] == [owner]
     assert client(named | {"body": {"die": True}})["served"] == ["died"]
-    answer = client(named)
-    assert set(answer["served"]) <= survivors
-    assert owner not in answer["replicas"]
+    # Its port is closed, so the next request finds out; nobody waits for Serve's health checks.
+    answers = [client(named) for _ in range(2)]
+    assert set(answers[-1]["served"]) <= survivors
+    assert owner not in answers[-1]["replicas"]
+
+
+class Books:
+    """Serve's books of the SLM of an application of its own."""
+
+    def __init__(self, name: str, url: str, **slm_options: Any) -> None:
+        serve.run(
+            application(1, SAME_LOOP, **({"num_replicas": 1} | slm_options)),
+            name=name,
+            route_prefix=f"/{name}",
+        )
+        self.client = Client(f"{url}/{name}/")
+        self.client.replicas(at_least=1)
+        self._handle = serve.get_deployment_handle(SLM, name)
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._handle.books.remote().result(timeout_s=10)
+        return found
+
+    def until(self, ongoing: int, within_s: float) -> None:
+        deadline_s = time.monotonic() + within_s
+        while (read := self.read()["ongoing"]) != ongoing:
+            assert time.monotonic() < deadline_s, f"{read} ongoing requests instead of {ongoing}"
+            time.sleep(0.05)
+
+    def hold(self, streams: int, hold_s: float) -> tuple[threading.Thread, list[Any]]:
+        """Open streams in the background; the list gets the answer, or the exception."""
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(self.client(*[{"body": {"hold_s": hold_s}}] * streams))
+            except httpx.HTTPError as error:
+                answers.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        return thread, answers
+
+
+def test_serve_counts_the_open_streams(serve_cluster: str) -> None:
+    books = Books("counted", serve_cluster)
+    thread, answers = books.hold(streams=5, hold_s=2.0)
+    books.until(ongoing=5, within_s=2.0)
+    thread.join()
+    books.until(ongoing=0, within_s=2.0)
+    assert len(answers[0]["served"]) == 5
+    serve.delete("counted")
+
+
+def test_a_router_that_is_killed_gives_its_slots_back(serve_cluster: str) -> None:
+    books = Books("killed", serve_cluster)
+    caller = books.client()["caller"]
+    thread, answers = books.hold(streams=4, hold_s=60.0)
+    books.until(ongoing=4, within_s=5.0)
+    os.kill(caller, signal.SIGKILL)
+    books.until(ongoing=0, within_s=5.0)
+    thread.join()
+    assert isinstance(answers[0], httpx.HTTPError)
+    serve.delete("killed")
+
+
+def test_a_replica_that_is_stopped_sends_its_streams_to_the_end(serve_cluster: str) -> None:
+    books = Books("drained", serve_cluster, num_replicas=2)
+    thread, answers = books.hold(streams=6, hold_s=3.0)
+    time.sleep(1.0)
+    before = set(books.client()["replicas"])
+    serve.run(application(1, SAME_LOOP, num_replicas=1), name="drained", route_prefix="/drained")
+    thread.join()
+    assert set(answers[0]["served"]) == before
+    assert len(before) == 2
+    serve.delete("drained")
+
+
+def test_without_the_secret_a_replica_answers_nothing(clients: dict[str, Client]) -> None:
+    handle = serve.get_deployment_handle(SLM, "loop")
+    url = handle.url.remote().result(timeout_s=10)
+    assert httpx.post(f"{url}/v1/x", json={}).status_code == 401
+    wrong = {
+        SECRET_HEADER: "guess",
+        REQUEST_HEADER: ANSWER_REQUEST.encode(AnswerRequest()).decode(),
+    }
+    assert httpx.post(f"{url}/v1/x", json={}, headers=wrong).status_code == 401
+
+
+def test_the_port_of_an_slm_is_not_behind_the_proxy(serve_cluster: str) -> None:
+    assert httpx.post(f"{serve_cluster}/v1/x", json={}).status_code == 404
+
+
+def test_an_adapter_is_known_to_serve_and_its_requests_follow_it(serve_cluster: str) -> None:
+    client = Books("adapters", serve_cluster, num_replicas=2).client
+    client.replicas(at_least=2)
+    (holder,) = client({"hints": {"adapter": "sql", "decision_id": "d1"}})["served"]
+    deadline_s = time.monotonic() + 5.0
+    while (known := client()["adapters"])[holder] != ["sql"]:
+        assert time.monotonic() < deadline_s, known
+        time.sleep(0.05)
+    # Of eight prompt families some prefer the other replica; the adapter decides.
+    again = [client({"hints": {"adapter": "sql", "prefix_family": f"f{i}"}}) for i in range(8)]
+    assert {a["served"][0] for a in again} == {holder}
+    serve.delete("adapters")
+
+
+def test_an_adapter_too_many_unloads_the_least_recently_used(serve_cluster: str) -> None:
+    books = Books("evicting", serve_cluster)
+    for name in ("sql", "text"):
+        books.client({"hints": {"adapter": name, "decision_id": name}})
+    assert books.read()["loaded"] == ["text"]
+    serve.delete("evicting")

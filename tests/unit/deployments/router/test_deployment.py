@@ -9,10 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response
 
+from calm_serve.errors import CapacityError, SLMUnavailableError
 from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
 from deployments.router import (
@@ -27,7 +26,8 @@ from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"messages": [{"role": "user", "content": "good morning"}]}
 END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
-FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+FULL = CapacityError("full", retry_after_s=1.0)
+DIED = SLMUnavailableError("connection reset")
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ async def body_of(response: Any) -> bytes:
     [
         ((b'{"a":', ReplyEnd(b"1}", make_facts("r1"))), {}, 200, "ok"),
         ((ErrorReply(422, b"{}"),), {}, 422, "rejected"),
-        ((RayActorError(),), {}, 503, "error"),
+        ((DIED,), {}, 503, "error"),
         ((FULL,), {}, 429, "rejected"),
-        ((b"x", RayActorError()), {}, 503, "error"),
+        ((b"x", DIED), {}, 503, "error"),
         (("hang",), {"request_timeout_s": 0.01}, 504, "error"),
     ],
     ids=["answered", "refused", "dead", "full", "died while answering", "too slow"],
@@ -82,7 +82,7 @@ async def test_every_end_of_a_reply_in_one_piece_leaves_one_outcome(
 
 @pytest.mark.parametrize(
     ("items", "options"),
-    [((b"x", RayActorError()), {}), (("hang",), {"request_timeout_s": 0.01})],
+    [((b"x", DIED), {}), (("hang",), {"request_timeout_s": 0.01})],
     ids=["died while answering", "too slow"],
 )
 async def test_the_outcome_has_the_status_that_the_client_saw(
@@ -98,7 +98,7 @@ async def test_the_outcome_has_the_status_that_the_client_saw(
     ("items", "options", "end", "logged"),
     [
         ((b"data: 1\n\n", END), {}, b"[DONE]\n\n", ("ok", 200)),
-        ((b"data: 1\n\n", RayActorError()), {}, b"}\n\n", ("error", 503)),
+        ((b"data: 1\n\n", DIED), {}, b"}\n\n", ("error", 503)),
         ((b"data: 1\n\n", "hang"), {"request_timeout_s": 0.02}, b"}\n\n", ("error", 504)),
     ],
     ids=["answered", "died while answering", "too slow"],
@@ -131,7 +131,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_slm_and_leaves_one_outcom
         await stream.aclose()
         (outcome,) = await service.outcomes()
     assert (outcome.status, outcome.http_status) == ("cancelled", 499)
-    assert service.handle.cancelled == 1
+    assert service.slms.cancelled == 1
 
 
 async def test_a_client_that_leaves_before_the_first_byte_leaves_one_outcome(
@@ -198,7 +198,7 @@ async def test_paths_lead_to_their_endpoints(
 
 
 async def test_a_dry_run_decides_and_calls_no_slm(view: LiveView, tmp_path: Path) -> None:
-    async with Service(tmp_path, RayActorError()) as service:
+    async with Service(tmp_path, DIED) as service:
         response = await service.post({"prompt": "good morning"}, "/v1/route")
         assert await service.outcomes() == []
     assert json.loads(bytes(response.body))["slm_id"] in ("small", "large")

@@ -6,11 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.testing import (
     make_context,
     make_decision,
@@ -27,40 +25,36 @@ from deployments.router.dispatch import (
 )
 from deployments.router.live_state import LiveView
 from deployments.router.outcome import outcome_of
-from deployments.wire import ErrorReply, ReplyEnd, deployment_name
+from deployments.wire import ErrorReply, Hints, ReplyEnd, deployment_name
 
-GONE = DeploymentUnavailableError(DeploymentID("slm-small", "app"))
-FULL = BackPressureError(num_queued_requests=3, max_queued_requests=3)
-DIED = RayActorError()
-RAISED = RayTaskError("chat", "traceback", ValueError("broken"))
+GONE = SLMUnavailableError("no replica")
+FULL = CapacityError("full", retry_after_s=1.0)
+DIED = SLMUnavailableError("connection reset")
+RAISED = ValueError("broken")
 UNWELL = ErrorReply(503, b"engine dead")
 FAILURES = [DIED, RAISED, GONE, UNWELL, "silence"]
 END = ReplyEnd(b"end", make_facts("r1"))
+ASKED = AnswerRequest(decision_id="d", validate="json")
 
 
 class Script:
-    """An SLM's handle that plays one scripted attempt per call."""
+    """An SLM that plays one scripted attempt per call."""
 
     def __init__(self, slm_id: str, view: LiveView, attempts: list[Any]) -> None:
         self.slm_id = slm_id
-        self.calls: list[dict[str, Any]] = []
-        self.options_seen: list[dict[str, Any]] = []
+        self.calls: list[Hints] = []
         self.cancelled = 0
         self._view = view
         self._attempts = iter(attempts)
 
-    def options(self, **options: Any) -> Script:
-        self.options_seen.append(options)
-        return self
-
-    def remote(self, body: dict[str, Any], *, hints: dict[str, Any]) -> Items:
+    def call(self, hints: Hints) -> Items:
         self.calls.append(hints)
         self._view.routed(hints["decision_id"], f"{self.slm_id}-{len(self.calls)}")
         return Items(self, next(self._attempts))
 
 
 class Items:
-    """What Serve returns of a streaming call: items, an exception among them is raised."""
+    """A reply: items, an exception among them is raised."""
 
     def __init__(self, script: Script, items: Any) -> None:
         self._script = script
@@ -91,14 +85,23 @@ class Fleet:
             replicas = (make_replica(f"{slm_id}-{n}") for n in (1, 2))
             view.update_replicas(deployment_name(slm_id), replicas)
         self.failed: list[str] = []
+        self.sent: list[tuple[str, str, AnswerRequest]] = []
         self.dispatcher = Dispatcher(
-            self.slms.__getitem__,
+            self.send,
+            in_fleet=self.slms.__contains__,
             retries=retries,
             attempt_failed=lambda slm_id, _took_s: self.failed.append(slm_id),
         )
 
+    def send(
+        self, slm_id: str, path: str, body: dict[str, Any], asked: AnswerRequest, hints: Hints
+    ) -> AsyncIterator[Any]:
+        del body
+        self.sent.append((slm_id, path, asked))
+        return self.slms[slm_id].call(hints)
+
     async def open(self, call: Call) -> Any:
-        return await self.dispatcher.open(call, "chat", {"messages": []}, {"validate": "json"})
+        return await self.dispatcher.open(call, "/v1/x", {"messages": []}, ASKED)
 
 
 @pytest.fixture
@@ -131,16 +134,13 @@ async def test_an_answer_in_one_piece_is_its_reply_end_alone(view: LiveView) -> 
     assert call.end == END
 
 
-async def test_the_call_carries_method_adapter_and_hints(view: LiveView) -> None:
+async def test_the_call_carries_path_hints_and_what_the_replica_is_asked(view: LiveView) -> None:
     fleet = Fleet(view, 2, a=[END])
     decision = make_decision("a", adapter="sql", context=make_context(session_key="s"))
     await fleet.open(started(decision))
-    (script,) = fleet.slms.values()
-    assert script.options_seen == [
-        {"stream": True, "method_name": "chat", "multiplexed_model_id": "sql"}
-    ]
-    (hints,) = script.calls
-    assert (hints["session_key"], hints["validate"]) == ("s", "json")
+    assert fleet.sent == [("a", "/v1/x", ASKED)]
+    (hints,) = fleet.slms["a"].calls
+    assert (hints["session_key"], hints["adapter"]) == ("s", "sql")
     assert "avoid" not in hints
 
 
@@ -221,13 +221,14 @@ async def test_the_time_that_a_failed_attempt_took_begins_when_it_was_sent(view:
     script = Script("a", view, [DIED, END])
     view.update_replicas(deployment_name("a"), [make_replica("a-1")])
     dispatcher = Dispatcher(
-        lambda _slm_id: script,  # type: ignore[arg-type,return-value]
+        lambda _slm, _path, _body, _asked, hints: script.call(hints),
+        in_fleet=lambda _slm: True,
         retries=1,
         attempt_failed=lambda _slm_id, took_s: taken.append(took_s),
     )
     call = started()
     call.started = call.sent = call.started - 60.0  # it waited for a wake-up
-    await read(await dispatcher.open(call, "chat", {}, {}))
+    await read(await dispatcher.open(call, "/v1/x", {}, ASKED))
     assert len(taken) == 1
     assert max(*taken, call.took_s) < 30.0
 

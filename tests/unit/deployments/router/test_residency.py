@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
 
 from calm_serve.config import ResidencyOptions
+from calm_serve.errors import SLMUnavailableError
 from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.testing import make_facts, make_replica
 from calm_serve.types import Residency
@@ -99,7 +99,9 @@ async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "items", [(RayActorError(),), (ErrorReply(422, b'{"error": {}}'),)], ids=["dead", "refused"]
+    "items",
+    [(SLMUnavailableError("connection reset"),), (ErrorReply(422, b'{"error": {}}'),)],
+    ids=["dead", "refused"],
 )
 async def test_what_fails_after_comments_is_an_error_event(
     view: LiveView, tmp_path: Path, items: Any

@@ -9,6 +9,7 @@ import pytest
 
 from calm_serve.config import ResidencyOptions, RouterOptions
 from calm_serve.errors import AsleepError, KnowledgeError
+from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.protocol.reports import (
     DemandReply,
     DemandReport,
@@ -191,18 +192,15 @@ def test_an_slm_without_replicas_is_not_asleep(view: ResidencyView) -> None:
 
 
 class Scripted:
-    """A handle whose calls answer with one item each; the last one is for all further calls."""
+    """An SLM whose calls answer with one item each; the last one is for all further calls."""
 
     def __init__(self, *items: Any) -> None:
         self.items = list(items) or [ReplyEnd(b"done", make_facts("r1"))]
         self.calls = 0
         self.revisions: list[int | None] = []
 
-    def options(self, **_options: Any) -> Scripted:
-        return self
-
-    def remote(self, _body: Any, *, hints: Any) -> Any:
-        self.revisions.append(hints.get("residency_revision"))
+    def call(self, asked: AnswerRequest) -> Any:
+        self.revisions.append(asked.residency_revision)
         self.calls += 1
         item = self.items.pop(0) if len(self.items) > 1 else self.items[0]
 
@@ -214,12 +212,13 @@ class Scripted:
 
 async def open_call(queue: WakeupQueue, handles: dict[str, Scripted], one: Call) -> Any:
     dispatcher = dispatch.Dispatcher(
-        handles.__getitem__,  # type: ignore[arg-type]
+        lambda slm_id, _path, _body, asked, _hints: handles[slm_id].call(asked),
+        in_fleet=handles.__contains__,
         retries=2,
         attempt_failed=lambda _slm, _took_s: None,
         admit=queue.admit,
     )
-    return await dispatcher.open(one, "chat", {}, {})
+    return await dispatcher.open(one, "/v1/x", {}, AnswerRequest())
 
 
 async def test_a_sleeping_slm_is_sent_nothing_before_it_may_wake(
