@@ -139,6 +139,7 @@ def _scaling(spec: SLMSpec) -> dict[str, Any]:
         downscale_delay_s=scaling.downscale_delay_s,
         metrics_interval_s=1.0,
         look_back_period_s=5.0,
+        policy={"policy_function": "deployments.slm.autoscaling:LoadPolicy"},
     )
     return {"autoscaling_config": config}
 

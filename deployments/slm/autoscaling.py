@@ -1,12 +1,16 @@
-"""Cold tier: Serve's autoscaling hook, which stops all replicas of SLMs that are to be cold.
+"""Autoscaling of SLMs: by the requests in their replicas, and down to none for the cold tier.
+
+Serve's own policy counts what goes through handles. Requests go to the replicas' own ports here, so
+each replica reports how many it has (`record_autoscaling_stats`), and `LoadPolicy` adds them up.
+`ColdTierPolicy` also stops all replicas of SLMs that are to be cold:
 
     applications:
       - name: calm
         autoscaling_policy:
           policy_function: deployments.slm.autoscaling:ColdTierPolicy
 
-Needed only with `residency.cold_after_s`. Serve runs the policy in its controller, ten times a
-second, for all deployments that have an `autoscaling_config`. It must never block there, and an
+It is needed only with `residency.cold_after_s`. Serve runs policies in its controller, ten times a
+second, for all deployments that have an `autoscaling_config`. They must never block there, and an
 exception would stop the scaling of every application. So a thread follows the desired residency
 that the knowledge actor publishes, and any failure leaves all replica counts as they are.
 """
@@ -27,10 +31,35 @@ log = logging.getLogger("ray.serve")
 
 POLL_S = 30.0
 RETRY_S = 2.0
+ONGOING = "ongoing"  # name of the replicas' report
 _PREFIX = "slm-"  # of deployment names; see wire.deployment_name
 
 Counts = dict[Any, int]
 States = dict[Any, dict[str, Any]]
+
+
+def record_ongoing(ongoing: int) -> dict[str, int]:
+    """Return a replica's report for the policies of this module."""
+    return {ONGOING: ongoing}
+
+
+def requests_of(context: Any) -> float:
+    """Requests in an SLM's replicas, and those that wait in a handle for a first replica."""
+    reports = (context.aggregated_metrics or {}).get(ONGOING, {})
+    return float(sum(reports.values()) + (context.total_queued_requests or 0.0))
+
+
+def replicas_for_load(context: Any) -> int:
+    """Return the replicas that the load asks for, 0 without any."""
+    return int(-(-requests_of(context) // context.config.get_target_ongoing_requests()))
+
+
+class LoadPolicy:
+    """As many replicas as the load asks for; bounds, factors and delays are Serve's."""
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Return the number of replicas, and no state."""
+        return replicas_for_load(context), {}
 
 
 class ColdTierPolicy:
@@ -61,9 +90,9 @@ class ColdTierPolicy:
         return {i: count for i, count in found.items() if count is not None}, {}
 
     def _replicas(self, deployment: str, context: Any) -> int | None:
-        by_load = -(-context.total_num_requests // context.config.get_target_ongoing_requests())
+        by_load = replicas_for_load(context)
         if not self._desired or not deployment.startswith(_PREFIX):
-            return int(by_load)
+            return by_load
         desired = self._desired.get(deployment.removeprefix(_PREFIX), Residency.HOT)
         if desired != Residency.HOT and not context.current_num_replicas:
             return None  # left out: otherwise Serve starts a replica at the first sign of a request
@@ -71,7 +100,7 @@ class ColdTierPolicy:
             return 0
         if desired == Residency.ASLEEP:
             return None
-        return max(int(by_load), 1)
+        return max(by_load, 1)
 
     def _follow(self) -> None:
         import ray

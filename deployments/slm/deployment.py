@@ -18,6 +18,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.errors import UnknownModelError
 from deployments.slm.adapters import ResidentAdapter
 from deployments.slm.answer import Answerer
+from deployments.slm.autoscaling import record_ongoing
 from deployments.slm.energy import ReplicaEnergy
 from deployments.slm.http_server import HttpServer
 from deployments.slm.serve_account import ServeAccount
@@ -73,13 +74,14 @@ class SLM:
         self._memory_bytes = 0
         self._residency = ReplicaResidency(self._engine, self._report_residency)
         self._secret = secrets.token_hex(16)
+        self._account = ServeAccount(app_name)
         answerer = Answerer(
             self._spec,
             self._replica_id,
             self._secret,
             self._engine,
             facts=RequestFacts,
-            account=ServeAccount(app_name),
+            account=self._account,
             residency=self._residency,
             energy=self._replica_energy.account,
             load_adapter=lambda name: self.load_adapter(name),  # type: ignore[attr-defined]
@@ -116,6 +118,10 @@ class SLM:
             "cached_prefix_ratio": round(load.cached_prefix_ratio / ROUND_RATIO) * ROUND_RATIO,
             "memory_bytes": self._memory_bytes // ROUND_BYTES * ROUND_BYTES,
         }
+
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """Polled by Serve where the SLM is autoscaled; see `autoscaling`."""
+        return record_ongoing(self._account.ongoing)
 
     async def check_health(self) -> None:
         """Raise when the engine is dead or does not wake; Serve then replaces the replica."""

@@ -8,14 +8,31 @@ from typing import Any
 import pytest
 from ray.serve._private.common import DeploymentID
 
-from deployments.slm.autoscaling import ColdTierPolicy
+from deployments.slm.autoscaling import ColdTierPolicy, LoadPolicy
 
 
-def context(requests: float = 0.0, replicas: int = 1) -> Any:
+def context(requests: float = 0.0, replicas: int = 1, queued: float | None = 0.0) -> Any:
+    """One SLM whose requests are spread over two replicas."""
     config = SimpleNamespace(get_target_ongoing_requests=lambda: 4.0)
     return SimpleNamespace(
-        total_num_requests=requests, current_num_replicas=replicas, config=config
+        aggregated_metrics={"ongoing": {"r1": requests / 2, "r2": requests / 2}},
+        total_queued_requests=queued,
+        current_num_replicas=replicas,
+        config=config,
     )
+
+
+@pytest.mark.parametrize(("requests", "queued", "replicas"), [(0, 0, 0), (8, 0, 2), (8, 1, 3)])
+def test_load_is_what_the_replicas_report_and_what_waits_for_a_first_replica(
+    requests: float, queued: float, replicas: int
+) -> None:
+    assert LoadPolicy()(context(requests, queued=queued)) == (replicas, {})
+
+
+def test_replicas_that_have_reported_nothing_yet_count_as_idle() -> None:
+    silent = context(queued=None)
+    silent.aggregated_metrics = None
+    assert LoadPolicy()(silent) == (0, {})
 
 
 def counts(desired: dict[str, str], **requests: float) -> dict[str, int]:
