@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from calm_serve.config import ServeArgs
 from calm_serve.errors import CalmError
@@ -33,7 +33,7 @@ from deployments.router.fleet_view import FleetView
 from deployments.router.wakeup_queue import WakeupQueue
 from deployments.wire import ErrorReply
 
-JSON, EVENTS = "application/json", "text/event-stream"
+JSON = "application/json"
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
 Record = Callable[[dispatch.Call, ChatRequest, str, str | None], None]
 
@@ -107,7 +107,7 @@ class CompletionsEndpoint:
                         events = wakeup_queue.cancel_with(
                             self._keep_alive(call, waking, finish), waking
                         )
-                        return StreamingResponse(events, 200, headers, EVENTS)
+                        return http.EventStream(events, headers)
                     answer = waking.result()
                 else:
                     answer = await opening
@@ -129,7 +129,7 @@ class CompletionsEndpoint:
         except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             dispatch.cancel(answer)
             return finish(http.error_response(outcome.gone(call, error), headers))
-        return StreamingResponse(self._stream(call, answer, finish), 200, headers, EVENTS)
+        return http.EventStream(self._stream(call, answer, finish), headers)
 
     def _call(self, decision: Decision) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]

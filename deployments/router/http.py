@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from calm_serve.errors import CalmError, CapacityError, RequestError, openai_error
 
@@ -17,10 +18,44 @@ ADMIN_BODY_BYTES = 65_536  # limit of feedback, goals and other administration b
 _ROUTING_PREFIXES = ("x-calm-", "x-slo-", "x-session-id")
 
 
+# No proxy on the way may keep events back.
+_EVENT_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
 class TooLargeError(RequestError):
     """413: the body is over the configured limit."""
 
     http_status = 413
+
+
+class EventStream(Response):
+    """A stream of server-sent events.
+
+    Unlike Starlette's streaming response it watches for no disconnection, because Serve does, and
+    cancels the request.
+    """
+
+    def __init__(self, parts: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
+        """Take the parts of the body, and headers beside those of every event stream."""
+        self.status_code = 200
+        self.background = None
+        self.body_iterator = parts
+        self.init_headers({**headers, **_EVENT_HEADERS})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the parts as they come."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            async for part in self.body_iterator:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]  # a generator
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def read_json(request: Request, limit_bytes: int) -> Any:

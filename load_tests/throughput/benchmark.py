@@ -1,5 +1,7 @@
 """Saturated tokens per second and goodput of two SLMs, against the same vLLM engines directly.
 
+A bare pass-through in front of the same engines shows what a gateway in Python costs at least.
+
 All sides run at once and are loaded in turn with the same requests, half for each SLM. Goodput is
 the number of requests per second that meet the SLO in an open loop at a share of direct vLLM's
 capacity; the bounds of the SLO are multiples of the time to first token and the time per token that
@@ -12,9 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,16 @@ from load_tests.common.direct import (
     bare_fleet,
     direct,
     specs_of,
+    started,
 )
 from load_tests.common.load import median
-from load_tests.common.served import served
+from load_tests.common.served import free_port, served
 from load_tests.common.short_prompts import OUTPUT_TOKENS
 from load_tests.peers import gateways
 from load_tests.peers.gateways import Side
 from load_tests.throughput import plots
 from load_tests.throughput.runs import (
+    BARE,
     CONCURRENCY,
     DIRECT,
     LOAD_RATIO,
@@ -74,6 +79,9 @@ def figures_of(measured: Measured, sides: Sequence[str]) -> Figures:
         load, _, side = name.partition("/")
         unit = "tokens_per_s" if load.startswith("tokens") else "requests_per_s"
         found[f"{side}.{load}_{unit}"] = round(median(values), 2)
+    for load, spent_ms in measured.router_cpu_ms.items():
+        name = "router_cpu_ms_per_request" + load.removeprefix("tokens")
+        found[name] = round(median(spent_ms), 2)
     return found
 
 
@@ -93,6 +101,9 @@ def show(measured: Measured, figures: Figures, sides: Sequence[str]) -> None:
     names = {load: load.replace("tokens", "tok/s").replace("goodput", "req/s") for load in loads}
     head = [cell for load in loads for cell in (names[load].replace("_", " "), "ours / it")]
     print("\n" + report.table(["side", *head], rows))
+    for name, value in figures.items():
+        if name.startswith("router_cpu"):
+            print(f"{name}: {value}")
     print(
         f"gaps of the trace's windows vary {measured.variation} (Poisson: 1); load generator at "
         f"most {measured.client_cpu_ratio:.2f} of a core, {1e3 * measured.late_s:.0f} ms late; "
@@ -153,17 +164,19 @@ def main(arguments_: Sequence[str]) -> int:
     if not trace:
         print("without the Azure trace: DATA_DIR is not set")
     failed: dict[str, str] = {}
-    with direct(specs) as urls, served(fleet) as ours:
-        base = Side(DIRECT, {slm: (urls[slm], slm) for slm in SLMS})
-        run = Throughput(
-            [base, Side(OURS, {slm: (ours, slm) for slm in SLMS})], trace, chosen.repeats
-        )
+    with direct(specs) as urls, served(fleet) as ours, _bare_proxy(urls) as bare:
+        own = [
+            Side(DIRECT, {slm: (urls[slm], slm) for slm in SLMS}),
+            Side(OURS, {slm: (ours, slm) for slm in SLMS}),
+            Side(BARE, {slm: (bare[slm], slm) for slm in SLMS}),
+        ]
+        run = Throughput(own, trace, chosen.repeats)
         for group in gateways.GROUPS if chosen.peers else ((),):
             with ExitStack() as stack:
-                started, errors = gateways.start(stack, group, specs, urls)
+                peers, errors = gateways.start(stack, group, specs, urls)
                 failed |= errors
-                if started or not run.figures:
-                    run.round(started)
+                if peers or not run.figures:
+                    run.round(peers)
     for name, error in failed.items():
         print(f"\n{name} did not run: {error}")
     plots.draw(report.PLOTS, run.values, run.sides)
@@ -183,6 +196,18 @@ def main(arguments_: Sequence[str]) -> int:
     }
     report.write(chosen.json, "throughput", config, run.figures)
     return 0
+
+
+@contextmanager
+def _bare_proxy(urls: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Run the bare pass-through in front of the same servers; yields SLM to URL."""
+    ports = {slm: free_port() for slm in urls}
+    pairs = [f"{ports[slm]}={url}" for slm, url in urls.items()]
+    command = [sys.executable, "-m", "load_tests.throughput.bare_proxy", *pairs]
+    found = {slm: f"http://127.0.0.1:{port}" for slm, port in ports.items()}
+    with started("bare proxy", command, found[SLMS[0]], os.environ) as server:
+        server.wait(ready_s=30.0)
+        yield found
 
 
 def _offered(calibration: Calibration) -> Figures:

@@ -20,6 +20,7 @@ from load_tests.common.load import (
 from load_tests.common.short_prompts import ShortPrompts
 from load_tests.common.sse import Answer
 from load_tests.peers.gateways import Side
+from load_tests.throughput.router_cpu import router_cpu_s
 
 CONCURRENCY = 16
 REQUESTS = 48  # of one saturated run
@@ -28,7 +29,7 @@ LOAD_RATIO = 0.7  # rate of the open loops, over the saturated rate of `direct`
 OPEN_S = 6.0  # length of an open loop
 TTFT_SLO_RATIO, TPOT_SLO_RATIO = 10.0, 5.0  # of one request alone
 SEED = 17
-OURS, DIRECT = "calm_serve", "direct_vllm"
+OURS, DIRECT, BARE = "calm_serve", "direct_vllm", "bare_proxy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class Measured:
     client_cpu_ratio: float = 0.0
     late_s: float = 0.0
     variation: list[float] = field(default_factory=list)  # of the trace's windows
+    router_cpu_ms: dict[str, list[float]] = field(  # per request, by load
+        default_factory=lambda: defaultdict(list)
+    )
 
 
 def goodput(
@@ -136,12 +140,16 @@ class Bench:
     async def _saturated(self, side: Side, repeat: int) -> None:
         del repeat
         mixes: dict[str, tuple[str, ...]] = {"tokens": tuple(self._slms)}
-        if side.name in (OURS, DIRECT):
+        if side.name in (OURS, DIRECT, BARE):
             mixes |= {f"tokens_{slm}": (slm,) for slm in self._slms}
         for name, slms in mixes.items():
+            before_s = router_cpu_s()
             run = await closed_loop(self._requests(side, slms, REQUESTS), CONCURRENCY)
             self._add_run(side, run)
             self.measured.values[f"{name}/{side.name}"].append(run.tokens_per_s)
+            if side.name == OURS and run.good:
+                spent_ms = 1e3 * (router_cpu_s() - before_s)
+                self.measured.router_cpu_ms[name].append(spent_ms / len(run.good))
 
     async def _poisson(self, side: Side, repeat: int) -> None:
         rate = self._calibration.rate_per_s
