@@ -36,6 +36,9 @@ from deployments.launch import PortClaim, check_engine_arguments, write_launcher
 
 # Serve's fast transport: HAProxy in front, gRPC between replicas, one event loop per replica.
 FAST_TRANSPORT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+MIDDLEWARE = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.launch.client_middleware:middlewares"
+}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
@@ -132,7 +135,7 @@ def local_resources() -> ClusterResources:
 
 def serve_environment(own: Mapping[str, str], *, fast: bool) -> dict[str, str]:
     """Return the environment of `serve run`; the operator's variables override `own`."""
-    return {**QUIET, **own, **(FAST_TRANSPORT if fast else {}), **os.environ}
+    return {**QUIET, **MIDDLEWARE, **own, **(FAST_TRANSPORT if fast else {}), **os.environ}
 
 
 class Output:

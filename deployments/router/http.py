@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import math
+import zlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -58,6 +60,12 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class UnsupportedEncodingError(RequestError):
+    """415: the body is compressed in a way that is not read."""
+
+    http_status = 415
+
+
 async def read_json(request: Request, limit_bytes: int) -> Any:
     """Read and parse the body. Raises RequestError (400) or TooLargeError (413)."""
     declared = request.headers.get("content-length", "0")
@@ -70,10 +78,31 @@ async def read_json(request: Request, limit_bytes: int) -> Any:
         if size > limit_bytes:
             raise TooLargeError(f"the body is over {limit_bytes} bytes")
         parts.append(part)
+    body = _inflated(b"".join(parts), request.headers.get("content-encoding", ""), limit_bytes)
     try:
-        return from_json(b"".join(parts))
+        return from_json(body.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
+
+
+def _inflated(body: bytes, encoding: str, limit_bytes: int) -> bytes:
+    """Undo the body's compression, up to the limit of an uncompressed one."""
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise UnsupportedEncodingError(
+            f"content-encoding {encoding!r} is not supported; use gzip, deflate or none"
+        )
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either format, by its header
+    try:
+        inflated = inflater.decompress(body, limit_bytes + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is not valid {encoding}: {error}") from error
+    if len(inflated) > limit_bytes:
+        raise TooLargeError(f"the body is over {limit_bytes} bytes when inflated")
+    if not inflater.eof:
+        raise RequestError(f"the {encoding} body is incomplete")
+    return inflated
 
 
 def routing_headers(request: Request) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from typing import Any
 
 import pytest
@@ -44,6 +46,39 @@ def request(*parts: bytes, **headers: str) -> Request:
 
 async def test_a_body_in_parts_is_one_document() -> None:
     assert await read_json(request(b'{"a": ', b"[1, 2]}"), 100) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
+async def test_a_compressed_body_is_read(compress: Any) -> None:
+    name = "gzip" if compress is gzip.compress else "deflate"
+    assert await read_json(request(compress(b'{"a": 1}'), content_encoding=name), 100) == {"a": 1}
+
+
+async def test_a_body_that_inflates_beyond_the_limit_is_too_large() -> None:
+    bomb = gzip.compress(b'"' + b" " * 1_000_000 + b'"')
+    with pytest.raises(TooLargeError):
+        await read_json(request(bomb, content_encoding="gzip"), 5_000)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status"),
+    [
+        (b"no gzip", "gzip", 400),
+        (gzip.compress(b'{"a": 1}')[:-9], "gzip", 400),
+        (b"{}", "br", 415),
+    ],
+    ids=["not compressed", "cut off", "unknown"],
+)
+async def test_a_body_that_cannot_be_inflated_is_refused(
+    body: bytes, encoding: str, status: int
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        await read_json(request(body, content_encoding=encoding), 100)
+    assert caught.value.http_status == status
+
+
+async def test_a_byte_order_mark_is_passed_over() -> None:
+    assert await read_json(request(b"\xef\xbb\xbf{}"), 100) == {}
 
 
 async def test_a_body_of_exactly_the_limit_is_read() -> None:
