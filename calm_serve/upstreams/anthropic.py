@@ -15,6 +15,7 @@ from calm_serve.upstreams.usage import Usage, usage_of
 
 # The API demands a limit. This is what its smallest models allow, and far above an SLM's answer.
 DEFAULT_MAX_TOKENS = 4096
+MAX_BLOCKS = 1024  # of an answer; the most tool calls seen in one are dozens
 # Fields of chat completions for which the API has nothing and whose absence changes the answer.
 _LACKING = MEANINGFUL | names(
     "logprobs top_logprobs logit_bias functions function_call audio web_search_options"
@@ -104,8 +105,8 @@ class ChatStream:
         self._created_s = created_s
         self._include_usage = include_usage
         self._head: dict[str, Any] = {}
-        self._calls: dict[Any, int] = {}  # index of a block to the position of its tool call
-        self._silent: set[Any] = set()  # blocks of tool calls without arguments so far
+        self._calls: dict[int, int] = {}  # index of a block to the position of its tool call
+        self._silent: set[int] = set()  # blocks of tool calls without arguments so far
         self._usage = Usage()
         self._ended = False
 
@@ -113,23 +114,25 @@ class ChatStream:
         """Return the chat events that an event becomes; none for an error, which ends a stream."""
         document = parse_object(event.data) if event.data is not None else None
         kind = document.get("type") if document is not None else "ping"
+        if self._ended:
+            return b""
         if document is None or kind == "ping":
             return b": ping\n\n" if event.data is None or kind == "ping" else b""
         if usage := usage_of(document):
             self._usage = self._usage.merged(usage)
         if kind == "message_start":
             return self._start(document)
+        index, part = _index(document), document.get("delta") or document.get("content_block")
+        part = part if isinstance(part, Mapping) else {}
         if kind == "content_block_start":
-            return self._block(document.get("index"), document.get("content_block"))
+            return self._block(index, part)
         if kind == "content_block_delta":
-            return self._delta(document.get("index"), document.get("delta"))
-        if kind == "content_block_stop" and document.get("index") in self._silent:
+            return self._delta(index, part)
+        if kind == "content_block_stop" and index in self._silent:
             # A call without arguments; clients parse what they get.
-            return self._arguments(document.get("index"), "{}")
-        if kind == "message_delta":
-            delta = document.get("delta")
-            reason = delta.get("stop_reason") if isinstance(delta, Mapping) else None
-            return self._chunk({}, _FINISH_REASONS.get(reason, "stop")) if reason else b""
+            return self._arguments(index, "{}")
+        if kind == "message_delta" and (reason := part.get("stop_reason")):
+            return self._chunk({}, _FINISH_REASONS.get(str(reason), "stop"))
         return self.end() if kind == "message_stop" else b""
 
     def end(self) -> bytes:
@@ -153,26 +156,22 @@ class ChatStream:
         }
         return self._chunk({"role": "assistant", "content": ""})
 
-    def _block(self, index: Any, block: Any) -> bytes:
-        if not isinstance(block, Mapping):
-            return b""
-        if block.get("type") != "tool_use":
+    def _block(self, index: int, block: Document) -> bytes:
+        if block.get("type") != "tool_use" or index < 0:
             return self._delta(index, block)
         position = self._calls.setdefault(index, len(self._calls))
         self._silent.add(index)
         return self._chunk({"tool_calls": [{"index": position, **_call(block, "")}]})
 
-    def _delta(self, index: Any, delta: Any) -> bytes:
-        if not isinstance(delta, Mapping):
-            return b""
+    def _delta(self, index: int, delta: Document) -> bytes:
         if text := delta.get("text"):
-            return self._chunk({"content": text})
+            return self._chunk({"content": str(text)})
         if thinking := delta.get("thinking"):
-            return self._chunk({"reasoning": thinking})
+            return self._chunk({"reasoning": str(thinking)})
         part = delta.get("partial_json")
-        return self._arguments(index, part) if part and index in self._calls else b""
+        return self._arguments(index, str(part)) if part and index in self._calls else b""
 
-    def _arguments(self, index: Any, part: Any) -> bytes:
+    def _arguments(self, index: int, part: str) -> bytes:
         self._silent.discard(index)
         call = {"index": self._calls[index], "function": {"arguments": part}}
         return self._chunk({"tool_calls": [call]})
@@ -193,6 +192,12 @@ def _call_id(call_id: Any) -> str:
 
 def _event(document: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _index(document: Document) -> int:
+    """Return a block's index; -1 for what cannot be one, so that no upstream grows our tables."""
+    index = document.get("index")
+    return index if type(index) is int and 0 <= index < MAX_BLOCKS else -1
 
 
 def _id(message: Document) -> str:
