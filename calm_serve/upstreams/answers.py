@@ -121,8 +121,8 @@ def _parts(document: Document, api: Api) -> tuple[list[bool] | None, list[str]]:
         blocks = document.get("content")
         if not isinstance(blocks, list):
             return None, []
-        said = any(isinstance(b, Mapping) and block_has_content(b) for b in blocks)
-        return [said], _reasons([document.get("stop_reason")])
+        filled = any(isinstance(b, Mapping) and block_has_content(b) for b in blocks)
+        return [filled], _reasons([document.get("stop_reason")])
     items = document.get("output")
     if not isinstance(items, list):
         return None, []

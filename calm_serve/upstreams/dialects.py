@@ -66,19 +66,11 @@ def build_request(
         UpstreamError: UNSUPPORTED if the upstream lacks something, INVALID_REQUEST if no upstream
             can take the body, MISCONFIGURED if the key is no header value.
     """
-    dialect = remote.dialect
-    upstream_api = _upstream_api(dialect, api, slm_id)
+    upstream_api = _upstream_api(remote.dialect, api, slm_id)
     translated = upstream_api is not api
     streams = bool(body.get("stream"))
-    sent: dict[str, Any] = {**body, "model": model}
-    dropped: list[str] = []
+    sent, dropped = _fields({**body, "model": model}, api, remote.dialect, slm_id)
     hides_usage = False
-    if translated:
-        sent, dropped = messages_body(sent, slm_id)
-    elif dialect is not Dialect.VLLM:  # vLLM ignores what it does not know
-        sent, dropped = known_fields(sent, api, slm_id)
-        if dialect is Dialect.OPENAI_REASONING:
-            dropped += for_reasoning(sent, slm_id)
     if streams and not translated and api in (Api.CHAT, Api.COMPLETIONS):
         hides_usage = _ask_for_usage(sent)
     headers = _headers(remote, key, streams, slm_id)
@@ -93,6 +85,20 @@ def build_request(
         hides_usage=hides_usage,
         dropped=tuple(dropped),
     )
+
+
+def _fields(
+    body: dict[str, Any], api: Api, dialect: Dialect, slm_id: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the body in the dialect's fields, and the names of those that were dropped."""
+    if dialect is Dialect.VLLM:
+        return body, []  # it ignores what it does not know
+    if dialect is Dialect.ANTHROPIC and api is Api.CHAT:
+        return messages_body(body, slm_id)
+    sent, dropped = known_fields(body, api, slm_id)
+    if dialect is Dialect.OPENAI_REASONING:
+        dropped += for_reasoning(sent, slm_id)
+    return sent, dropped
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:
@@ -122,7 +128,9 @@ def _upstream_api(dialect: Dialect, api: Api, slm_id: str) -> Api:
     if dialect is Dialect.ANTHROPIC:
         if api in (Api.CHAT, Api.MESSAGES):
             return Api.MESSAGES
-    elif api is not Api.MESSAGES or dialect is Dialect.VLLM:
+    elif dialect is Dialect.VLLM:
+        return api
+    elif api is not Api.MESSAGES and (dialect, api) != (Dialect.OPENAI_REASONING, Api.COMPLETIONS):
         return api
     message = f"the upstream of {slm_id!r} has no {api}"
     raise UpstreamError(Failure(FailureKind.UNSUPPORTED, message))

@@ -60,20 +60,20 @@ def classify_response(
         origin: where it came from.
         now_s: wall clock in Unix seconds, for dates in Retry-After.
     """
-    said = read_error(parse_object(body[:MAX_ERROR_BYTES]) or _from_list(body[:MAX_ERROR_BYTES]))
-    kind = _kind(status, said, origin, "retry-after" in headers)
-    return _failure(kind, status, said, origin, retry_after_s(headers, said.message, now_s))
+    error = read_error(parse_object(body[:MAX_ERROR_BYTES]) or _from_list(body[:MAX_ERROR_BYTES]))
+    kind = _kind(status, error, origin, "retry-after" in headers)
+    return _failure(kind, status, error, origin, retry_after_s(headers, error.message, now_s))
 
 
 def classify_error(document: Document | None, origin: Origin) -> Failure:
     """Return the failure that an error inside a 200 means; None is no document at all."""
-    said = read_error(document)
-    status = int(said.code) if said.code.isdecimal() and len(said.code) == 3 else 0
-    status = status or _STATUS_OF_TYPE.get(said.type, 0) or _STATUS_OF_TYPE.get(said.code, 0)
+    error = read_error(document)
+    status = int(error.code) if error.code.isdecimal() and len(error.code) == 3 else 0
+    status = status or _STATUS_OF_TYPE.get(error.type, 0) or _STATUS_OF_TYPE.get(error.code, 0)
     if not 400 <= status < 600:
-        return _failure(FailureKind.BAD_ANSWER, 0, said, origin, None)
-    kind = _kind(status, said, origin, retry_named=False)
-    return _failure(kind, status, said, origin, retry_after_s({}, said.message, 0.0))
+        return _failure(FailureKind.BAD_ANSWER, 0, error, origin, None)
+    kind = _kind(status, error, origin, retry_named=False)
+    return _failure(kind, status, error, origin, retry_after_s({}, error.message, 0.0))
 
 
 def read_error(document: Document | None) -> ErrorDocument:
@@ -272,8 +272,8 @@ _TIMEOUTS = (408, 504, 522, 524, 598, 599)  # Cloudflare's among them
 _MAY_BE_CLIENTS = (400, 413, _UNPROCESSABLE)
 
 
-def _kind(status: int, said: ErrorDocument, origin: Origin, retry_named: bool) -> FailureKind:
-    words = f"{said.code} {said.type} {said.message} {said.raw}"
+def _kind(status: int, error: ErrorDocument, origin: Origin, retry_named: bool) -> FailureKind:
+    words = f"{error.code} {error.type} {error.message} {error.raw}"
     if status in (401, 402, 403, 404, 405, 407, 410) or status < 400:
         return _configuration_kind(status, words, origin)
     if status in _TIMEOUTS:
@@ -282,7 +282,7 @@ def _kind(status: int, said: ErrorDocument, origin: Origin, retry_named: bool) -
         return _limit_kind(words, origin)
     if status >= 500:
         return _server_kind(status, words, retry_named)
-    if _is_too_long(said, words):
+    if _is_too_long(error, words):
         return FailureKind.TOO_LONG
     if _POLICY.search(words):
         # Another SLM would be a way around the policy.
@@ -291,7 +291,7 @@ def _kind(status: int, said: ErrorDocument, origin: Origin, retry_named: bool) -
         return FailureKind.MISCONFIGURED  # Anthropic says 400
     if status in (409, 425, 499):
         return FailureKind.FULL
-    return _request_kind(status, said, words, origin)
+    return _request_kind(status, error, words, origin)
 
 
 def _configuration_kind(status: int, words: str, origin: Origin) -> FailureKind:
@@ -322,40 +322,40 @@ def _server_kind(status: int, words: str, retry_named: bool) -> FailureKind:
     return FailureKind.SERVER_ERROR
 
 
-def _request_kind(status: int, said: ErrorDocument, words: str, origin: Origin) -> FailureKind:
-    if any(code in said.code for code in _UNSUPPORTED_CODES) or _UNSUPPORTED.search(words):
+def _request_kind(status: int, error: ErrorDocument, words: str, origin: Origin) -> FailureKind:
+    if any(code in error.code for code in _UNSUPPORTED_CODES) or _UNSUPPORTED.search(words):
         return FailureKind.UNSUPPORTED
     if status not in _MAY_BE_CLIENTS or (status == 413 and not origin.local):
         return FailureKind.UNSUPPORTED
-    if origin.local or _CLIENTS_CODES.search(said.code):
+    if origin.local or _CLIENTS_CODES.search(error.code):
         return FailureKind.INVALID_REQUEST
     # A remote server may be stricter than others; if all refuse, the client hears the last one.
     return FailureKind.UNSUPPORTED
 
 
-def _is_too_long(said: ErrorDocument, words: str) -> bool:
-    if any(code in f"{said.code} {said.type}" for code in _TOO_LONG_CODES):
+def _is_too_long(error: ErrorDocument, words: str) -> bool:
+    if any(code in f"{error.code} {error.type}" for code in _TOO_LONG_CODES):
         return True
     return any(pattern.search(words) for pattern in _TOO_LONG)
 
 
 def _failure(
-    kind: FailureKind, status: int, said: ErrorDocument, origin: Origin, wait_s: float | None
+    kind: FailureKind, status: int, error: ErrorDocument, origin: Origin, wait_s: float | None
 ) -> Failure:
     if kind is FailureKind.TOO_LONG:
-        limit, asked = _token_counts(f"{said.message} {said.raw}")
+        limit, asked = _token_counts(f"{error.message} {error.raw}")
         message = context_length_message(limit or origin.context_tokens, asked)
         return Failure(kind, message, param="messages", upstream_status=status)
     own = _OWN_MESSAGES.get(kind)
     if own is not None:
         message = f"{origin.slm_id!r} {own}"
     else:
-        message = sanitised(said.message) or f"{origin.slm_id!r} refused the request ({status})"
+        message = sanitised(error.message) or f"{origin.slm_id!r} refused the request ({status})"
     return Failure(
         kind,
         message,
-        param=said.param,
-        code=_code(said.code),
+        param=error.param,
+        code=_code(error.code),
         upstream_status=status,
         retry_after_s=wait_s,
     )

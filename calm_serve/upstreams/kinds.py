@@ -170,10 +170,10 @@ def has_content(choice: Document) -> bool:
     logprobs = choice.get("logprobs")
     if isinstance(logprobs, Mapping) and any(logprobs.values()):
         return True
-    said = choice.get("delta") or choice.get("message")
-    if not isinstance(said, Mapping):
+    message = choice.get("delta") or choice.get("message")
+    if not isinstance(message, Mapping):
         return False
-    return any(value for field, value in said.items() if field not in _SILENT)
+    return any(value for field, value in message.items() if field not in _SILENT)
 
 
 def _choices_kind(document: Document) -> EventKind:

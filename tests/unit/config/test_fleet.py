@@ -319,7 +319,10 @@ def remote(**fields: Any) -> Remote:
         ({"dialect": "google"}, "dialect"),
         ({"api_version": "2024-10-21"}, "api_version has no meaning for dialect openai"),
         ({"dialect": "vllm", "api_version": "1"}, "api_version has no meaning for dialect vllm"),
-        ({"dialect": "azure"}, "dialect azure needs api_version, or a base_url that ends in `/v1`"),
+        (
+            {"dialect": "azure", "base_url": "https://x/openai"},
+            "dialect azure needs api_version, or a base_url that ends in `/v1`",
+        ),
         ({"dialect": "azure", "api_version": "1&x=y"}, "api_version"),
         ({"connect_timeout_s": 0}, "connect_timeout_s"),
         ({"first_byte_timeout_s": 0}, "first_byte_timeout_s"),

@@ -64,8 +64,8 @@ def kind(answer: Answer) -> str:
 def message(**fields: Any) -> dict[str, Any]:
     """A whole chat answer with this message and, by `finish`, its reason."""
     finish = fields.pop("finish", "stop")
-    said = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [], **fields}
-    return document(choices=[{"index": 0, "message": said, "finish_reason": finish}])
+    inner = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [], **fields}
+    return document(choices=[{"index": 0, "message": inner, "finish_reason": finish}])
 
 
 def test_a_whole_answer_is_read_in_one_go() -> None:
@@ -77,7 +77,7 @@ def test_a_whole_answer_is_read_in_one_go() -> None:
     [
         message(content="text"),
         message(content=" "),
-        message(refusal="I cannot"),
+        message(**{"refusal": "I cannot"}),
         message(reasoning="hm"),
         message(tool_calls=[{"id": "c", "function": {"name": "f"}}], finish="tool_calls"),
         message(function_call={"name": "f"}),

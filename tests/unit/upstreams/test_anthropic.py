@@ -243,7 +243,8 @@ def test_a_whole_answer_becomes_a_chat_completion() -> None:
     parsed = ChatCompletion.model_validate(answer, strict=True)
     (choice,) = parsed.choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "It is wet.")
-    (call,) = choice.message.tool_calls or ()
+    call, *others = choice.message.tool_calls or []
+    assert not others
     assert (call.id, call.function.name) == ("toolu_1", "weather")
     assert json.loads(call.function.arguments) == {"city": "Oslo"}
     assert answer["choices"][0]["message"]["reasoning"] == "hm"

@@ -209,6 +209,7 @@ def test_reasoning_models_get_their_own_limit_and_no_sampling() -> None:
     [
         (Dialect.OPENAI, MESSAGES),
         (Dialect.AZURE, MESSAGES),
+        (Dialect.OPENAI_REASONING, COMPLETIONS),
         (Dialect.ANTHROPIC, COMPLETIONS),
         (Dialect.ANTHROPIC, RESPONSES),
     ],

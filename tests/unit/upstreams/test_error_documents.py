@@ -158,7 +158,7 @@ def test_kinds_of_what_an_engine_refuses(kind: str, status: int, message: str) -
     assert classified(status, vllm(message, status), LOCAL).kind == kind
 
 
-def test_an_overload_is_told_from_a_dead_proxy_by_the_wait_that_is_named() -> None:
+def test_an_overload_differs_from_a_dead_proxy_by_the_wait_that_is_named() -> None:
     assert classified(503, b"", retry_after="5").kind is FailureKind.FULL
     assert classified(503, b"").kind is FailureKind.SERVER_ERROR
 
@@ -201,7 +201,7 @@ TOO_LONG = [
 
 
 @pytest.mark.parametrize(("document", "limit", "asked"), TOO_LONG)
-def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know(
+def test_a_prompt_that_is_too_long_gives_the_sentence_that_agents_know(
     document: Any, limit: int, asked: int
 ) -> None:
     failure = classified(400, document)
@@ -251,8 +251,8 @@ def test_kinds_of_errors_inside_a_200(document: Any, kind: str) -> None:
     ],
 )
 def test_an_error_is_read_in_every_form(document: dict[str, Any]) -> None:
-    said = read_error(document)
-    assert (said.message, said.type, said.code, said.param) == ("why", "t", "c", "p")
+    error = read_error(document)
+    assert (error.message, error.type, error.code, error.param) == ("why", "t", "c", "p")
 
 
 @pytest.mark.parametrize(

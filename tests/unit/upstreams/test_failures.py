@@ -53,24 +53,24 @@ def test_the_upstreams_status_is_passed_on_only_where_it_speaks_of_the_request(
     kind: FailureKind, status: int
 ) -> None:
     failure = Failure(kind, "m", code="its_code", upstream_status=status)
-    told = (failure.http_status, failure.to_openai()["error"]["code"])
+    shown = (failure.http_status, failure.to_openai()["error"]["code"])
     consequence = CONSEQUENCES[kind]
     if kind in (FailureKind.INVALID_REQUEST, FailureKind.UNSUPPORTED):
-        assert told == (status, "its_code")
+        assert shown == (status, "its_code")
     else:
-        assert told == (consequence.http_status, consequence.code)
+        assert shown == (consequence.http_status, consequence.code)
 
 
 def test_an_upstreams_5xx_is_never_passed_on_as_the_clients() -> None:
     assert Failure(FailureKind.UNSUPPORTED, "m", upstream_status=501).http_status == 400
 
 
-@pytest.mark.parametrize(("named", "told"), [(None, "1"), (7.0, "7"), (0.2, "1"), (7.2, "8")])
+@pytest.mark.parametrize(("named", "sent"), [(None, "1"), (7.0, "7"), (0.2, "1"), (7.2, "8")])
 def test_the_wait_of_a_rate_limit_reaches_the_client_rounded_up(
-    named: float | None, told: str
+    named: float | None, sent: str
 ) -> None:
     failure = Failure(FailureKind.RATE_LIMITED, "m", retry_after_s=named)
-    assert failure.headers() == {"retry-after": told}
+    assert failure.headers() == {"retry-after": sent}
     assert failure.cool_down_s == (named or 1.0)
 
 

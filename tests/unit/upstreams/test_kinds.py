@@ -38,7 +38,7 @@ def block(kind_: str, **fields: Any) -> dict[str, Any]:
         delta(role="assistant", content="text"),
         delta(reasoning="hm"),
         delta(reasoning_content="hm"),
-        delta(refusal="no"),
+        delta(**{"refusal": "no"}),
         delta(tool_calls=[TOOL_CALL]),
         delta(function_call={"name": "f", "arguments": ""}),
         delta(content="", audio={"data": "AA=="}),
@@ -56,7 +56,7 @@ def test_any_part_of_an_answer_is_content(found: dict[str, Any]) -> None:
     [
         (delta(role="assistant"), "empty"),
         (delta(role="assistant", content=""), "empty"),
-        (delta(role="assistant", content=None, tool_calls=[], refusal=None), "empty"),
+        (delta(role="assistant", content=None, tool_calls=[], audio=None), "empty"),
         (chunk(choices=[], prompt_filter_results=[{"prompt_index": 0}]), "empty"),
         (chunk(None, "stop"), "finish"),
         (chunk("", "length"), "finish"),
