@@ -29,7 +29,8 @@ class FailureKind(StrEnum):
     FULL = "full"  # its queue, or the whole upstream is overloaded
     RATE_LIMITED = "rate_limited"  # our key's limit
     TRANSPORT = "transport"  # no connection, or it broke
-    TIMED_OUT = "timed_out"
+    TIMED_OUT = "timed_out"  # to connect, to begin, or between two events
+    OUT_OF_TIME = "out_of_time"  # the request's own limit passed while the SLM worked
     ENGINE_DIED = "engine_died"
     POISON = "poison"  # the request is what killed an engine
     SERVER_ERROR = "server_error"  # the upstream says so (5xx)
@@ -70,6 +71,8 @@ CONSEQUENCES: dict[FailureKind, Consequence] = {
     ),
     FailureKind.TRANSPORT: Consequence(503, "model_unavailable", _UNAVAILABLE, breaker=True),
     FailureKind.TIMED_OUT: Consequence(504, "model_timeout", "timeout_error", breaker=True),
+    # A client can ask for more than fits its time.
+    FailureKind.OUT_OF_TIME: Consequence(504, "request_timeout", "timeout_error", next_slm=False),
     FailureKind.ENGINE_DIED: Consequence(503, "model_unavailable", _UNAVAILABLE, breaker=True),
     FailureKind.POISON: Consequence(500, "request_stopped_engine", next_slm=False, repeat=False),
     FailureKind.SERVER_ERROR: Consequence(502, "upstream_error", breaker=True),

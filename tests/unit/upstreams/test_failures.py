@@ -24,9 +24,9 @@ def test_only_what_no_request_can_cause_counts_for_the_breaker() -> None:
     assert {k for k, c in CONSEQUENCES.items() if c.breaker} == COUNTED
 
 
-def test_only_the_clients_mistake_and_poison_are_final() -> None:
+def test_another_slm_is_tried_unless_it_cannot_help_or_would_come_to_harm() -> None:
     final = {k for k, c in CONSEQUENCES.items() if not c.next_slm}
-    assert final == {FailureKind.INVALID_REQUEST, FailureKind.POISON}
+    assert final == {FailureKind.INVALID_REQUEST, FailureKind.POISON, FailureKind.OUT_OF_TIME}
 
 
 def test_an_operator_is_called_for_a_wrong_configuration_only() -> None:
