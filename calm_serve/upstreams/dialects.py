@@ -124,14 +124,20 @@ def _not_finite(value: Any, path: str) -> Iterator[str]:
             yield from _not_finite(inner, f"{path}[{position}]")
 
 
+_APIS: Mapping[Dialect, tuple[Api, ...]] = {
+    Dialect.OPENAI: (Api.CHAT, Api.COMPLETIONS, Api.RESPONSES),
+    Dialect.OPENAI_REASONING: (Api.CHAT, Api.RESPONSES),
+    Dialect.AZURE: (Api.CHAT, Api.COMPLETIONS, Api.RESPONSES),
+    Dialect.VLLM: tuple(Api),
+    Dialect.ANTHROPIC: (Api.MESSAGES,),
+}
+
+
 def _upstream_api(dialect: Dialect, api: Api, slm_id: str) -> Api:
-    if dialect is Dialect.ANTHROPIC:
-        if api in (Api.CHAT, Api.MESSAGES):
-            return Api.MESSAGES
-    elif dialect is Dialect.VLLM:
+    if api in _APIS[dialect]:
         return api
-    elif api is not Api.MESSAGES and (dialect, api) != (Dialect.OPENAI_REASONING, Api.COMPLETIONS):
-        return api
+    if dialect is Dialect.ANTHROPIC and api is Api.CHAT:
+        return Api.MESSAGES
     message = f"the upstream of {slm_id!r} has no {api}"
     raise UpstreamError(Failure(FailureKind.UNSUPPORTED, message))
 

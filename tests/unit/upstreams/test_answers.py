@@ -224,6 +224,20 @@ def test_a_stream_is_read_to_its_end() -> None:
     assert answer == Answer(None, USED, ("stop",), 1)
 
 
+def test_a_stream_is_forwarded_byte_for_byte_but_for_usage_that_was_not_asked_for() -> None:
+    head = b": hello\n\n" + sse(delta(role="assistant")) + sse(chunk("na\u00efve"))
+    tail = sse(chunk(None, "stop")).replace(b"\n", b"\r\n")
+    usage = sse({"choices": [], "usage": USAGE})
+    scanner, reader = EventScanner(), StreamReader(CHAT, ORIGIN, empty_is_fine=False)
+    forwarded = b""
+    for number in head + tail + usage + DONE:
+        for one in scanner.feed(bytes([number])):
+            if reader.read(one) is not EventKind.USAGE:
+                forwarded += one.raw
+    assert forwarded == head + tail + DONE
+    assert reader.usage == USED
+
+
 def test_a_stream_commits_with_its_first_content_and_not_before() -> None:
     reader = StreamReader(CHAT, ORIGIN, empty_is_fine=False)
     before = [b": PROCESSING\n\n", sse(delta(role="assistant", content="")), sse({"choices": []})]
