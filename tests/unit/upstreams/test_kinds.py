@@ -243,6 +243,31 @@ def agree(api: Api, data: bytes, name: str = "") -> None:
         assert not any(c.get("finish_reason") for c in parsed.get("choices", ()))
 
 
+PLAIN = written(chunk("text"), COMPACT)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (written(chunk("text", error="broken"), COMPACT), "error"),
+        (written(chunk("text", error=5), COMPACT), "error"),
+        (written(chunk("text", object="error"), COMPACT), "error"),
+        (written(chunk("text", type="error"), COMPACT), "error"),
+        (written(chunk("text", x={"error": "m"}), COMPACT), "content"),
+        (PLAIN.replace(b"text", rb"a\xb"), "error"),  # no escape of JSON
+        (PLAIN.replace(b"text", rb"a\u12"), "error"),
+        (PLAIN.replace(b"text", b"a\tb"), "error"),  # a control character
+        (PLAIN.replace(b'"created":1', b'"created":01'), "error"),
+        (PLAIN.replace(b'"text"', b'"text","content":""'), "empty"),  # the last one counts
+        (PLAIN[:-1] + b',"choices":[]}', "empty"),
+        (PLAIN + PLAIN, "error"),
+    ],
+)
+def test_what_looks_like_content_and_is_not(data: bytes, expected: str) -> None:
+    assert classify(event(data), CHAT)[0] == expected
+    agree(CHAT, data)
+
+
 @given(documents(), st.sampled_from(["", "error", "ping", "x"]))
 def test_the_fast_way_and_the_parser_agree(found: tuple[Api, bytes], name: str) -> None:
     agree(*found, name)
