@@ -8,9 +8,10 @@ CalmError
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
 │   └── AsleepError           503: the SLM will not be awake in time
 ├── PackagedModelError        weights cannot be fetched or are not those expected; nothing is kept
-└── ComponentError            a component is dead; the caller cannot restart it
-    ├── SLMUnavailableError   503: no replica of the chosen SLM answers
-    └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
+├── ComponentError            a component is dead; the caller cannot restart it
+│   ├── SLMUnavailableError   503: no replica of the chosen SLM answers
+│   └── KnowledgeError        the knowledge store or actor does not answer; decisions go on
+└── UpstreamError             one attempt failed (room `upstreams`); its `failure` says what follows
 """
 
 from __future__ import annotations

@@ -118,12 +118,74 @@ class Priors(Config):
     wake_s: float = Field(default=20.0, ge=0, le=3600, description="Cold start to ready.")
 
 
-class Remote(Config):
-    """An OpenAI-compatible upstream that stands in for a local engine."""
+class Dialect(StrEnum):
+    """What an upstream understands; `calm_serve.upstreams` writes requests accordingly."""
 
-    base_url: str = Field(pattern=r"^https?://", description="URL up to and including `/v1`.")
+    OPENAI = "openai"
+    OPENAI_REASONING = "openai-reasoning"
+    AZURE = "azure"
+    VLLM = "vllm"
+    ANTHROPIC = "anthropic"
+
+
+class Prices(Config):
+    """What an upstream charges, in one currency for the whole fleet."""
+
+    input_per_million_tokens: float = Field(ge=0, le=1e6, description="Money for prompts.")
+    cached_input_per_million_tokens: float | None = Field(
+        default=None, ge=0, le=1e6, description="For the cached part of prompts; null: as input."
+    )
+    output_per_million_tokens: float = Field(ge=0, le=1e6, description="Money for answers.")
+
+
+class Remote(Config):
+    """An upstream that stands in for a local engine. Every timeout ends at `timeout_s`."""
+
+    base_url: str = Field(
+        pattern=r"^https?://",
+        description="URL up to and including `/v1`; azure: up to `/openai` or `/openai/v1`.",
+    )
+    # The strictest server: what it is sent, every compatible one understands.
+    dialect: Dialect = Field(
+        default=Dialect.OPENAI,
+        description="openai refuses unknown parameters, so they are left out; openai-reasoning "
+        "also takes no sampling parameters; vllm gets the body as it came; azure and anthropic "
+        "have paths and headers of their own, and anthropic a format.",
+    )
     api_key_env: str = Field(default="", description="Environment variable with the API key.")
+    api_version: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9.-]*$",
+        description="azure: `api-version` of the query; anthropic: the `anthropic-version` header.",
+    )
+    prices: Prices | None = Field(default=None, description="null: its costs are not known.")
+    # A lost SYN is sent again after 1 s; the second one has another 2 s on a slow path.
+    connect_timeout_s: float = Field(
+        default=3.0, gt=0, le=60, description="Until the connection is open, TLS included."
+    )
+    # Far above a busy provider's queue (seconds), and leaves time for another SLM's answer.
+    first_byte_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="Until a stream's first event."
+    )
+    # Providers send a comment every 10 to 15 s while a model thinks.
+    idle_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="Between two events of a stream."
+    )
     timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Whole-answer timeout.")
+    # Ten times what a batching profile gives an engine: an upstream is bounded by its rate limit.
+    max_concurrent_requests: int = Field(
+        default=200, ge=1, le=10_000, description="Of one router; the next SLM is asked beyond it."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Remote:
+        versioned = self.dialect in (Dialect.AZURE, Dialect.ANTHROPIC)
+        if self.api_version and not versioned:
+            raise ValueError(f"api_version has no meaning for dialect {self.dialect}")
+        url = self.base_url.rstrip("/")
+        if self.dialect is Dialect.AZURE and not (self.api_version or url.endswith("/v1")):
+            raise ValueError("dialect azure needs api_version, or a base_url that ends in `/v1`")
+        return self
 
 
 class SLMSpec(Config):

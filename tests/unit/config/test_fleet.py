@@ -16,6 +16,7 @@ from calm_serve.config import (
     Config,
     Fleet,
     Goals,
+    Remote,
     Resources,
     SLMSpec,
     check_resources,
@@ -305,3 +306,65 @@ def test_remote_slms_and_slms_that_may_be_cold_take_no_resources_at_the_start() 
 def test_the_defaults_of_an_slm_are_valid_on_their_own() -> None:
     spec = SLMSpec(id="small", model=HUB)
     assert SLMSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def remote(**fields: Any) -> Remote:
+    return Remote.model_validate({"base_url": "https://up/v1", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_url": "ftp://x"}, "base_url"),
+        ({"dialect": "google"}, "dialect"),
+        ({"api_version": "2024-10-21"}, "api_version has no meaning for dialect openai"),
+        ({"dialect": "vllm", "api_version": "1"}, "api_version has no meaning for dialect vllm"),
+        (
+            {"dialect": "azure", "base_url": "https://x/openai"},
+            "dialect azure needs api_version, or a base_url that ends in `/v1`",
+        ),
+        ({"dialect": "azure", "api_version": "1&x=y"}, "api_version"),
+        ({"connect_timeout_s": 0}, "connect_timeout_s"),
+        ({"first_byte_timeout_s": 0}, "first_byte_timeout_s"),
+        ({"idle_timeout_s": 3601}, "idle_timeout_s"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"max_concurrent_requests": 0}, "max_concurrent_requests"),
+        ({"prices": {"input_per_million_tokens": 1.0}}, "output_per_million_tokens"),
+        ({"prices": {"input_per_million_tokens": -1, "output_per_million_tokens": 1}}, "prices"),
+        (
+            {
+                "prices": {
+                    "input_per_million_tokens": 1,
+                    "output_per_million_tokens": 1,
+                    "cached_input_per_million_tokens": -1,
+                }
+            },
+            "cached_input_per_million_tokens",
+        ),
+    ],
+)
+def test_an_upstream_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        remote(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dialect": "azure", "api_version": "2024-10-21", "base_url": "https://x/openai"},
+        {"dialect": "azure", "base_url": "https://x/openai/v1/"},
+        {"dialect": "anthropic"},
+        {"dialect": "anthropic", "api_version": "2023-06-01"},
+        {"dialect": "openai-reasoning"},
+        {"prices": {"input_per_million_tokens": 0, "output_per_million_tokens": 0}},
+    ],
+)
+def test_upstreams_of_every_dialect_can_be_written(fields: dict[str, Any]) -> None:
+    assert remote(**fields).timeout_s == 120.0
+
+
+def test_an_upstream_fails_to_connect_long_before_a_request_times_out() -> None:
+    """Otherwise no time is left for another SLM."""
+    upstream = remote()
+    assert upstream.connect_timeout_s < upstream.first_byte_timeout_s < upstream.timeout_s / 2
