@@ -17,7 +17,7 @@ from calm_serve.types import EngineFacts, QualitySignal
 SECRET_HEADER = "x-calm-secret"
 REQUEST_HEADER = "x-calm-request"  # an `AnswerRequest`
 END_HEADER = "x-calm-end"  # an `AnswerEnd`
-REFUSAL_HEADER = "x-calm-refusal"  # a `Refusal`: the engine has not seen the request
+REFUSAL_HEADER = "x-calm-refusal"  # a `Refusal`
 ONGOING_HEADER = "x-calm-ongoing"  # requests in the replica
 # Begins a line of its own in the stream, a comment that clients would ignore. No answer contains
 # such a line: line breaks in JSON are escaped.
@@ -25,11 +25,12 @@ END_EVENT = b": calm.end "
 
 
 class Refusal(StrEnum):
-    """Why a replica did not give a request to its engine."""
+    """Why a replica gives no answer."""
 
     FULL = "full"
     ASLEEP = "asleep"  # the router did not know yet that the SLM sleeps: it queues the request
-    DEAD = "dead"  # its engine has died
+    DEAD = "dead"  # its engine died while it worked on the request
+    GONE = "gone"  # its engine had died before
 
 
 class Hints(TypedDict, total=False):
@@ -59,14 +60,8 @@ class ReplyEnd:
     signals: tuple[QualitySignal, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorReply:
-    """The request failed before its first byte."""
-
-    http_status: int
-    body: bytes  # OpenAI's error document
-    asleep: bool = False  # see `Refusal`
-    dead_replica: str = ""  # id of the replica that sent this, when its engine has died
+class AsleepReply:
+    """The only item of a reply: the SLM sleeps, which the router did not know yet."""
 
 
 def deployment_name(slm_id: str) -> str:

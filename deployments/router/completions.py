@@ -31,7 +31,6 @@ from deployments.router import (
 )
 from deployments.router.fleet_view import FleetView
 from deployments.router.wakeup_queue import WakeupQueue
-from deployments.wire import ErrorReply
 
 JSON = "application/json"
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
@@ -90,15 +89,15 @@ class CompletionsEndpoint:
     async def _respond(
         self,
         call: dispatch.Call,
-        opening: Coroutine[Any, Any, AsyncIterator[bytes] | ErrorReply],
+        opening: Coroutine[Any, Any, AsyncIterator[bytes]],
         stream: bool,
         headers: dict[str, str],
         finish: outcome.Finish,
     ) -> Response:
         """The response to a request whose SLM is chosen; awaiting `opening` sends the request."""
-        answer: AsyncIterator[bytes] | ErrorReply | None = None
+        answer: AsyncIterator[bytes] | None = None
         try:
-            async with asyncio.timeout(self._args.router.request_timeout_s):
+            async with asyncio.timeout(call.left_s):
                 if stream and call.state.residency is not Residency.HOT:
                     waking = await wakeup_queue.wait_briefly(
                         opening, wakeup_queue.KEEPALIVE_AFTER_S
@@ -113,9 +112,6 @@ class CompletionsEndpoint:
                     answer = await opening
                 self._follow_failover(call)
                 headers |= {"x-calm-model": call.slm_id, "x-calm-reason": call.reason}
-                if isinstance(answer, ErrorReply):
-                    call.http_status, call.status = answer.http_status, "rejected"
-                    return finish(Response(answer.body, answer.http_status, headers, JSON))
                 if not stream:
                     payload = b"".join([part async for part in answer])
                     return finish(Response(payload, 200, headers, JSON))
@@ -134,7 +130,11 @@ class CompletionsEndpoint:
     def _call(self, decision: Decision) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
-        call = dispatch.Call(decision, state, live_load(decision.context, spec, state))
+        limit_s = self._args.router.request_timeout_s
+        if decision.context.slo.deadline_s:
+            limit_s = min(limit_s, decision.context.slo.deadline_s)
+        load = live_load(decision.context, spec, state)
+        call = dispatch.Call(decision, state, load, limit_s=limit_s)
         if self._view.residency.active:
             preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)
@@ -150,25 +150,20 @@ class CompletionsEndpoint:
     async def _keep_alive(
         self,
         call: dispatch.Call,
-        opening: asyncio.Future[AsyncIterator[bytes] | ErrorReply],
+        opening: asyncio.Future[AsyncIterator[bytes]],
         finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
         """A stream that begins before its SLM is awake: keepalives first, errors as events."""
         try:
-            left_s = self._args.router.request_timeout_s - call.elapsed_s
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(call.left_s):
                 async for comment in wakeup_queue.keepalives(
                     opening, wakeup_queue.KEEPALIVE_PERIOD_S
                 ):
                     yield comment
             answer = opening.result()
             self._follow_failover(call)
-            if isinstance(answer, ErrorReply):
-                call.http_status, call.status = answer.http_status, "rejected"
-                yield b"data: " + answer.body + b"\n\n"
-            else:
-                async for part in self._stream(call, answer, finish):
-                    yield part
+            async for part in self._stream(call, answer, finish):
+                yield part
         except CalmError as error:
             yield http.sse_error(outcome.refused(call, error))
         except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
@@ -185,7 +180,7 @@ class CompletionsEndpoint:
         self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: outcome.Finish
     ) -> AsyncIterator[bytes]:
         try:
-            async with asyncio.timeout(self._args.router.request_timeout_s):
+            async with asyncio.timeout(call.left_s):
                 async for part in answer:
                     if part:
                         yield part

@@ -80,9 +80,8 @@ class Router:
         self._upstream = self.connect_upstream()
         dispatcher = dispatch.Dispatcher(
             self._upstream.call,
-            in_fleet=self._handles.__contains__,
+            health=self._view,
             retries=args.router.retries,
-            attempt_failed=self._view.attempt_failed,
             admit=self._wakeup_queue.admit,
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
@@ -116,7 +115,7 @@ class Router:
     def connect_upstream(self) -> Upstream:
         """Return the connections to the SLMs."""
         return Upstream(
-            may_queue=lambda slm_id: self._selector.specs[slm_id].limits.max_queued_requests,
+            spec=lambda slm_id: self._selector.specs[slm_id],
             start_replica=self._start_replica,
         )
 

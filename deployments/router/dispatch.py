@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from calm_serve.errors import AsleepError, CalmError, CapacityError, SLMUnavailableError
 from calm_serve.protocol.answers import AnswerRequest
@@ -21,12 +21,13 @@ from calm_serve.types import (
     DecisionReason,
     SLMState,
 )
+from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router.live_state import VIEW, hints_of
-from deployments.wire import ErrorReply, Hints, ReplyEnd, deployment_name
+from deployments.router.upstream.remote import EmptyAnswerError
+from deployments.wire import AsleepReply, Hints, ReplyEnd, deployment_name
 
 log = logging.getLogger("ray.serve")
 
-RETRY_AFTER_S = 1.0
 # A router receives the desired residency about this long after the replicas.
 RESIDENCY_LAG_S = 0.02
 
@@ -50,6 +51,12 @@ class Call:
     running_on: str = ""  # SLM whose running requests include it
     queued_for_wakeup: bool = False  # it waited for an SLM to wake up
     preferred_hot: bool | None = None  # None without a memory budget
+    limit_s: float = 3600.0  # for all of it, from `started` on
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that it may still take."""
+        return max(self.limit_s - self.elapsed_s, 0.0)
 
     @property
     def elapsed_s(self) -> float:
@@ -76,77 +83,67 @@ class Call:
 
 
 class Dispatcher:
-    """Sends calls to the SLMs. `retries` bounds the failovers of a request."""
+    """Sends calls to the SLMs. `retries` bounds the failovers of a request.
+
+    What follows from a failure is in `calm_serve.upstreams.CONSEQUENCES`. The next attempt is
+    chosen when it is made: the SLM that failed once more if it has another replica and a replica
+    was to blame, else the best of the others by the decision's score that can take it now.
+    """
 
     def __init__(
         self,
         send: Callable[[str, str, dict[str, Any], AnswerRequest, Hints], AsyncIterator[Any]],
         *,
-        in_fleet: Callable[[str], bool],
+        health: Health,
         retries: int,
-        attempt_failed: Callable[[str, float], None],
         admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
     ) -> None:
         """Create a dispatcher.
 
         Args:
             send: returns the reply of an SLM (`Upstream.call`).
-            in_fleet: whether an SLM is still in the fleet.
-            retries: most failovers per request.
-            attempt_failed: called with the SLM and the seconds since the call was sent to it.
+            health: of the SLMs, which failures are reported to.
+            retries: most failovers per request. An SLM that is full, or cannot take the request,
+                was not tried and does not count.
             admit: waits until a call may be sent to an SLM, or raises AsleepError. Returns the
                 revision of the desired residency that it followed, None without a memory budget.
         """
-        self._send, self._in_fleet = send, in_fleet
+        self._send, self._health = send, health
         self._admit = admit
         self._retries = retries
-        self._attempt_failed = attempt_failed
 
     async def open(
         self, call: Call, path: str, body: dict[str, Any], asked: AnswerRequest
-    ) -> AsyncIterator[bytes] | ErrorReply:
-        """Return the answer as an iterator of bytes, after its first chunk came, or an error reply.
+    ) -> AsyncIterator[bytes]:
+        """Return the answer as an iterator of bytes, after its first chunk came.
 
         Raises:
-            CapacityError: every SLM of the plan has a full queue or is asleep for too long.
-            SLMUnavailableError: no SLM of the plan answered.
+            CapacityError: every SLM that may answer has a full queue or is asleep for too long.
+            UpstreamError: no SLM could answer; of several failures the last that is not "full".
         """
         hints = hints_of(call.decision)
-        plan = self._plan(call.decision)
-        full: list[str] = []
-        late: AsleepError | None = None
-        for position, slm_id in enumerate(plan):
-            # A queue that was full is not shorter a moment later.
-            if slm_id in full or not self._may_answer(slm_id, again=slm_id in plan[:position]):
-                continue
-            call.slm_id, call.retries = slm_id, position
+        attempts = _Attempts(call.decision, self._retries, self._health)
+        while (slm_id := attempts.next()) is not None:
+            call.slm_id, call.retries = slm_id, attempts.failed
             try:
                 items, first = await self._first(call, path, body, asked, hints)
-            except AsleepError as error:
-                late = late or error
-                full.append(slm_id)
-                continue
-            except CapacityError:
-                full.append(slm_id)
-                continue
-            # A dead replica, an exception in it, a deleted application, of any type: a fault of
-            # one attempt must not cost the client the others.
-            except Exception as error:  # noqa: BLE001
-                log.warning("SLM %s failed before its first byte: %r", slm_id, error)
-                self._attempt_failed(slm_id, call.took_s)
-                continue
+                return _Answer(call, items, first)
+            except CapacityError as error:
+                attempts.full(slm_id, error)
+            except UpstreamError as error:
+                attempts.failure(slm_id, error, call.took_s)
+            # A fault of one attempt, of any type, must not cost the client the others.
+            except Exception:
+                log.exception("sending a request to SLM %s failed", slm_id)
+                failure = Failure(FailureKind.TRANSPORT, f"SLM {slm_id!r} could not be asked")
+                attempts.failure(slm_id, UpstreamError(failure), call.took_s)
             finally:
                 call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
                 hints = {**hints, "avoid": call.predicted_replica}
-            if isinstance(first, ErrorReply):
-                _forget_dead_replica(slm_id, first)
-                if first.http_status >= 500:
-                    self._attempt_failed(slm_id, call.took_s)
-                    if position + 1 < len(plan):
-                        continue
-                return first
-            return _Answer(call, items, first)
-        raise late or _no_answer(plan, full)
+        final = attempts.error()
+        if isinstance(final, EmptyAnswerError):
+            return _Answer(call, _Nothing(), final.answer)
+        raise final
 
     async def _first(
         self, call: Call, path: str, body: dict[str, Any], asked: AnswerRequest, hints: Hints
@@ -158,23 +155,122 @@ class Dispatcher:
             call.sent = time.perf_counter()
             items = self._send(call.slm_id, path, body, asked, hints)
             first = await anext(items)
-            if not isinstance(first, ErrorReply) or not first.asleep:
+            if not isinstance(first, AsleepReply):
                 return items, first
             # The replica received the order to sleep before this router did.
             call.queued_for_wakeup = True
             await asyncio.sleep(RESIDENCY_LAG_S)
 
-    def _may_answer(self, slm_id: str, *, again: bool) -> bool:
-        if not self._in_fleet(slm_id):
-            return False  # it has left since the decision
-        return not again or bool(VIEW.replicas(deployment_name(slm_id)))
 
-    def _plan(self, decision: Decision) -> list[str]:
-        """SLMs to try in order: the chosen one twice (another replica), then the next best."""
-        if decision.path is DecisionPath.PINNED:
-            return [decision.slm_id] * (1 + min(self._retries, 1))
-        order = [decision.slm_id, decision.slm_id, *decision.ranking[1:]]
-        return order[: 1 + self._retries]
+class Health(Protocol):
+    """What the dispatcher asks of the SLMs' health, and reports to it."""
+
+    def can_take(self, slm_id: str) -> bool:
+        """Whether the SLM is in the fleet, has a replica or may start one, and is not broken."""
+
+    def has_replica(self, slm_id: str) -> bool:
+        """Whether the SLM has a live replica now."""
+
+    def attempt_failed(self, slm_id: str, took_s: float) -> None:
+        """Count a failure that speaks against the SLM, `took_s` after the call was sent."""
+
+    def cool_down(self, slm_id: str, seconds: float) -> None:
+        """Send the SLM nothing for so long."""
+
+
+# Failures of a replica, not of the SLM: another replica may do better.
+_OF_A_REPLICA = (FailureKind.TRANSPORT, FailureKind.ENGINE_DIED, FailureKind.SERVER_ERROR)
+
+
+class _Attempts:
+    """The attempts of one request so far, and what comes next."""
+
+    def __init__(self, decision: Decision, retries: int, health: Health) -> None:
+        self.failed = 0
+        self._pinned = decision.path is DecisionPath.PINNED
+        self._order = [decision.slm_id] if self._pinned else list(decision.ranking)
+        self._retries = min(retries, 1) if self._pinned else retries
+        self._health = health
+        self._again = ""  # the SLM of which another replica is tried
+        self._asked: list[str] = []
+        self._full: list[str] = []
+        self._capacity: CapacityError | None = None
+        self._last: tuple[str, UpstreamError] | None = None
+        self._uncounted: tuple[str, float] | None = None
+        self._final = False
+
+    def next(self) -> str | None:
+        """Return the SLM to ask; None when there is no other attempt."""
+        if self._final or self.failed > self._retries:
+            return None
+        slm_id = self._candidate()
+        if slm_id is not None and self._uncounted is not None:
+            # The last failure of all is counted by the request's outcome instead.
+            self._health.attempt_failed(*self._uncounted)
+            self._uncounted = None
+        return slm_id
+
+    def _candidate(self) -> str | None:
+        again, self._again = self._again, ""
+        if again and self._health.has_replica(again):
+            return again
+        for slm_id in self._order:
+            if slm_id in self._asked:
+                continue
+            self._asked.append(slm_id)
+            # A pinned one has no alternative, and says best why it cannot answer.
+            if self._pinned or self._health.can_take(slm_id):
+                return slm_id
+        return None
+
+    def full(self, slm_id: str, error: CapacityError) -> None:
+        """Note that an SLM has no room, or does not wake in time."""
+        self._full.append(slm_id)
+        self._capacity = self._capacity or error
+
+    def failure(self, slm_id: str, error: UpstreamError, took_s: float) -> None:
+        """Note a failed attempt, and what follows from it."""
+        failure = error.failure
+        follows = failure.consequence
+        level = logging.WARNING if follows.breaker else logging.INFO
+        level = logging.ERROR if follows.alarm else level
+        log.log(level, "SLM %s: %s: %s", slm_id, failure.kind, failure.message)
+        if failure.cool_down_s is not None:
+            self._health.cool_down(slm_id, failure.cool_down_s)
+        if failure.kind in (FailureKind.FULL, FailureKind.RATE_LIMITED):
+            self._full.append(slm_id)
+        first_of_it = self._last is None or self._last[0] != slm_id
+        if failure.kind in _OF_A_REPLICA and first_of_it:
+            self._again = slm_id
+        if follows.breaker:
+            self.failed += 1
+            self._uncounted = (slm_id, took_s)
+        self._last = (slm_id, error)
+        self._final = not follows.next_slm
+
+    def error(self) -> CalmError:
+        """Return the client's error when no SLM has answered."""
+        if self._last is not None and (self._capacity is None or not self._is_full(self._last[1])):
+            return self._last[1]
+        if self._capacity is not None:
+            if isinstance(self._capacity, AsleepError) or len(self._full) == 1:
+                return self._capacity
+            message = f"every SLM that may answer is at its queue limit: {', '.join(self._full)}"
+            return CapacityError(message, retry_after_s=self._capacity.retry_after_s)
+        return SLMUnavailableError(f"no SLM can take the request now: {', '.join(self._order)}")
+
+    def _is_full(self, error: UpstreamError) -> bool:
+        return error.failure.kind is FailureKind.FULL
+
+
+class _Nothing:
+    """A reply without items."""
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration
 
 
 class _Answer:
@@ -199,9 +295,6 @@ class _Answer:
         if isinstance(item, ReplyEnd):
             self._finish(item)
             return item.payload
-        if isinstance(item, ErrorReply):
-            _forget_dead_replica(self._call.slm_id, item)
-            raise SLMUnavailableError(f"SLM {self._call.slm_id!r} failed while answering")
         payload: bytes = item
         return payload
 
@@ -209,19 +302,6 @@ class _Answer:
         call = self._call
         call.end, call.status, call.http_status = item, "ok", 200
         VIEW.observe(deployment_name(call.slm_id), item.facts)
-
-
-def _no_answer(plan: list[str], full: list[str]) -> CalmError:
-    """The error when no SLM of `plan` answered; the queues of those in `full` were full."""
-    if not full:
-        return SLMUnavailableError(f"no replica answered: tried {', '.join(plan)}")
-    message = f"every SLM that may answer is at its queue limit: {', '.join(full)}"
-    return CapacityError(message, retry_after_s=RETRY_AFTER_S)
-
-
-def _forget_dead_replica(slm_id: str, reply: ErrorReply) -> None:
-    if reply.dead_replica:
-        VIEW.died(deployment_name(slm_id), reply.dead_replica)
 
 
 def cancel(answer: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from calm_serve.config import Fleet, SLMSpec
@@ -38,6 +38,7 @@ class FleetView:
         self._stats = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, ReplicaReport] = {}
+        self._cool_until: dict[str, float] = {}  # SLM -> when it may get requests again
         self._seen_up: set[str] = set()
         self._replicas = ReplicaStats(clock)
         self.monitor = MonitorView()
@@ -52,6 +53,7 @@ class FleetView:
             self._stats.remove(slm_id)
             self._states.pop(slm_id, None)
             self._seen_up.discard(slm_id)
+            self._cool_until.pop(slm_id, None)
         self.fleet = fleet
 
     def set_reports(self, reports: Mapping[str, Mapping[str, ReplicaReport]]) -> None:
@@ -99,6 +101,8 @@ class FleetView:
         replicas = self._live(spec)
         state = self._stats.state(spec, replicas, now, self._absent(spec))
         state = self.residency.with_residency(state, replicas)
+        if now < self._cool_until.get(spec.id, now):
+            state = replace(state, breaker_open=True)
         self._states[spec.id] = (now, state)
         return state
 
@@ -112,6 +116,25 @@ class FleetView:
         """Count a replica that failed before its first byte, `took_s` after it got the request."""
         self._stats.attempt_failed(slm_id, took_s)
         self._states.pop(slm_id, None)
+
+    def cool_down(self, slm_id: str, seconds: float) -> None:
+        """Choose the SLM for no request for so long."""
+        self._cool_until[slm_id] = self._clock() + seconds
+        self._states.pop(slm_id, None)
+
+    def has_replica(self, slm_id: str) -> bool:
+        """Whether the SLM has a live replica now."""
+        return bool(VIEW.replicas(deployment_name(slm_id)))
+
+    def can_take(self, slm_id: str) -> bool:
+        """Whether an SLM may be asked: it is in the fleet and not broken, and has a replica.
+
+        An SLM that may go cold needs none: a request starts one.
+        """
+        spec = next((s for s in self.fleet.slms if s.id == slm_id), None)
+        if spec is None or self.state(spec).breaker_open:
+            return False
+        return self.has_replica(slm_id) or spec.scaling.min_replicas == 0
 
     def refresh_ready(self) -> bool:
         """Re-evaluate and return readiness: every hot SLM has had a replica."""

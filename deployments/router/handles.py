@@ -26,10 +26,6 @@ class Handles:
         """Return the handle; KeyError for an SLM that is in no application."""
         return self._own.get(slm_id) or self._added[slm_id][1]
 
-    def __contains__(self, slm_id: str) -> bool:
-        """Whether the SLM is in an application."""
-        return slm_id in self._own or slm_id in self._added
-
     def set_added(self, apps: Mapping[str, str]) -> None:
         """Take the SLMs of other applications: SLM id -> application name."""
         for slm_id in set(self._added) - set(apps):

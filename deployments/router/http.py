@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from calm_serve.errors import CalmError, CapacityError, RequestError, openai_error
+from calm_serve.errors import CalmError, CapacityError, RequestError
+from calm_serve.upstreams import UpstreamError
 
 ADMIN_BODY_BYTES = 65_536  # limit of feedback, goals and other administration bodies
 # Names are lower-case in Starlette. The decision reads only these headers.
@@ -120,6 +121,8 @@ def json_response(
 def error_response(error: CalmError, headers: Mapping[str, str] | None = None) -> Response:
     """OpenAI's error document; capacity errors have `Retry-After`."""
     extra = dict(headers or {})
+    if isinstance(error, UpstreamError):
+        extra |= error.failure.headers()
     if isinstance(error, CapacityError):
         extra["retry-after"] = str(math.ceil(error.retry_after_s))
     return json_response(error.to_openai(), error.http_status, extra)
@@ -127,5 +130,4 @@ def error_response(error: CalmError, headers: Mapping[str, str] | None = None) -
 
 def sse_error(error: CalmError) -> bytes:
     """An error event for a stream whose status line is already sent."""
-    body = openai_error(error.message, error.error_type, error.param, error.code)
-    return b"data: " + to_json(body) + b"\n\n"
+    return b"data: " + to_json(error.to_openai()) + b"\n\n"

@@ -20,6 +20,7 @@ from calm_serve.types import (
     Residency,
     Timing,
 )
+from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router import dispatch
 
 log = logging.getLogger("ray.serve")
@@ -60,22 +61,33 @@ def cancelled(call: dispatch.Call) -> None:
 
 
 def refused(call: dispatch.Call, error: CalmError) -> CalmError:
-    """Mark a call that no SLM accepted; `rejected` (full or asleep) is no failure of the SLM."""
+    """Mark a call that no SLM answered; `rejected` speaks against no SLM."""
     call.http_status = error.http_status
-    call.status = "rejected" if isinstance(error, CapacityError) else "error"
+    call.status = "error" if _speaks_against_slm(error) else "rejected"
     return error
 
 
 def gone(call: dispatch.Call, error: BaseException) -> CalmError:
     """Mark a call whose SLM failed or timed out while answering; return the client's error."""
-    call.status = "error"
+    if isinstance(error, UpstreamError):
+        return refused(call, error)
     if isinstance(error, TimeoutError):
-        failure = SLMUnavailableError(f"SLM {call.slm_id!r} did not finish in time")
-        failure.http_status = 504
-    else:
-        failure = SLMUnavailableError(f"SLM {call.slm_id!r} failed while answering")
+        deadline_s = call.decision.context.slo.deadline_s
+        # A client may ask for less time than an answer takes.
+        own = call.limit_s == deadline_s
+        kind = FailureKind.OUT_OF_TIME if own else FailureKind.TIMED_OUT
+        message = f"SLM {call.slm_id!r} did not finish in {call.limit_s:g} s"
+        return refused(call, UpstreamError(Failure(kind, message)))
+    call.status = "error"
+    failure = SLMUnavailableError(f"SLM {call.slm_id!r} failed while answering")
     call.http_status = failure.http_status
     return failure
+
+
+def _speaks_against_slm(error: CalmError) -> bool:
+    if isinstance(error, UpstreamError):
+        return error.failure.consequence.breaker
+    return not isinstance(error, CapacityError)
 
 
 def outcome_of(call: dispatch.Call, *, at: float, task: str, prompt: str | None) -> Outcome:

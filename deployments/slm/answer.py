@@ -308,7 +308,10 @@ class _Answer:
 
     async def break_off(self, message: str, dead: bool) -> None:
         """End a stream whose engine failed after it had begun."""
-        end = AnswerEnd(EngineFacts(), failure=message or "failed", engine_dead=dead)
+        ongoing = max(0, self._answerer.ongoing - 1)
+        end = AnswerEnd(
+            EngineFacts(), ongoing=ongoing, failure=message or "failed", engine_dead=dead
+        )
         await self._send_end(end)
 
     def _fail(self, status: int, document: bytes) -> None:

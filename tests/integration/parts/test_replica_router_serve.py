@@ -23,10 +23,12 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
-from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.errors import CapacityError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
 from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas
+from calm_serve.testing import make_spec
 from calm_serve.types import EngineFacts, ReplicaState
+from calm_serve.upstreams import UpstreamError
 from deployments.router.live_state import VIEW
 from deployments.router.upstream import Upstream
 from deployments.slm.http_server import HttpServer
@@ -164,7 +166,7 @@ class Caller:
         self.slms = slms
         for handle in slms.values():
             handle._init()
-        self.upstream = Upstream(may_queue=lambda _slm: 8, start_replica=lambda _slm: None)
+        self.upstream = Upstream(spec=make_spec, start_replica=lambda _slm: None)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         plan = await request.json()
@@ -192,7 +194,7 @@ class Caller:
         reply = self.upstream.call(slm, "/v1/x", call.get("body", {}), asked, hints)
         try:
             items = [item async for item in reply]
-        except SLMUnavailableError:
+        except UpstreamError:
             return "died"
         except CapacityError:
             return "full"

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from calm_serve.errors import CapacityError, SLMUnavailableError
+from calm_serve.errors import CapacityError
 from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.testing import make_decision, make_facts, make_replica, make_state
+from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router import (
     deployment,
     dispatch,
@@ -21,13 +22,16 @@ from deployments.router import (
     outcome,
 )
 from deployments.router.live_state import LiveView
-from deployments.wire import ErrorReply, ReplyEnd, deployment_name
+from deployments.wire import ReplyEnd, deployment_name
 from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"messages": [{"role": "user", "content": "good morning"}]}
 END = ReplyEnd(b"data: [DONE]\n\n", make_facts("r1"))
 FULL = CapacityError("full", retry_after_s=1.0)
-DIED = SLMUnavailableError("connection reset")
+DIED = UpstreamError(Failure(FailureKind.TRANSPORT, "connection reset"))
+REFUSED = UpstreamError(
+    Failure(FailureKind.INVALID_REQUEST, "no such parameter", upstream_status=422)
+)
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ async def body_of(response: Any) -> bytes:
     ("items", "options", "status", "logged"),
     [
         ((b'{"a":', ReplyEnd(b"1}", make_facts("r1"))), {}, 200, "ok"),
-        ((ErrorReply(422, b"{}"),), {}, 422, "rejected"),
+        ((REFUSED,), {}, 422, "rejected"),
         ((DIED,), {}, 503, "error"),
         ((FULL,), {}, 429, "rejected"),
         ((b"x", DIED), {}, 503, "error"),

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from calm_serve.config import ResidencyOptions
-from calm_serve.errors import SLMUnavailableError
 from calm_serve.protocol.topics import DesiredResidency
 from calm_serve.testing import make_facts, make_replica
 from calm_serve.types import Residency
+from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router import (
     deployment,
     dispatch,
@@ -23,7 +23,7 @@ from deployments.router import (
     wakeup_queue,
 )
 from deployments.router.live_state import LiveView
-from deployments.wire import ErrorReply, ReplyEnd, deployment_name
+from deployments.wire import ReplyEnd, deployment_name
 from tests.router_harness import Knowledge, Metrics, Service
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "good morning"}]}
@@ -100,7 +100,10 @@ async def test_an_answer_in_one_piece_waits(view: LiveView, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "items",
-    [(SLMUnavailableError("connection reset"),), (ErrorReply(422, b'{"error": {}}'),)],
+    [
+        (UpstreamError(Failure(FailureKind.TRANSPORT, "connection reset")),),
+        (UpstreamError(Failure(FailureKind.INVALID_REQUEST, "no such parameter")),),
+    ],
     ids=["dead", "refused"],
 )
 async def test_what_fails_after_comments_is_an_error_event(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from calm_serve.protocol.answers import ANSWER_END, AnswerEnd
 from calm_serve.testing import make_facts
-from deployments.router.upstream import EndScanner, SlotQueue
+from deployments.router.upstream.end_scanner import EndScanner
+from deployments.router.upstream.slot_queue import SlotQueue
 from deployments.wire import END_EVENT
 
 END = AnswerEnd(make_facts("r1"), ongoing=3)

@@ -32,7 +32,7 @@ from deployments.router.live_state import LiveView
 from deployments.router.outcome import outcome_of
 from deployments.router.residency_view import ResidencyView
 from deployments.router.wakeup_queue import WakeupQueue
-from deployments.wire import ErrorReply, ReplyEnd
+from deployments.wire import AsleepReply, ReplyEnd
 
 REVISION = 7
 OPTIONS = ResidencyOptions(memory_budget_bytes=1, hold_s=20.0)
@@ -210,12 +210,27 @@ class Scripted:
         return play()
 
 
+class Healthy:
+    """Every SLM is well."""
+
+    def can_take(self, _slm_id: str) -> bool:
+        return True
+
+    def has_replica(self, _slm_id: str) -> bool:
+        return True
+
+    def attempt_failed(self, _slm_id: str, _took_s: float) -> None:
+        """Not counted here."""
+
+    def cool_down(self, _slm_id: str, _seconds: float) -> None:
+        """Not counted here."""
+
+
 async def open_call(queue: WakeupQueue, handles: dict[str, Scripted], one: Call) -> Any:
     dispatcher = dispatch.Dispatcher(
         lambda slm_id, _path, _body, asked, _hints: handles[slm_id].call(asked),
-        in_fleet=handles.__contains__,
+        health=Healthy(),
         retries=2,
-        attempt_failed=lambda _slm, _took_s: None,
         admit=queue.admit,
     )
     return await dispatcher.open(one, "/v1/x", {}, AnswerRequest())
@@ -252,7 +267,7 @@ async def test_a_request_refused_as_asleep_is_queued_and_sent_again(
 ) -> None:
     monkeypatch.setattr(dispatch, "VIEW", LiveView(lambda: 0.0))
     monkeypatch.setattr(dispatch, "RESIDENCY_LAG_S", 0.0)
-    asleep = ErrorReply(503, b"{}", asleep=True)
+    asleep = AsleepReply()
     large = Scripted(asleep, asleep, ReplyEnd(b"done", make_facts("r1")))
     one = call("large")
     answer = await open_call(queue, {"large": large}, one)

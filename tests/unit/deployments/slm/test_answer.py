@@ -76,6 +76,9 @@ class Engine:
     async def wake(self) -> None:
         """Not used here."""
 
+    def shutdown(self) -> None:
+        """Nothing to stop."""
+
 
 class Account:
     """Serve's books with a number of slots."""

@@ -1,0 +1,82 @@
+"""The connections of one router process to the SLMs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import aiohttp
+from pydantic_core import to_json
+
+from calm_serve.config import SLMSpec
+from calm_serve.protocol.answers import AnswerRequest
+from deployments.router.upstream.local import LocalReply
+from deployments.router.upstream.remote import RemoteReply
+from deployments.router.upstream.slot_queue import SlotQueue
+from deployments.wire import Hints, served_name
+
+CONNECT_TIMEOUT_S = 1.0  # a replica that is alive accepts in milliseconds
+READ_BUFFER_BYTES = 1 << 18
+KEEP_ALIVE_S = 60.0
+MAX_HEADER_BYTES = 1 << 16  # facts and signals of a whole document
+
+
+class Upstream:
+    """Connections of one router process to all replicas and remote SLMs.
+
+    Args:
+        spec: SLM id -> the SLM.
+        start_replica: SLM -> waits until a replica of an SLM without any has started; None for an
+            SLM that always has replicas.
+    """
+
+    def __init__(
+        self,
+        spec: Callable[[str], SLMSpec],
+        start_replica: Callable[[str], Awaitable[object] | None],
+    ) -> None:
+        self.spec, self.start_replica = spec, start_replica
+        self.running: Counter[str] = Counter()  # requests in remote SLMs
+        self._queues: dict[str, SlotQueue] = {}  # one per SLM that ever was in the fleet
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            read_bufsize=READ_BUFFER_BYTES,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            max_field_size=MAX_HEADER_BYTES,
+        )
+
+    def call(
+        self, slm_id: str, path: str, body: Mapping[str, Any], asked: AnswerRequest, hints: Hints
+    ) -> AsyncIterator[Any]:
+        """Return the reply of an SLM, which sends the request when its first item is read."""
+        spec = self.spec(slm_id)
+        if spec.remote is not None:
+            return RemoteReply(self, spec, spec.remote, path, body)
+        named = {**body, "model": served_name(slm_id, asked.adapter)}
+        return LocalReply(self, spec, path, to_json(named), asked, hints)
+
+    def queue(self, slm_id: str) -> SlotQueue:
+        """Return the requests that wait for a slot of an SLM."""
+        return self._queues.setdefault(slm_id, SlotQueue())
+
+    async def post(
+        self,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> aiohttp.ClientResponse:
+        """Send a request; return as soon as the answer's headers are here."""
+        return await self._session.post(
+            url,
+            data=body,
+            headers=headers,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()

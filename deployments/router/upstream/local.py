@@ -1,0 +1,228 @@
+"""Replies of the fleet's own replicas."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from calm_serve.config import SLMSpec
+from calm_serve.errors import CapacityError
+from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
+from calm_serve.upstreams import (
+    Failure,
+    FailureKind,
+    Origin,
+    UpstreamError,
+    classify_response,
+    engine_death,
+)
+from deployments.router.chosen import ChosenReplica, ReplicaChooser
+from deployments.router.live_state import VIEW
+from deployments.router.upstream.end_scanner import EndScanner
+from deployments.router.upstream.slot_queue import SlotQueue
+from deployments.wire import (
+    END_HEADER,
+    ONGOING_HEADER,
+    REFUSAL_HEADER,
+    REQUEST_HEADER,
+    SECRET_HEADER,
+    AsleepReply,
+    Hints,
+    Refusal,
+    ReplyEnd,
+    deployment_name,
+)
+
+if TYPE_CHECKING:
+    from deployments.router.upstream.connections import Upstream
+
+RETRY_AFTER_S = 1.0
+
+
+class LocalReply:
+    """The reply of an SLM of the fleet: bytes and then a `ReplyEnd`, or one `AsleepReply`.
+
+    Reading the first item chooses the replica and sends the request; a replica that is full is
+    replaced by the next one. Raises UpstreamError for every way in which an SLM fails, and
+    CapacityError when the queue for its replicas is full.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        spec: SLMSpec,
+        path: str,
+        body: bytes,
+        asked: AnswerRequest,
+        hints: Hints,
+    ) -> None:
+        self._upstream, self._slm_id, self._path, self._body = upstream, spec.id, path, body
+        self._origin = Origin(spec.id, local=True, context_tokens=spec.context_tokens)
+        self._most_queued = spec.limits.max_queued_requests
+        self._hints = hints
+        self._headers = {
+            "content-type": "application/json",
+            REQUEST_HEADER: ANSWER_REQUEST.encode(asked).decode(),
+        }
+        self._chooser: ReplicaChooser | None = None
+        self._chosen: ChosenReplica | None = None
+        self._response: aiohttp.ClientResponse | None = None
+        self._scanner = EndScanner()
+        self._over = False
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            if self._response is None:
+                return await self._open()
+            return await self._next_part(self._response)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self.cancel()
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+                raise  # a limit of the caller
+            raise self._lost() from error
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Break off: close the connection, which ends the work in the replica."""
+        if self._response is not None:
+            self._response.close()
+        self._finish()
+
+    async def _open(self) -> Any:
+        queue = self._upstream.queue(self._slm_id)
+        tried: set[str] = set()
+        if queue:
+            await self._wait_for_slot(queue)
+        while True:
+            chosen = await self._choose(tried)
+            if chosen is None:
+                await self._wait_for_slot(queue)
+                tried.clear()
+                continue
+            response = await self._post(chosen)
+            refusal = response.headers.get(REFUSAL_HEADER)
+            if refusal != Refusal.FULL:
+                return await self._first(response, refusal)
+            tried.add(chosen.replica_id)
+            await response.read()  # leaves the connection usable
+            self._end_attempt()
+
+    async def _choose(self, tried: set[str]) -> ChosenReplica | None:
+        """Return a replica that is not in `tried`; None when all were tried."""
+        name = deployment_name(self._slm_id)
+        self._chooser = VIEW.chooser(name)
+        chosen = self._chooser.choose(self._hints, tried) if self._chooser else None
+        if chosen is None and not tried:
+            started = self._upstream.start_replica(self._slm_id)
+            if started is not None:
+                await started
+                self._chooser = VIEW.chooser(name)
+                chosen = self._chooser.choose(self._hints, tried) if self._chooser else None
+            if chosen is None:
+                message = f"SLM {self._slm_id!r} has no replica"
+                raise UpstreamError(Failure(FailureKind.TRANSPORT, message))
+        if chosen is not None and not tried:
+            VIEW.routed(self._hints.get("decision_id", ""), chosen.replica_id)
+        return chosen
+
+    async def _wait_for_slot(self, queue: SlotQueue) -> None:
+        if len(queue) >= self._most_queued:
+            message = f"SLM {self._slm_id!r} is at its queue limit"
+            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
+        await queue.wait()
+
+    async def _post(self, chosen: ChosenReplica) -> aiohttp.ClientResponse:
+        assert self._chooser is not None
+        self._chosen = chosen
+        self._chooser.sent(chosen.replica_id)
+        headers = {**self._headers, SECRET_HEADER: chosen.address["secret"]}
+        try:
+            response = await self._upstream.post(
+                chosen.address["url"] + self._path, self._body, headers
+            )
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, ConnectionRefusedError):
+                # Nobody has its port any more, so its process has ended.
+                VIEW.died(deployment_name(self._slm_id), chosen.replica_id)
+            raise
+        self._response = response
+        self._chooser.answered(
+            chosen.replica_id,
+            self._hints,
+            accepted=response.status == 200,
+            ongoing=_ongoing(response),
+        )
+        return response
+
+    async def _first(self, response: aiohttp.ClientResponse, refusal: str | None) -> Any:
+        if response.status == 200 and response.content_type == "text/event-stream":
+            return await self._next_part(response)
+        document = await response.read()
+        self._finish()
+        if response.status == 200:
+            end = ANSWER_END.decode(response.headers.get(END_HEADER, ""))
+            return ReplyEnd(document, end.facts, end.signals)
+        if refusal == Refusal.ASLEEP:
+            return AsleepReply()
+        if refusal in (Refusal.DEAD, Refusal.GONE):
+            others = (_ongoing(response) or 1) - 1
+            raise UpstreamError(self._death(refusal == Refusal.DEAD, others))
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        raise UpstreamError(
+            classify_response(response.status, headers, document, self._origin, time.time())
+        )
+
+    async def _next_part(self, response: aiohttp.ClientResponse) -> Any:
+        while True:
+            part = await response.content.readany()
+            if not part:
+                return self._ended(self._scanner.end())
+            if part := self._scanner.feed(part):
+                return part
+
+    def _ended(self, end: AnswerEnd | None) -> ReplyEnd:
+        self._finish()
+        if end is None:
+            raise self._lost()
+        if end.engine_dead:
+            raise UpstreamError(self._death(True, end.ongoing))
+        if end.failure:
+            raise UpstreamError(Failure(FailureKind.SERVER_ERROR, end.failure))
+        return ReplyEnd(b"", end.facts, end.signals)
+
+    def _death(self, was_running: bool, others: int) -> Failure:
+        if self._chosen is not None:
+            VIEW.died(deployment_name(self._slm_id), self._chosen.replica_id)
+        return engine_death(self._slm_id, was_running=was_running, others=others, deaths=0)
+
+    def _lost(self) -> UpstreamError:
+        message = f"the connection to SLM {self._slm_id!r} was lost"
+        return UpstreamError(Failure(FailureKind.TRANSPORT, message))
+
+    def _end_attempt(self) -> None:
+        if self._chooser is not None and self._chosen is not None:
+            self._chooser.finished(self._chosen.replica_id)
+        self._response, self._chosen = None, None
+
+    def _finish(self) -> None:
+        """Count the request as over, once."""
+        if not self._over:
+            self._over = True
+            if self._chooser is not None and self._chosen is not None:
+                self._chooser.finished(self._chosen.replica_id)
+                self._upstream.queue(self._slm_id).next()
+
+
+def _ongoing(response: aiohttp.ClientResponse) -> int | None:
+    ongoing = response.headers.get(ONGOING_HEADER, "")
+    return int(ongoing) if ongoing.isdecimal() else None
