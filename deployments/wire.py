@@ -34,7 +34,7 @@ class Refusal(StrEnum):
 
 
 class Hints(TypedDict, total=False):
-    """What replica choice reads of a request."""
+    """What the way to a replica depends on."""
 
     decision_id: str
     prefix_family: str
@@ -42,6 +42,7 @@ class Hints(TypedDict, total=False):
     session_key: str
     adapter: str
     avoid: str  # replica of the failed attempt before this one
+    first_byte_limit_s: float  # of a stream, once it is sent to a replica
 
 
 class ReplicaAddress(TypedDict):

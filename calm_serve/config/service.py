@@ -42,6 +42,9 @@ class RouterOptions(Config):
     max_body_bytes: ByteSize = Field(default=ByteSize(4 << 20), description="413 above this.")
     request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Per request.")
     retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages of these origins may call; `*`: of any. Empty: none."
+    )
     decision_log: int = Field(
         default=DECISION_LOG, ge=1, description="Decisions kept for explanation."
     )

@@ -39,6 +39,7 @@ from deployments.observability.exporters import (
 )
 from deployments.observability.host import HostMonitor
 from deployments.router import dispatch, http
+from deployments.router.admin.documentation import Documentation
 from deployments.router.admin.goals import GoalsEndpoint
 from deployments.router.admin.operations import Operations
 from deployments.router.admin.predictors import PredictorsEndpoint
@@ -66,6 +67,7 @@ class Router:
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
+        self._cors = http.Cors(args.router.cors_origins)
         replica = serve.get_replica_context().replica_id.unique_id
         self._view = FleetView(fleet)
         self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
@@ -102,6 +104,12 @@ class Router:
             args, self._selector, self._view, self._wakeup_queue, dispatcher, self.record
         )
         self._routes = self._endpoints(completions)
+        documentation = Documentation(self._routes)
+        self._routes |= {
+            ("GET", "/version"): documentation.version,
+            ("GET", "/openapi.json"): documentation.openapi,
+            ("GET", "/docs"): documentation.page,
+        }
         self._outcomes.start()
         self._tasks = [
             asyncio.create_task(self._knowledge.follow(self._subscriptions.apply)),
@@ -147,25 +155,37 @@ class Router:
             ("GET", "/v1/predictors"): predictors.get,
             ("POST", "/v1/predictors"): predictors.post,
             ("GET", "/health"): self._operations.health,
+            ("GET", "/ping"): self._operations.health,
+            ("GET", "/load"): self._operations.load,
             ("GET", "/metrics"): self._metrics_text,
         }
 
     async def __call__(self, request: Request) -> Response:
         """Serve one HTTP request."""
         path = request.url.path.rstrip("/") or "/"
-        endpoint = self._routes.get((request.method, path))
+        methods = {method for method, known in self._routes if known == path}
+        methods |= {"HEAD"} if "GET" in methods else set()
+        if request.method == "OPTIONS" and methods:
+            return self._cors.preflight(request, methods)
+        response = await self._answered(request, path, methods)
+        if headers := self._cors.headers(request):
+            response.headers.update(headers)
+        return response
+
+    async def _answered(self, request: Request, path: str, methods: set[str]) -> Response:
+        # HEAD is GET without the body, which the server leaves out.
+        method = "GET" if request.method == "HEAD" else request.method
+        endpoint = self._routes.get((method, path))
         try:
             if endpoint is not None:
                 return await endpoint(request)
-            if request.method == "GET" and path.startswith("/v1/decisions/"):
+            if method == "GET" and path.startswith("/v1/decisions/"):
                 return await self._operations.decision(path.rpartition("/")[2])
-            if request.method == "GET" and path.startswith("/v1/models/"):
+            if method == "GET" and path.startswith("/v1/models/"):
                 return self._operations.model(path.removeprefix("/v1/models/"))
-            known = {p for _, p in self._routes}
-            status = 405 if path in known else 404
             error = RequestError(f"{request.method} {path} is not an endpoint")
-            error.http_status = status
-            return http.error_response(error)
+            error.http_status = 405 if methods else 404
+            return http.error_response(error, {"allow": ", ".join(sorted(methods))})
         except CalmError as error:
             return http.error_response(error)
         except Exception:  # of any type: the client gets an error in OpenAI's format

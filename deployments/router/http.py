@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -27,6 +27,38 @@ _EVENT_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+
+
+class Cors:
+    """Which web pages may call this service (Fetch standard, CORS protocol)."""
+
+    def __init__(self, origins: Collection[str]) -> None:
+        """Allow these origins; `*` allows any."""
+        self._origins = frozenset(origins)
+
+    def headers(self, request: Request) -> dict[str, str]:
+        """Return the headers that allow the page of a request to read the answer."""
+        origin = request.headers.get("origin", "")
+        if not origin or not ({origin, "*"} & self._origins):
+            return {}
+        return {
+            "access-control-allow-origin": origin,
+            "access-control-expose-headers": "*",
+            "vary": "origin",
+        }
+
+    def preflight(self, request: Request, methods: Collection[str]) -> Response:
+        """Answer OPTIONS for a path with these methods."""
+        allowed = ", ".join(sorted({*methods, "OPTIONS"}))
+        headers = {"allow": allowed, **self.headers(request)}
+        if "access-control-allow-origin" in headers:
+            asked = request.headers.get("access-control-request-headers", "content-type")
+            headers |= {
+                "access-control-allow-methods": allowed,
+                "access-control-allow-headers": asked,
+                "access-control-max-age": "600",
+            }
+        return Response(b"", 204, headers)
 
 
 class TooLargeError(RequestError):

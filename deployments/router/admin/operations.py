@@ -49,6 +49,12 @@ class Operations:
         body = {"status": "ok" if ready else "starting", "slms": self._view.states()}
         return http.json_response(body, 200 if ready else 503)
 
+    async def load(self, request: Request) -> Response:
+        """Requests in all SLMs, as far as this router knows."""
+        del request
+        states = (self._view.state(slm) for slm in self._selector.fleet.slms)
+        return http.json_response({"server_load": sum(s.running + s.waiting for s in states)})
+
     async def fleet(self, request: Request) -> Response:
         """State, load, memory and times of every SLM."""
         del request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,11 @@ class LocalReply:
             if self._response is None:
                 return await self._open()
             return await self._next_part(self._response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             self.cancel()
-            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-                raise  # a limit of the caller
+            if isinstance(error, TimeoutError):
+                message = f"SLM {self._slm_id!r} has not begun to answer in time"
+                raise UpstreamError(Failure(FailureKind.TIMED_OUT, message)) from error
             raise self._lost() from error
         except BaseException:
             self.cancel()
@@ -147,9 +149,10 @@ class LocalReply:
         self._chooser.sent(chosen.replica_id)
         headers = {**self._headers, SECRET_HEADER: chosen.address["secret"]}
         try:
-            response = await self._upstream.post(
-                chosen.address["url"] + self._path, self._body, headers
-            )
+            async with asyncio.timeout(self._hints.get("first_byte_limit_s")):
+                response = await self._upstream.post(
+                    chosen.address["url"] + self._path, self._body, headers
+                )
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, ConnectionRefusedError):
                 # Nobody has its port any more, so its process has ended.

@@ -192,6 +192,13 @@ async def test_prompts_are_stored_only_when_configured(view: LiveView, tmp_path:
         ("GET", "/v1/models/nobody", 404),
         ("GET", "/v1/decisions/unknown", 404),
         ("GET", "/health", 200),
+        ("HEAD", "/health", 200),
+        ("GET", "/ping", 200),
+        ("GET", "/load", 200),
+        ("GET", "/version", 200),
+        ("GET", "/docs", 200),
+        ("OPTIONS", "/v1/chat/completions", 204),
+        ("OPTIONS", "/nowhere", 404),
     ],
 )
 async def test_paths_lead_to_their_endpoints(
@@ -199,6 +206,28 @@ async def test_paths_lead_to_their_endpoints(
 ) -> None:
     async with Service(tmp_path, END) as service:
         assert (await service.request(method, path)).status_code == status
+
+
+async def test_every_endpoint_is_documented(view: LiveView, tmp_path: Path) -> None:
+    async with Service(tmp_path, END) as service:
+        found = json.loads(bytes((await service.request("GET", "/openapi.json")).body))
+    assert {"/v1/chat/completions", "/v1/goals", "/docs"} <= set(found["paths"])
+    summaries = [one["summary"] for path in found["paths"].values() for one in path.values()]
+    assert all(summaries)
+
+
+async def test_a_web_page_may_call_when_its_origin_is_configured(
+    view: LiveView, tmp_path: Path
+) -> None:
+    page = {"origin": "https://page.example", "access-control-request-headers": "x-calm-task"}
+    async with Service(tmp_path, END, cors_origins=["https://page.example"]) as service:
+        asked = await service.request("OPTIONS", "/v1/chat/completions", headers=page)
+        answered = await service.post({**CHAT, "stream": True}, **page)
+        other = await service.post(CHAT, origin="https://other.example")
+    assert asked.headers["access-control-allow-headers"] == "x-calm-task"
+    assert "POST" in asked.headers["access-control-allow-methods"]
+    assert answered.headers["access-control-allow-origin"] == "https://page.example"
+    assert "access-control-allow-origin" not in other.headers
 
 
 async def test_a_dry_run_decides_and_calls_no_slm(view: LiveView, tmp_path: Path) -> None:
