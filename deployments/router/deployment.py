@@ -193,6 +193,7 @@ class Router:
             return http.error_response(CalmError("internal error"))
 
     async def _route(self, request: Request) -> Response:
+        """Decide about a body without answering it."""
         body = await http.read_json(request, self._limit_bytes)
         parse = parse_completion if isinstance(body, dict) and "prompt" in body else parse_chat
         overrides = parse_overrides(http.routing_headers(request))
@@ -202,10 +203,12 @@ class Router:
         return http.json_response(self._selector.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
+        """Rate an answer by its decision id."""
         body = await http.read_json(request, http.ADMIN_BODY_BYTES)
         return await self._operations.feedback(body)
 
     async def _metrics_text(self, request: Request) -> Response:
+        """Metrics in Prometheus' text format."""
         del request
         text = render_fleet_metrics(self._metrics.aggregates, self._operations.snapshot())
         return Response(text, 200, media_type=CONTENT_TYPE)
