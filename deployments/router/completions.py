@@ -14,8 +14,8 @@ from calm_serve.config import ServeArgs
 from calm_serve.errors import CalmError
 from calm_serve.prediction import live_load
 from calm_serve.requests import (
-    ChatRequest,
     Overrides,
+    ParsedRequest,
     parse_chat,
     parse_completion,
     parse_overrides,
@@ -34,7 +34,7 @@ from deployments.wire import ErrorReply, Hints
 
 JSON, EVENTS = "application/json", "text/event-stream"
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
-Record = Callable[[dispatch.Call, ChatRequest, str, str | None], None]
+Record = Callable[[dispatch.Call, ParsedRequest, str, str | None], None]
 
 
 class CompletionsEndpoint:
@@ -63,7 +63,7 @@ class CompletionsEndpoint:
         return await self._answer(request, parse_completion, "complete")
 
     async def _answer(
-        self, request: Request, parse: Callable[[Any], ChatRequest], method: str
+        self, request: Request, parse: Callable[[Any], ParsedRequest], method: str
     ) -> Response:
         decision_id = uuid.uuid4().hex
         headers = {
@@ -200,7 +200,7 @@ class CompletionsEndpoint:
             finish()
 
 
-def _hints(parsed: ChatRequest, overrides: Overrides) -> Hints:
+def _hints(parsed: ParsedRequest, overrides: Overrides) -> Hints:
     """The checks of the answer that the client requested."""
     return {
         "validate": overrides.validate or ("json" if parsed.schema is not None else ""),

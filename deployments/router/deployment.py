@@ -23,7 +23,7 @@ from calm_serve.config import Fleet, ServeArgs
 from calm_serve.errors import CalmError, RequestError
 from calm_serve.goals import GoalController
 from calm_serve.requests import (
-    ChatRequest,
+    ParsedRequest,
     fill_features,
     parse_chat,
     parse_completion,
@@ -173,7 +173,7 @@ class Router:
         return Response(text, 200, media_type=CONTENT_TYPE)
 
     def record(
-        self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
+        self, call: dispatch.Call, parsed: ParsedRequest, task: str, prompt: str | None
     ) -> None:
         """Record the outcome of a finished call in statistics, controller, metrics and outbox."""
         self._wakeup_queue.release(call)

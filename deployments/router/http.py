@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
 from calm_serve.errors import CalmError, CapacityError, RequestError, openai_error
+from calm_serve.requests import parse_body
 
 ADMIN_BODY_BYTES = 65_536  # limit of feedback, goals and other administration bodies
 # Names are lower-case in Starlette. The decision reads only these headers.
@@ -35,10 +36,7 @@ async def read_json(request: Request, limit_bytes: int) -> Any:
         if size > limit_bytes:
             raise TooLargeError(f"the body is over {limit_bytes} bytes")
         parts.append(part)
-    try:
-        return from_json(b"".join(parts))
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
+    return parse_body(b"".join(parts))
 
 
 def routing_headers(request: Request) -> dict[str, str]:

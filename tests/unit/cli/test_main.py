@@ -61,6 +61,7 @@ def write_config(
     weights = folder / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("{}")
+    (weights / "chat_template.jinja").write_text("{{ messages }}")
     (weights / "model.safetensors").write_bytes(b"")
     (folder / "fleet.yaml").write_text(yaml.safe_dump(dict(fleet)))
     application = {

@@ -83,7 +83,7 @@ async def test_any_bytes_are_json_or_a_request_error(body: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 10_000, b'"\\ud800"'])
 async def test_hostile_json_is_a_request_error(body: bytes) -> None:
-    with pytest.raises(RequestError, match="not valid JSON"):
+    with pytest.raises(RequestError, match=r"not valid JSON|more than 50000 objects"):
         await read_json(request(body), 1 << 20)
 
 

@@ -1,0 +1,81 @@
+"""The choice for requests that generate nothing: embeddings, ranking, and what a tokenizer answers.
+
+Predictors, goals, rules and baselines are about answers in text, so none of them has a part here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from calm_serve.config import Fleet, SLMSpec
+from calm_serve.errors import RequestError
+from calm_serve.prediction import MetadataPrior
+from calm_serve.routing import scoring
+from calm_serve.types import (
+    Candidate,
+    DecisionReason,
+    RoutingContext,
+    SLMState,
+    Task,
+    Weights,
+)
+
+PRIOR = MetadataPrior()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The candidates, best first, and why."""
+
+    candidates: tuple[Candidate, ...]
+    ranking: tuple[str, ...]
+    reason: DecisionReason
+    preferred: str = ""
+
+
+def choose(
+    context: RoutingContext,
+    specs: Mapping[str, SLMSpec],
+    allowed: Sequence[str],
+    states: Mapping[str, SLMState],
+    weights: Weights,
+) -> Choice:
+    """Choose among the SLMs that may answer, at least one.
+
+    What only a tokenizer answers goes to the first SLM of the file, because another one would count
+    differently. All else goes by the priors of latency and energy at the present load.
+    """
+    if context.tokenizer_only:
+        first = allowed[0]
+        only = (Candidate(slm_id=first, score=1.0),)
+        return Choice(only, (first,), DecisionReason.FIRST_LISTED)
+    predictions = PRIOR.predict(context, [specs[i] for i in allowed], [states[i] for i in allowed])
+    slo = context.slo
+    scored = scoring.ranked(
+        [scoring.evaluate(slo, p, states[p.slm_id], weights) for p in predictions]
+    )
+    several = len(scored) > 1
+    return Choice(
+        tuple(scored),
+        tuple(c.slm_id for c in scored),
+        DecisionReason.BEST_PRIOR if several else DecisionReason.ONLY_CANDIDATE,
+        scoring.preferred(slo, scored, specs, states, weights, floor=0.0),
+    )
+
+
+def first_space(fleet: Fleet) -> str:
+    """Return the vector space of the first embedding SLM of the file, "" without any."""
+    return next((s.embedding_space for s in fleet.slms if s.task is Task.EMBED), "")
+
+
+def check_tokenizer(context: RoutingContext, specs: Mapping[str, SLMSpec]) -> None:
+    """Raise RequestError for token ids that could be read by more than one SLM's tokenizer."""
+    if context.task is Task.EMBED:  # one space is one model
+        return
+    alike = [spec.id for spec in specs.values() if context.task in (spec.task, Task.ANY)]
+    if len(alike) > 1:
+        raise RequestError(
+            "token ids mean something to one SLM's tokenizer only: name the SLM in 'model'",
+            param="model",
+        )
