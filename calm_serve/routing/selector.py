@@ -253,15 +253,15 @@ class ModelSelector:
         excluded_by = filters.excluded_by(filtered, spec, state, pinned=True)
         if excluded_by:
             raise exclusions.explain_pinned(context, slm_id, excluded_by)
-        if request is not None:
-            fill_features(context, request)
-        predictor = self.predictor if context.generates else without_text.PRIOR
-        (prediction,) = predictor.predict(context, [spec], [state])
-        candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
-        path = DecisionPath.PINNED
-        return self._record(
-            context, path, reason, (candidate,), (slm_id,), rule=rule, adapter=adapter
-        )
+        if context.generates:
+            if request is not None:
+                fill_features(context, request)
+            (prediction,) = self.predictor.predict(context, [spec], [state])
+            candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
+        else:
+            candidate = without_text.evaluate(context, spec, state, self.weights)
+        why = DecisionPath.PINNED, reason
+        return self._record(context, *why, (candidate,), (slm_id,), rule=rule, adapter=adapter)
 
     def _by_rule(
         self,

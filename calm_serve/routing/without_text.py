@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.errors import RequestError
-from calm_serve.prediction import MetadataPrior
+from calm_serve.prediction import prior_prediction
 from calm_serve.routing import scoring
 from calm_serve.types import (
     Candidate,
@@ -20,8 +20,6 @@ from calm_serve.types import (
     Task,
     Weights,
 )
-
-PRIOR = MetadataPrior()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,11 @@ def choose(
     differently. All else goes by the priors of latency and energy at the present load.
     """
     if context.tokenizer_only:
-        first = allowed[0]
-        only = (Candidate(slm_id=first, score=1.0),)
-        return Choice(only, (first,), DecisionReason.FIRST_LISTED)
-    predictions = PRIOR.predict(context, [specs[i] for i in allowed], [states[i] for i in allowed])
+        allowed = allowed[:1]
+    scored = scoring.ranked([evaluate(context, specs[i], states[i], weights) for i in allowed])
+    if context.tokenizer_only:
+        return Choice(tuple(scored), tuple(allowed), DecisionReason.FIRST_LISTED)
     slo = context.slo
-    scored = scoring.ranked(
-        [scoring.evaluate(slo, p, states[p.slm_id], weights) for p in predictions]
-    )
     several = len(scored) > 1
     return Choice(
         tuple(scored),
@@ -62,6 +57,18 @@ def choose(
         DecisionReason.BEST_PRIOR if several else DecisionReason.ONLY_CANDIDATE,
         scoring.preferred(slo, scored, specs, states, weights, floor=0.0),
     )
+
+
+def evaluate(
+    context: RoutingContext, spec: SLMSpec, state: SLMState, weights: Weights
+) -> Candidate:
+    """Score one SLM; without a prediction where only its tokenizer works.
+
+    A time measured there would say nothing of the SLM's prefill, which predictions are about.
+    """
+    if context.tokenizer_only:
+        return Candidate(slm_id=spec.id, score=1.0)
+    return scoring.evaluate(context.slo, prior_prediction(context, spec, state), state, weights)
 
 
 def first_space(fleet: Fleet) -> str:
