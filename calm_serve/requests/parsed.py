@@ -26,6 +26,7 @@ MAX_PROMPTS = 16_384  # OpenAI accepts 2,048 texts to embed, vLLM 1,024 prompts 
 MAX_MODEL_CHARS = 256  # it is repeated in the error for an unknown model
 MAX_SCHEMA_NODES = 10_000  # vLLM compiles a schema to a grammar before the first token
 MAX_SCHEMA_DEPTH = 64  # vLLM's own limit
+_MAX_DIGITS = 10  # of MAX_OUTPUT_TOKENS
 _MAX_REF_CHARS = 512
 _MAX_REFS, _REFERENCE_ROUNDS = 1000, 16  # what takes longer is left to the engine
 # Ids of a prompt of token ids that the prefix chain reads; see `context.prefix_chain`.
@@ -124,8 +125,7 @@ def read_output_limit(body: Mapping[str, Any], *names: str, least: int = 1) -> i
         limit = body.get(name)
         if limit is None:
             continue
-        if type(limit) is float and limit.is_integer():
-            limit = int(limit)
+        limit = _as_integer(limit)
         if type(limit) is not int or not least <= limit <= MAX_OUTPUT_TOKENS:
             kind = "a positive integer" if least else "an integer from 0"
             raise RequestError(f"{name!r} must be {kind}", param=name)
@@ -138,9 +138,19 @@ def read_choices(body: Mapping[str, Any]) -> int:
     choices = body.get("n")
     if choices is None:
         return 1
+    choices = _as_integer(choices)
     if type(choices) is not int or not 1 <= choices <= MAX_CHOICES:
         raise RequestError(f"'n' must be an integer from 1 to {MAX_CHOICES}", param="n")
     return choices
+
+
+def _as_integer(value: Any) -> Any:
+    """Return a number that is written as 5.0 or "5" as an integer, as vLLM reads it."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and len(value) <= _MAX_DIGITS and value.isdecimal():
+        return int(value)
+    return value
 
 
 def check_stops(body: Mapping[str, Any], name: str = "stop") -> None:
@@ -203,10 +213,10 @@ def unmarked(text: str) -> str:
     return text.replace(START, " ") if START in text else text
 
 
-def read_prompts(value: Any, name: str) -> Prompts:
+def read_prompts(value: Any, name: str, *, may_be_empty: bool = False) -> Prompts:
     """Read a text, token ids, or a list of either. Raises RequestError naming the field `name`."""
     if isinstance(value, str):
-        if not value:
+        if not (value or may_be_empty):
             raise RequestError(f"{name!r} must not be empty", param=name)
         return Prompts(unmarked(value), 1)
     if isinstance(value, list) and value:

@@ -38,7 +38,11 @@ def parse_embeddings(body: Any) -> ParsedRequest:
     if conversations is None and name == "messages":
         check_messages(value, name)
     fields = (
-        {**(prompts := read_prompts(value, name)).fields(), "choices": prompts.count, "needs": ()}
+        {
+            **(prompts := read_prompts(value, name, may_be_empty=True)).fields(),
+            "choices": prompts.count,
+            "needs": (),
+        }
         if conversations is None
         else _read_conversations(conversations, name)
     )

@@ -68,8 +68,6 @@ def _transcript(body: Mapping[str, Any]) -> Transcript:
         raise RequestError("'instructions' must be a string", param="instructions")
     items = body.get("input")
     if isinstance(items, str):
-        if not items:
-            raise RequestError("'input' must not be empty", param="input")
         items = [{"role": "user", "content": items}]
     if items is None:
         raise RequestError("'input' is missing", param="input")

@@ -24,7 +24,7 @@ def parse_tokenize(body: Any) -> ParsedRequest:
         read_messages(body, transcript)
         fields = {**transcript.fields(), "needs": transcript.needs()}
     else:
-        fields = read_prompts(body.get("prompt"), "prompt").fields()
+        fields = read_prompts(body.get("prompt"), "prompt", may_be_empty=True).fields()
     return _tokenizer_request("/tokenize", body, fields)
 
 

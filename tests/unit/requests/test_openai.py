@@ -215,6 +215,12 @@ def test_the_newer_name_of_the_output_limit_wins() -> None:
     assert parse_chat(chat(max_completion_tokens=None, max_tokens=9)).max_output_tokens == 9
 
 
+@pytest.mark.parametrize("number", [5, 5.0, "5"])
+def test_integers_are_read_as_vllm_reads_them(number: Any) -> None:
+    parsed = parse_chat(chat(max_tokens=number, n=number))
+    assert (parsed.max_output_tokens, parsed.choices) == (5, 5)
+
+
 def test_numbers_are_read_as_json_reads_them() -> None:
     # The HTTP edge parses with pydantic: what it accepts must not surprise the decision.
     body = from_json(json.dumps(chat(max_tokens=16)).replace("16", "1" + "0" * 400))

@@ -21,6 +21,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
     [
         ("hello", "hello", 1, None),
         (["a", "bcd"], "a\nbcd", 2, 3),
+        ("", "", 1, None),
         ([""], "", 1, 0),
         ([5, 6, 7], "", 1, None),
         ([[5, 6], [7]], "", 2, None),
@@ -48,7 +49,6 @@ def test_messages_may_have_a_field_of_their_own() -> None:
     [
         ({}, "input"),
         ({"input": []}, "input"),
-        ({"input": ""}, "input"),
         ({"input": {"a": 1}}, "input"),
         ({"input": ["a"] * (MAX_PROMPTS + 1)}, "input"),
         ({"input": ["a", 1]}, "input"),
