@@ -20,7 +20,7 @@ from typing import Any
 
 
 class CalmError(Exception):
-    """Base of all errors; `to_openai` gives OpenAI's error format."""
+    """Base of all errors; `to_openai` and `to_anthropic` give the error formats of both APIs."""
 
     http_status = 500
     error_type = "server_error"
@@ -34,6 +34,10 @@ class CalmError(Exception):
     def to_openai(self) -> dict[str, Any]:
         """Return the body `{"error": {"message", "type", "param", "code"}}`."""
         return openai_error(self.message, self.error_type, self.param, self.code)
+
+    def to_anthropic(self) -> dict[str, Any]:
+        """Return the body `{"type": "error", "error": {"type", "message"}}`."""
+        return anthropic_error(self.message, self.http_status)
 
 
 class ConfigError(CalmError):
@@ -112,3 +116,28 @@ def openai_error(
 ) -> dict[str, Any]:
     """Return OpenAI's error body."""
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+# Anthropic's error types by HTTP status; other 4xx are invalid requests, other 5xx API errors.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def anthropic_error(message: str, http_status: int) -> dict[str, Any]:
+    """Return Anthropic's error body. It has no field for the parameter: the message names it.
+
+    >>> anthropic_error("'max_tokens' is missing", 400)["error"]["type"]
+    'invalid_request_error'
+    """
+    other = "invalid_request_error" if http_status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(http_status, other)
+    return {"type": "error", "error": {"type": kind, "message": message}}

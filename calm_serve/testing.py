@@ -105,7 +105,6 @@ def make_context(**fields: Any) -> RoutingContext:
             "stream": False,
             "language": "en",
             "has_code": False,
-            "has_image": False,
             "safety_class": "none",
             "markers": (),
             "session_key": "",

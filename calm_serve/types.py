@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class Task(StrEnum):
+    """What an SLM is asked for; an SLM has exactly one of the first three (`SLMSpec.task`)."""
+
+    GENERATE = "generate"  # text, as chat, completion, response or message
+    EMBED = "embed"  # vectors
+    RERANK = "rerank"  # relevance of documents to a query
+    ANY = "any"  # only a request has it: its tokenizer answers, and every SLM has one
+
+
 class DecisionPath(StrEnum):
     """Which stage of the decision named the SLM."""
 
@@ -19,6 +28,7 @@ class DecisionPath(StrEnum):
     SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
     PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
     BASELINE = "baseline"  # stage 2 by another selection policy, for comparison
+    LOAD = "load"  # no text is generated: priors of latency and energy at the present load
     EXPLORED = "explored"  # a logged deviation from the best score, to keep estimates unbiased
     FALLBACK = "fallback"  # the winner failed before its first byte
 
@@ -43,6 +53,7 @@ class DecisionReason(StrEnum):
     ONLY_CANDIDATE = "only_candidate"
     BEST_SCORE = "best_score"
     BEST_PRIOR = "best_prior"
+    FIRST_LISTED = "first_listed"  # the answer depends on the SLM's tokenizer: always the same one
     EXPLORATION = "exploration"
     BASELINE = "baseline"
     FAILOVER = "failover"
@@ -97,16 +108,24 @@ class RoutingContext:
     """
 
     request_id: str
+    task: Task = Task.GENERATE
+    tokenizer_only: bool = False  # the tokenizer answers; the model does not run
+    route: str = ""  # of the engine, such as "/v1/embeddings"; "" when it does not matter
     requested_model: str = "auto"  # or an SLM id, or "slm:adapter"
     prompt_chars: int = 0
-    prompt_tokens: int = 0  # estimated
+    prompt_tokens: int = 0  # estimated, unless the prompt is token ids
+    sequence_tokens: int = 0  # of the longest of several prompts; 0: there is one
+    is_token_ids: bool = False  # the prompt has no text
+    truncates_prompt: bool = False  # the engine cuts the prompt to the context
     max_output_tokens: int | None = None
     output_shape: OutputShape = OutputShape.TEXT
+    needs: tuple[str, ...] = ()  # fields of `Capabilities` that the SLM must have
+    ignored_fields: tuple[str, ...] = ()  # fields of the body that vLLM does not read any more
+    embedding_space: str = ""  # key of the vector space to stay in, "" for any
     turns: int = 1
     stream: bool = False
     language: str = "und"  # ISO 639-1, "und" when unknown
     has_code: bool = False
-    has_image: bool = False
     safety_class: str = "none"  # or the name of the safety pattern that matched
     markers: tuple[str, ...] = ()  # names of the marker patterns found, sorted
     session_key: str = ""  # hash, "" when the request names no session
@@ -116,6 +135,11 @@ class RoutingContext:
     local_only: bool = False
     quality_floor: float = 0.0
     features: PromptFeatures = PromptFeatures()
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is text, so that predictors, goals and learning concern it."""
+        return self.task is Task.GENERATE and not self.tokenizer_only
 
     @property
     def slm_id(self) -> str:

@@ -60,7 +60,6 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
         "stream": False,
         "language": "en",
         "has_code": False,
-        "has_image": False,
         "safety_class": "none",
         "markers": (),
         "session_key": "",

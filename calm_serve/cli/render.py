@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm_serve.config import Fleet, Scaling
+from calm_serve.config import Fleet, Scaling, SLMSpec
 from calm_serve.errors import RequestError
+from calm_serve.types import Task
 
 _UNKNOWN = "-"
-_FILE = "SLM WEIGHTS WHERE RESIDENCY BATCHING REPLICAS CPUS GPUS MEMORY CONTEXT SKILLS"
+_FILE = "SLM WEIGHTS WHERE DOES RESIDENCY BATCHING REPLICAS CPUS GPUS MEMORY CONTEXT SKILLS"
 _STATE = (
     "SLM STATE REPLICAS RUNNING WAITING KV CACHED MEMORY START TTFT TPOT J/TOKEN REQUESTS FAILURES "
     "NOTE"
@@ -76,6 +77,7 @@ def fleet_file(fleet: Fleet) -> str:
             slm.id,
             Path(slm.model).name,
             slm.locality,
+            _does(slm),
             slm.residency,
             slm.batching.value,
             _replicas(slm.scaling),
@@ -87,7 +89,15 @@ def fleet_file(fleet: Fleet) -> str:
         )
         for slm in fleet.slms
     ]
-    return table(_FILE, rows, left=5)
+    return table(_FILE, rows, left=6)
+
+
+def _does(slm: SLMSpec) -> str:
+    """Return task and capabilities, as stated or found in the model's folder."""
+    if slm.task is not Task.GENERATE:
+        return slm.task.value
+    able = [name for name, has in slm.capabilities.model_dump().items() if has]
+    return ",".join(name for name in able if name != "json_output") or "prompts"
 
 
 def fleet_state(answer: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from calm_serve.config.base import (
     nearest,
     unique,
 )
+from calm_serve.types import Task
 
 
 class BatchingProfile(StrEnum):
@@ -97,11 +98,40 @@ class Scaling(Config):
 
 
 class Capabilities(Config):
-    """What the SLM can do beyond plain text; hard filters read this."""
+    """What the SLM can do beyond plain text; hard filters read this.
 
+    What a fleet file leaves out is found in the model's folder, where there is one.
+    """
+
+    chat: bool = Field(
+        default=True,
+        description="Messages. Found: the model has a chat template; else prompts only.",
+    )
     json_output: bool = Field(default=True, description="`response_format` and guided decoding.")
-    tools: bool = Field(default=False, description="Tool calls.")
-    vision: bool = Field(default=False, description="Image parts in messages.")
+    tools: bool = Field(
+        default=False,
+        description="Tool calls. Found: its chat template takes tools, and vLLM has a parser for "
+        "its family or `engine.tool_call_parser` names one.",
+    )
+    vision: bool = Field(default=False, description="Image parts. Found: the model encodes images.")
+    video: bool = Field(default=False, description="Video parts. Found: the model encodes videos.")
+    audio: bool = Field(default=False, description="Audio parts. Found: the model encodes audio.")
+
+
+class EmbeddingSpace(Config):
+    """The vector space of an embedding SLM. Vectors can be compared only within one space.
+
+    SLMs whose five values are equal share a space, and fail over to each other. What a fleet file
+    leaves out is found in the model's folder, where there is one.
+    """
+
+    model: str = Field(
+        default="", description="Name of the weights; '': folder, hub id or upstream."
+    )
+    revision: str = Field(default="", description="Revision of the weights; '': the hub's default.")
+    dimensions: int = Field(default=0, ge=0, le=1_000_000, description="Of a vector; 0: unknown.")
+    pooling: str = Field(default="", description="Such as CLS, LAST or MEAN; '': the engine's.")
+    normalised: bool = Field(default=True, description="Whether vectors have length 1.")
 
 
 class Priors(Config):
@@ -113,7 +143,11 @@ class Priors(Config):
     tpot_s: float = Field(default=0.01, gt=0, le=60, description="Idle time per output token.")
     output_tokens: float = Field(default=64.0, gt=0, le=1e6, description="Typical answer length.")
     energy_j_per_token: float = Field(
-        default=0.1, gt=0, le=1e5, description="Joules per output token, estimated."
+        default=0.1,
+        gt=0,
+        le=1e5,
+        description="Joules per output token, estimated; of an SLM that generates nothing, per "
+        "input token.",
     )
     wake_s: float = Field(default=20.0, ge=0, le=3600, description="Cold start to ready.")
 
@@ -151,6 +185,10 @@ class Remote(Config):
         description="openai refuses unknown parameters, so they are left out; openai-reasoning "
         "also takes no sampling parameters; vllm gets the body as it came; azure and anthropic "
         "have paths and headers of their own, and anthropic a format.",
+    )
+    routes: tuple[str, ...] = Field(
+        default=("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+        description="What the upstream serves of this service's routes.",
     )
     api_key_env: str = Field(default="", description="Environment variable with the API key.")
     api_version: str = Field(
@@ -196,6 +234,10 @@ class SLMSpec(Config):
         min_length=1, description="Weights: folder, models:NAME or hub id; remote: its name."
     )
     description: str = Field(default="", description="One line for people and `/v1/models`.")
+    task: Literal[Task.GENERATE, Task.EMBED, Task.RERANK] = Field(
+        default=Task.GENERATE,
+        description="generate, embed or rerank; left out, it is found in the model's folder.",
+    )
     skills: tuple[Identifier, ...] = Field(default=(), description="What it is good at.")
     examples: tuple[str, ...] = Field(
         default=(), description="Prompts for it; the policy `paper` compares words with them."
@@ -220,6 +262,14 @@ class SLMSpec(Config):
         default="", description="Its answers must pass this check; a failure is a bad outcome."
     )
     capabilities: Capabilities = Field(default=Capabilities(), description="See Capabilities.")
+    tool_parser: str = Field(
+        default="",
+        description="vLLM's tool parser; left out, it is found by the model's family. "
+        "`engine.tool_call_parser` goes before it.",
+    )
+    embedding: EmbeddingSpace = Field(
+        default=EmbeddingSpace(), description="Only of an SLM with task embed. See EmbeddingSpace."
+    )
     resources: Resources = Field(default=Resources(), description="Per replica.")
     scaling: Scaling = Field(default=Scaling(), description="Replicas and autoscaling.")
     priors: Priors = Field(default=Priors(), description="Estimates before outcomes.")
@@ -241,6 +291,18 @@ class SLMSpec(Config):
     def limits(self) -> Batching:
         """The batching profile's numbers."""
         return BATCHING[self.batching]
+
+    @property
+    def embedding_space(self) -> str:
+        """Key of the vector space of an embedding SLM: equal keys, comparable vectors; else ""."""
+        if self.task is not Task.EMBED:
+            return ""
+        space = self.embedding
+        # Nothing says that two upstreams have the same weights under one name.
+        own = f"{self.remote.base_url}#{self.model}" if self.remote else self.model
+        unit = "normalised" if space.normalised else "raw"
+        name = f"{space.model or own}@{space.revision}"
+        return f"{name}/{space.dimensions}/{space.pooling}/{unit}"
 
     def wake_s(self, measured_s: float | None) -> float:
         """Seconds of a wake-up: as measured, or the prior while None or 0."""
@@ -271,7 +333,11 @@ class Rule(Config):
 
 
 class Safety(Config):
-    """A pattern that pins the request to one SLM, before the client's choice and every rule."""
+    """A pattern that pins the request to one SLM, before the client's choice and every rule.
+
+    A request that generates nothing keeps its SLM, because no other vector space or ranking can
+    stand in for it; `local_only` holds for it too. Prompts of token ids cannot be searched.
+    """
 
     name: Identifier = Field(description="Shown in decisions as the safety class.")
     pattern: str = Field(description="Regular expression, case-insensitive.")

@@ -13,11 +13,13 @@ import yaml
 from pydantic import ByteSize, ValidationError
 
 from calm_serve.config.base import error_field, first_error, nearest
-from calm_serve.config.fleet import Adapter, Fleet, Resources, SLMSpec
+from calm_serve.config.fleet import Adapter, EmbeddingSpace, Fleet, Resources, SLMSpec
 from calm_serve.config.goals import Goals
+from calm_serve.config.model_folder import complete_hub_spec, complete_spec
 from calm_serve.config.residency import ResidencyOptions
 from calm_serve.config.service import ServeArgs
 from calm_serve.errors import ConfigError
+from calm_serve.types import Task
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _PATH_START = ("/", "./", "../", "~")
@@ -136,11 +138,17 @@ def parse_goals(data: Mapping[str, Any], fleet: Fleet) -> Goals:
 
 
 def check_policy(goals: Goals, fleet: Fleet) -> None:
-    """Raise ConfigError when the policy names an SLM that the fleet does not have."""
-    ids = [slm.id for slm in fleet.slms]
+    """Raise ConfigError when the policy names an SLM that the fleet does not have for text."""
+    ids = [slm.id for slm in fleet.slms if slm.task is Task.GENERATE]
     for slm_id in (goals.policy.slm, *goals.policy.shares):
         if slm_id and slm_id not in ids:
             hint = nearest(slm_id, ids)
+            others = {slm.id: slm.task for slm in fleet.slms}
+            if slm_id in others:
+                raise ConfigError(
+                    f"goals.policy names SLM {slm_id!r}, whose task is {others[slm_id]}; a policy "
+                    "chooses among SLMs that generate"
+                )
             raise ConfigError(f"goals.policy names unknown SLM {slm_id!r}{hint}")
 
 
@@ -235,6 +243,13 @@ def _first_lack(need: ClusterResources, have: ClusterResources) -> str:
 
 def _resolve(fleet: Fleet, base: Path, name: str) -> Fleet:
     slms = tuple(_resolve_slm(slm, base, name) for slm in fleet.slms)
+    for slm in slms:
+        if slm.task is not Task.EMBED and slm.embedding != EmbeddingSpace():
+            raise ConfigError(
+                f"{name}: SLM {slm.id!r}: `embedding` is of SLMs with task embed; its task is "
+                f"{slm.task}"
+            )
+    _check_tasks(fleet, {slm.id: slm.task for slm in slms}, name)
     update: dict[str, Any] = {"slms": slms}
     if fleet.predictor:
         folder = (base / Path(fleet.predictor).expanduser()).resolve()
@@ -242,6 +257,18 @@ def _resolve(fleet: Fleet, base: Path, name: str) -> Fleet:
             raise ConfigError(f"{name}: predictor folder not found: {fleet.predictor}")
         update["predictor"] = str(folder)
     return fleet.model_copy(update=update)
+
+
+def _check_tasks(fleet: Fleet, tasks: Mapping[str, Task], name: str) -> None:
+    """Raise ConfigError when a rule or a safety pattern names an SLM that does not generate."""
+    owners = [("rule", rule.name, slm) for rule in fleet.rules for slm in rule.slms]
+    owners += [("safety", pin.name, pin.slm) for pin in fleet.safety]
+    for kind, owner, slm in owners:
+        if tasks[slm] is not Task.GENERATE:
+            raise ConfigError(
+                f"{name}: {kind} {owner!r} names SLM {slm!r}, whose task is {tasks[slm]}; only "
+                "SLMs that generate have rules"
+            )
 
 
 def _resolve_slm(slm: SLMSpec, base: Path, name: str) -> SLMSpec:
@@ -255,16 +282,18 @@ def _resolve_slm(slm: SLMSpec, base: Path, name: str) -> SLMSpec:
             raise ConfigError(f"{where}: {slm.model} has no config.json")
         if not any(path.glob("*.safetensors")):
             raise ConfigError(f"{where}: {slm.model} has no weights (*.safetensors)")
-        return slm.model_copy(
+        found = slm.model_copy(
             update={
                 "model": str(path),
                 "adapters": adapters,
                 "resources": _count_weights(slm, path, adapters),
             }
         )
+        return complete_spec(found, path, where)
     if slm.model.startswith(_PATH_START) or not _HUB_ID.match(slm.model):
         raise ConfigError(f"{where}: weights not found: {slm.model}")
-    return slm.model_copy(update={"adapters": adapters})
+    found = slm.model_copy(update={"adapters": adapters})
+    return complete_hub_spec(found)
 
 
 def _model_path(model: str, base: Path, where: str) -> Path:

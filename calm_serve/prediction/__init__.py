@@ -15,7 +15,13 @@ from calm_serve.prediction.artifact import (
     load_artifact,
     own_head,
 )
-from calm_serve.prediction.base import LOAD_NAMES, MetadataPrior, Predictor, live_load
+from calm_serve.prediction.base import (
+    LOAD_NAMES,
+    MetadataPrior,
+    Predictor,
+    live_load,
+    prior_prediction,
+)
 from calm_serve.prediction.cold_start import LABELLED, known_slms, with_cold_start
 from calm_serve.prediction.latency import wake_s
 from calm_serve.prediction.lightgbm import (
@@ -64,6 +70,7 @@ __all__ = [
     "load_artifact",
     "outcome_rows",
     "own_head",
+    "prior_prediction",
     "wake_s",
     "with_cold_start",
 ]

@@ -14,7 +14,7 @@ from calm_serve.prediction.latency import (
     energy_j,
     wake_s,
 )
-from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
+from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState, Task
 
 LOAD_NAMES: tuple[str, ...] = (
     "load_ratio",
@@ -83,12 +83,15 @@ class MetadataPrior:
 
 
 def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) -> Prediction:
-    """The prior for one SLM."""
+    """The prior for one SLM. One that generates nothing has no output, and joules by its input."""
     priors = spec.priors
     matches = not set(context.markers).isdisjoint(spec.skills)
     tokens = priors.output_tokens
     if context.max_output_tokens is not None:
         tokens = min(tokens, float(context.max_output_tokens))
+    energy_tokens = tokens
+    if spec.task is not Task.GENERATE:
+        tokens, energy_tokens = 0.0, float(context.prompt_tokens)
     return Prediction(
         slm_id=spec.id,
         success_ratio=priors.skill_quality if matches else priors.quality,
@@ -96,7 +99,7 @@ def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) ->
         ttft_s=awake_ttft_s(spec, state, context.prompt_tokens) * state.ttft_ratio
         + wake_s(spec, state),
         tpot_s=analytic_tpot_s(spec, state),
-        energy_j=energy_j(spec, state, tokens),
+        energy_j=energy_j(spec, state, energy_tokens),
         ttft_spread=state.ttft_spread,
         e2e_spread=state.e2e_spread,
     )

@@ -8,7 +8,7 @@ plausible prediction.
 from __future__ import annotations
 
 from calm_serve.config import SLMSpec
-from calm_serve.types import Residency, SLMState
+from calm_serve.types import Residency, SLMState, Task
 
 # Relative increase of TPOT when every slot is busy. Measured: 1.4 to 1.6 times between 1 and 16
 # requests on small models on a CPU (2 to 24 layers).
@@ -46,7 +46,9 @@ def awake_ttft_s(
     ahead = max(0, state.running + state.waiting + 1 - max(state.capacity, 1))
     wait = 0.0
     if ahead:
-        service_s = analytic_tpot_s(spec, state) * spec.priors.output_tokens
+        service_s = spec.priors.ttft_s  # all of it, where nothing is generated
+        if spec.task is Task.GENERATE:
+            service_s = analytic_tpot_s(spec, state) * spec.priors.output_tokens
         wait = service_s * ahead / max(state.capacity, 1)
     return prefill + wait
 

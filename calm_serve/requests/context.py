@@ -12,10 +12,11 @@ from zlib import crc32
 
 from calm_serve.config import Fleet
 from calm_serve.requests.features import FOCUS_CHARS
-from calm_serve.requests.openai import ChatRequest, Overrides
+from calm_serve.requests.overrides import Overrides
+from calm_serve.requests.parsed import ROLE_END, START, ParsedRequest
 from calm_serve.requests.patterns import Pattern, Patterns, plain
 from calm_serve.requests.tokens import ends, letter_runs
-from calm_serve.types import RoutingContext, ServiceLevel
+from calm_serve.types import RoutingContext, ServiceLevel, Task
 
 SCAN_CHARS = 1024  # at each end of the text
 LANGUAGE_CHARS = 256  # of the last user message
@@ -41,17 +42,21 @@ _FREQUENT = {
 _STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
 _ANY_STOPWORD = frozenset[str]().union(*_STOPWORDS.values())
 # Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
-_MESSAGE_START = re.compile("\x02\\w+\x03")
+_MESSAGE_START = re.compile(rf"{START}\w+{ROLE_END}")
 
 
 class ContextBuilder:
     """Builds RoutingContexts for one fleet; its patterns are compiled once."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, embedding_space: str = "") -> None:
+        """`embedding_space` is the key of the vector space for requests that name no SLM."""
+        self._embedding_space = embedding_space
         self._markers = Patterns(dict(sorted(fleet.markers.items())))
         self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
 
-    def build(self, request: ChatRequest, overrides: Overrides, request_id: str) -> RoutingContext:
+    def build(
+        self, request: ParsedRequest, overrides: Overrides, request_id: str
+    ) -> RoutingContext:
         """Return the context without features; only safety patterns cost more for long prompts."""
         whole = request.text
         is_plain = plain(whole)
@@ -60,20 +65,30 @@ class ContextBuilder:
         short = self._safety and len(whole) <= 2 * SCAN_CHARS
         scan = lines if short else _lines(ends(whole, SCAN_CHARS))
         safety = next((s for s, p in self._safety if p.occurs(lines, is_plain)), None)
-        chain = prefix_chain(whole)
+        chain = prefix_chain(request.prefix or whole, request.prefix_seed)
         session = overrides.session_id
+        tokens, sequence_tokens = _count_tokens(request)
+        is_open = request.task is Task.EMBED and request.model == "auto"
         return RoutingContext(
             request_id=request_id,
+            task=request.task,
+            tokenizer_only=request.tokenizer_only,
+            route=request.route,
             requested_model=request.model,
-            prompt_chars=len(whole),
-            prompt_tokens=max(1, round(len(whole) / CHARS_PER_TOKEN)),
+            prompt_chars=len(whole) or round(tokens * CHARS_PER_TOKEN),
+            prompt_tokens=tokens,
+            sequence_tokens=sequence_tokens,
+            is_token_ids=request.is_token_ids,
+            truncates_prompt=request.truncate_tokens == -1,
             max_output_tokens=request.max_output_tokens,
             output_shape=request.output_shape,
+            needs=request.needs,
+            ignored_fields=request.ignored_fields,
+            embedding_space=self._embedding_space if is_open else "",
             turns=request.turns,
             stream=request.stream,
             language=detect_language(request.last_user[:LANGUAGE_CHARS]),
             has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), is_plain),
-            has_image=request.has_image,
             safety_class=safety.name if safety else "none",
             markers=tuple(self._markers.found(scan, is_plain)),
             session_key=f"{_hash(session):08x}" if session else "",
@@ -85,12 +100,29 @@ class ContextBuilder:
         )
 
 
-def prefix_chain(text: str) -> tuple[int, ...]:
-    """Return chained CRC-32 values of the first blocks of `text`.
+def _count_tokens(request: ParsedRequest) -> tuple[int, int]:
+    """Return tokens of all prompts, and of the longest of several; 0 for the second with one.
 
-    Equal prefixes give equal starts of the chain. The last, partial block is included, so that a
-    short prompt has a family too. CRC is the same in every process (Python's hash is not), so
-    routers agree without communication.
+    They are estimates, unless the prompts are token ids.
+    """
+    together = request.input_tokens
+    if together is None:
+        together = round(len(request.text) / CHARS_PER_TOKEN)
+    longest = request.sequence_tokens or 0
+    if request.sequence_chars is not None:
+        longest = max(1, round(request.sequence_chars / CHARS_PER_TOKEN))
+    limit = request.truncate_tokens
+    if limit is not None and limit >= 0:
+        together, longest = min(together, limit * request.choices), min(longest, limit)
+    return max(1, together), longest
+
+
+def prefix_chain(text: str, seed: int = 0) -> tuple[int, ...]:
+    """Return chained CRC-32 values of the first blocks of `text`, which starts after `seed`.
+
+    Equal prefixes with equal seeds give equal starts of the chain. The last, partial block is
+    included, so that a short prompt has a family too. CRC is the same in every process (Python's
+    hash is not), so routers agree without communication.
 
     >>> long = "You are a helpful assistant. " * 10
     >>> prefix_chain(long + "one")[0] == prefix_chain(long + "two")[0]
@@ -98,12 +130,12 @@ def prefix_chain(text: str) -> tuple[int, ...]:
     """
     size = BLOCK_CHARS * MAX_BLOCKS
     data = text[:size].encode("utf-8", "surrogatepass")[:size]  # a character is 1 to 4 bytes
-    value = 0
+    value = seed
     chain = [
         value := crc32(data[start : start + BLOCK_CHARS], value)
         for start in range(0, len(data), BLOCK_CHARS)
     ]
-    return tuple(chain) or (0,)
+    return tuple(chain) or (seed,)
 
 
 def detect_language(text: str) -> str:

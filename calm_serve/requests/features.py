@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from calm_serve.requests.openai import ChatRequest
+from calm_serve.requests.parsed import ParsedRequest
 from calm_serve.requests.tokens import (
     Hashes,
     TokenStats,
@@ -62,14 +62,14 @@ _QUANTITIES = token_hashes(
 )
 
 
-def fill_features(context: RoutingContext, request: ChatRequest) -> None:
-    """Add the prompt's features to `context`, unless it has them.
+def fill_features(context: RoutingContext, request: ParsedRequest) -> None:
+    """Add the prompt's features to `context`, unless it has them, or nothing is generated.
 
     They take more time than the rest of the context, and a rule needs none of them. So they are
     added to the existing record only when needed: before a prediction, or, for the log, after the
     answer to a request that a rule decided.
     """
-    if context.features.numbers:
+    if context.features.numbers or not context.generates:
         return
     focus = ends(request.last_user, FOCUS_CHARS)
     tokens = read_tokens(focus)
@@ -95,7 +95,7 @@ def text_buckets(text: str) -> tuple[int, ...]:
 
 
 def _numbers(
-    request: ChatRequest, context: RoutingContext, text: str, tokens: TokenStats
+    request: ParsedRequest, context: RoutingContext, text: str, tokens: TokenStats
 ) -> tuple[float, ...]:
     size = max(tokens.bytes, 1)
     shape = request.output_shape
@@ -103,7 +103,7 @@ def _numbers(
         tokens.characters
     )
     return (
-        math.log1p(len(request.text)),
+        math.log1p(context.prompt_chars),
         math.log1p(len(request.last_user)),
         float(tokens.words),
         (upper + lower) / max(tokens.words, 1),

@@ -1,7 +1,7 @@
 """Hard filters: they exclude candidates and are never relaxed, except the language filter.
 
 A filter returns True when the SLM may serve the request. Their order decides only which filter's
-name the explanation shows.
+name the explanation shows. `exclusions` words the errors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from calm_serve.config import SLMSpec
-from calm_serve.errors import NoCandidateError, SLMUnavailableError
-from calm_serve.types import Candidate, OutputShape, RoutingContext, SLMState
+from calm_serve.routing.exclusions import explain_exclusion
+from calm_serve.types import Candidate, RoutingContext, SLMState, Task
 
 Filter = Callable[[RoutingContext, SLMSpec, SLMState], bool]
 
@@ -22,21 +22,46 @@ ESTIMATE_TOLERANCE = 2.0
 def fits_context(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
     """Prompt and requested output fit the SLM's context."""
     del state
-    tokens = context.prompt_tokens / ESTIMATE_TOLERANCE + (context.max_output_tokens or 0)
+    tokens = float(context.max_output_tokens or 0)
+    if not context.truncates_prompt:
+        prompt = context.sequence_tokens or context.prompt_tokens
+        tokens += prompt if context.is_token_ids else prompt / ESTIMATE_TOLERANCE
     return tokens <= spec.context_tokens
 
 
-def has_capability(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
-    """The SLM supports the images, tools or structured output of the request."""
+def has_task(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """The SLM has the request's task. Embedding SLMs score too, for clients that name them."""
     del state
-    supported = spec.capabilities
-    if context.has_image and not supported.vision:
-        return False
-    if context.output_shape is OutputShape.TOOLS:
-        return supported.tools
-    if context.output_shape is OutputShape.TEXT:
+    if spec.task is context.task or context.task is Task.ANY:
         return True
-    return supported.json_output
+    scores = context.task is Task.RERANK and spec.task is Task.EMBED
+    return scores and context.slm_id == spec.id
+
+
+def shares_space(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """The SLM's vectors can be compared with those that `auto` answers."""
+    del state
+    return not context.embedding_space or spec.embedding_space == context.embedding_space
+
+
+def serves_route(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """An upstream has the route; vLLM has them all."""
+    del state
+    return spec.remote is None or not context.route or context.route in spec.remote.routes
+
+
+def reads_fields(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+    """No field of the request is one that vLLM passes over; an upstream may read it."""
+    del state
+    return not context.ignored_fields or spec.remote is not None
+
+
+def _has(capability: str) -> Filter:
+    def keep(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
+        del state
+        return capability not in context.needs or bool(getattr(spec.capabilities, capability))
+
+    return keep
 
 
 def has_adapter(context: RoutingContext, spec: SLMSpec, state: SLMState) -> bool:
@@ -69,9 +94,22 @@ def is_available(context: RoutingContext, spec: SLMSpec, state: SLMState) -> boo
     return state.replicas > 0 or spec.residency == "on_demand" or spec.locality == "remote"
 
 
+# Filter of each capability.
+CAPABILITY_FILTERS = {
+    "no_chat_template": "chat",
+    "no_tools": "tools",
+    "no_json_output": "json_output",
+    "no_vision": "vision",
+    "no_video": "video",
+    "no_audio": "audio",
+}
 FILTERS: dict[str, Filter] = {
+    "other_task": has_task,
+    "other_space": shares_space,
+    "no_route": serves_route,
+    "ignored_field": reads_fields,
+    **{name: _has(capability) for name, capability in CAPABILITY_FILTERS.items()},
     "context_length": fits_context,
-    "capability": has_capability,
     "adapter": has_adapter,
     "data_policy": obeys_data_policy,
     "breaker": is_healthy,
@@ -80,26 +118,34 @@ FILTERS: dict[str, Filter] = {
 }
 # When no SLM passes, those that only this filter excluded are tried: a poor answer beats none.
 RELAXED_IF_NONE_PASSES = "language"
+# What can change without the request: one of these is a reason to try again later.
+PASSING = ("breaker", "available")
 # Filters of a pinned request: the language and the circuit breaker do not count, because the client
 # chose the SLM; what the SLM cannot do, and the data policy, still exclude it.
-PINNED_FILTERS = ("context_length", "capability", "adapter", "data_policy", "available")
+PINNED_FILTERS = tuple(name for name in FILTERS if name not in ("breaker", "language"))
 _EVERY = tuple(FILTERS.items())
 _PINNED = tuple((name, FILTERS[name]) for name in PINNED_FILTERS)
 # Filters of a plain request (see `is_plain`), which is most of them.
-_PLAIN = tuple(
-    (name, keep)
-    for name, keep in FILTERS.items()
-    if name not in ("capability", "adapter", "data_policy")
+_PLAIN_NAMES = (
+    "other_task",
+    "no_route",
+    "no_chat_template",
+    "context_length",
+    *PASSING,
+    "language",
 )
+_PLAIN = tuple((name, FILTERS[name]) for name in _PLAIN_NAMES)
+_PLAIN_NEEDS = ((), ("chat",))
 
 
 def is_plain(context: RoutingContext) -> bool:
-    """Return whether the request is for text only: no image, no adapter, no data policy."""
+    """Return whether the request needs no capability but chat, no adapter and no data policy."""
     return not (
-        context.has_image
+        context.needs not in _PLAIN_NEEDS
         or context.local_only
         or context.adapter
-        or context.output_shape is not OutputShape.TEXT
+        or context.ignored_fields
+        or context.embedding_space
     )
 
 
@@ -142,8 +188,5 @@ def split(
         allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
         excluded = [c for c in excluded if c.excluded_by != soft]
     if not allowed:
-        reasons = ", ".join(f"{c.slm_id}: {c.excluded_by}" for c in excluded)
-        if all(c.excluded_by in ("available", "breaker") for c in excluded):
-            raise SLMUnavailableError(f"no SLM is available ({reasons})")
-        raise NoCandidateError(f"no SLM can take this request ({reasons})")
+        raise explain_exclusion(context, {c.slm_id: c.excluded_by for c in excluded})
     return allowed, excluded

@@ -16,10 +16,16 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from calm_serve.config import DECISION_LOG, Fleet, Goals, SLMSpec
-from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.errors import UnknownModelError
 from calm_serve.prediction import MetadataPrior, Predictor
-from calm_serve.requests import ChatRequest, ContextBuilder, Overrides, fill_features, text_buckets
-from calm_serve.routing import filters, rules, scoring
+from calm_serve.requests import (
+    ContextBuilder,
+    Overrides,
+    ParsedRequest,
+    fill_features,
+    text_buckets,
+)
+from calm_serve.routing import exclusions, filters, rules, scoring, without_text
 from calm_serve.routing.baselines import Baseline
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
@@ -119,6 +125,7 @@ class ModelSelector:
     ) -> None:
         """Without a `controller` the weights stay as the goals state them."""
         self.predictor: Predictor = predictor or MetadataPrior()
+        self._embedding_space = ""  # of `auto`; stays, so that a client's vectors can be compared
         self._read_state = read_state
         self._timer = timer
         self._log: OrderedDict[str, Decision] = OrderedDict()
@@ -136,7 +143,8 @@ class ModelSelector:
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
         self._breadth = {s.id: (-len(s.skills), -s.parameters) for s in fleet.slms}
         self._pins = {s.name: s.slm for s in fleet.safety}
-        self._builder = ContextBuilder(fleet)
+        self._embedding_space = self._embedding_space or without_text.first_space(fleet)
+        self._builder = ContextBuilder(fleet, self._embedding_space)
         self._fleet_version = config_version(fleet)
         self._rules = rules_of(self.goals, fleet)
         if self._baseline is not None:
@@ -157,11 +165,11 @@ class ModelSelector:
         """Versions that the next decision records."""
         return Versions(self.predictor.version, self._goals_version, self._fleet_version)
 
-    def decide(self, request: ChatRequest, overrides: Overrides, decision_id: str) -> Decision:
+    def decide(self, request: ParsedRequest, overrides: Overrides, decision_id: str) -> Decision:
         """Choose the SLM for a parsed request.
 
-        Raises UnknownModelError, NoCandidateError, or SLMUnavailableError when a pinned SLM has
-        no replica.
+        Raises UnknownModelError, NoCandidateError, SLMUnavailableError when an SLM could take it
+        later, and RequestError for token ids that do not name their SLM.
         """
         started = self._timer()
         context = self._builder.build(request, overrides, decision_id)
@@ -174,21 +182,26 @@ class ModelSelector:
             self._log.popitem(last=False)
         return decision
 
-    def _decide(self, context: RoutingContext, request: ChatRequest | None) -> Decision:
+    def _decide(self, context: RoutingContext, request: ParsedRequest | None) -> Decision:
         """Return the decision; without a `request` the context has its features already."""
-        if context.safety_class in self._pins:
+        if context.generates and context.safety_class in self._pins:
             pin = self._pins[context.safety_class]
             reason = DecisionReason.SAFETY_PIN
             return self._pinned(context, request, pin, reason, context.safety_class)
         if context.slm_id or context.adapter:
             if context.slm_id not in self.specs:
-                raise UnknownModelError(
-                    _unknown(self.fleet, context.requested_model), param="model"
-                )
+                raise _unknown(self.fleet, context.requested_model)
             return self._pinned(context, request, context.slm_id, DecisionReason.REQUESTED)
-        rule = rules.first_match(self._rules, context)
+        if context.is_token_ids:
+            without_text.check_tokenizer(context, self.specs)
         states = {i: self._read_state(s) for i, s in self.specs.items()}
         allowed, excluded = filters.split(context, self.specs, states)
+        if not context.generates:
+            found = without_text.choose(context, self.specs, allowed, states, self.weights)
+            candidates = (*found.candidates, *excluded)
+            why = DecisionPath.LOAD, found.reason
+            return self._record(context, *why, candidates, found.ranking, preferred=found.preferred)
+        rule = rules.first_match(self._rules, context)
         if rule is not None:
             usable = [
                 i for i in rule.slms if i in allowed and rules.rule_target_is_usable(states[i])
@@ -210,7 +223,9 @@ class ModelSelector:
         return record
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        """Pass a finished request to the controller and to the active baseline."""
+        """Pass a finished request to the controller and the baseline, if it generated text."""
+        if not decision.context.generates:
+            return
         self.controller.learn(decision, outcome)
         if self._baseline is not None:
             self._baseline.observe(outcome)
@@ -222,7 +237,7 @@ class ModelSelector:
     def _pinned(
         self,
         context: RoutingContext,
-        request: ChatRequest | None,
+        request: ParsedRequest | None,
         slm_id: str,
         reason: DecisionReason,
         rule: str = "",
@@ -230,24 +245,23 @@ class ModelSelector:
         spec = self.specs[slm_id]
         adapter = context.adapter if reason is DecisionReason.REQUESTED else ""
         if adapter and not any(a.name == adapter for a in spec.adapters):
-            raise UnknownModelError(_unknown(self.fleet, context.requested_model), param="model")
+            raise _unknown(self.fleet, context.requested_model)
         state = self._read_state(spec)
         # A safety pin replaces the model and adapter that the client named.
         named = context.requested_model == slm_id or adapter
         filtered = context if named else replace(context, requested_model=slm_id)
         excluded_by = filters.excluded_by(filtered, spec, state, pinned=True)
-        if excluded_by == "available":
-            raise SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
         if excluded_by:
-            raise NoCandidateError(f"SLM {slm_id!r} cannot take this request: {excluded_by}")
-        if request is not None:
-            fill_features(context, request)
-        (prediction,) = self.predictor.predict(context, [spec], [state])
-        candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
-        path = DecisionPath.PINNED
-        return self._record(
-            context, path, reason, (candidate,), (slm_id,), rule=rule, adapter=adapter
-        )
+            raise exclusions.explain_pinned(context, slm_id, excluded_by)
+        if context.generates:
+            if request is not None:
+                fill_features(context, request)
+            (prediction,) = self.predictor.predict(context, [spec], [state])
+            candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
+        else:
+            candidate = without_text.evaluate(context, spec, state, self.weights)
+        why = DecisionPath.PINNED, reason
+        return self._record(context, *why, (candidate,), (slm_id,), rule=rule, adapter=adapter)
 
     def _by_rule(
         self,
@@ -259,8 +273,7 @@ class ModelSelector:
     ) -> Decision:
         # The others are failover targets, most skills first: without scores, the SLM with most
         # skills is the most likely to answer a request that was meant for another one.
-        others = [i for i in allowed if i != slm_id]
-        others.sort(key=self._breadth.__getitem__)
+        others = sorted((i for i in allowed if i != slm_id), key=self._breadth.__getitem__)
         return self._record(
             context,
             DecisionPath.RULE,
@@ -273,7 +286,7 @@ class ModelSelector:
     def _scored(
         self,
         context: RoutingContext,
-        request: ChatRequest | None,
+        request: ParsedRequest | None,
         allowed: list[str],
         excluded: list[Candidate],
         states: Mapping[str, SLMState],
@@ -343,12 +356,13 @@ class ModelSelector:
             ranking=ranking,
             context=context,
             versions=self.versions,
-            weights=None if path is DecisionPath.RULE else self.weights,
+            weights=self.weights if candidates[0].prediction else None,
             preferred=preferred or ranking[0],
         )
 
 
-def _unknown(fleet: Fleet, requested: str) -> str:
+def _unknown(fleet: Fleet, requested: str) -> UnknownModelError:
     adapters = [f"{s.id}:{a.name}" for s in fleet.slms for a in s.adapters]
     known = sorted([*(s.id for s in fleet.slms), *adapters])
-    return f"model {requested!r} not found; known: auto, {', '.join(known)}"
+    message = f"model {requested!r} not found; known: auto, {', '.join(known)}"
+    return UnknownModelError(message, param="model")

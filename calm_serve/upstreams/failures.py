@@ -168,6 +168,10 @@ class UpstreamError(CalmError):
         """Return OpenAI's error body."""
         return self.failure.to_openai()
 
+    def to_anthropic(self) -> dict[str, Any]:
+        """Return Anthropic's error body."""
+        return self.failure.to_anthropic()
+
 
 def unsupported(slm_id: str, name: str) -> UpstreamError:
     """Return the error for a field that the upstream of `slm_id` does not have."""

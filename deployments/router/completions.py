@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -15,10 +15,9 @@ from calm_serve.errors import CalmError
 from calm_serve.prediction import live_load
 from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.requests import (
-    ChatRequest,
     Overrides,
-    parse_chat,
-    parse_completion,
+    ParsedRequest,
+    Route,
     parse_overrides,
 )
 from calm_serve.routing import ModelSelector
@@ -34,11 +33,11 @@ from deployments.router.wakeup_queue import WakeupQueue
 
 JSON = "application/json"
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
-Record = Callable[[dispatch.Call, ChatRequest, str, str | None], None]
+Record = Callable[[dispatch.Call, ParsedRequest, str, str | None], None]
 
 
 class CompletionsEndpoint:
-    """OpenAI's chat and text completions. Every call is recorded once, however it ends."""
+    """All routes that an SLM answers. Every call is recorded once, however it ends."""
 
     def __init__(
         self,
@@ -54,17 +53,16 @@ class CompletionsEndpoint:
         self._selector, self._view, self._wakeup_queue = selector, view, queue
         self._dispatcher, self._record = dispatcher, record
 
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        return await self._answer(request, parse_chat, "/v1/chat/completions")
+    def of(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
+        """Return the endpoint of one route."""
 
-    async def complete(self, request: Request) -> Response:
-        """POST /v1/completions."""
-        return await self._answer(request, parse_completion, "/v1/completions")
+        async def endpoint(request: Request) -> Response:
+            return await self._answer(request, route)
 
-    async def _answer(
-        self, request: Request, parse: Callable[[Any], ChatRequest], path: str
-    ) -> Response:
+        endpoint.__doc__ = f"Answered by an SLM ({route.task})."
+        return endpoint
+
+    async def _answer(self, request: Request, route: Route) -> Response:
         decision_id = uuid.uuid4().hex
         headers = {
             "x-calm-decision-id": decision_id,
@@ -73,22 +71,24 @@ class CompletionsEndpoint:
         }
         try:
             body = await http.read_json(request, self._limit_bytes)
-            parsed = parse(body)
+            parsed = route.parse(body)
             overrides = parse_overrides(http.routing_headers(request))
             decision = self._selector.decide(parsed, overrides, decision_id)
         except CalmError as error:
-            return http.error_response(error, headers)
+            return http.error_response(error, headers, route)
         call = self._call(decision)
         prompt = parsed.text if self._args.learning.keep_prompts else None
         task = overrides.task
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
-        opening = self._dispatcher.open(call, path, body, _asked(decision, parsed, overrides))
-        return await self._respond(call, opening, parsed.stream, headers, finish)
+        asked = _asked(decision, parsed, overrides)
+        opening = self._dispatcher.open(call, route.path, body, asked)
+        return await self._respond(call, route, opening, parsed.stream, headers, finish)
 
     async def _respond(
         self,
         call: dispatch.Call,
+        route: Route,
         opening: Coroutine[Any, Any, AsyncIterator[bytes]],
         stream: bool,
         headers: dict[str, str],
@@ -104,7 +104,7 @@ class CompletionsEndpoint:
                     )
                     if not waking.done():
                         events = wakeup_queue.cancel_with(
-                            self._keep_alive(call, waking, finish), waking
+                            self._keep_alive(call, route, waking, finish), waking
                         )
                         return http.EventStream(events, headers)
                     answer = waking.result()
@@ -121,11 +121,11 @@ class CompletionsEndpoint:
             finish()
             raise
         except CalmError as error:
-            return finish(http.error_response(outcome.refused(call, error), headers))
+            return finish(http.error_response(outcome.refused(call, error), headers, route))
         except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             dispatch.cancel(answer)
-            return finish(http.error_response(outcome.gone(call, error), headers))
-        return http.EventStream(self._stream(call, answer, finish), headers)
+            return finish(http.error_response(outcome.gone(call, error), headers, route))
+        return http.EventStream(self._stream(call, route, answer, finish), headers)
 
     def _call(self, decision: Decision) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]
@@ -150,6 +150,7 @@ class CompletionsEndpoint:
     async def _keep_alive(
         self,
         call: dispatch.Call,
+        route: Route,
         opening: asyncio.Future[AsyncIterator[bytes]],
         finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
@@ -162,12 +163,12 @@ class CompletionsEndpoint:
                     yield comment
             answer = opening.result()
             self._follow_failover(call)
-            async for part in self._stream(call, answer, finish):
+            async for part in self._stream(call, route, answer, finish):
                 yield part
         except CalmError as error:
-            yield http.sse_error(outcome.refused(call, error))
+            yield http.sse_error(outcome.refused(call, error), route)
         except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
-            yield http.sse_error(outcome.gone(call, error))
+            yield http.sse_error(outcome.gone(call, error), route)
         except (asyncio.CancelledError, GeneratorExit):
             outcome.cancelled(call)
             raise
@@ -177,7 +178,11 @@ class CompletionsEndpoint:
             finish()
 
     async def _stream(
-        self, call: dispatch.Call, answer: AsyncIterator[bytes], finish: outcome.Finish
+        self,
+        call: dispatch.Call,
+        route: Route,
+        answer: AsyncIterator[bytes],
+        finish: outcome.Finish,
     ) -> AsyncIterator[bytes]:
         try:
             async with asyncio.timeout(call.left_s):
@@ -186,7 +191,7 @@ class CompletionsEndpoint:
                         yield part
         except Exception as error:  # noqa: BLE001  # as in `dispatch`: of any type
             # The status line is sent already, so the client gets an error event instead of [DONE].
-            yield http.sse_error(outcome.gone(call, error))
+            yield http.sse_error(outcome.gone(call, error), route)
         except (asyncio.CancelledError, GeneratorExit):
             outcome.cancelled(call)
             raise
@@ -196,7 +201,7 @@ class CompletionsEndpoint:
             finish()
 
 
-def _asked(decision: Decision, parsed: ChatRequest, overrides: Overrides) -> AnswerRequest:
+def _asked(decision: Decision, parsed: ParsedRequest, overrides: Overrides) -> AnswerRequest:
     """What the SLM replica has to know beside the body."""
     return AnswerRequest(
         decision_id=decision.decision_id,

@@ -23,7 +23,8 @@ from calm_serve.config import Fleet, ServeArgs
 from calm_serve.errors import CalmError, RequestError
 from calm_serve.goals import GoalController
 from calm_serve.requests import (
-    ChatRequest,
+    ROUTES,
+    ParsedRequest,
     fill_features,
     parse_chat,
     parse_completion,
@@ -142,8 +143,7 @@ class Router:
         predictors = PredictorsEndpoint(self._knowledge)
         residency = ResidencyEndpoint(self._selector, self._view.residency, self._knowledge)
         return {
-            ("POST", "/v1/chat/completions"): completions.chat,
-            ("POST", "/v1/completions"): completions.complete,
+            **{("POST", path): completions.of(route) for path, route in ROUTES.items()},
             ("POST", "/v1/route"): self._route,
             ("POST", "/v1/feedback"): self._feedback,
             ("GET", "/v1/models"): self._operations.models,
@@ -214,10 +214,12 @@ class Router:
         return Response(text, 200, media_type=CONTENT_TYPE)
 
     def record(
-        self, call: dispatch.Call, parsed: ChatRequest, task: str, prompt: str | None
+        self, call: dispatch.Call, parsed: ParsedRequest, task: str, prompt: str | None
     ) -> None:
         """Record the outcome of a finished call in statistics, controller, metrics and outbox."""
         self._wakeup_queue.release(call)
+        if parsed.tokenizer_only:
+            return  # no model ran, so its times say nothing of the SLM
         fill_features(call.decision.context, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
         shadow = self._subscriptions.shadow.compare(outcome, self._selector.goals.quality_floor)

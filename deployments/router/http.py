@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import zlib
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from calm_serve.errors import CalmError, CapacityError, RequestError
+from calm_serve.requests import ErrorFormat, Route, parse_body
 from calm_serve.upstreams import UpstreamError
 
+RESPONSES = "/v1/responses"
 ADMIN_BODY_BYTES = 65_536  # limit of feedback, goals and other administration bodies
 # Names are lower-case in Starlette. The decision reads only these headers.
 _ROUTING_PREFIXES = ("x-calm-", "x-slo-", "x-session-id")
@@ -111,11 +112,9 @@ async def read_json(request: Request, limit_bytes: int) -> Any:
         if size > limit_bytes:
             raise TooLargeError(f"the body is over {limit_bytes} bytes")
         parts.append(part)
-    body = _inflated(b"".join(parts), request.headers.get("content-encoding", ""), limit_bytes)
-    try:
-        return from_json(body.removeprefix(codecs.BOM_UTF8))
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
+    return parse_body(
+        _inflated(b"".join(parts), request.headers.get("content-encoding", ""), limit_bytes)
+    )
 
 
 def _inflated(body: bytes, encoding: str, limit_bytes: int) -> bytes:
@@ -150,16 +149,25 @@ def json_response(
     return Response(to_json(data), status, dict(headers or {}), "application/json")
 
 
-def error_response(error: CalmError, headers: Mapping[str, str] | None = None) -> Response:
-    """OpenAI's error document; capacity errors have `Retry-After`."""
+def error_response(
+    error: CalmError, headers: Mapping[str, str] | None = None, route: Route | None = None
+) -> Response:
+    """The error document of the route, OpenAI's without one; `Retry-After` where it is known."""
     extra = dict(headers or {})
     if isinstance(error, UpstreamError):
         extra |= error.failure.headers()
     if isinstance(error, CapacityError):
         extra["retry-after"] = str(math.ceil(error.retry_after_s))
-    return json_response(error.to_openai(), error.http_status, extra)
+    document = error.to_openai() if route is None else route.error_body(error)
+    return json_response(document, error.http_status, extra)
 
 
-def sse_error(error: CalmError) -> bytes:
+def sse_error(error: CalmError, route: Route) -> bytes:
     """An error event for a stream whose status line is already sent."""
-    return b"data: " + to_json(error.to_openai()) + b"\n\n"
+    document = route.error_body(error)
+    if route.error_format is ErrorFormat.ANTHROPIC:
+        return b"event: error\ndata: " + to_json(document) + b"\n\n"
+    if route.path == RESPONSES:
+        # Events of this API have a type and no envelope.
+        return b"event: error\ndata: " + to_json({**document["error"], "type": "error"}) + b"\n\n"
+    return b"data: " + to_json(document) + b"\n\n"

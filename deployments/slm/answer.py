@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from calm_serve.config import SLMSpec
 from calm_serve.errors import AsleepError, CalmError, ComponentError, RequestError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
+from calm_serve.requests import ROUTES
 from calm_serve.types import EngineFacts, QualitySignal
 from calm_serve.validation import validate
 from deployments.slm.adapters import ResidentAdapter
@@ -38,24 +39,6 @@ from deployments.wire import (
 log = logging.getLogger("ray.serve")
 
 MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a truncated answer fails
-# What the engine may be asked for. Its other routes control it: adapters, sleep, caches, profiling.
-ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/embeddings",
-        "/v1/rerank",
-        "/rerank",
-        "/v2/rerank",
-        "/v1/score",
-        "/score",
-        "/tokenize",
-        "/detokenize",
-    }
-)
 _CHAT = "/v1/chat/completions"
 _ERROR_EVENTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
 
@@ -123,6 +106,7 @@ class Answerer:
             await _refuse(send, 401, RequestError("this port is for the routers of the fleet"))
             return
         path = scope["path"]
+        # An allow-list: the engine's other routes control it (adapters, sleep, caches, profiling).
         if path not in ROUTES or scope["method"] != "POST":
             await _refuse(send, 404, RequestError(f"{path} is not a route of an SLM"))
             return

@@ -9,31 +9,40 @@ from typing import Any
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import ComponentError
+from calm_serve.types import Task
 from deployments.wire import served_name
 
 
 async def warm_up(engine: Any, spec: SLMSpec) -> None:
     """Make the engine answer once in each way. Raises ComponentError when it cannot."""
-    for stream in (False, True):
-        await _ask(engine, spec.id, stream)
+    for stream in (False, True) if spec.task is Task.GENERATE else (False,):
+        await _ask(engine, spec, spec.id, stream)
     for adapter in spec.adapters[:1]:
         # The first use of any adapter compiles kernels; do it now, not in a client's request.
         name = served_name(spec.id, adapter.name)
         await engine.load_adapter(name, adapter.path)
-        await _ask(engine, name, stream=False)
+        await _ask(engine, spec, name, stream=False)
         await engine.unload_adapter(name)
 
 
-async def _ask(engine: Any, model: str, stream: bool) -> None:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Warm up: list 3 words."}],
-        "max_tokens": 4,
-        "stream": stream,
-    }
-    status, answer = await post(engine.app, "/v1/chat/completions", json.dumps(body).encode())
+async def _ask(engine: Any, spec: SLMSpec, model: str, stream: bool) -> None:
+    path, body = _question(spec)
+    body |= {"model": model, **({"stream": True} if stream else {})}
+    status, answer = await post(engine.app, path, json.dumps(body).encode())
     if status != 200:
         raise ComponentError(f"{model!r} does not answer: {answer.decode(errors='replace')}")
+
+
+def _question(spec: SLMSpec) -> tuple[str, dict[str, Any]]:
+    text = "Warm up: list 3 words."
+    if spec.task is Task.EMBED:
+        return "/v1/embeddings", {"input": text}
+    if spec.task is Task.RERANK:
+        return "/v1/rerank", {"query": text, "documents": [text]}
+    if not spec.capabilities.chat:
+        return "/v1/completions", {"prompt": text, "max_tokens": 4}
+    messages = [{"role": "user", "content": text}]
+    return "/v1/chat/completions", {"messages": messages, "max_tokens": 4}
 
 
 async def post(app: Any, path: str, body: bytes) -> tuple[int, bytes]:

@@ -7,9 +7,10 @@ from random import Random
 from hypothesis import strategies as st
 
 from calm_serve.config import SLMSpec
+from calm_serve.config.fleet import Capabilities
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.testing import make_context, make_spec, make_state
-from calm_serve.types import OutputShape, PromptFeatures, Residency, ServiceLevel
+from calm_serve.types import OutputShape, PromptFeatures, Residency, ServiceLevel, Task
 
 RATIO = st.floats(0.0, 1.0)
 MARKERS = ("code", "sql", "math")
@@ -23,7 +24,16 @@ CONTEXTS = st.builds(
     max_output_tokens=st.none() | st.integers(1, 2**31 - 1),
     output_shape=st.sampled_from(OutputShape),
     language=st.sampled_from(LANGUAGES),
-    has_image=st.booleans(),
+    task=st.sampled_from(Task),
+    route=st.sampled_from(["", "/v1/chat/completions", "/v1/messages"]),
+    needs=st.lists(st.sampled_from(sorted(Capabilities.model_fields)), unique=True).map(
+        lambda n: tuple(sorted(n))
+    ),
+    ignored_fields=st.sampled_from([(), ("functions",)]),
+    embedding_space=st.sampled_from(["", "example/model@/0//normalised"]),
+    sequence_tokens=st.integers(0, 250_000),
+    is_token_ids=st.booleans(),
+    truncates_prompt=st.booleans(),
     markers=st.lists(st.sampled_from(MARKERS), unique=True).map(lambda m: tuple(sorted(m))),
     requested_model=st.sampled_from(["auto", "small", "small:sql", "other:sql"]),
     local_only=st.booleans(),
@@ -63,7 +73,9 @@ STATES = st.builds(
 def specs(slm_id: str = "small") -> st.SearchStrategy[SLMSpec]:
     """Specs of one id: local or remote, hot or not, with and without capabilities."""
 
-    def build(remote: bool, cold: bool, can: bool, languages: list[str], tokens: int) -> SLMSpec:
+    def build(
+        remote: bool, cold: bool, can: bool, languages: list[str], tokens: int, task: Task
+    ) -> SLMSpec:
         place = {"locality": "remote", "remote": {"base_url": "http://x/v1"}} if remote else {}
         tier = {"residency": "on_demand", "scaling": {"min_replicas": 0}} if cold else {}
         return make_spec(
@@ -71,7 +83,8 @@ def specs(slm_id: str = "small") -> st.SearchStrategy[SLMSpec]:
             languages=languages,
             context_tokens=tokens,
             skills=["sql"] if can else [],
-            capabilities={"json_output": can, "tools": can, "vision": can},
+            capabilities=dict.fromkeys(Capabilities.model_fields, can),
+            task=task,
             adapters=[{"name": "sql", "path": "x"}] if can and not remote else [],
             **place,
             **tier,
@@ -84,4 +97,5 @@ def specs(slm_id: str = "small") -> st.SearchStrategy[SLMSpec]:
         st.booleans(),
         st.lists(st.sampled_from(["en", "de"]), unique=True),
         st.integers(64, 100_000),
+        st.sampled_from([Task.GENERATE, Task.GENERATE, Task.EMBED, Task.RERANK]),
     )

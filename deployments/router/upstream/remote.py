@@ -31,8 +31,10 @@ from calm_serve.upstreams import (
     build_request,
     chat_answer,
     classify_response,
+    encoded,
     may_be_empty,
     read_answer,
+    usage_of,
     wrong_content_type,
 )
 from deployments.router.live_state import VIEW
@@ -136,10 +138,23 @@ class RemoteReply:
     def _request(self) -> UpstreamRequest:
         api = APIS.get(self._path)
         if api is None:
-            message = f"the upstream of {self._spec.id!r} has no {self._path}"
-            raise UpstreamError(Failure(FailureKind.UNSUPPORTED, message))
+            return self._plain_request()
         return build_request(
             self._remote, self._spec.model, api, self._body, slm_id=self._spec.id, key=self._key()
+        )
+
+    def _plain_request(self) -> UpstreamRequest:
+        """A route that all upstreams which have it share: embeddings, ranking."""
+        if self._path not in self._remote.routes or not self._path.startswith("/v1/"):
+            message = f"the upstream of {self._spec.id!r} has no {self._path}"
+            raise UpstreamError(Failure(FailureKind.UNSUPPORTED, message))
+        key = self._key().strip()
+        headers = {"content-type": "application/json", "accept": "application/json"}
+        if key:
+            headers["authorization"] = f"Bearer {key}"
+        url = self._remote.base_url.rstrip("/") + self._path.removeprefix("/v1")
+        return UpstreamRequest(
+            url, headers, encoded({**self._body, "model": self._spec.model}), Api.CHAT
         )
 
     def _key(self) -> str:
@@ -178,9 +193,12 @@ class RemoteReply:
         return b"".join(parts)
 
     def _whole(self, request: UpstreamRequest, document: bytes) -> ReplyEnd:
-        answer = read_answer(
-            document, request.api, self._origin, empty_is_fine=may_be_empty(self._body)
-        )
+        if self._path in APIS:
+            answer = read_answer(
+                document, request.api, self._origin, empty_is_fine=may_be_empty(self._body)
+            )
+        else:
+            answer = self._plain_answer(document)
         self._ttft_s = time.perf_counter() - self._started_s
         if request.translated and answer.failure is None:
             document = to_json(chat_answer(from_json(document), int(time.time())))
@@ -189,6 +207,16 @@ class RemoteReply:
         if answer.failure is not None:
             raise _failed(answer.failure, end)
         return end
+
+    def _plain_answer(self, document: bytes) -> Answer:
+        try:
+            found = from_json(document)
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and "error" not in found:
+            return Answer(usage=usage_of(found))
+        message = f"{self._spec.id!r} answered with what is no answer"
+        return Answer(Failure(FailureKind.BAD_ANSWER, message))
 
     async def _next_part(self, idle_timeout_s: float) -> Any:
         assert self._response is not None

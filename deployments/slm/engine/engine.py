@@ -31,6 +31,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import ComponentError
+from calm_serve.types import Task
 from deployments.slm.engine.forked_core import fork_cores
 from deployments.slm.engine.metrics import BatchedStatLogger, EngineLoad, load_logger
 from deployments.slm.engine.sleep import fall_asleep, sleep_arguments, wake_up
@@ -129,7 +130,7 @@ class Engine:
         llm.load = load
         frontend = vars(FrontendArgs())
         own = {k: v for k, v in spec.engine.items() if k in frontend}
-        namespace = Namespace(**(frontend | vars(args) | own | OUR_SERVER))
+        namespace = Namespace(**(frontend | vars(args) | _tools(spec) | own | OUR_SERVER))
         tasks = await llm.get_supported_tasks()
         app = build_app(namespace, tasks, llm.model_config)
         await init_app_state(llm, app.state, namespace, supported_tasks=tasks)
@@ -187,6 +188,13 @@ class Engine:
         self._llm.shutdown()
 
 
+def _tools(spec: SLMSpec) -> dict[str, Any]:
+    """Return vLLM's server arguments for tool calls."""
+    if not (spec.capabilities.tools and spec.tool_parser):
+        return {}
+    return {"enable_auto_tool_choice": True, "tool_call_parser": spec.tool_parser}
+
+
 def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
     """Return vLLM's arguments: batching profile, resources, then the operator's `engine:`."""
     limits = spec.limits
@@ -207,6 +215,10 @@ def engine_args(spec: SLMSpec) -> AsyncEngineArgs:
             "kv_cache_memory_bytes": int(spec.resources.kv_cache_bytes),
             "distributed_executor_backend": "uni",
         }
+    if spec.task is not Task.GENERATE:
+        # Small encoders: vectors in full precision cost little, and encoders cache no prefix.
+        values |= {"runner": "pooling", "enable_prefix_caching": False}
+        values |= {"dtype": "float32"} if current_platform.is_cpu() else {}
     if spec.adapters:
         values |= {
             "enable_lora": True,

@@ -61,6 +61,7 @@ def write_config(
     weights = folder / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("{}")
+    (weights / "chat_template.jinja").write_text("{{ messages }}")
     (weights / "model.safetensors").write_bytes(b"")
     (folder / "fleet.yaml").write_text(yaml.safe_dump(dict(fleet)))
     application = {
@@ -100,7 +101,8 @@ def test_check_shows_every_slm_and_what_the_fleet_takes(
 ) -> None:
     assert main.main(["check", write_config(tmp_path)], world()) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split()[:3] == ["SLM", "WEIGHTS", "WHERE"]
+    assert out[0].split()[:4] == ["SLM", "WEIGHTS", "WHERE", "DOES"]
+    assert out[1].split()[2:4] == ["local", "chat"]  # its folder has a chat template
     assert [line.split()[0] for line in out[1:3]] == ["sql", "general"]
     assert "1-3" in out[2].split()
     assert out[-1].startswith("ok: 2 SLMs, 1 rules")

@@ -12,9 +12,9 @@ from calm_serve.learning.cold_start import (
 )
 from calm_serve.prediction.base import MetadataPrior
 from calm_serve.prediction.cold_start import UcbPredictor, known_slms, with_cold_start
+from calm_serve.requests import Overrides, parse_chat
 from calm_serve.requests.context import ContextBuilder
 from calm_serve.requests.features import fill_features
-from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.testing import change_outcome, make_fleet, make_outcome, make_spec, make_state
 from calm_serve.types import Outcome, QualitySignal, RoutingContext
 

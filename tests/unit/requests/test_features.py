@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.prediction.base import LOAD_NAMES, load_vector
-from calm_serve.requests import features
+from calm_serve.requests import Overrides, features, parse_chat
 from calm_serve.requests.context import (
     BLOCK_CHARS,
     MAX_BLOCKS,
@@ -28,7 +28,6 @@ from calm_serve.requests.features import (
     fill_features,
     token_buckets,
 )
-from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.requests.tokens import (
     HEAD_TOKENS,
     TAIL_TOKENS,
@@ -246,7 +245,7 @@ def test_the_load_vector_has_a_value_per_name() -> None:
 def test_the_context_is_the_same_in_a_process_with_another_hash_seed() -> None:
     program = (
         "from calm_serve.requests import ContextBuilder, fill_features\n"
-        "from calm_serve.requests.openai import Overrides, parse_chat\n"
+        "from calm_serve.requests import Overrides, parse_chat\n"
         "from calm_serve.testing import make_fleet\n"
         "fleet = make_fleet(markers={'a': 'alpha', 'b': 'beta'})\n"
         "body = {'messages': [{'role': 'user', 'content': 'Compare alpha to beta, please.'}]}\n"

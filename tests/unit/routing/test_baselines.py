@@ -9,8 +9,8 @@ import pytest
 from calm_serve.config import Fleet
 from calm_serve.config.loading import check_policy
 from calm_serve.errors import ConfigError, NoCandidateError
+from calm_serve.requests import Overrides, parse_chat
 from calm_serve.requests.features import text_buckets
-from calm_serve.requests.openai import Overrides, parse_chat
 from calm_serve.routing.baselines import Baseline
 from calm_serve.routing.calm_paper import ENERGY_WEIGHT, LATENCY_WEIGHT, WINDOW, Similarity
 from calm_serve.routing.factory import build

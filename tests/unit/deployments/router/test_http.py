@@ -21,6 +21,7 @@ from calm_serve.errors import (
     SLMUnavailableError,
     UnknownModelError,
 )
+from calm_serve.requests import ROUTES
 from deployments.router.http import (
     TooLargeError,
     error_response,
@@ -118,7 +119,7 @@ async def test_any_bytes_are_json_or_a_request_error(body: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 10_000, b'"\\ud800"'])
 async def test_hostile_json_is_a_request_error(body: bytes) -> None:
-    with pytest.raises(RequestError, match="not valid JSON"):
+    with pytest.raises(RequestError, match=r"not valid JSON|more than 50000 objects"):
         await read_json(request(body), 1 << 20)
 
 
@@ -165,8 +166,20 @@ def test_a_full_fleet_gives_retry_after_in_whole_seconds(seconds: float, header:
     assert (response.headers["retry-after"], response.headers["x-a"]) == (header, "b")
 
 
+@pytest.mark.parametrize(
+    ("path", "where"), [("/v1/messages", ("error", "message")), ("/v1/responses", ("message",))]
+)
+def test_an_error_in_a_stream_has_the_form_of_its_api(path: str, where: tuple[str, ...]) -> None:
+    name, data, *_ = sse_error(SLMUnavailableError("gone"), ROUTES[path]).split(b"\n")
+    found = json.loads(data.removeprefix(b"data: "))
+    assert (name, found["type"]) == (b"event: error", "error")
+    for key in where:
+        found = found[key]
+    assert found == "gone"
+
+
 def test_an_error_in_a_stream_is_one_event() -> None:
-    event = sse_error(SLMUnavailableError("line one\nline two"))
+    event = sse_error(SLMUnavailableError("line one\nline two"), ROUTES["/v1/completions"])
     assert event.startswith(b"data: ")
     assert event.endswith(b"\n\n")
     assert event.count(b"\n") == 2

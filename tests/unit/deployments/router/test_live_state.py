@@ -224,7 +224,6 @@ def test_hints_carry_what_replica_selection_reads() -> None:
         stream=True,
         language="en",
         has_code=False,
-        has_image=False,
         safety_class="none",
         markers=(),
         session_key="s",

@@ -1,0 +1,114 @@
+"""From a parsed request to the context: lengths of prompts, prefixes, and the vector space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from calm_serve.requests import ContextBuilder, Overrides, fill_features, find_route
+from calm_serve.testing import make_fleet, make_spec
+from calm_serve.types import RoutingContext, Task
+
+BUILDER = ContextBuilder(make_fleet(make_spec("small")), "the space")
+USER = {"role": "user", "content": "hello " * 100}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def build(path: str, **body: Any) -> RoutingContext:
+    route = find_route(path)
+    assert route is not None
+    return BUILDER.build(route.parse(body), Overrides(), "id")
+
+
+def chat(**body: Any) -> RoutingContext:
+    return build("/v1/chat/completions", **{"messages": [USER], **body})
+
+
+def test_prompts_with_other_tools_or_another_salt_share_no_prefix() -> None:
+    plain = chat()
+    assert chat(tools=[]).prefix_chain == plain.prefix_chain
+    assert chat(tools=TOOLS).prefix_chain == chat(tools=TOOLS).prefix_chain
+    others = [
+        chat(tools=TOOLS),
+        chat(tools=[*TOOLS, *TOOLS]),
+        chat(cache_salt="a"),
+        chat(cache_salt="b"),
+        chat(tools=TOOLS, cache_salt="a"),
+    ]
+    chains = [c.prefix_chain for c in (plain, *others)]
+    blocks = [block for chain in chains for block in chain]
+    assert len(set(blocks)) == len(blocks)
+    assert len({c.prefix_family for c in (plain, *others)}) == len(chains)
+
+
+def test_token_ids_have_prefixes_too() -> None:
+    ids = list(range(3000, 4000))
+    one, two, other = (
+        build("/v1/completions", prompt=p).prefix_chain for p in (ids, [*ids, 7], ids[1:])
+    )
+    assert one[:-1] == two[: len(one) - 1]
+    assert one[0] != other[0]
+
+
+def test_a_conversation_keeps_its_prefix_as_it_grows() -> None:
+    first = build("/v1/messages", messages=[USER], system="be brief", max_tokens=5)
+    answer = {"role": "assistant", "content": "fine"}
+    turns = [USER, answer, {"role": "user", "content": "and then?"}]
+    then = build("/v1/messages", messages=turns, system="be brief", max_tokens=5)
+    whole_blocks = len(first.prefix_chain) - 1
+    assert first.prefix_chain[:whole_blocks] == then.prefix_chain[:whole_blocks]
+
+
+def test_token_ids_are_counted_and_texts_estimated() -> None:
+    ids = build("/v1/completions", prompt=[[1] * 70, [2] * 30])
+    assert (ids.prompt_tokens, ids.sequence_tokens, ids.is_token_ids) == (100, 70, True)
+    assert ids.prompt_chars == 400
+    text = build("/v1/completions", prompt="x" * 400)
+    assert (text.prompt_tokens, text.sequence_tokens, text.is_token_ids) == (100, 0, False)
+
+
+def test_texts_to_embed_are_as_long_as_the_longest() -> None:
+    many = build("/v1/embeddings", input=["x" * 40, "y" * 400, "z" * 80])
+    assert (many.prompt_tokens, many.sequence_tokens) == (130, 100)
+    pairs = build("/v1/rerank", query="q" * 40, documents=["d" * 400, "e" * 40])
+    assert (pairs.task, pairs.sequence_tokens) == (Task.RERANK, 110)
+
+
+@pytest.mark.parametrize(
+    ("limit", "together", "longest", "fits"),
+    [(None, 130, 100, False), (50, 130, 50, False), (10, 30, 10, False), (-1, 130, 100, True)],
+)
+def test_what_the_engine_cuts_off_does_not_count(
+    limit: int | None, together: int, longest: int, fits: bool
+) -> None:
+    texts = ["x" * 40, "y" * 400, "z" * 80]
+    context = build("/v1/embeddings", input=texts, truncate_prompt_tokens=limit)
+    assert (context.prompt_tokens, context.sequence_tokens) == (together, longest)
+    assert context.truncates_prompt is fits
+
+
+def test_a_long_chat_that_asks_to_be_cut_is_short() -> None:
+    long = [{"role": "user", "content": "word " * 9000}]
+    assert chat(messages=long, truncate_prompt_tokens=64).prompt_tokens == 64
+
+
+def test_only_embeddings_without_a_named_slm_are_bound_to_the_space_of_auto() -> None:
+    assert build("/v1/embeddings", input="x").embedding_space == "the space"
+    assert build("/v1/embeddings", input="x", model="small").embedding_space == ""
+    assert build("/v1/rerank", query="q", documents=["d"]).embedding_space == ""
+    assert chat().embedding_space == ""
+
+
+def test_only_what_is_answered_in_text_has_features() -> None:
+    for path, body in (
+        ("/v1/embeddings", {"input": "hello"}),
+        ("/v1/messages/count_tokens", {"messages": [USER]}),
+        ("/v1/chat/completions", {"messages": [USER]}),
+    ):
+        route = find_route(path)
+        assert route is not None
+        parsed = route.parse(body)
+        context = BUILDER.build(parsed, Overrides(), "id")
+        fill_features(context, parsed)
+        assert bool(context.features.numbers) is context.generates is ("chat" in path)
