@@ -17,14 +17,14 @@ from calm_serve.types import EngineFacts, QualitySignal
 SECRET_HEADER = "x-calm-secret"
 REQUEST_HEADER = "x-calm-request"  # an `AnswerRequest`
 END_HEADER = "x-calm-end"  # an `AnswerEnd`
-REFUSAL_HEADER = "x-calm-refusal"  # a `Refusal`
+NO_ANSWER_HEADER = "x-calm-no-answer"  # a `NoAnswer`
 ONGOING_HEADER = "x-calm-ongoing"  # requests in the replica
 # Begins a line of its own in the stream, a comment that clients would ignore. No answer contains
 # such a line: line breaks in JSON are escaped.
 END_EVENT = b": calm.end "
 
 
-class Refusal(StrEnum):
+class NoAnswer(StrEnum):
     """Why a replica gives no answer."""
 
     FULL = "full"

@@ -98,7 +98,8 @@ def read_error(document: Document | None) -> ErrorDocument:
         message=_text(error.get("message") or error.get("detail") or error.get("title")),
         type=_text(error.get("type") or error.get("status")),
         code=" ".join(_text(code) for code in codes if code),
-        param=param[:200] if isinstance(param, str) else None,
+        # vLLM's server says where in the HTTP request: "body.temperature".
+        param=param.removeprefix("body.")[:200] if isinstance(param, str) else None,
         raw=_text(raw),
     )
 

@@ -105,14 +105,11 @@ class Router:
             args, self._selector, self._view, self._wakeup_queue, dispatcher, self.record
         )
         self._routes = self._endpoints(completions)
-        documentation = Documentation(self._routes)
-        self._routes |= {
-            ("GET", "/version"): documentation.version,
-            ("GET", "/openapi.json"): documentation.openapi,
-            ("GET", "/docs"): documentation.page,
-        }
         self._outcomes.start()
-        self._tasks = [
+        self._tasks = self._background()
+
+    def _background(self) -> list[asyncio.Task[None]]:
+        return [
             asyncio.create_task(self._knowledge.follow(self._subscriptions.apply)),
             asyncio.create_task(self._refresh()),
             asyncio.create_task(self._steer()),
@@ -142,7 +139,7 @@ class Router:
         goals = GoalsEndpoint(self._selector, self._knowledge, self._subscriptions)
         predictors = PredictorsEndpoint(self._knowledge)
         residency = ResidencyEndpoint(self._selector, self._view.residency, self._knowledge)
-        return {
+        routes: dict[tuple[str, str], Endpoint] = {
             **{("POST", path): completions.of(route) for path, route in ROUTES.items()},
             ("POST", "/v1/route"): self._route,
             ("POST", "/v1/feedback"): self._feedback,
@@ -159,6 +156,13 @@ class Router:
             ("GET", "/load"): self._operations.load,
             ("GET", "/metrics"): self._metrics_text,
         }
+        documentation = Documentation(routes)  # its own included
+        routes |= {
+            ("GET", "/version"): documentation.version,
+            ("GET", "/openapi.json"): documentation.openapi,
+            ("GET", "/docs"): documentation.page,
+        }
+        return routes
 
     async def __call__(self, request: Request) -> Response:
         """Serve one HTTP request."""

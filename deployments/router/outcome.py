@@ -61,9 +61,13 @@ def cancelled(call: dispatch.Call) -> None:
 
 
 def refused(call: dispatch.Call, error: CalmError) -> CalmError:
-    """Mark a call that no SLM answered; `rejected` speaks against no SLM."""
+    """Mark a call that no SLM answered; `rejected` speaks against no SLM.
+
+    A stream that broke after it had begun is an error whatever the reason.
+    """
     call.http_status = error.http_status
-    call.status = "error" if _speaks_against_slm(error) else "rejected"
+    failed = call.first_byte_s is not None or _speaks_against_slm(error)
+    call.status = "error" if failed else "rejected"
     return error
 
 

@@ -29,11 +29,11 @@ from deployments.slm.sleep import ReplicaResidency
 from deployments.wire import (
     END_EVENT,
     END_HEADER,
+    NO_ANSWER_HEADER,
     ONGOING_HEADER,
-    REFUSAL_HEADER,
     REQUEST_HEADER,
     SECRET_HEADER,
-    Refusal,
+    NoAnswer,
 )
 
 log = logging.getLogger("ray.serve")
@@ -49,7 +49,7 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 
-class AnsweringEngine(Protocol):
+class ServedEngine(Protocol):
     """The engine behind a replica."""
 
     app: Any
@@ -80,7 +80,7 @@ class Answerer:
         spec: SLMSpec,
         replica_id: str,
         secret: str,
-        engine: AnsweringEngine,
+        engine: ServedEngine,
         *,
         facts: Callable[..., Any],
         account: ServeAccount,
@@ -122,7 +122,7 @@ class Answerer:
                 await self._admitted(scope, receive, send, asked, set_status)
         except FullError:
             full = ComponentError(f"replica {self._replica_id} is full")
-            await _refuse(send, 503, full, Refusal.FULL, self._account.ongoing)
+            await _refuse(send, 503, full, NoAnswer.FULL, self._account.ongoing)
 
     async def _admitted(
         self,
@@ -152,11 +152,13 @@ class Answerer:
                 await answer.break_off(error.message, dead)
                 set_status("500")
                 return
-            refusal = (
-                Refusal.ASLEEP if isinstance(error, AsleepError) else Refusal.DEAD if dead else None
-            )
+            reason: NoAnswer | None = None
+            if isinstance(error, AsleepError):
+                reason = NoAnswer.ASLEEP
+            elif dead:
+                reason = NoAnswer.GONE if answer is None else NoAnswer.DEAD
             set_status(str(error.http_status))
-            await _refuse(send, error.http_status, error, refusal, self._account.ongoing)
+            await _refuse(send, error.http_status, error, reason, self._account.ongoing)
 
     def _answer(self, scope: Scope, send: Send, body: bytes, asked: AnswerRequest) -> _Answer:
         kinds = {asked.validate, self._spec.validator} - {""}
@@ -374,12 +376,12 @@ async def _refuse(
     send: Send,
     status: int,
     error: CalmError,
-    refusal: Refusal | None = None,
+    reason: NoAnswer | None = None,
     ongoing: int | None = None,
 ) -> None:
     headers: Headers = [(b"content-type", b"application/json")]
-    if refusal is not None:
-        headers.append((REFUSAL_HEADER.encode(), refusal.encode()))
+    if reason is not None:
+        headers.append((NO_ANSWER_HEADER.encode(), reason.encode()))
     if ongoing is not None:
         headers.append((ONGOING_HEADER.encode(), str(ongoing).encode()))
     body = json.dumps(error.to_openai()).encode()

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import psutil
 from tqdm import tqdm
 
 from load_tests.common import arrivals
@@ -20,7 +21,6 @@ from load_tests.common.load import (
 from load_tests.common.short_prompts import ShortPrompts
 from load_tests.common.sse import Answer
 from load_tests.peers.gateways import Side
-from load_tests.throughput.router_cpu import router_cpu_s
 
 CONCURRENCY = 16
 REQUESTS = 48  # of one saturated run
@@ -29,6 +29,7 @@ LOAD_RATIO = 0.7  # rate of the open loops, over the saturated rate of `direct`
 OPEN_S = 6.0  # length of an open loop
 TTFT_SLO_RATIO, TPOT_SLO_RATIO = 10.0, 5.0  # of one request alone
 SEED = 17
+ROUTER_PROCESSES = ("ServeReplica:calm:router", "haproxy")
 OURS, DIRECT, BARE = "calm_serve", "direct_vllm", "bare_proxy"
 
 
@@ -64,6 +65,20 @@ class Measured:
     router_cpu_ms: dict[str, list[float]] = field(  # per request, by load
         default_factory=lambda: defaultdict(list)
     )
+
+
+def router_cpu_s() -> float:
+    """CPU seconds so far of all routers and HAProxy processes below this process."""
+    total_s = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+            if any(name in title for name in ROUTER_PROCESSES):
+                times = process.cpu_times()
+                total_s += times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return total_s
 
 
 def goodput(

@@ -21,6 +21,7 @@ MAX_CLASS_LINES = 250
 # Modules that may be imported past their room's `__init__`, each with its reason.
 DIRECT_IMPORTS = {
     "calm_serve.cli.main": "the command line's entry point, a function of the module's name",
+    "calm_serve.protocol.answers": "each process imports the records that it exchanges",
     "calm_serve.protocol.formats": "each process imports the records that it exchanges",
     "calm_serve.protocol.outcomes": "each process imports the records that it exchanges",
     "calm_serve.protocol.reports": "each process imports the records that it exchanges",
@@ -32,7 +33,9 @@ ONE_IMPORTER = {
     "a command": """
         calm_serve.cli.goals calm_serve.cli.predictors calm_serve.cli.replay
         deployments.reference_fleet.training.train""",
-    "an endpoint": "deployments.router.admin.residency deployments.router.completions",
+    "an endpoint": """
+        deployments.router.admin.documentation deployments.router.admin.residency
+        deployments.router.completions""",
     "private interfaces of vLLM": """
         deployments.slm.engine.engine deployments.slm.engine.forked_core
         deployments.slm.engine.metrics deployments.slm.engine.sleep""",

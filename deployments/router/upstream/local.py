@@ -26,13 +26,13 @@ from deployments.router.upstream.end_scanner import EndScanner
 from deployments.router.upstream.slot_queue import SlotQueue
 from deployments.wire import (
     END_HEADER,
+    NO_ANSWER_HEADER,
     ONGOING_HEADER,
-    REFUSAL_HEADER,
     REQUEST_HEADER,
     SECRET_HEADER,
     AsleepReply,
     Hints,
-    Refusal,
+    NoAnswer,
     ReplyEnd,
     deployment_name,
 )
@@ -112,9 +112,9 @@ class LocalReply:
                 tried.clear()
                 continue
             response = await self._post(chosen)
-            refusal = response.headers.get(REFUSAL_HEADER)
-            if refusal != Refusal.FULL:
-                return await self._first(response, refusal)
+            reason = response.headers.get(NO_ANSWER_HEADER)
+            if reason != NoAnswer.FULL:
+                return await self._first(response, reason)
             tried.add(chosen.replica_id)
             await response.read()  # leaves the connection usable
             self._end_attempt()
@@ -167,7 +167,7 @@ class LocalReply:
         )
         return response
 
-    async def _first(self, response: aiohttp.ClientResponse, refusal: str | None) -> Any:
+    async def _first(self, response: aiohttp.ClientResponse, reason: str | None) -> Any:
         if response.status == 200 and response.content_type == "text/event-stream":
             return await self._next_part(response)
         document = await response.read()
@@ -175,11 +175,11 @@ class LocalReply:
         if response.status == 200:
             end = ANSWER_END.decode(response.headers.get(END_HEADER, ""))
             return ReplyEnd(document, end.facts, end.signals)
-        if refusal == Refusal.ASLEEP:
+        if reason == NoAnswer.ASLEEP:
             return AsleepReply()
-        if refusal in (Refusal.DEAD, Refusal.GONE):
+        if reason in (NoAnswer.DEAD, NoAnswer.GONE):
             others = (_ongoing(response) or 1) - 1
-            raise UpstreamError(self._death(refusal == Refusal.DEAD, others))
+            raise UpstreamError(self._death(reason == NoAnswer.DEAD, others))
         headers = {name.lower(): value for name, value in response.headers.items()}
         raise UpstreamError(
             classify_response(response.status, headers, document, self._origin, time.time())

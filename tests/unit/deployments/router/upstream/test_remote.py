@@ -234,7 +234,7 @@ async def test_an_upstream_that_falls_silent_times_out() -> None:
     assert response.closed
 
 
-async def test_an_empty_document_is_kept_for_the_case_that_nobody_else_answers() -> None:
+async def test_an_empty_document_is_kept_in_case_no_other_slm_answers() -> None:
     empty = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}], "usage": USAGE}
     with pytest.raises(EmptyAnswerError) as caught:
         await read(reply(Upstream(document(empty)), ASK))

@@ -1,8 +1,7 @@
-"""The last event of a replica's stream is taken off, and nothing else; slots are waited for."""
+"""The last event of a replica's stream is taken off, and nothing else."""
 
 from __future__ import annotations
 
-import asyncio
 from itertools import pairwise
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from calm_serve.protocol.answers import ANSWER_END, AnswerEnd
 from calm_serve.testing import make_facts
 from deployments.router.upstream.end_scanner import EndScanner
-from deployments.router.upstream.slot_queue import SlotQueue
 from deployments.wire import END_EVENT
 
 END = AnswerEnd(make_facts("r1"), ongoing=3)
@@ -50,41 +48,3 @@ def test_a_stream_that_breaks_off_has_no_end(missing: int) -> None:
     scanner = EndScanner()
     scanner.feed(b"data: x\n\n" + EVENT[: len(EVENT) - missing])
     assert scanner.end() is None
-
-
-async def test_requests_get_their_turn_in_the_order_in_which_they_came() -> None:
-    queue, turns = SlotQueue(), list[int]()
-
-    async def request(number: int) -> None:
-        await queue.wait()
-        turns.append(number)
-
-    waiting = [asyncio.create_task(request(n)) for n in range(3)]
-    await asyncio.sleep(0)
-    assert len(queue) == 3
-    for _ in range(3):
-        queue.next()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    await asyncio.gather(*waiting)
-    assert turns == [0, 1, 2]
-    assert len(queue) == 0
-
-
-async def test_the_first_one_tries_again_although_no_own_request_has_ended() -> None:
-    queue = SlotQueue()
-    await queue.wait()  # another router's request may have ended
-    assert len(queue) == 0
-
-
-async def test_a_client_that_leaves_the_queue_passes_its_turn_on() -> None:
-    queue = SlotQueue()
-    first = asyncio.create_task(queue.wait())
-    second = asyncio.create_task(queue.wait())
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.gather(first, return_exceptions=True)
-    queue.next()
-    await second
-    assert len(queue) == 0
