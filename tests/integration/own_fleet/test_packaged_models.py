@@ -50,7 +50,12 @@ def fleet() -> Iterator[ServedFleet]:
         "id": "tools",
         "capabilities": {"tools": True},
         "tool_parser": "hermes",
-        "engine": {**greedy, "chat_template": str(Path(__file__).with_name("hermes.jinja"))},
+        "engine": {
+            **greedy,
+            "chat_template": str(Path(__file__).with_name("hermes.jinja")),
+            # So small a model goes on with blanks where a grammar allows any number of them.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        },
     }
     other = {**embed, "id": "other", "embedding": {"model": "other", "revision": "1"}}
     config = reference_config(two_replicas="")
@@ -142,7 +147,7 @@ def test_anthropics_client_understands_errors(claude: anthropic.Anthropic) -> No
 )
 def test_a_tool_that_must_be_called_is_called(client: openai.OpenAI, choice: Any) -> None:
     answer = client.chat.completions.create(
-        model="tools", messages=ASK, tools=[TOOL], tool_choice=choice, max_tokens=60
+        model="tools", messages=ASK, tools=[TOOL], tool_choice=choice, max_tokens=150
     )
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.type == "function" and call.function.name == "get_weather"
@@ -152,7 +157,7 @@ def test_a_tool_that_must_be_called_is_called(client: openai.OpenAI, choice: Any
 def test_a_whole_tool_loop_ends_with_an_answer(client: openai.OpenAI) -> None:
     messages = list(ASK)
     first = client.chat.completions.create(
-        model="tools", messages=messages, tools=[TOOL], tool_choice="required", max_tokens=60
+        model="tools", messages=messages, tools=[TOOL], tool_choice="required", max_tokens=150
     )
     called = first.choices[0].message
     (call,) = called.tool_calls or []
@@ -172,7 +177,7 @@ def test_a_tool_call_is_streamed(client: openai.OpenAI) -> None:
         messages=ASK,
         tools=[TOOL],
         tool_choice="required",
-        max_tokens=60,
+        max_tokens=150,
         stream=True,
     )
     calls = [c for p in parts if p.choices for c in p.choices[0].delta.tool_calls or []]
@@ -249,7 +254,7 @@ def test_an_embedder_that_dies_is_not_replaced_by_one_of_another_space(
         answer = fleet.post("/v1/embeddings", {"model": "auto", "input": "x"})
         statuses.add(answer.status_code)
         assert answer.headers["x-calm-model"] in ("", "minilm")
-    assert statuses <= {200, 500, 503} and statuses != {200}
+    assert statuses <= {200, 500, 502, 503} and statuses != {200}
     named = fleet.post("/v1/embeddings", {"model": "other", "input": "x"})
     assert named.headers["x-calm-model"] == "other"
 
