@@ -55,7 +55,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     knowledge.configure_residency.remote(
         typed.residency, weights.latency_per_s, weights.energy_per_j
     )
-    handles = {spec.id: bind_slm(spec, APP_NAME) for spec in fleet.slms}
+    drain_s = typed.router.request_timeout_s
+    handles = {spec.id: bind_slm(spec, APP_NAME, drain_s) for spec in fleet.slms}
     return bind_router(typed, fleet, handles)
 
 
@@ -97,8 +98,13 @@ def bind_router(
     )
 
 
-def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
-    """Return the deployment of one SLM; it reports to the knowledge actor of `app_name`."""
+def bind_slm(
+    spec: SLMSpec, app_name: str, drain_s: float = RouterOptions().request_timeout_s
+) -> serve.Application:
+    """Return the deployment of one SLM; it reports to the knowledge actor of `app_name`.
+
+    A replica that stops has `drain_s` seconds for its running requests: the longest allowed one.
+    """
     # Imported here, because the router imports this module and needs none of it.
     from deployments.slm.deployment import slm_class
     from deployments.slm.remote import RemoteSLM
@@ -120,7 +126,7 @@ def bind_slm(spec: SLMSpec, app_name: str) -> serve.Application:
             ),
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_wait_loop_s=0.2,
-            graceful_shutdown_timeout_s=60.0,
+            graceful_shutdown_timeout_s=drain_s,
         )
         .bind(spec, app_name)
     )
