@@ -38,8 +38,6 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         pytest.param({"model": 5}, 400, "model", id="model is a number"),
         pytest.param({"messages": []}, 400, "messages", id="no messages"),
         pytest.param({"messages": "hello"}, 400, "messages", id="messages is a string"),
-        pytest.param(
-        ),
         pytest.param({"stream": "yes"}, 400, "stream", id="stream is a string"),
         pytest.param({"max_tokens": 0}, 400, "max_tokens", id="no tokens"),
         pytest.param({"max_tokens": "many"}, 400, "max_tokens", id="max_tokens is a string"),
