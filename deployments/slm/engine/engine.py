@@ -130,7 +130,9 @@ class Engine:
         llm.load = load
         frontend = vars(FrontendArgs())
         own = {k: v for k, v in spec.engine.items() if k in frontend}
-        namespace = Namespace(**(frontend | vars(args) | _tools(spec) | own | OUR_SERVER))
+        # As objects: an operator's `engine:` has mappings in their place.
+        typed = {"structured_outputs_config": config.structured_outputs_config}
+        namespace = Namespace(**(frontend | vars(args) | typed | _tools(spec) | own | OUR_SERVER))
         tasks = await llm.get_supported_tasks()
         app = build_app(namespace, tasks, llm.model_config)
         await init_app_state(llm, app.state, namespace, supported_tasks=tasks)
