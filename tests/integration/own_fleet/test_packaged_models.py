@@ -27,7 +27,8 @@ WEATHER: dict[str, Any] = {
     "description": "Weather of a city.",
     "parameters": {
         "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}},
+        # A grammar in which no text is endless: so small a model does not end one by itself.
+        "properties": {"city": {"type": "string", "enum": ["Berlin", "Paris", "Rome"]}},
         "required": ["city"],
         "additionalProperties": False,
     },
