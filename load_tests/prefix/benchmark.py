@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         show_live(config["live"], served)
         plots.draw_live(chosen.plots, figures, list(live.ROUTERS))
     figures = headline(figures) | figures
-    print("\n" + "\n".join(f"{k:<36}{v:.3f}" for k, v in headline(figures).items()))
+    print("\n" + "\n".join(f"{k:<48}{v:.3f}" for k, v in headline(figures).items()))
     report.write(chosen.json, "prefix", config, figures)
     return 0
 
