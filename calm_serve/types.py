@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Task(StrEnum):
@@ -152,6 +153,13 @@ class RoutingContext:
         return self.requested_model.partition(":")[2]
 
 
+class PromptEnd(NamedTuple):
+    """What a replica tells of a prompt that it accepted, so that every router can find it."""
+
+    blocks: tuple[int, ...]  # the last of its prefix chain; the very last one may be partial
+    tokens: int  # of the whole prompt, as the router estimated them
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
     """Last known state of one replica of an SLM."""
@@ -165,6 +173,7 @@ class ReplicaState:
     kv_usage_ratio: float = 0.0
     cached_prefix_ratio: float = 0.0
     memory_bytes: int = 0  # private memory of all its processes
+    recent_prompts: tuple[PromptEnd, ...] = ()  # that it accepted, from all routers, oldest first
     adapters: tuple[str, ...] = ()
 
 

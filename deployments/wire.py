@@ -39,6 +39,7 @@ class Hints(TypedDict, total=False):
     decision_id: str
     prefix_family: str
     prefix_chain: tuple[int, ...]
+    prompt_tokens: int  # estimated
     session_key: str
     adapter: str
     avoid: str  # replica of the failed attempt before this one

@@ -17,6 +17,9 @@ class AnswerRequest:
     validate: str = ""  # name of the check that the client requested
     labels: tuple[str, ...] = ()
     residency_revision: int | None = None  # of the router; None without a memory budget
+    # What the replica tells all routers of the prompt, as `PromptEnd`; () when unknown.
+    prefix_end: tuple[int, ...] = ()
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

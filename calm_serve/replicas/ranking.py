@@ -1,53 +1,50 @@
-"""Replica selection: prefix affinity with bounded load, as a pure function."""
+"""Replica selection: by predicted seconds to the first token, now and later."""
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from random import Random
-from types import MappingProxyType
 
-from calm_serve.replicas.prefix_index import PrefixIndex
+from calm_serve.replicas.first_token import FirstTokenEstimator
 from calm_serve.requests import mixed_bits
 from calm_serve.types import ReplicaState
 
-LOAD_BOUND_RATIO = 1.5
-"""How far above the mean load of its peers a replica may be before requests spill over.
+# Fitted on the first half of the Mooncake trace and on chats of seeds 1 to 3, with one and eight
+# routers; `python -m load_tests prefix` reports the second half and other seeds.
 
-Bounded-load consistent hashing (arXiv 1608.01350). The bound is taken of `mean + 1`, so an idle
-fleet keeps affinity. Below it, affinity is weighed against load; see `_Scale`.
+FUTURE_COST = 16.0
+"""Seconds that others lose for a second of prefill that a cached prefix would have saved.
+
+The seconds delay every request behind this one, and the copy evicts what others would use. It does
+not apply to blocks that many conversations share: a replica computes them once for all of them.
 """
 
-# Positive terms of a replica's score, in shares of the prompt that need not be computed. Tuned with
-# the simulation of `python -m load_tests prefix`.
-SHARED_VALUE = 0.5  # of a cached block that many conversations share: computed once per replica
-PREFERRED_VALUE = 0.5  # of the first choice by rendezvous hash, which is the same in all processes
-SESSION_VALUE = 1.5  # the same when the client names the session: more than any prefix match
-# Of the second choice by rendezvous hash, while no replica has any of the prompt: two choices avoid
-# most of the queue that builds up at one, and processes still find the conversation in two places.
-SECOND_PREFERRED_VALUE = 0.45
+BALANCE_COST = 24.0
+"""Mean requests' prefill that a replica costs more when it did twice the mean of recent work."""
 
-# Negative terms.
-QUEUE_COST = 0.4  # of a request more than in the shortest queue, over the mean queue + 1
-QUEUE_SLACK = 1  # requests that cost nothing: a difference of one is noise
-# Recent work above the mean cancels the value of the preferred replica: none of it up to the first
-# ratio, all of it and `WORK_EXCESS_COST` more from the second on. Past work may thus override the
-# hash but no cached prefix: a single chat stays on its replica. It does not apply to a named
-# session, because every process counts its own work and all must agree on a session's replica.
-WORK_RATIOS = (1.1, 1.22)
-# Chosen by hand: above 0, so that the most loaded replica loses to one that is otherwise equal. The
-# unit tests of this room pass without it.
-WORK_EXCESS_COST = 0.1
-WORK_START_BLOCKS = 256.0  # added to each replica: a few requests more are not yet uneven
+BALANCE_SLACK = 0.02
+"""Recent work above or below the mean, as a share of it, that counts as even."""
+
+NOISE_RATIO = 0.1
+"""Difference that counts as none, in the prefill of a mean request: the hash decides."""
+
+SESSION_NOISE_RATIO = 0.5
+"""The same for a named session, on which routers should agree before they hear of it."""
+
+ADAPTER_LOAD_S = 1.0
+"""Of loading an adapter: chosen by hand, because engines do not report it."""
 
 EXPLORATION_RATIO = 0.01
-"""Share of requests without a session that try another replica of the best tier."""
+"""Share of requests without a session that try another replica than the best."""
 
-_NO_WORK: Mapping[str, float] = MappingProxyType({})
+_WEIGHTS = 2.0**64
+
+_Cost = tuple[float, bool, int, str]
+"""Seconds; what decides between equals, the lesser first; the replica's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,43 +56,14 @@ class ReplicaRequest:
     session_key: str = ""
     adapter: str = ""
     avoid: str = ""  # replica that has just failed this request
-    prompt_blocks: int = 0  # length of the prefix chain
-    shared_blocks: int = 0  # `PrefixIndex.shared` of it
+    prompt_tokens: int = 0  # estimated
 
 
 def rank_for_prompt(
     request: ReplicaRequest,
     chain: Sequence[int],
     replicas: Sequence[ReplicaState],
-    index: PrefixIndex,
-    *,
-    local_node_id: str,
-    random: Random,
-    exploration_ratio: float = EXPLORATION_RATIO,
-) -> list[list[str]]:
-    """Return `rank_replicas` for a prompt, with the matches and the work in `index`.
-
-    When the prompt's start is shared with other conversations, its first own block replaces the
-    prefix family, which is the same for all conversations with one system prompt.
-    """
-    shared = index.shared(chain)
-    family = f"{chain[shared]:08x}" if shared else request.prefix_family
-    return rank_replicas(
-        replace(request, prefix_family=family, prompt_blocks=len(chain), shared_blocks=shared),
-        replicas,
-        index.match(chain),
-        index.work,
-        local_node_id=local_node_id,
-        random=random,
-        exploration_ratio=exploration_ratio,
-    )
-
-
-def rank_replicas(
-    request: ReplicaRequest,
-    replicas: Sequence[ReplicaState],
-    matches: Mapping[str, int],
-    work: Mapping[str, float] = _NO_WORK,
+    estimator: FirstTokenEstimator,
     *,
     local_node_id: str,
     random: Random,
@@ -103,141 +71,81 @@ def rank_replicas(
 ) -> list[list[str]]:
     """Return groups of replica ids, best group first; every replica appears exactly once.
 
-    Saturated replicas and the one to avoid are last, as one group. Replicas that have loaded the
-    requested adapter come before the others. Within each such tier, replicas above the load bound
-    follow those below. Below the bound, a replica's cached share of the prompt, and being the
-    preferred replica (by rendezvous hash) of the session or prefix family, are weighed against its
-    queue and its recent work; a request without affinity goes to the least loaded replica, of the
-    local node first. `matches` and `work` are those of `PrefixIndex`. Without exploration
-    (`exploration_ratio` 0, or a request with a session) equal input gives equal output in every
-    process.
+    Replicas come in the order of their cost, in seconds:
+
+    - until the first token: the work ahead, the prompt's tokens that are not cached, the adapter
+      if it has to be loaded;
+    - of others: `FUTURE_COST` and `BALANCE_COST`;
+    - up to the noise of all this, by rendezvous hash of the session or conversation. The less
+      one router can know of the others' requests, the larger the noise: they must neither send
+      every request to the replica that looks idle, nor one conversation to several replicas. A
+      named session prefers the replica to which this process sent it last.
+
+    A conversation so moves only if that gains more than its prefix costs to compute again. Between
+    equals, requests without affinity prefer the local node. Saturated replicas and the one to avoid
+    are last, as one group. Without exploration (`exploration_ratio` 0, or a request with a session)
+    equal input gives equal output in every process.
     """
-    tiers: tuple[list[ReplicaState], ...] = ([], [], [])
-    for replica in replicas:
-        tiers[_tier(request, replica)].append(replica)
-    *eligible, last = tiers
-    ranked: list[list[str]] = []
-    explore = exploration_ratio > 0.0 and not request.session_key
-    for tier in eligible:
-        if not tier:
-            continue
-        within, above = _rank_tier(request, tier, matches, work, local_node_id)
-        # Only the best tier and only below the bound: an exploration never costs an adapter
-        # load or a queue.
-        if explore and len(within) > 1 and random.random() < exploration_ratio:
-            within.insert(0, within.pop(random.randrange(1, len(within))))
-        explore = False
-        ranked += [[r.replica_id] for r in within]
-        ranked += [[r.replica_id] for r in above]
+    eligible, last = _costs(request, chain, replicas, estimator, local_node_id)
+    eligible.sort()
+    explore = exploration_ratio > 0.0 and not request.session_key and len(eligible) > 1
+    if explore and random.random() < exploration_ratio:
+        eligible.insert(0, eligible.pop(random.randrange(1, len(eligible))))
+    ranked = [[name] for *_, name in eligible]
     if last:
         # One group, so that real queue lengths are asked of all of them at once.
         ranked.append([r.replica_id for r in sorted(last, key=_by_load)])
     return ranked
 
 
-def _tier(request: ReplicaRequest, replica: ReplicaState) -> int:
-    if replica.replica_id == request.avoid or replica.queue_length >= replica.max_queue_length:
-        return 2
-    return 1 if request.adapter and request.adapter not in replica.adapters else 0
-
-
-def _rank_tier(
+def _costs(
     request: ReplicaRequest,
-    tier: list[ReplicaState],
-    matches: Mapping[str, int],
-    work: Mapping[str, float],
+    chain: Sequence[int],
+    replicas: Sequence[ReplicaState],
+    estimator: FirstTokenEstimator,
     local_node_id: str,
-) -> tuple[list[ReplicaState], list[ReplicaState]]:
-    """Return the tier's replicas below the load bound and those above it, each best first."""
-    mean = sum(r.queue_length for r in tier) / len(tier)
-    bound = math.ceil(LOAD_BOUND_RATIO * (mean + 1.0))
-    affinity = request.session_key or request.prefix_family
+) -> tuple[list[_Cost], list[ReplicaState]]:
+    """Return the costs of the replicas that may be chosen, and the others."""
+    shared = estimator.index.shared(chain)
+    # The first own block is the same for all turns of a conversation, unlike the prefix family when
+    # conversations share a system prompt.
+    affinity = request.session_key or (f"{chain[shared]:08x}" if shared else request.prefix_family)
     key = _hash(affinity or request.decision_id)
-    weight = {r.replica_id: _weight(key, r.replica_id) for r in tier}
-
-    def by_load(r: ReplicaState) -> tuple[int, int, bool, int, str]:
-        rid = r.replica_id
-        remote = r.node_id != local_node_id
-        return r.queue_length, -matches.get(rid, 0), remote, -weight[rid], rid
-
-    within = [r for r in tier if r.queue_length <= bound]
-    above = [r for r in tier if r.queue_length > bound]
-    if affinity or matches:
-        preferred = _preferred_values(request, weight, matches) if affinity else {}
-        scale = _scale(request, tier, matches, work, mean)
-        within.sort(
-            key=lambda r: (
-                -scale.score(r, matches, work, preferred),
-                -weight[r.replica_id],
-                r.replica_id,
-            )
-        )
-    else:
-        within.sort(key=by_load)
-    above.sort(key=by_load)
-    return within, above
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """Reference values by which one tier's replicas are scored."""
-
-    blocks: int  # of the prompt
-    shared_blocks: int
-    work_cost: float  # of a replica with recent work far above the mean
-    shortest_queue: int
-    mean_queue: float
-    mean_work: float
-
-    def score(
-        self,
-        replica: ReplicaState,
-        matches: Mapping[str, int],
-        work: Mapping[str, float],
-        preferred: Mapping[str, float],
-    ) -> float:
-        """Return value minus cost, in shares of the prompt."""
-        rid = replica.replica_id
-        matched = matches.get(rid, 0)
-        shared = min(matched, self.shared_blocks)
-        value = (matched - shared + SHARED_VALUE * shared) / self.blocks
-        value += preferred.get(rid, 0.0)
-        queued = max(0, replica.queue_length - self.shortest_queue - QUEUE_SLACK)
-        low, high = WORK_RATIOS
-        worked = (work.get(rid, 0.0) + WORK_START_BLOCKS) / self.mean_work
-        uneven = min(max(0.0, (worked - low) / (high - low)), 1.0)
-        return value - QUEUE_COST * queued / (self.mean_queue + 1.0) - uneven * self.work_cost
+    eligible: list[_Cost] = []
+    last: list[ReplicaState] = []
+    request_s = estimator.request_s
+    error_s = estimator.wait_error_s / _WEIGHTS
+    served = estimator.served_session(request.session_key)
+    # Each process counts its own work, and a session has a place already.
+    balance_s = 0.0 if served else BALANCE_COST * request_s
+    estimates = estimator.estimates(chain, shared, request.prompt_tokens, replicas)
+    for replica, (wait_s, prefill_s, own_s, excess) in zip(replicas, estimates, strict=True):
+        name = replica.replica_id
+        if name == request.avoid or replica.queue_length >= replica.max_queue_length:
+            last.append(replica)
+            continue
+        weight = _weight(key, name)
+        cost_s = wait_s + prefill_s + FUTURE_COST * own_s - error_s * weight
+        if abs(excess) > BALANCE_SLACK:
+            cost_s += balance_s * (excess - math.copysign(BALANCE_SLACK, excess))
+        if request.adapter and request.adapter not in replica.adapters:
+            cost_s += ADAPTER_LOAD_S
+        remote = not affinity and replica.node_id != local_node_id
+        eligible.append((cost_s, remote, -weight, name))
+    if affinity and eligible:
+        _prefer(eligible, served, request_s, named=bool(request.session_key))
+    return eligible, last
 
 
-def _preferred_values(
-    request: ReplicaRequest, weight: Mapping[str, int], matches: Mapping[str, int]
-) -> dict[str, float]:
-    """Return the score terms of the first and second rendezvous choice."""
-    first, *others = heapq.nlargest(2, weight, key=lambda r: (weight[r], r))
-    if request.session_key:
-        return {first: SESSION_VALUE}
-    if matches or not others:
-        return {first: PREFERRED_VALUE}
-    return {first: PREFERRED_VALUE, others[0]: SECOND_PREFERRED_VALUE}
-
-
-def _scale(
-    request: ReplicaRequest,
-    tier: list[ReplicaState],
-    matches: Mapping[str, int],
-    work: Mapping[str, float],
-    mean_queue: float,
-) -> _Scale:
-    # `fsum`: the sum must not depend on the order in which replicas come.
-    worked = math.fsum(work.get(r.replica_id, 0.0) for r in tier) / len(tier)
-    return _Scale(
-        blocks=max(request.prompt_blocks, max(matches.values(), default=0), 1),
-        shared_blocks=request.shared_blocks,
-        work_cost=0.0 if request.session_key else PREFERRED_VALUE + WORK_EXCESS_COST,
-        shortest_queue=min(r.queue_length for r in tier),
-        mean_queue=mean_queue,
-        mean_work=worked + WORK_START_BLOCKS,
-    )
+def _prefer(eligible: list[_Cost], served: str, request_s: float, *, named: bool) -> None:
+    """Lower the cost of the replica that gets a session or conversation unless others gain."""
+    ratio = FUTURE_COST
+    at = next((i for i, one in enumerate(eligible) if one[3] == served), -1)
+    if at < 0:
+        ratio = SESSION_NOISE_RATIO if named else NOISE_RATIO
+        at = min(range(len(eligible)), key=lambda i: eligible[i][2:])
+    cost_s, remote, weight, name = eligible[at]
+    eligible[at] = (cost_s - ratio * request_s, remote, weight, name)
 
 
 def _by_load(replica: ReplicaState) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from calm_serve.telemetry.residuals import (
     load_at_decision,
 )
 from calm_serve.telemetry.slm_stats import FleetStats
-from calm_serve.telemetry.statistics import DecayedRate, Ewma, decay
+from calm_serve.telemetry.statistics import DecayedPlane, DecayedRate, Ewma, decay
 
 __all__ = [
     "CHANGE_LIMIT",
@@ -36,6 +36,7 @@ __all__ = [
     "BreakerState",
     "ContentGainMonitor",
     "Cusum",
+    "DecayedPlane",
     "DecayedRate",
     "EnergyMeter",
     "Ewma",

@@ -1,4 +1,4 @@
-"""Decayed statistics: mean, rate, line, and a bounded quantile window.
+"""Decayed statistics: mean, rate, line, plane, and a bounded quantile window.
 
 Mean and rate decay with time, not by count, so they cover the same recent past for an SLM that
 answers once a minute and one that answers a thousand times a second. Every `now` is in seconds on
@@ -120,6 +120,51 @@ class DecayedLine:
         x, y = self.means
         squares = max(self._xx - self.weight * x * x, 0.0)
         return (self._xy - self.weight * x * y + ridge * prior) / (squares + ridge)
+
+
+class DecayedPlane:
+    """Least squares z = level + a * x + b * y; weights halve after `half_life` newer values."""
+
+    __slots__ = ("_keep", "_x", "_xx", "_xy", "_xz", "_y", "_yy", "_yz", "_z", "weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._keep = decay(1.0, half_life)
+        self.weight = self._x = self._y = self._z = 0.0
+        self._xx = self._xy = self._yy = self._xz = self._yz = 0.0
+
+    def add(self, x: float, y: float, z: float) -> None:
+        """Count a value."""
+        keep = self._keep
+        self.weight = self.weight * keep + 1.0
+        self._x = self._x * keep + x
+        self._y = self._y * keep + y
+        self._z = self._z * keep + z
+        self._xx = self._xx * keep + x * x
+        self._xy = self._xy * keep + x * y
+        self._yy = self._yy * keep + y * y
+        self._xz = self._xz * keep + x * z
+        self._yz = self._yz * keep + y * z
+
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """Weighted means of x, y and z; ZeroDivisionError before the first value."""
+        return self._x / self.weight, self._y / self.weight, self._z / self.weight
+
+    def slopes(
+        self, prior: tuple[float, float], ridges: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Both slopes; each of `prior` counts as if measured over a sum of squares (above 0)."""
+        w = self.weight
+        x, y, z = self.means if w else (0.0, 0.0, 0.0)
+        xx = max(self._xx - w * x * x, 0.0) + ridges[0]
+        yy = max(self._yy - w * y * y, 0.0) + ridges[1]
+        # By Cauchy and Schwarz it is at most the root of their product; rounding may exceed it.
+        most = 0.999999 * math.sqrt(xx * yy)
+        xy = min(max(self._xy - w * x * y, -most), most)
+        xz = self._xz - w * x * z + ridges[0] * prior[0]
+        yz = self._yz - w * y * z + ridges[1] * prior[1]
+        determinant = xx * yy - xy * xy
+        return (xz * yy - yz * xy) / determinant, (yz * xx - xz * xy) / determinant
 
 
 class QuantileWindow:

@@ -208,4 +208,8 @@ def _asked(decision: Decision, parsed: ParsedRequest, overrides: Overrides) -> A
         adapter=decision.adapter,
         validate=overrides.validate or ("json" if parsed.schema is not None else ""),
         labels=overrides.labels,
+        # Two blocks, because the last one may be partial: then the next turn of the conversation
+        # contains the one before it only.
+        prefix_end=decision.context.prefix_chain[-2:],
+        prompt_tokens=decision.context.prompt_tokens,
     )

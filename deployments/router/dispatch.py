@@ -320,7 +320,7 @@ class _Answer:
     def _finish(self, item: ReplyEnd) -> None:
         call = self._call
         call.end, call.status, call.http_status = item, "ok", 200
-        VIEW.observe(deployment_name(call.slm_id), item.facts)
+        VIEW.observe(deployment_name(call.slm_id), item.facts, call.decision.decision_id)
 
 
 def cancel(answer: object) -> None:

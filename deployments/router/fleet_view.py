@@ -63,7 +63,7 @@ class FleetView:
                 if report.state == "failed":  # a failed replica does not recover; Serve replaces it
                     VIEW.died(deployment_name(slm_id), replica_id)
         for slm_id, replica_id in self.residency.set_reports(reports):
-            VIEW.index(deployment_name(slm_id)).emptied(replica_id)
+            VIEW.estimator(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()
         self._reports = {
             slm_id: max(by_replica.values(), key=lambda r: r.at)

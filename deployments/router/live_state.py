@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
-from calm_serve.replicas import PrefixIndex
-from calm_serve.types import Decision, EngineFacts, ReplicaState
+from calm_serve.replicas import FirstTokenEstimator
+from calm_serve.types import Decision, EngineFacts, PromptEnd, ReplicaState
 from deployments.router.chosen import ReplicaChooser
 from deployments.wire import Hints
 
@@ -30,7 +30,7 @@ CACHED_RATIO_GAIN = 0.1
 """Weight of the newest reply in the mean share of prompt tokens found in the prefix cache."""
 
 # Bounds of memory.
-MAX_BLOCKS = 65_536  # of a deployment's prefix index; `load_tests prefix` notices too few
+BLOCKS_PER_REPLICA = 8_192  # of a deployment's prefix index; `load_tests prefix` notices too few
 MAX_DEPLOYMENTS = 256
 MAX_ROUTED = 8_192  # decisions whose preferred replica is known
 MAX_DEAD = 8_192  # replica ids
@@ -43,6 +43,7 @@ def hints_of(decision: Decision) -> Hints:
         decision_id=decision.decision_id,
         prefix_family=context.prefix_family,
         prefix_chain=context.prefix_chain,
+        prompt_tokens=context.prompt_tokens,
         session_key=context.session_key,
         adapter=decision.adapter,
     )
@@ -65,9 +66,9 @@ def _unknown_queue_length(_replica_id: str) -> int | None:
 
 @dataclass(slots=True)
 class _Deployment:
+    estimator: FirstTokenEstimator
     states: tuple[ReplicaState, ...] = ()  # as last described by Serve's controller
     reports: dict[str, _LastReport] = field(default_factory=dict)
-    index: PrefixIndex = field(default_factory=lambda: PrefixIndex(MAX_BLOCKS))
     queue_length: Callable[[str], int | None] = _unknown_queue_length
     chooser: ReplicaChooser | None = None
 
@@ -126,7 +127,13 @@ class LiveView:
                 )
             reports[state.replica_id] = last
         record.reports = reports
-        record.index.retain(s.replica_id for s in record.states)
+        record.estimator.retain(s.replica_id for s in record.states)
+        for state in record.states:
+            old = before.get(state.replica_id)
+            if old is None or _report(old) != _report(state):
+                seen = frozenset(old.recent_prompts) if old else frozenset()
+                new = [prompt for prompt in state.recent_prompts if prompt not in seen]
+                record.estimator.reported(state, new)
 
     def replicas(self, deployment: str) -> tuple[ReplicaState, ...]:
         """Return the deployment's replicas with their load as of now; () when it has none.
@@ -145,8 +152,8 @@ class LiveView:
             if state.replica_id not in self._dead
         )
 
-    def observe(self, deployment: str, facts: EngineFacts) -> None:
-        """Take the engine load of a reply; ignored for a replica that is gone."""
+    def observe(self, deployment: str, facts: EngineFacts, decision_id: str = "") -> None:
+        """Take the engine load and times of a reply; ignored for a replica that is gone."""
         record = self._deployments.get(deployment)
         if record is None:
             return
@@ -161,6 +168,7 @@ class LiveView:
         record.reports[facts.replica_id] = _LastReport(
             self._clock(), facts.running, facts.waiting, facts.kv_usage_ratio, cached_ratio
         )
+        record.estimator.answered(decision_id, facts)
 
     def routed(self, decision_id: str, replica_id: str) -> None:
         """Store the replica that was preferred for a decision; the oldest entries are dropped."""
@@ -174,9 +182,9 @@ class LiveView:
         with self._lock:
             return self._routed.pop(decision_id, "")
 
-    def index(self, deployment: str) -> PrefixIndex:
-        """Return the deployment's prefix index."""
-        return self._of(deployment).index
+    def estimator(self, deployment: str) -> FirstTokenEstimator:
+        """Return the deployment's estimator of seconds to the first token."""
+        return self._of(deployment).estimator
 
     def died(self, deployment: str, replica_id: str) -> None:
         """Leave out a dead replica from now on, also while the controller still lists it.
@@ -189,7 +197,7 @@ class LiveView:
             self._dead[replica_id] = None
             while len(self._dead) > MAX_DEAD:
                 self._dead.popitem(last=False)
-        self.index(deployment).emptied(replica_id)
+        self.estimator(deployment).emptied(replica_id)
 
     def is_dead(self, replica_id: str) -> bool:
         """Whether the replica is known to be dead, even if the controller still lists it."""
@@ -199,7 +207,8 @@ class LiveView:
         record = self._deployments.get(deployment)
         if record is None:
             with self._lock:
-                record = self._deployments.setdefault(deployment, _Deployment())
+                made = _Deployment(FirstTokenEstimator(BLOCKS_PER_REPLICA, self._clock))
+                record = self._deployments.setdefault(deployment, made)
                 while len(self._deployments) > MAX_DEPLOYMENTS:
                     self._deployments.popitem(last=False)
         return record
@@ -207,6 +216,10 @@ class LiveView:
 
 def _load(state: ReplicaState) -> tuple[int, int, float]:
     return state.running, state.waiting, state.kv_usage_ratio
+
+
+def _report(state: ReplicaState) -> tuple[int, int, tuple[PromptEnd, ...]]:
+    return state.running, state.waiting, state.recent_prompts
 
 
 def _merge(

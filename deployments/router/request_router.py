@@ -19,7 +19,7 @@ import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from calm_serve.replicas import EXPLORATION_RATIO, QueueLengths, ReplicaRequest, rank_for_prompt
-from calm_serve.types import ReplicaState
+from calm_serve.types import PromptEnd, ReplicaState
 from deployments.router.chosen import ChosenReplica
 from deployments.wire import Hints, ReplicaAddress, address_of
 
@@ -77,7 +77,14 @@ class ReplicaRouter(RequestRouter):
         if ongoing is not None:
             self._queues.answered(replica_id, ongoing)
         if accepted:
-            self._view.index(self._name).add(hints.get("prefix_chain", ()), replica_id)
+            self._view.estimator(self._name).sent(
+                hints.get("decision_id", ""),
+                hints.get("prefix_chain", ()),
+                hints.get("prompt_tokens", 0),
+                replica_id,
+                self._queues.of(replica_id) or 0,
+                hints.get("session_key", ""),
+            )
 
     def finished(self, replica_id: str) -> None:
         """Count a request that is over, however it ended."""
@@ -109,6 +116,7 @@ class ReplicaRouter(RequestRouter):
             session_key=hints.get("session_key", ""),
             adapter=hints.get("adapter", ""),
             avoid=hints.get("avoid", ""),
+            prompt_tokens=hints.get("prompt_tokens", 0),
         )
         known = {s.replica_id: s for s in self._view.replicas(self._name)}
         by_id = {r.replica_id.unique_id: r for r in candidates}
@@ -116,7 +124,7 @@ class ReplicaRouter(RequestRouter):
             request,
             hints.get("prefix_chain", ()),
             [known.get(replica_id) or _state(r) for replica_id, r in by_id.items()],
-            self._view.index(self._name),
+            self._view.estimator(self._name),
             local_node_id=self._node_id,
             random=self._random,
             exploration_ratio=self._exploration_ratio,
@@ -166,8 +174,19 @@ def _state(replica: RunningReplica) -> ReplicaState:
         kv_usage_ratio=_number(stats, "kv_usage_ratio"),
         cached_prefix_ratio=_number(stats, "cached_prefix_ratio"),
         memory_bytes=int(_number(stats, "memory_bytes")),
+        recent_prompts=_recent_prompts(stats),
         adapters=tuple(sorted(replica.multiplexed_model_ids)),
     )
+
+
+def _recent_prompts(stats: dict[str, Any]) -> tuple[PromptEnd, ...]:
+    try:
+        return tuple(
+            PromptEnd(tuple(int(block) for block in blocks), int(tokens))
+            for blocks, tokens in stats.get("recent_prompts", ())
+        )
+    except (TypeError, ValueError):  # as in `_number`
+        return ()
 
 
 def _number(stats: dict[str, Any], name: str) -> float:

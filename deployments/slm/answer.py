@@ -12,6 +12,7 @@ import hmac
 import itertools
 import json
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.errors import AsleepError, CalmError, ComponentError, RequestError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
 from calm_serve.requests import ROUTES
-from calm_serve.types import EngineFacts, QualitySignal
+from calm_serve.types import EngineFacts, PromptEnd, QualitySignal
 from calm_serve.validation import validate
 from deployments.slm.adapters import ResidentAdapter
 from deployments.slm.serve_account import FullError, ServeAccount
@@ -39,6 +40,11 @@ from deployments.wire import (
 log = logging.getLogger("ray.serve")
 
 MAX_KEPT_CHARS = 65_537  # one more than the validators accept, so that a truncated answer fails
+RECENT_PROMPTS = 32
+"""Prompts of which all routers learn at Serve's next poll: what a replica accepts in a second.
+
+Each is about 30 bytes of every broadcast.
+"""
 _CHAT = "/v1/chat/completions"
 _ERROR_EVENTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
 
@@ -95,6 +101,7 @@ class Answerer:
         self._account, self._residency, self._energy = account, residency, energy
         self._load_adapter, self._check_engine = load_adapter, check_engine
         self._calls = itertools.count()
+        self.recent_prompts: deque[PromptEnd] = deque(maxlen=RECENT_PROMPTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -138,6 +145,8 @@ class Answerer:
             async with self._residency.awake(asked.residency_revision):
                 body = await _read(receive)
                 answer = self._answer(scope, send, body, asked)
+                if asked.prefix_end:
+                    self.recent_prompts.append(PromptEnd(asked.prefix_end, asked.prompt_tokens))
                 if not asked.adapter:
                     await self._run(scope, receive, body, answer)
                 else:

@@ -75,7 +75,7 @@ class SLM:
         self._residency = ReplicaResidency(self._engine, self._report_residency)
         self._secret = secrets.token_hex(16)
         self._account = ServeAccount(app_name)
-        answerer = Answerer(
+        self._answerer = Answerer(
             self._spec,
             self._replica_id,
             self._secret,
@@ -87,7 +87,7 @@ class SLM:
             load_adapter=lambda name: self.load_adapter(name),  # type: ignore[attr-defined]
             check_engine=self._check_engine,
         )
-        self._server = HttpServer(answerer, ray.util.get_node_ip_address())
+        self._server = HttpServer(self._answerer, ray.util.get_node_ip_address())
         self._reporter.report("warming up", self._times)
         with self._timed("warmup"):
             await warm_up(self._engine, self._spec)
@@ -116,6 +116,8 @@ class SLM:
             "waiting": load.waiting,
             "kv_usage_ratio": round(load.kv_usage_ratio / ROUND_RATIO) * ROUND_RATIO,
             "cached_prefix_ratio": round(load.cached_prefix_ratio / ROUND_RATIO) * ROUND_RATIO,
+            # Plain tuples: Serve's controller need not have this package.
+            "recent_prompts": [tuple(prompt) for prompt in self._answerer.recent_prompts],
             "memory_bytes": self._memory_bytes // ROUND_BYTES * ROUND_BYTES,
         }
 

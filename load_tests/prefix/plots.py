@@ -21,10 +21,10 @@ def draw_simulated(
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), dpi=90)
     shares, loads, curve, agreement = axes
-    base = "mooncake.4.1"
+    base = "held_out.mooncake.4.1"
     shares.barh(policies, [figures[f"{base}.{p}.cached_share"] for p in policies])
     for name, style in (("pooled_ceiling", "--"), ("infinite_ceiling", ":")):
-        value = figures[f"mooncake.4.{name}"]
+        value = figures[f"held_out.mooncake.4.{name}"]
         shares.axvline(value, linestyle=style, color="black", label=name.replace("_", " "))
     shares.set_xlabel("cached share of prompt tokens (4 replicas)")
     shares.legend(fontsize=7)
@@ -34,9 +34,9 @@ def draw_simulated(
     loads.set_xlabel("work of the most loaded replica over the mean")
     for kind, color in (("mooncake", "tab:blue"), ("chats", "tab:green"), ("unnamed", "tab:red")):
         for routers, style in ((1, "o-"), (8, "^:")):
-            found = [figures[f"{kind}.{n}.{routers}.ours.share_of_ceiling"] for n in sizes]
+            found = [figures[f"held_out.{kind}.{n}.{routers}.ours.share_of_ceiling"] for n in sizes]
             curve.plot(sizes, found, style, color=color, label=f"{kind}, {routers} routers")
-        agree = [figures[f"{kind}.{n}.8.ours.agreement"] for n in sizes]
+        agree = [figures[f"held_out.{kind}.{n}.8.ours.agreement"] for n in sizes]
         agreement.plot(sizes, agree, "^:", color=color, label=kind)
     curve.axhline(TARGET_SHARE, linestyle="--", color="black")
     curve.set_ylabel("ours: share of the pooled ceiling")

@@ -12,10 +12,18 @@ from hashlib import blake2b
 from random import Random
 from typing import Protocol
 
-from calm_serve.replicas import PrefixIndex, ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import (
+    FirstTokenEstimator,
+    QueueLengths,
+    ReplicaRequest,
+    rank_for_prompt,
+)
 from calm_serve.types import ReplicaState
 
 Replicas = Sequence[ReplicaState]
+
+BASELINES = ("ray_prefix_rule", "round_robin", "power_of_two", "least_loaded")
+"""The policies that ours is compared with; `sticky` is there to show what affinity alone does."""
 
 RAY_MATCH_RATE = 0.1  # Ray's default match_rate_threshold
 
@@ -27,11 +35,15 @@ class Prompt:
     decision_id: str
     chain: tuple[int, ...]
     blocks: tuple[int, ...]  # the whole text, for policies that read all of it
+    tokens: int
     session: str = ""
 
 
 class Policy(Protocol):
     """The replica choice of one router process."""
+
+    def attach(self, estimator: FirstTokenEstimator, queues: QueueLengths) -> None:
+        """Take what the router process keeps for the choice."""
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
         """The id of the replica for a request; without side effects."""
@@ -41,11 +53,14 @@ class Policy(Protocol):
 
 
 class Ours:
-    """`rank_for_prompt` and `PrefixIndex` as `deployments.router.request_router` uses them."""
+    """`rank_for_prompt` as `deployments.router.request_router` uses it."""
 
-    def __init__(self, index: PrefixIndex, seed: int) -> None:
-        self._index = index
+    def __init__(self, seed: int) -> None:
         self._random = Random(seed)
+
+    def attach(self, estimator: FirstTokenEstimator, queues: QueueLengths) -> None:
+        """Use both."""
+        self._estimator, self._queues = estimator, queues
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
         """Return the first replica of the production ranking."""
@@ -54,18 +69,33 @@ class Ours:
             decision_id=prompt.decision_id,
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             session_key=prompt.session,
+            prompt_tokens=prompt.tokens,
         )
         ranked = rank_for_prompt(
-            request, chain, replicas, self._index, local_node_id="", random=self._random
+            request, chain, replicas, self._estimator, local_node_id="", random=self._random
         )
         return ranked[0][0]
 
     def record(self, prompt: Prompt, replica_id: str) -> None:
-        """Index the prompt's prefix under the replica."""
-        self._index.add(prompt.chain, replica_id)
+        """Count the request at the replica."""
+        self._estimator.sent(
+            prompt.decision_id,
+            prompt.chain,
+            prompt.tokens,
+            replica_id,
+            self._queues.of(replica_id) or 0,
+            prompt.session,
+        )
 
 
-class RoundRobin:
+class _Blind:
+    """A policy that needs no view."""
+
+    def attach(self, estimator: FirstTokenEstimator, queues: QueueLengths) -> None:
+        """Do nothing."""
+
+
+class RoundRobin(_Blind):
     """One after the other."""
 
     def __init__(self, seed: int) -> None:
@@ -80,7 +110,7 @@ class RoundRobin:
         self._next += 1
 
 
-class PowerOfTwo:
+class PowerOfTwo(_Blind):
     """The shorter queue of two replicas drawn at random: Ray Serve's default."""
 
     def __init__(self, seed: int) -> None:
@@ -95,7 +125,7 @@ class PowerOfTwo:
         """Do nothing: the choice has no memory."""
 
 
-class LeastLoaded:
+class LeastLoaded(_Blind):
     """The shortest queue of all; ties are drawn."""
 
     def __init__(self, seed: int) -> None:
@@ -109,7 +139,7 @@ class LeastLoaded:
         """Do nothing: the choice has no memory."""
 
 
-class Sticky:
+class Sticky(_Blind):
     """Rendezvous hash of the session, or of the prompt's first 256 characters; ignores load."""
 
     def choose(self, prompt: Prompt, replicas: Replicas) -> str:
@@ -129,7 +159,7 @@ class RayTree:
         self.sizes: dict[str, int] = {}
 
 
-class RayPrefixRule:
+class RayPrefixRule(_Blind):
     """The rule of Ray's PrefixCacheAffinityRouter with its defaults, reimplemented.
 
     `imbalanced_threshold` is infinite by default, so load only breaks ties. The longest match
@@ -175,13 +205,10 @@ def _ray(routers: int) -> list[Policy]:
     return [RayPrefixRule(tree, seed) for seed in range(routers)]
 
 
-def makers(max_blocks: int) -> dict[str, MakePolicies]:
-    """By name, a function that makes one policy per router process.
-
-    `max_blocks` bounds the prefix index of ours.
-    """
+def makers() -> dict[str, MakePolicies]:
+    """By name, a function that makes one policy per router process."""
     return {
-        "ours": lambda n: [Ours(PrefixIndex(max_blocks), seed) for seed in range(n)],
+        "ours": lambda n: [Ours(seed) for seed in range(n)],
         "round_robin": lambda n: [RoundRobin(seed) for seed in range(n)],
         "power_of_two": lambda n: [PowerOfTwo(seed) for seed in range(n)],
         "least_loaded": lambda n: [LeastLoaded(seed) for seed in range(n)],

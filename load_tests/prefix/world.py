@@ -120,6 +120,18 @@ def until(workload: Workload, end_s: float) -> Workload:
     return Workload(workload.name, workload.block_tokens, requests)
 
 
+def half(workload: Workload, *, second: bool) -> Workload:
+    """The requests of the first or the second half of the time, from time 0 on."""
+    start_s = workload.requests[0].at_s
+    middle_s = (start_s + workload.requests[-1].at_s) / 2
+    requests = tuple(
+        replace(a, at_s=a.at_s - (middle_s if second else start_s))
+        for a in workload.requests
+        if (a.at_s > middle_s) == second
+    )
+    return Workload(workload.name, workload.block_tokens, requests)
+
+
 def copies(workload: Workload, count: int, offset_s: float, seed: int = 0) -> Workload:
     """`count` copies at once that share the first block only, each delayed by up to `offset_s`."""
     rng = Random(f"copies {seed}")

@@ -110,7 +110,7 @@ async def measure_seen(world: World, requests: int, seed: int, folder: Path) -> 
             figures |= _state_figures(number // tenth, kept)
     await outbox.stop()
     figures |= _tenths(simulation, tenth)
-    blocks = [len(router.view.index(f"slm-{s.id}")) for s in world.fleet.slms]
+    blocks = [len(router.view.estimator(f"slm-{s.id}").index) for s in world.fleet.slms]
     return figures | {"seen.prefix_blocks": blocks}
 
 
@@ -165,26 +165,31 @@ class ReplicaCase:
         self._view.update_replicas("slm", [make_replica(i) for i in ids])
         # Every replica has served the system prompt, half of them a longer prefix: two long lists
         # of replicas, which the index has to intersect.
-        index, self._chain = self._view.index("slm"), tuple(range(1, PREFIX_BLOCKS + 1))
+        estimator, self._chain = self._view.estimator("slm"), tuple(range(1, PREFIX_BLOCKS + 1))
         for position, replica_id in enumerate(ids if shared else ()):
             length = PREFIX_BLOCKS if position % 2 else PREFIX_BLOCKS // 2
-            index.add(self._chain[:length], replica_id)
+            estimator.sent(replica_id, self._chain[:length], 32 * length, replica_id)
 
     def choose(self, number: int) -> int:
-        """Nanoseconds to choose a replica and to index the prompt, as in `ReplicaRouter`."""
+        """Nanoseconds to choose a replica and to count the request, as in `ReplicaRouter`."""
         chain = (*self._chain, 1000 + number) if self._shared else (1000 + number,)
-        request = ReplicaRequest(str(number), prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}")
-        index = self._view.index("slm")
+        tokens = 32 * len(chain)
+        request = ReplicaRequest(
+            str(number),
+            prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
+            prompt_tokens=tokens,
+        )
+        estimator = self._view.estimator("slm")
         start = thread_time_ns()
         groups = rank_for_prompt(
             request,
             chain,
             self._view.replicas("slm"),
-            index,
+            estimator,
             local_node_id="",
             random=self._random,
         )
-        index.add(chain, groups[0][0])
+        estimator.sent(str(number), chain, tokens, groups[0][0])
         return thread_time_ns() - start
 
 

@@ -1,8 +1,8 @@
 """One router process on simulated time, with every part that decides or keeps state.
 
 The parts are those of the router deployment: model selector, live view, fleet statistics, metrics
-and, per handle, replica ranking and prefix index. There is no Ray; `QueueCache` keeps queue lengths
-as Ray Serve's handle does.
+and, per handle, replica ranking and its estimator. There is no Ray; `QueueCache` keeps queue
+lengths as Ray Serve's handle does.
 """
 
 from __future__ import annotations
@@ -97,13 +97,17 @@ class RouterProcess:
         """Rank the chosen SLM's replicas in groups, as `ReplicaRouter` does."""
         context, name = decision.context, deployment_name(decision.slm_id)
         request = ReplicaRequest(
-            decision.decision_id, context.prefix_family, context.session_key, decision.adapter
+            decision.decision_id,
+            context.prefix_family,
+            context.session_key,
+            decision.adapter,
+            prompt_tokens=context.prompt_tokens,
         )
         groups = rank_for_prompt(
             request,
             context.prefix_chain,
             self.view.replicas(name),
-            self.view.index(name),
+            self.view.estimator(name),
             local_node_id="",
             random=self._random,
         )
@@ -114,13 +118,16 @@ class RouterProcess:
         """Record that a replica has accepted the request and reports `length` requests."""
         self.queues.report(replica_id, length)
         name = deployment_name(decision.slm_id)
-        self.view.index(name).add(decision.context.prefix_chain, replica_id)
+        context = decision.context
+        self.view.estimator(name).sent(
+            decision.decision_id, context.prefix_chain, context.prompt_tokens, replica_id, length
+        )
         self.view.take_routed(decision.decision_id)
 
     def finished(self, outcome: Outcome, facts: EngineFacts) -> None:
         """Record the end of the answer."""
         self.queues.finished(facts.replica_id)
-        self.view.observe(deployment_name(outcome.slm_id), facts)
+        self.view.observe(deployment_name(outcome.slm_id), facts, outcome.outcome_id)
         self.stats.observe(outcome)
         self.metrics.observe(outcome)
 

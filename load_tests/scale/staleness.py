@@ -1,7 +1,7 @@
 """The effect of a stale load view: waiting, imbalance and requests sent to full replicas.
 
 One SLM's replicas are engines with a queue. Router processes choose among them with the production
-ranking and prefix index; their view of the load differs:
+ranking and its estimator; their view of the load differs:
 
 - `live_view`: the true load as of the last published snapshot, plus the process's own calls since.
   A snapshot is published every `age_s`, so it is half as old on average.
@@ -27,9 +27,9 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from calm_serve.replicas import PrefixIndex, ReplicaRequest, rank_for_prompt
+from calm_serve.replicas import FirstTokenEstimator, ReplicaRequest, rank_for_prompt
 from calm_serve.testing import EngineSimulator, FakeClock, make_spec
-from calm_serve.types import ReplicaState
+from calm_serve.types import EngineFacts, ReplicaState
 from load_tests.scale.router import QueueCache
 
 AGES_S = (0.0, 0.01, 0.1, 1.0, 10.0)
@@ -81,8 +81,12 @@ class Balance:
         self._own_calls: dict[int, list[int]] = defaultdict(lambda: [0] * REPLICAS)  # since then
         self._clock = FakeClock(0.0)
         self._caches = [QueueCache(self._clock) for _ in range(setting.routers)]
-        self._indexes = [PrefixIndex(65_536) for _ in range(setting.routers)]
-        self._completions: list[tuple[float, int, int]] = []  # time, replica, router
+        self._estimators = [FirstTokenEstimator(8192, self._clock) for _ in range(setting.routers)]
+        for estimator in self._estimators:
+            estimator.retain(self._names)
+        self._completions: list[
+            tuple[float, int, int, int, EngineFacts]
+        ] = []  # time, replica, router
         self._snapshots = 0
         self._full = 0
         self._zipf = list(accumulate(1.0 / (i + 1) for i in range(FAMILIES)))
@@ -119,11 +123,12 @@ class Balance:
 
     def _end(self, until_s: float) -> None:
         while self._completions and self._completions[0][0] <= until_s:
-            at_s, replica, router = heapq.heappop(self._completions)
+            at_s, replica, router, number, facts = heapq.heappop(self._completions)
             self._clock.advance(max(at_s - self._clock.now_s, 0.0))
             self._load[replica] -= 1
             self._own_calls[router][replica] -= 1
             self._caches[router].finished(self._names[replica])
+            self._estimators[router].answered(str(number), facts)
 
     def _arrive(self, number: int) -> float:
         router = self._rng.randrange(self._setting.routers)
@@ -134,9 +139,19 @@ class Balance:
         self._load[replica] += 1
         self._own_calls[router][replica] += 1
         self._caches[router].report(self._names[replica], self._load[replica])
-        self._indexes[router].add((key,), self._names[replica])
-        heapq.heappush(self._completions, (served.ended_s, replica, router))
-        return served.started_s - served.arrived_s
+        self._estimators[router].sent(
+            str(number), (key,), 0, self._names[replica], self._load[replica]
+        )
+        wait_s = served.started_s - served.arrived_s
+        facts = EngineFacts(
+            replica_id=self._names[replica],
+            prompt_tokens=1,
+            output_tokens=tokens,
+            queue_s=wait_s,
+            ttft_s=wait_s + SERVICE_S / OUTPUT_TOKENS,
+        )
+        heapq.heappush(self._completions, (served.ended_s, replica, router, number, facts))
+        return wait_s
 
     def _order(self, router: int, number: int, key: int) -> list[int]:
         if self._setting.policy == "random":
@@ -153,7 +168,7 @@ class Balance:
         ]
         request = ReplicaRequest(str(number), prefix_family=f"{key:08x}")
         groups = rank_for_prompt(
-            request, (key,), states, self._indexes[router], local_node_id="", random=self._rng
+            request, (key,), states, self._estimators[router], local_node_id="", random=self._rng
         )
         return [int(name[-4:]) for group in groups for name in group]
 

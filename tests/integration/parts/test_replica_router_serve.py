@@ -25,7 +25,7 @@ from starlette.requests import Request
 
 from calm_serve.errors import CapacityError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
-from calm_serve.replicas.ranking import ReplicaRequest, rank_replicas
+from calm_serve.replicas import FirstTokenEstimator, ReplicaRequest, rank_for_prompt
 from calm_serve.testing import make_spec
 from calm_serve.types import EngineFacts, ReplicaState
 from calm_serve.upstreams import UpstreamError
@@ -173,7 +173,7 @@ class Caller:
         slm = plan.get("slm", "slm")
         name = deployment_name(slm)
         if learn := plan.get("learn"):
-            VIEW.index(name).add(learn["chain"], learn["replica"])
+            VIEW.estimator(name).index.add(learn["chain"], learn["replica"])
         started_s, cpu_s = time.perf_counter(), time.process_time()
         served = await asyncio.gather(*(self.call(slm, c) for c in plan["calls"]))
         return {
@@ -283,8 +283,9 @@ def routers(clients: dict[str, Client]) -> Client:
 
 def preferred_replica(request: ReplicaRequest, replicas: list[str]) -> str:
     states = [ReplicaState(r, max_queue_length=16) for r in replicas]
-    ranked = rank_replicas(
-        request, states, {}, local_node_id="", random=Random(0), exploration_ratio=0.0
+    estimator = FirstTokenEstimator(1, lambda: 0.0)
+    ranked = rank_for_prompt(
+        request, (), states, estimator, local_node_id="", random=Random(0), exploration_ratio=0.0
     )
     return ranked[0][0]
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from calm_serve.replicas import FirstTokenEstimator, QueueLengths
 from calm_serve.requests.context import prefix_chain
+from calm_serve.testing import FakeClock
 from calm_serve.types import ReplicaState
 from load_tests.prefix import benchmark, live, world
-from load_tests.prefix.policies import Policy, Prompt, makers
+from load_tests.prefix import simulation as simulation_module
+from load_tests.prefix.policies import BASELINES, Policy, Prompt, makers
 from load_tests.prefix.simulation import (
     BlockCache,
     Simulation,
@@ -108,25 +111,27 @@ def choose(policy: Policy, prompt: Prompt, queues: tuple[int, ...] = (0, 0)) -> 
     return policy.choose(prompt, states)
 
 
-@pytest.mark.parametrize("name", list(makers(100)))
+@pytest.mark.parametrize("name", list(makers()))
 def test_asking_a_policy_changes_nothing(name: str) -> None:
-    (policy,) = makers(100)[name](1)
-    prompt = Prompt("d", (1, 2, 3), (1, 2, 3), "s")
+    (policy,) = makers()[name](1)
+    clock = FakeClock()
+    policy.attach(FirstTokenEstimator(100, clock), QueueLengths(clock))
+    prompt = Prompt("d", (1, 2, 3), (1, 2, 3), 96, "s")
     if name not in ("power_of_two", "least_loaded", "ours"):  # these may draw
         assert choose(policy, prompt) == choose(policy, prompt)
     policy.record(prompt, "r0")
 
 
 def test_the_ray_rule_follows_matches_whatever_the_load_and_else_the_smallest_tree() -> None:
-    first, second = makers(100)["ray_prefix_rule"](2)
-    first.record(Prompt("d", (), tuple(range(20))), "r0")
-    assert choose(second, Prompt("d", (), tuple(range(20))), (8, 0)) == "r0"
-    assert choose(second, Prompt("d", (), (0, *range(50, 70))), (0, 8)) == "r1"
+    first, second = makers()["ray_prefix_rule"](2)
+    first.record(Prompt("d", (), tuple(range(20)), 0), "r0")
+    assert choose(second, Prompt("d", (), tuple(range(20)), 0), (8, 0)) == "r0"
+    assert choose(second, Prompt("d", (), (0, *range(50, 70)), 0), (0, 8)) == "r1"
 
 
 def test_round_robin_and_least_loaded() -> None:
-    (robin,), (least,) = makers(1)["round_robin"](1), makers(1)["least_loaded"](1)
-    prompt = Prompt("d", (1,), (1,))
+    (robin,), (least,) = makers()["round_robin"](1), makers()["least_loaded"](1)
+    prompt = Prompt("d", (1,), (1,), 32)
     one = choose(robin, prompt)
     robin.record(prompt, one)
     assert choose(robin, prompt) != one
@@ -134,7 +139,7 @@ def test_round_robin_and_least_loaded() -> None:
 
 
 def test_a_simulation_repeats_itself_and_one_replica_reaches_its_ceiling() -> None:
-    ours = makers(65_536)["ours"]
+    ours = makers()["ours"]
     simulation = Simulation(SMALL, chains(SMALL), 4, 8, 300)
     assert simulation.run(ours) == simulation.run(ours)
     alone = Simulation(SMALL, chains(SMALL), 1, 1, 300).run(ours)
@@ -144,33 +149,72 @@ def test_a_simulation_repeats_itself_and_one_replica_reaches_its_ceiling() -> No
 
 def test_prompts_are_computed_one_after_the_other() -> None:
     both = workload((1,) * 1, (2,), every_s=0.0)
-    result = Simulation(both, chains(both), 1, 1, 10).run(makers(10)["ours"])
+    result = Simulation(both, chains(both), 1, 1, 10).run(makers()["ours"])
     assert result.ttft_p95_s == pytest.approx(2 * 10 / 12_000 + 0.02)
 
 
-def test_ours_reaches_the_target_on_unnamed_chats() -> None:
+@pytest.mark.parametrize("routers", [1, 8])
+def test_ours_is_as_good_as_the_best_baseline_on_unnamed_chats(routers: int) -> None:
     chats = world.without_sessions(world.chats(120, 300.0))
-    result = Simulation(chats, chains(chats), 2, 1, 750).run(makers(65_536)["ours"])
-    assert result.cached_share >= 0.9 * ceiling(chats, 1500)
-    assert result.load_imbalance <= 1.25
+    simulation = Simulation(chats, chains(chats), 2, routers, 750)
+    results = {name: simulation.run(makers()[name]) for name in ("ours", *BASELINES)}
+    ours = results.pop("ours")
+    assert ours.cached_share >= 0.98 * max(r.cached_share for r in results.values())
+    assert ours.ttft_p95_s <= 1.02 * min(r.ttft_p95_s for r in results.values())
+    assert ours.load_imbalance <= 1.15
+
+
+def test_ours_knows_the_queues_of_one_router_better_than_their_lengths_do() -> None:
+    trace = world.until(world.half(world.mooncake(), second=False), 250.0)
+    simulation = Simulation(trace, chains(trace), 4, 1, 3125)
+    ours, least = (simulation.run(makers()[name]) for name in ("ours", "least_loaded"))
+    assert ours.ttft_p50_s < 0.8 * least.ttft_p50_s
+    assert ours.ttft_p95_s < 0.8 * least.ttft_p95_s
+
+
+def test_eight_routers_hear_of_each_others_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = world.without_sessions(world.chats(60, 150.0))
+    simulation = Simulation(chats, chains(chats), 4, 8, 375)
+    informed = simulation.run(makers()["ours"]).cached_share
+    monkeypatch.setattr(simulation_module, "RECENT", 0)
+    assert simulation.run(makers()["ours"]).cached_share < 0.9 * informed
+
+
+def test_the_halves_of_a_trace_share_no_request() -> None:
+    trace = world.mooncake()
+    first, second = (world.half(trace, second=later) for later in (False, True))
+    assert len(first.requests) + len(second.requests) == len(trace.requests)
+    assert [a.blocks for a in first.requests + second.requests] == [
+        a.blocks for a in trace.requests
+    ]
+    assert 0.0 <= second.requests[0].at_s < 10.0
+    assert first.requests[-1].at_s <= 500.0
 
 
 def test_figures_name_every_policy_and_the_worst_is_the_headline() -> None:
-    world = benchmark.World("chats", 2, SMALL, 300)
-    figures = benchmark.simulate(world, baselines=True)
-    assert {k.split(".")[3] for k in figures if k.count(".") == 4} == set(makers(1))
-    every = {
-        k.replace("chats.2.", f"{kind}.{n}."): v
-        for k, v in figures.items()
-        for kind in benchmark.KINDS
-        for n in benchmark.SIZES
-    }
-    every["mooncake.2.1.ours.share_of_ceiling"] = 0.5
-    every["one_system_prompt.4.1.ours.load_imbalance"] = 3.0
-    found = benchmark.headline(every)
-    assert found["simulated_hit_share_of_ceiling"] == 0.5
-    assert found["simulated_load_imbalance"] == 3.0
-    assert "hit_share_of_ceiling" not in found
+    small = benchmark.World("held_out", "chats", 2, SMALL, 300)
+    figures = benchmark.simulate(small)
+    named = {k.split(".")[4] for k in figures if k.count(".") == 5}
+    assert named == {*makers(), "ours_to_best"}
+    best = max(figures[f"held_out.chats.2.1.{name}.cached_share"] for name in BASELINES)
+    ours = figures["held_out.chats.2.1.ours.cached_share"]
+    assert figures["held_out.chats.2.1.ours_to_best.cached_share"] == pytest.approx(
+        ours / best, abs=1e-3
+    )
+    figures["held_out.mooncake.2.8.ours_to_best.cached_share"] = 0.5
+    figures["held_out.mooncake.2.8.ours.load_imbalance"] = 3.0
+    found = benchmark.headline(figures)
+    assert found["held_out_8_routers_worst_hits_to_best"] == 0.5
+    assert found["held_out_8_routers_worst_load_imbalance"] == 3.0
+    assert found["held_out_1_routers_worst_load_imbalance"] < 3.0
+    assert not any(key.startswith("fitted") or key == "hit_share_of_ceiling" for key in found)
+
+
+@pytest.mark.parametrize("part", ["fitted", "held_out"])
+def test_the_parts_of_the_data_have_the_same_workloads(part: str) -> None:
+    found = list(benchmark.worlds(part, [2]))
+    assert [w.kind for w in found] == list(benchmark.KINDS)
+    assert {w.part for w in found} == {part}
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_a_router_process_decides_ranks_and_remembers() -> None:
     assert sorted(ranking) == [f"{decision.slm_id}-{k}" for k in range(3)]
     router.accepted(decision, ranking[0], 4)
     assert router.queues.get(ranking[0]) == 4
-    assert len(router.view.index(f"slm-{decision.slm_id}")) == 1
+    assert len(router.view.estimator(f"slm-{decision.slm_id}").index) == 1
     router.finished(make_outcome("d1", slm_id=decision.slm_id), make_facts(ranking[0]))
     assert router.queues.get(ranking[0]) == 3
     assert router.stats.snapshot(decision.slm_id, clock()).requests == 1

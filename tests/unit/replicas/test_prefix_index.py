@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.replicas.prefix_index import PrefixIndex
+from calm_serve.types import PromptEnd
 
 REPLICAS = st.sampled_from(["a", "b", "c"])
 
@@ -28,8 +29,8 @@ def test_a_replica_matches_the_blocks_it_served() -> None:
 def test_matching_stops_at_the_first_block_that_differs() -> None:
     index = PrefixIndex(100)
     index.add((1, 2, 3), "a")
-    assert index.match((1, 9, 3)) == {"a": 1}
-    assert index.match((9, 2, 3)) == {}
+    assert index.match((1, 9, 8)) == {"a": 1}
+    assert index.match((9, 8, 7)) == {}
 
 
 def test_replicas_that_share_a_head_differ_in_their_tails() -> None:
@@ -37,13 +38,6 @@ def test_replicas_that_share_a_head_differ_in_their_tails() -> None:
     index.add((1, 2, 3, 4), "a")
     index.add((1, 2), "b")
     assert index.match((1, 2, 3, 4)) == {"a": 4, "b": 2}
-
-
-def test_blocks_after_a_gap_do_not_count() -> None:
-    index = PrefixIndex(100)
-    index.add((1, 2, 3), "a")
-    index.add((2, 3), "b")
-    assert index.match((1, 2, 3)) == {"a": 3}
 
 
 def test_the_least_recently_added_chain_is_forgotten_first() -> None:
@@ -85,17 +79,6 @@ def test_a_replica_whose_cache_is_gone_matches_only_what_it_served_since() -> No
     assert index.match((1, 2, 3)) == {}
 
 
-def test_the_work_of_a_replica_outlives_its_cache() -> None:
-    index = PrefixIndex(100)
-    index.retain(["a"])
-    index.add((1, 2, 3), "a")
-    before = index.work["a"]
-    index.emptied("a")
-    index.add((1, 2, 3), "a")
-    assert set(index.work) == {"a"}
-    assert index.work["a"] == pytest.approx(2 * before, rel=0.02)
-
-
 def test_holders_of_a_hot_block_stay_bounded_while_replicas_come_and_go() -> None:
     index = PrefixIndex(100)
     for generation in range(50):
@@ -122,30 +105,54 @@ def test_a_last_block_is_partial_and_parts_nothing() -> None:
     assert index.shared((1, 9)) == 0
 
 
-def test_work_is_what_was_not_cached_and_fades() -> None:
-    index = PrefixIndex(1000)
-    index.add((1, 2, 3), "a")
-    first = index.work["a"]
-    index.add((1, 2, 3), "b")
-    index.add((1, 2, 3), "b")  # cached now: only its answer is work
-    assert first < index.work["b"] < 2 * first
-    for _ in range(2000):
-        index.add((1, 2, 3), "b")
-    assert index.work["a"] < 0.01 * first
-
-
-def test_a_new_replica_starts_with_the_mean_work_and_a_lost_one_is_forgotten() -> None:
-    index = PrefixIndex(1000)
+def test_a_replica_tells_of_prompts_that_other_processes_sent() -> None:
+    index = PrefixIndex(100)
     index.retain(["a", "b"])
-    index.add((1, 2, 3), "a")
-    index.retain(["a", "b", "c"])
-    assert index.work["c"] == pytest.approx(index.work["a"] / 2)
+    index.add((1, 2), "b", 60)
+    index.reported("a", [PromptEnd((3, 4), 120)])
+    assert index.match((1, 2, 3, 4, 5, 6)) == {"a": 4, "b": 2}
+    assert index.match((1, 2, 3, 9)) == {"a": 3, "b": 2}  # its last block was partial
+    assert index.lengths((1, 2, 3, 4)) == {"a": 120}
+
+
+def test_a_report_of_a_replica_that_is_gone_is_ignored() -> None:
+    index = PrefixIndex(100)
     index.retain(["b"])
-    assert set(index.work) == {"b"}
+    index.reported("a", [PromptEnd((3, 4), 120)])
+    assert index.match((1, 2, 3, 4)) == {}
+    assert len(index) == 0
+
+
+def test_the_longest_prompt_behind_a_chain_is_known_by_replica() -> None:
+    index = PrefixIndex(100)
+    index.add((1, 2), "a", 5000)
+    index.add((1, 2), "a", 4000)
+    index.add((1, 2), "b", 3000)
+    assert index.lengths((1, 2)) == {"a": 5000, "b": 3000}
+    assert index.lengths((1,)) == index.lengths(()) == {}
+
+
+def test_lengths_follow_a_replica_that_lost_its_cache() -> None:
+    index = PrefixIndex(100)
+    index.retain(["a", "b"])
+    index.add((1, 2), "a", 5000)
+    index.emptied("a")
+    index.add((1, 2), "a", 300)
+    assert index.lengths((1, 2))["a"] == 300
+
+
+def test_more_replicas_make_more_room() -> None:
+    index = PrefixIndex(2)
+    index.retain(["a", "b"])
+    index.add((1, 2, 3, 4), "a")
+    assert len(index) == index.max_blocks == 4
+    index.retain(["a"])
+    index.add((5,), "a")
+    assert len(index) == index.max_blocks == 4  # it is not swept when a replica is lost
 
 
 def test_an_index_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_blocks"):
+    with pytest.raises(ValueError, match="blocks_per_replica"):
         PrefixIndex(0)
 
 
@@ -163,6 +170,10 @@ def test_integrity_check_notices_a_broken_invariant() -> None:
     del index._holders[2]
     index._next[2] = 1
     with pytest.raises(AssertionError, match="successor"):
+        index.check_integrity()
+    index._next.clear()
+    index._lengths[2] = {"a": 1}
+    with pytest.raises(AssertionError, match="length"):
         index.check_integrity()
 
 
@@ -187,11 +198,11 @@ def test_with_room_for_everything_matches_are_the_longest_common_prefixes(
     CHAINS,
 )
 def test_bounds_and_membership_hold_after_any_history(
-    max_blocks: int,
+    blocks_per_replica: int,
     history: list[tuple[tuple[int, ...], str] | frozenset[str]],
     asked: tuple[int, ...],
 ) -> None:
-    index = PrefixIndex(max_blocks)
+    index = PrefixIndex(blocks_per_replica)
     live = frozenset({"a", "b", "c"})
     for step in history:
         if isinstance(step, frozenset):
@@ -200,9 +211,8 @@ def test_bounds_and_membership_hold_after_any_history(
         else:
             index.add(*step)
     index.check_integrity()
-    assert len(index) <= max_blocks
+    assert len(index) <= 3 * blocks_per_replica
     matched = index.match(asked)
     assert set(matched) <= live
     assert all(0 < blocks <= len(asked) for blocks in matched.values())
-    assert set(index.work) <= {"a", "b", "c"}
     assert 0 <= index.shared(asked) <= max(len(asked) - 2, 0)

@@ -241,7 +241,7 @@ def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
 ) -> None:
     set_replicas(live, "hot", make_replica("a"))
     view.set_reports(reports[0])
-    index = live.index(deployment_name("hot"))
+    index = live.estimator(deployment_name("hot")).index
     index.add((1, 2, 3), "a")
     for repeated in (reports[0], reports[1]):
         assert index.match((1, 2, 3)) == {"a": 3}
@@ -252,7 +252,7 @@ def test_the_prefixes_of_a_replica_that_slept_are_forgotten(
 def test_prefixes_that_were_served_since_waking_are_kept(view: FleetView, live: LiveView) -> None:
     set_replicas(live, "hot", make_replica("a"))
     view.set_reports(reported("asleep"))
-    index = live.index(deployment_name("hot"))
+    index = live.estimator(deployment_name("hot")).index
     index.add((1, 2, 3), "a")
     view.set_reports(reported("waking"))
     view.set_reports(reported("ready", wake=0.3))

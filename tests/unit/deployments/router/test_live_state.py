@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from calm_serve.types import (
     DecisionReason,
     EngineFacts,
     OutputShape,
+    PromptEnd,
     ReplicaState,
     RoutingContext,
     Versions,
@@ -122,10 +124,10 @@ def test_facts_of_a_replica_that_is_gone_are_ignored(view: LiveView) -> None:
 
 def test_a_dead_replica_leaves_the_view_and_the_index(view: LiveView) -> None:
     view.update_replicas("slm", [polled("a"), polled("b")])
-    view.index("slm").add((1, 2), "a")
+    view.estimator("slm").index.add((1, 2), "a")
     view.died("slm", "a")
     assert [r.replica_id for r in view.replicas("slm")] == ["b"]
-    assert view.index("slm").match((1, 2)) == {}
+    assert view.estimator("slm").index.match((1, 2)) == {}
 
 
 def test_a_dead_replica_does_not_come_back_with_a_broadcast_that_still_lists_it(
@@ -150,9 +152,9 @@ def test_the_list_of_dead_replicas_is_bounded(
 
 def test_the_index_survives_membership_updates(view: LiveView) -> None:
     view.update_replicas("slm", [polled("a")])
-    view.index("slm").add((1, 2), "a")
+    view.estimator("slm").index.add((1, 2), "a")
     view.update_replicas("slm", [polled("a"), polled("b")])
-    assert view.index("slm").match((1, 2)) == {"a": 2}
+    assert view.estimator("slm").index.match((1, 2)) == {"a": 2}
 
 
 def test_a_routed_replica_is_taken_once(view: LiveView) -> None:
@@ -191,7 +193,7 @@ def test_readers_and_writers_on_different_threads_do_not_disturb_each_other(
             view.observe("slm", facts("a", running=1))
             view.routed("d", "a")
             view.take_routed("d")
-            view.index("slm").match((1, 2, 3))
+            view.estimator("slm").index.match((1, 2, 3))
             assert len(view.replicas("slm")) in (0, 1, 2)
             rounds += 1
         return rounds
@@ -200,10 +202,27 @@ def test_readers_and_writers_on_different_threads_do_not_disturb_each_other(
         rounds = pool.submit(answer)
         for i in range(2000):
             view.update_replicas("slm", [polled("a", i % 3)] + [polled("b")] * (i % 2))
-            view.index("slm").add((1, 2, i), "a")
+            view.estimator("slm").index.add((1, 2, i), "a")
         stop.set()
     assert rounds.result() > 0
-    view.index("slm").check_integrity()
+    view.estimator("slm").index.check_integrity()
+
+
+def test_answers_and_reports_reach_the_estimator(view: LiveView) -> None:
+    ends = (PromptEnd((7, 8), 64), PromptEnd((9,), 32))
+    view.update_replicas("slm", [replace(polled("a"), recent_prompts=ends[:1])])
+    estimator = view.estimator("slm")
+    estimator.index.emptied("a")
+    view.update_replicas("slm", [replace(polled("a", waiting=9), recent_prompts=ends)])
+    assert estimator.index.match((7, 8)) == {}  # known from the report before
+    assert estimator.index.match((9,)) == {"a": 1}
+    assert estimator.estimates((), 0, 1, [polled("a")])[0].wait_s > 0.1
+    before_s = estimator.request_s
+    for number in range(50):
+        estimator.sent(f"d{number}", (), 100 + number, "a")
+        answer = EngineFacts("a", prompt_tokens=100 + number, queue_s=0.0, ttft_s=number / 10)
+        view.observe("slm", answer, f"d{number}")
+    assert estimator.request_s > 10 * before_s
 
 
 def test_the_view_is_pickled_by_name_so_no_process_gets_a_copy(view: LiveView) -> None:
@@ -247,6 +266,7 @@ def test_hints_carry_what_replica_selection_reads() -> None:
         "decision_id": "d",
         "prefix_family": "f",
         "prefix_chain": (1, 2),
+        "prompt_tokens": 1,
         "session_key": "s",
         "adapter": "sql",
     }

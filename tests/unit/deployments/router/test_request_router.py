@@ -242,3 +242,34 @@ def test_a_misspelt_router_argument_is_an_error() -> None:
             router.initialize_state(exploration=0.1)  # type: ignore[call-arg]
 
     asyncio.run(run())
+
+
+def test_replicas_tell_of_prompts_that_other_routers_sent(view: LiveView) -> None:
+    other = FakeReplica("b", recent_prompts=[((2, 3), 96)])
+
+    async def story(router: ReplicaRouter) -> None:
+        request = hints(prefix_family="f", prefix_chain=(1, 2, 3, 4), prompt_tokens=128)
+        assert order(router, request)[0] == "b"
+
+    routing([FakeReplica("a"), other, FakeReplica("c")], story)
+    assert view.estimator("slm").index.match((1, 2, 3, 4)) == {"b": 3}
+
+
+@pytest.mark.parametrize("malformed", [5, [5], [((1,), "many")], [("ab", 1)], [(1, 2, 3)]])
+def test_malformed_reports_of_prompts_are_ignored(view: LiveView, malformed: Any) -> None:
+    async def story(router: ReplicaRouter) -> None:
+        assert order(router, hints()) == ["a"]
+
+    routing([FakeReplica("a", recent_prompts=malformed)], story)
+    assert len(view.estimator("slm").index) == 0
+
+
+def test_an_accepted_request_is_work_ahead_in_its_replica(view: LiveView) -> None:
+    async def story(router: ReplicaRouter) -> None:
+        long = hints(decision_id="long", prompt_tokens=50_000)
+        router.answered("a", long, accepted=True, ongoing=1)
+        for number in range(10):
+            request = hints(decision_id=f"d{number}", prefix_family=f"f{number}")
+            assert order(router, request)[0] == "b"
+
+    routing([FakeReplica("a"), FakeReplica("b")], story)

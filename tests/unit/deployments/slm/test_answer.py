@@ -15,7 +15,8 @@ import pytest
 from calm_serve.errors import ComponentError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
 from calm_serve.testing import make_spec
-from deployments.slm.answer import Answerer
+from calm_serve.types import PromptEnd
+from deployments.slm.answer import RECENT_PROMPTS, Answerer
 from deployments.slm.deployment import SLM
 from deployments.slm.serve_account import FullError
 from deployments.slm.sleep import ReplicaResidency
@@ -395,3 +396,12 @@ async def test_a_dead_engine_is_reported_without_a_request(
     replica.engine.dead = True
     await checks
     assert replica.reports == [("failed", "died: killed")]
+
+
+async def test_a_replica_keeps_the_ends_of_the_last_prompts_that_came_with_them() -> None:
+    replica = Replica(document(200, {"id": 1}))
+    for number in range(RECENT_PROMPTS + 1):
+        await replica.ask(AnswerRequest("d", prefix_end=(1, number), prompt_tokens=96))
+    await replica.ask(AnswerRequest("d"))
+    ends = list(replica.answerer.recent_prompts)
+    assert ends == [PromptEnd((1, i + 1), 96) for i in range(RECENT_PROMPTS)]
