@@ -256,6 +256,13 @@ class SLMSpec(Config):
     batching: BatchingProfile = Field(default=BatchingProfile.BALANCED, description="Profile.")
     engine: dict[str, Any] = Field(default={}, description="vLLM engine arguments, as they are.")
     env: dict[str, str] = Field(default={}, description="Environment of the SLM's process.")
+    max_events_per_s: float | None = Field(
+        default=None,
+        ge=10,
+        le=1e6,
+        description="Events that all streams of a replica send in a second; tokens beyond share "
+        "an event. null: each token has its own. For machines without a core to spare.",
+    )
     adapters: tuple[Adapter, ...] = Field(default=(), description="LoRA adapters.")
     max_resident_adapters: int = Field(default=2, ge=1, le=64, description="LRU beyond this.")
     validator: Literal["", "json", "sql", "shell"] = Field(

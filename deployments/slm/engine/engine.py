@@ -128,6 +128,7 @@ class Engine:
             config, stat_loggers=[load_logger(load), BatchedStatLogger]
         )
         llm.load = load
+        llm.events_per_s = spec.max_events_per_s
         frontend = vars(FrontendArgs())
         own = {k: v for k, v in spec.engine.items() if k in frontend}
         # As objects: an operator's `engine:` has mappings in their place.
