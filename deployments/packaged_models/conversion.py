@@ -87,9 +87,14 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 
 def _apache_terms() -> str:
-    # This project has the same licence, so the terms are in its metadata.
-    text = metadata.distribution("calm-serve").read_text("licenses/LICENSE") or ""
-    terms, end, _ = text.partition(_TERMS_END)
-    if not end:
-        raise PackagedModelError("calm-serve is not installed with its licence; install it by pip")
-    return f"{terms}{end}\n"
+    # This project has the same licence. A checkout has it as a file, an installed package in its
+    # metadata; a checkout's `*.egg-info`, which may be found before either, does not.
+    beside = Path(__file__).parents[2] / "LICENSE"
+    texts = [beside.read_text(encoding="utf-8")] if beside.is_file() else []
+    found = metadata.distributions(name="calm-serve")
+    texts += [one.read_text("licenses/LICENSE") or "" for one in found]
+    for text in texts:
+        terms, end, _ = text.partition(_TERMS_END)
+        if end:
+            return f"{terms}{end}\n"
+    raise PackagedModelError("calm-serve is not installed with its licence; install it by pip")
