@@ -116,8 +116,8 @@ def _costs(
     request_s = estimator.request_s
     error_s = estimator.wait_error_s / _WEIGHTS
     served = estimator.served_session(request.session_key)
-    # Each process counts its own work, and a session has a place already.
-    balance_s = 0.0 if served else BALANCE_COST * request_s
+    # Each process counts its own work, and all must agree on a session's replica.
+    balance_s = 0.0 if served or request.session_key else BALANCE_COST * request_s
     estimates = estimator.estimates(chain, shared, request.prompt_tokens, replicas)
     for replica, (wait_s, prefill_s, own_s, excess) in zip(replicas, estimates, strict=True):
         name = replica.replica_id

@@ -23,6 +23,7 @@ os.environ |= process_environment(spec)
 from vllm.model_executor.layers import utils
 from deployments.slm.engine.engine import Engine, RequestFacts
 from deployments.slm.sleep import ReplicaResidency
+from deployments.slm.warm_up import post
 
 if kernel == "onednn":  # what CPUs without matrix units run
     utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
@@ -39,13 +40,13 @@ async def main():
         break
 
     async def answer(prompt, model):
-        facts, parts = RequestFacts(), []
+        facts = RequestFacts(on_tokens=lambda _tokens: None)
         messages = [{"role": "user", "content": prompt}]
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 48}
         async with residency.awake():
-            async for chunk in engine.chat(body, facts):
-                parts.append(chunk)
-        message = json.loads(b"".join(parts))["choices"][0]["message"]
+            with engine.observed(facts):
+                _, raw = await post(engine.app, "/v1/chat/completions", json.dumps(body).encode())
+        message = json.loads(raw)["choices"][0]["message"]
         return message["content"], facts.cached_tokens
 
     async def answers():

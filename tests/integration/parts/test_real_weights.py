@@ -28,16 +28,17 @@ ANSWER = (
 import asyncio
 spec = spec_of("models:smollm2-135m-instruct")
 os.environ |= process_environment(spec)
-from deployments.slm.engine.engine import Engine, RequestFacts, engine_args
+from deployments.slm.engine.engine import Engine, engine_args
+from deployments.slm.warm_up import post
 
 async def main():
     defaults = engine_args(spec).create_engine_config().model_config.get_diff_sampling_param()
     engine = await Engine.start(spec)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": "slm", "messages": messages, "max_tokens": 32, "temperature": 0}
-    parts = [chunk async for chunk in engine.chat(body, RequestFacts())]
+    _, raw = await post(engine.app, "/v1/chat/completions", json.dumps(body).encode())
     engine.shutdown()
-    print(json.dumps({"answer": json.loads(b"".join(parts)), "defaults": defaults}))
+    print(json.dumps({"answer": json.loads(raw), "defaults": defaults}))
 
 asyncio.run(main())
 """
