@@ -32,8 +32,9 @@ BALANCE_SLACK = 0.02
 NOISE_RATIO = 0.1
 """Difference that counts as none, in the prefill of a mean request: the hash decides."""
 
-SESSION_NOISE_RATIO = 0.5
-"""The same for a named session, on which routers should agree before they hear of it."""
+SESSION_RATIO = FUTURE_COST
+"""The same for a named session: its hash's choice counts like a replica that has its prefix, because
+routers that have not served it have to agree before they hear of it."""
 
 ADAPTER_LOAD_S = 1.0
 """Of loading an adapter: chosen by hand, because engines do not report it."""
@@ -142,7 +143,7 @@ def _prefer(eligible: list[_Cost], served: str, request_s: float, *, named: bool
     ratio = FUTURE_COST
     at = next((i for i, one in enumerate(eligible) if one[3] == served), -1)
     if at < 0:
-        ratio = SESSION_NOISE_RATIO if named else NOISE_RATIO
+        ratio = SESSION_RATIO if named else NOISE_RATIO
         at = min(range(len(eligible)), key=lambda i: eligible[i][2:])
     cost_s, remote, weight, name = eligible[at]
     eligible[at] = (cost_s - ratio * request_s, remote, weight, name)
