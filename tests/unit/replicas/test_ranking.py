@@ -185,11 +185,11 @@ def test_a_conversation_stays_until_moving_gains_more_than_its_prefix_costs_to_c
     assert chosen(40 * prefix_s) != "r3"
 
 
-def test_a_session_stays_with_its_replica_when_others_are_a_little_less_busy() -> None:
+def test_a_session_stays_with_its_replica_until_it_is_full() -> None:
     request = ReplicaRequest("d", session_key="s")
     preferred = first(request)
     assert first(request, [replica(n, 4 if n == preferred else 0) for n in NAMES]) == preferred
-    assert first(request, [replica(n, 19 if n == preferred else 0) for n in NAMES]) != preferred
+    assert first(request, [replica(n, 20 if n == preferred else 0) for n in NAMES]) != preferred
 
 
 def test_a_session_without_a_common_prefix_stays_where_it_was_sent() -> None:
