@@ -1,4 +1,4 @@
-"""The router deployment. It is the HTTP ingress, so a request makes one Ray hop each way.
+"""The router deployment. It is the HTTP ingress, and reaches the SLMs over HTTP, past Ray.
 
 `__call__` takes the raw request; a table maps paths to methods. `calm_serve` decides, the reply's
 bytes pass through unchanged, and slow work (outcomes, metrics, knowledge) runs in background tasks.

@@ -138,8 +138,7 @@ class Dispatcher:
                 attempts.full(slm_id, error)
             except UpstreamError as error:
                 attempts.failure(slm_id, error, call.took_s)
-            # A fault of one attempt, of any type, must not cost the client the others.
-            except Exception:
+            except Exception:  # of any type: one attempt's fault must not cost the others
                 log.exception("sending a request to SLM %s failed", slm_id)
                 failure = Failure(FailureKind.TRANSPORT, f"SLM {slm_id!r} could not be asked")
                 attempts.failure(slm_id, UpstreamError(failure), call.took_s)

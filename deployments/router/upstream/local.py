@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -23,6 +22,7 @@ from calm_serve.upstreams import (
 from deployments.router.chosen import ChosenReplica, ReplicaChooser
 from deployments.router.live_state import VIEW
 from deployments.router.upstream.end_scanner import EndScanner
+from deployments.router.upstream.reply import Reply
 from deployments.router.upstream.slot_queue import SlotQueue
 from deployments.wire import (
     END_HEADER,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 RETRY_AFTER_S = 1.0
 
 
-class LocalReply:
+class LocalReply(Reply):
     """The reply of an SLM of the fleet: bytes and then a `ReplyEnd`, or one `AsleepReply`.
 
     Reading the first item chooses the replica and sends the request; a replica that is full is
@@ -70,35 +70,8 @@ class LocalReply:
         }
         self._chooser: ReplicaChooser | None = None
         self._chosen: ChosenReplica | None = None
-        self._response: aiohttp.ClientResponse | None = None
         self._scanner = EndScanner()
-        self._over = False
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._over:
-            raise StopAsyncIteration
-        try:
-            if self._response is None:
-                return await self._open()
-            return await self._next_part(self._response)
-        except (aiohttp.ClientError, OSError) as error:
-            self.cancel()
-            if isinstance(error, TimeoutError):
-                message = f"SLM {self._slm_id!r} has not begun to answer in time"
-                raise UpstreamError(Failure(FailureKind.TIMED_OUT, message)) from error
-            raise self._lost() from error
-        except BaseException:
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """Break off: close the connection, which ends the work in the replica."""
-        if self._response is not None:
-            self._response.close()
-        self._finish()
+        super().__init__()
 
     async def _open(self) -> Any:
         queue = self._upstream.queue(self._slm_id)
@@ -217,13 +190,16 @@ class LocalReply:
             self._chooser.finished(self._chosen.replica_id)
         self._response, self._chosen = None, None
 
-    def _finish(self) -> None:
-        """Count the request as over, once."""
-        if not self._over:
-            self._over = True
-            if self._chooser is not None and self._chosen is not None:
-                self._chooser.finished(self._chosen.replica_id)
-                self._upstream.queue(self._slm_id).next()
+    def _count_end(self) -> None:
+        if self._chooser is not None and self._chosen is not None:
+            self._chooser.finished(self._chosen.replica_id)
+            self._upstream.queue(self._slm_id).next()
+
+    def _failure_of(self, error: Exception) -> Failure:
+        if isinstance(error, TimeoutError):
+            message = f"SLM {self._slm_id!r} has not begun to answer in time"
+            return Failure(FailureKind.TIMED_OUT, message)
+        return self._lost().failure
 
 
 def _ongoing(response: aiohttp.ClientResponse) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -38,6 +38,7 @@ from calm_serve.upstreams import (
     wrong_content_type,
 )
 from deployments.router.live_state import VIEW
+from deployments.router.upstream.reply import Reply
 from deployments.wire import ReplyEnd, deployment_name
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class EmptyAnswerError(UpstreamError):
         self.answer = answer
 
 
-class RemoteReply:
+class RemoteReply(Reply):
     """The reply of a remote SLM: bytes and then a `ReplyEnd`.
 
     Reading the first item sends the request. Events before the first one with content are kept
@@ -73,41 +74,9 @@ class RemoteReply:
         self._started_s = time.perf_counter()
         self._ends_at_s = 0.0  # of the event loop's clock
         self._ttft_s = 0.0
-        self._response: aiohttp.ClientResponse | None = None
         self._events: _Events | None = None
-        self._counted = self._over = False
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._over:
-            raise StopAsyncIteration
-        try:
-            if self._response is None:
-                return await self._open()
-            return await self._next_part(self._remote.idle_timeout_s)
-        except (aiohttp.ClientError, OSError) as error:
-            self.cancel()
-            kind = FailureKind.TRANSPORT
-            if isinstance(error, TimeoutError):
-                kind = FailureKind.TIMED_OUT
-            raise UpstreamError(
-                Failure(kind, f"the upstream of {self._spec.id!r}: {type(error).__name__}")
-            ) from error
-        except EventTooLargeError as error:
-            self.cancel()
-            message = f"{self._spec.id!r} sent an event that is too large"
-            raise UpstreamError(Failure(FailureKind.BAD_ANSWER, message)) from error
-        except BaseException:
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """Break off: close the connection."""
-        if self._response is not None:
-            self._response.close()
-        self._finish()
+        self._counted = False
+        super().__init__()
 
     async def _open(self) -> Any:
         request = self._request()
@@ -133,7 +102,7 @@ class RemoteReply:
         if not stream:
             return self._whole(request, await self._read(response))
         self._events = _Events(request, self._body, self._origin)
-        return await self._next_part(self._remote.first_byte_timeout_s)
+        return await self._events_until(response, self._remote.first_byte_timeout_s)
 
     def _request(self) -> UpstreamRequest:
         api = APIS.get(self._path)
@@ -218,12 +187,15 @@ class RemoteReply:
         message = f"{self._spec.id!r} answered with what is no answer"
         return Answer(Failure(FailureKind.BAD_ANSWER, message))
 
-    async def _next_part(self, idle_timeout_s: float) -> Any:
-        assert self._response is not None
+    async def _next_part(self, response: aiohttp.ClientResponse) -> Any:
+        return await self._events_until(response, self._remote.idle_timeout_s)
+
+    async def _events_until(self, response: aiohttp.ClientResponse, limit_s: float) -> Any:
+        """Return what the client gets next; each read may take `limit_s`."""
         assert self._events is not None
         while True:
-            async with self._limit(idle_timeout_s):
-                chunk = await self._response.content.readany()
+            async with self._limit(limit_s):
+                chunk = await response.content.readany()
             if not chunk:
                 tail, answer = self._events.finish()
                 end = ReplyEnd(tail, self._facts(answer))
@@ -247,9 +219,16 @@ class RemoteReply:
             running=self._upstream.running[self._spec.id],
         )
 
-    def _finish(self) -> None:
-        """Count the request as over, once."""
-        self._over = True
+    def _failure_of(self, error: Exception) -> Failure:
+        slm_id = self._spec.id
+        if isinstance(error, EventTooLargeError):
+            message = f"{slm_id!r} sent an event that is too large"
+            return Failure(FailureKind.BAD_ANSWER, message)
+        timed_out = isinstance(error, TimeoutError)
+        kind = FailureKind.TIMED_OUT if timed_out else FailureKind.TRANSPORT
+        return Failure(kind, f"the upstream of {slm_id!r}: {type(error).__name__}")
+
+    def _count_end(self) -> None:
         if self._counted:
             self._counted = False
             self._upstream.running[self._spec.id] -= 1

@@ -279,3 +279,12 @@ async def test_a_client_that_leaves_closes_the_connection(chooser: Chooser) -> N
     one.cancel()
     assert response.closed
     assert chooser.events[-1] == "finished r1"
+
+
+async def test_a_reply_that_is_dropped_gives_its_slot_back(chooser: Chooser) -> None:
+    response = stream(b"data: 1\n\n", b"data: 2\n\n")
+    one = reply(Upstream(response))
+    await anext(one)
+    del one
+    assert response.closed
+    assert chooser.events[-1] == "finished r1"
