@@ -54,6 +54,14 @@ class Backlog:
         if start_s > now_s:
             self._own.append(_Own(start_s, work_s, now_s, tokens))
 
+    def remove(self, work_s: float) -> None:
+        """Take back an own request of so many seconds, which the replica did not accept."""
+        self._ready_at_s -= work_s
+        for i in range(len(self._own) - 1, -1, -1):
+            if self._own[i].work_s == work_s:
+                del self._own[i]
+                break
+
     def reported(
         self,
         waiting: int,

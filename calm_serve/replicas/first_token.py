@@ -67,6 +67,7 @@ class _InFlight(NamedTuple):
     replica_id: str
     prompt_tokens: int  # estimated
     work_tokens: float  # counted so far
+    work_s: float  # predicted, of the prefill
     wait_s: float  # predicted
     queue_length: int
 
@@ -179,7 +180,10 @@ class FirstTokenEstimator:
         queue_length: int = 0,
         session_key: str = "",
     ) -> None:
-        """Count a request that a replica has accepted; `prompt_tokens` is an estimate."""
+        """Count a request as it is sent to a replica; `prompt_tokens` is an estimate.
+
+        Then, because a replica's answer begins only after the prefill.
+        """
         now_s = self._clock()
         tokens, block_tokens = self._sizes(chain, prompt_tokens)
         blocks = self.index.match(chain).get(replica_id, 0)
@@ -195,13 +199,28 @@ class FirstTokenEstimator:
             if session_key:
                 _put(self._sessions, session_key, replica_id, MAX_SESSIONS)
             wait_s = one.backlog.wait_s(now_s)
-            one.backlog.add(one.rate[0] * uncached, tokens, now_s)
+            work_s = one.rate[0] * uncached
+            one.backlog.add(work_s, tokens, now_s)
             self._length.add(tokens)
             self._uncached.add(uncached)
             work_tokens = uncached + self._output.value
             self._work.add(replica_id, work_tokens)
-            sent = _InFlight(replica_id, prompt_tokens, work_tokens, wait_s, queue_length)
+            sent = _InFlight(replica_id, prompt_tokens, work_tokens, work_s, wait_s, queue_length)
             _put(self._in_flight, decision_id, sent, MAX_IN_FLIGHT)
+
+    def refused(self, decision_id: str) -> None:
+        """Take back a request that its replica did not accept.
+
+        Its prefix stays in the index: a full replica is passed over for its load, and has most of
+        the prompts that it is preferred for.
+        """
+        with self._lock:
+            sent = self._in_flight.pop(decision_id, None)
+            one = self._replicas.get(sent.replica_id) if sent is not None else None
+            if sent is None or one is None:
+                return
+            one.backlog.remove(sent.work_s)
+            self._work.add(sent.replica_id, -sent.work_tokens, 0)
 
     def answered(self, decision_id: str, facts: EngineFacts) -> None:
         """Learn from an answer, and take the engine's load at its end.

@@ -23,7 +23,7 @@ class ReplicaChooser(Protocol):
     def choose(self, hints: Hints, tried: Container[str] = ()) -> ChosenReplica | None:
         """Return the best replica that is not in `tried`; None when there is no other one."""
 
-    def sent(self, replica_id: str) -> None:
+    def sent(self, replica_id: str, hints: Hints) -> None:
         """Count a request that is on its way to a replica."""
 
     def answered(

@@ -66,9 +66,17 @@ class ReplicaRouter(RequestRouter):
         replica_id = self._rank(left, hints)[0][0].replica_id.unique_id
         return ChosenReplica(replica_id, self._addresses[replica_id])
 
-    def sent(self, replica_id: str) -> None:
+    def sent(self, replica_id: str, hints: Hints) -> None:
         """Count a request that is on its way to a replica."""
         self._queues.sent(replica_id)
+        self._view.estimator(self._name).sent(
+            hints.get("decision_id", ""),
+            hints.get("prefix_chain", ()),
+            hints.get("prompt_tokens", 0),
+            replica_id,
+            self._queues.of(replica_id) or 0,
+            hints.get("session_key", ""),
+        )
 
     def answered(
         self, replica_id: str, hints: Hints, *, accepted: bool, ongoing: int | None
@@ -76,15 +84,8 @@ class ReplicaRouter(RequestRouter):
         """Take a replica's first reaction to a request; `ongoing` is its count of requests."""
         if ongoing is not None:
             self._queues.answered(replica_id, ongoing)
-        if accepted:
-            self._view.estimator(self._name).sent(
-                hints.get("decision_id", ""),
-                hints.get("prefix_chain", ()),
-                hints.get("prompt_tokens", 0),
-                replica_id,
-                self._queues.of(replica_id) or 0,
-                hints.get("session_key", ""),
-            )
+        if not accepted:
+            self._view.estimator(self._name).refused(hints.get("decision_id", ""))
 
     def finished(self, replica_id: str) -> None:
         """Count a request that is over, however it ended."""
@@ -95,7 +96,7 @@ class ReplicaRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return every candidate once, in groups, best first."""
+        """Return the live candidates as one group, for a call of the handle itself."""
         if pending_request is not None:
             # Without a back-off, Serve retries a full deployment in a loop that never sleeps.
             pending_request.routing_context.should_backoff = True
@@ -149,6 +150,7 @@ class ReplicaRouter(RequestRouter):
         super().on_replica_actor_unavailable(replica_id)
         self._queues.forget(replica_id.unique_id)
 
+    # Serve keeps the lengths that it asks for to itself; no public method is told of them.
     async def _probe_queue_lens(
         self, replicas: list[RunningReplica], backoff_index: int
     ) -> list[tuple[RunningReplica, int | None]]:

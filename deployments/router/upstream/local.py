@@ -119,7 +119,7 @@ class LocalReply(Reply):
     async def _post(self, chosen: ChosenReplica) -> aiohttp.ClientResponse:
         assert self._chooser is not None
         self._chosen = chosen
-        self._chooser.sent(chosen.replica_id)
+        self._chooser.sent(chosen.replica_id, self._hints)
         headers = {**self._headers, SECRET_HEADER: chosen.address["secret"]}
         try:
             async with asyncio.timeout(self._hints.get("first_byte_limit_s")):
@@ -127,6 +127,7 @@ class LocalReply(Reply):
                     chosen.address["url"] + self._path, self._body, headers
                 )
         except aiohttp.ClientConnectorError as error:
+            self._chooser.answered(chosen.replica_id, self._hints, accepted=False, ongoing=None)
             if isinstance(error.os_error, ConnectionRefusedError):
                 # Nobody has its port any more, so its process has ended.
                 VIEW.died(deployment_name(self._slm_id), chosen.replica_id)

@@ -24,6 +24,15 @@ def test_time_drains_what_own_requests_add() -> None:
     assert [backlog.wait_s(at_s) for at_s in (10.0, 14.0, 15.0, 99.0)] == [5.0, 1.0, 0.0, 0.0]
 
 
+def test_a_request_that_was_not_accepted_is_taken_back() -> None:
+    backlog = backlog_of(2.0, 3.0)
+    backlog.add(7.0, 7000.0, 10.0)
+    backlog.remove(7.0)
+    assert backlog.wait_s(10.0) == 5.0
+    backlog.reported(1, 10.5, MEAN)  # it does not count among those that wait
+    assert backlog.wait_s(10.5) == 4.5
+
+
 def test_a_report_of_own_requests_alone_changes_nothing() -> None:
     backlog = backlog_of(2.0, 3.0, 4.0)
     backlog.reported(2, 10.5, MEAN)

@@ -108,13 +108,12 @@ def test_a_replica_without_an_address_gets_nothing(view: LiveView) -> None:
     routing([deaf, FakeReplica("b")], story)
 
 
-def test_a_prompt_goes_to_the_replica_that_accepted_its_prefix(view: LiveView) -> None:
+def test_a_prompt_goes_to_the_replica_that_was_sent_its_prefix(view: LiveView) -> None:
     async def story(router: ReplicaRouter) -> None:
         request = hints(prefix_family="f", prefix_chain=(1, 2))
         last = order(router, request)[-1]
-        router.answered(last, request, accepted=False, ongoing=None)
-        assert order(router, request)[0] != last
-        router.answered(last, request, accepted=True, ongoing=None)
+        router.sent(last, request)
+        router.finished(last)
         assert order(router, request)[0] == last
 
     routing([FakeReplica("a"), FakeReplica("b"), FakeReplica("c")], story)
@@ -122,9 +121,9 @@ def test_a_prompt_goes_to_the_replica_that_accepted_its_prefix(view: LiveView) -
 
 def test_a_request_without_affinity_goes_to_the_least_loaded_replica(view: LiveView) -> None:
     async def story(router: ReplicaRouter) -> None:
-        router.sent("a")
-        router.sent("a")
-        router.sent("b")
+        router.sent("a", hints())
+        router.sent("a", hints())
+        router.sent("b", hints())
         assert order(router, hints()) == ["b", "a"]
         router.finished("a")
         router.finished("a")
@@ -135,10 +134,10 @@ def test_a_request_without_affinity_goes_to_the_least_loaded_replica(view: LiveV
 
 def test_requests_of_other_routers_count_as_a_replica_reports_them(view: LiveView) -> None:
     async def story(router: ReplicaRouter) -> None:
-        router.sent("a")
+        router.sent("a", hints())
         router.answered("a", hints(), accepted=True, ongoing=5)
         router.finished("a")
-        router.sent("b")
+        router.sent("b", hints())
         assert order(router, hints()) == ["b", "a"]
 
     routing([FakeReplica("a"), FakeReplica("b")], story)
@@ -228,7 +227,7 @@ def test_a_retry_avoids_the_replica_that_failed_although_it_has_the_prefix(
     async def story(router: ReplicaRouter) -> None:
         request = hints(prefix_family="f", prefix_chain=(1, 2))
         first = order(router, request)[0]
-        router.answered(first, request, accepted=True, ongoing=None)
+        router.sent(first, request)
         again = order(router, hints(**{**request, "avoid": first}))
         assert again[-1] == first
 
@@ -264,12 +263,22 @@ def test_malformed_reports_of_prompts_are_ignored(view: LiveView, malformed: Any
     assert len(view.estimator("slm").index) == 0
 
 
-def test_an_accepted_request_is_work_ahead_in_its_replica(view: LiveView) -> None:
+def test_a_request_is_work_ahead_from_its_sending_on_unless_it_is_refused(
+    view: LiveView,
+) -> None:
+    """Not from the answer's beginning on: by then the prefill is done."""
+
     async def story(router: ReplicaRouter) -> None:
+        def first_of_ten() -> set[str]:
+            requests = [hints(decision_id=f"d{n}", prefix_family=f"f{n}") for n in range(10)]
+            return {order(router, request)[0] for request in requests}
+
+        assert first_of_ten() == {"a", "b"}
         long = hints(decision_id="long", prompt_tokens=50_000)
-        router.answered("a", long, accepted=True, ongoing=1)
-        for number in range(10):
-            request = hints(decision_id=f"d{number}", prefix_family=f"f{number}")
-            assert order(router, request)[0] == "b"
+        router.sent("a", long)
+        assert first_of_ten() == {"b"}
+        router.answered("a", long, accepted=False, ongoing=0)
+        router.finished("a")
+        assert first_of_ten() == {"a", "b"}
 
     routing([FakeReplica("a"), FakeReplica("b")], story)

@@ -83,7 +83,7 @@ class Chooser:
                 return ChosenReplica(name, {"url": f"http://{name}", "secret": f"of {name}"})
         return None
 
-    def sent(self, replica_id: str) -> None:
+    def sent(self, replica_id: str, _hints: Hints) -> None:
         self.events.append(f"sent {replica_id}")
 
     def answered(
