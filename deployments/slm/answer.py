@@ -290,8 +290,7 @@ class _Answer:
                 await self._send_document()
             return
         if part.startswith(_ERROR_EVENTS):
-            # vLLM would end the stream as if the answer were complete.
-            self._fail(500, part[part.find(b"data: ") + len(b"data: ") :])
+            await self._stop(part[part.find(b"data: ") + len(b"data: ") :].strip())
             return
         part, self._held = self._held + part, b""
         if self._hold_next and more and part:
@@ -308,6 +307,19 @@ class _Answer:
             EngineFacts(), ongoing=ongoing, failure=message or "failed", engine_dead=dead
         )
         await self._send_end(end)
+
+    async def _stop(self, document: bytes) -> None:
+        """End a stream with an error event; vLLM would end it as if the answer were complete."""
+        status = _status_of(document)
+        if self.begun or status >= 500:
+            self._fail(status, document)
+            return
+        # vLLM validates some parameters of a stream after its status line: the client's mistake.
+        assert self._start is not None
+        headers = [(b"content-type", b"application/json")]
+        self._start = {**self._start, "status": status, "headers": headers}
+        self.status, self._held = status, document
+        await self._send_document()
 
     def _fail(self, status: int, document: bytes) -> None:
         self.ended = True  # what vLLM still sends is dropped
@@ -408,6 +420,14 @@ def _schema(fields: dict[str, Any]) -> dict[str, Any] | None:
     schema = shape.get("json_schema") if isinstance(shape, dict) else None
     found = schema.get("schema") if isinstance(schema, dict) else None
     return found if isinstance(found, dict) else None
+
+
+def _status_of(document: bytes) -> int:
+    try:
+        code = from_json(document)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return 500
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 def _message_of(document: bytes) -> str:

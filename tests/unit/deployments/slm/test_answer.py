@@ -347,6 +347,15 @@ async def test_an_error_before_the_first_word_is_a_status_not_a_stream() -> None
     assert json.loads(response.content)["error"]["message"] == "EngineCore died"
 
 
+async def test_a_clients_mistake_that_the_engine_finds_in_a_stream_is_a_400() -> None:
+    document = b'{"error": {"message": "temperature", "param": "temperature", "code": 400}}'
+    replica = Replica(streaming(b"data: " + document + b"\n\n", DONE))
+    response = await replica.ask()
+    assert (response.status, response.content) == (400, document)
+    assert response.headers["content-type"] == "application/json"
+    assert replica.account.statuses == ["400"]
+
+
 @pytest.mark.parametrize("dead", [False, True])
 async def test_a_stream_that_breaks_ends_with_the_failure_and_without_done(dead: bool) -> None:
     replica = Replica(streaming(ROLE, WORD, BROKEN, DONE))
