@@ -54,6 +54,20 @@ def test_a_wrong_field_is_named(
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"logit_bias": {"99999999": 1}}], ids=["early", "late"]
+)
+def test_a_wrong_field_of_a_stream_is_refused_by_its_status(
+    fleet: ServedFleet, wrong: dict[str, Any]
+) -> None:
+    """vLLM finds some mistakes only after it has sent the status line of a stream."""
+    before = fleet.slm(str(GOOD["model"]))["failures"]
+    answer = fleet.post(CHAT, GOOD | {"stream": True} | wrong)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert fleet.slm(str(GOOD["model"]))["failures"] == before
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("words", [3_000, 100_000])
 def test_a_prompt_beyond_the_context_length_is_refused(
