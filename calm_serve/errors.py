@@ -6,6 +6,7 @@ CalmError
 │   ├── UnknownModelError     404
 │   └── NoCandidateError      400: every SLM was excluded by a hard filter
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
+│   ├── RouterFullError       429: the router works on as many requests as it may
 │   └── AsleepError           503: the SLM will not be awake in time
 ├── PackagedModelError        weights cannot be fetched or are not those expected; nothing is kept
 ├── ComponentError            a component is dead; the caller cannot restart it
@@ -78,6 +79,12 @@ class CapacityError(CalmError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RouterFullError(CapacityError):
+    """The router works on as many requests as it may; nothing was decided."""
+
+    code = "router_saturated"
 
 
 class AsleepError(CapacityError):

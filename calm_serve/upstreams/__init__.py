@@ -14,6 +14,7 @@ from calm_serve.upstreams.answers import (
 )
 from calm_serve.upstreams.anthropic import ChatStream, chat_answer
 from calm_serve.upstreams.dialects import UpstreamRequest, build_request, encoded
+from calm_serve.upstreams.engine_deaths import POISON_DEATHS, EngineDeaths
 from calm_serve.upstreams.error_documents import (
     Origin,
     classify_error,
@@ -24,11 +25,14 @@ from calm_serve.upstreams.error_documents import (
 from calm_serve.upstreams.events import Event, EventScanner, EventTooLargeError
 from calm_serve.upstreams.failures import (
     CONSEQUENCES,
+    FAILURE_KINDS,
     Consequence,
     Failure,
     FailureKind,
     UpstreamError,
     engine_death,
+    failure_kind,
+    known_poison,
 )
 from calm_serve.upstreams.kinds import Api, EventKind
 from calm_serve.upstreams.usage import Usage, cost, usage_of
@@ -36,10 +40,13 @@ from calm_serve.upstreams.usage import Usage, cost, usage_of
 __all__ = [
     "CONSEQUENCES",
     "END_EVENTS",
+    "FAILURE_KINDS",
+    "POISON_DEATHS",
     "Answer",
     "Api",
     "ChatStream",
     "Consequence",
+    "EngineDeaths",
     "Event",
     "EventKind",
     "EventScanner",
@@ -59,6 +66,8 @@ __all__ = [
     "cost",
     "encoded",
     "engine_death",
+    "failure_kind",
+    "known_poison",
     "may_be_empty",
     "read_answer",
     "sanitised",

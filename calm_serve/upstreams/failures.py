@@ -13,11 +13,24 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from calm_serve.errors import CalmError, openai_error
+from calm_serve.errors import (
+    AsleepError,
+    CalmError,
+    CapacityError,
+    NoCandidateError,
+    RequestError,
+    RouterFullError,
+    SLMUnavailableError,
+    UnknownModelError,
+    openai_error,
+)
 
 # A provider's daily limit names hours; one request each ten minutes finds out if it was raised.
 MAX_COOL_DOWN_S = 600.0
 MIN_COOL_DOWN_S = 0.1  # "Retry-After: 0" would ask again at once
+
+
+POISON = "the engine stopped while it worked on this request, and so did another one before"
 
 
 class FailureKind(StrEnum):
@@ -32,7 +45,7 @@ class FailureKind(StrEnum):
     TIMED_OUT = "timed_out"  # to connect, to begin, or between two events
     OUT_OF_TIME = "out_of_time"  # the request's own limit passed while the SLM worked
     ENGINE_DIED = "engine_died"
-    POISON = "poison"  # the request is what killed an engine
+    POISON = "poison"  # the request is what killed two engines
     SERVER_ERROR = "server_error"  # the upstream says so (5xx)
     MISCONFIGURED = "misconfigured"  # key, URL, model name or account; the operator's to cure
     BAD_ANSWER = "bad_answer"  # HTML, an error inside a 200, no end
@@ -97,6 +110,7 @@ class Failure:
     code: str | None = None  # the upstream's, where its status is passed on
     upstream_status: int = 0  # 0: it did not answer
     retry_after_s: float | None = None  # as the upstream named it; at most MAX_COOL_DOWN_S
+    died_beside: int | None = None  # other requests in the engine that died with this one in it
 
     @property
     def consequence(self) -> Consequence:
@@ -173,25 +187,54 @@ class UpstreamError(CalmError):
         return self.failure.to_anthropic()
 
 
+# Kinds of errors that are no upstream's; the more special ones first.
+_KINDS: dict[type[CalmError], str] = {
+    AsleepError: "asleep",
+    RouterFullError: "router_full",
+    CapacityError: FailureKind.FULL,
+    SLMUnavailableError: "no_slm",
+    NoCandidateError: "no_capable_slm",
+    UnknownModelError: "unknown_model",
+    RequestError: "bad_request",
+}
+FAILURE_KINDS = frozenset((*FailureKind, *_KINDS.values(), "internal"))
+
+
 def unsupported(slm_id: str, name: str) -> UpstreamError:
     """Return the error for a field that the upstream of `slm_id` does not have."""
     message = f"{name!r} is not supported by the upstream of {slm_id!r}"
     return UpstreamError(Failure(FailureKind.UNSUPPORTED, message, param=name))
 
 
+def failure_kind(error: CalmError) -> str:
+    """Return the kind of an error, for metrics and outcomes."""
+    if isinstance(error, UpstreamError):
+        return error.failure.kind
+    return next((kind for known, kind in _KINDS.items() if isinstance(error, known)), "internal")
+
+
 def engine_death(slm_id: str, *, was_running: bool, others: int, deaths: int) -> Failure:
     """Judge a request that saw an engine die.
 
-    It is poison, so that no second engine gets it, if it was in the engine and either alone there
-    or in an engine that died before. An engine that is killed from outside while it runs a single
-    request looks the same; that request is lost, which costs less than another engine.
+    An engine may be killed from outside (out of memory, an operator), whatever it works on. So a
+    request may go to one second engine. It is poison, so that no further engine gets it, when an
+    engine has died with it before.
 
     Args:
         slm_id: the engine's SLM.
         was_running: the engine had taken the request when it died.
         others: requests that were running in the engine beside it.
-        deaths: engines that died with this request before this one.
+        deaths: engines that died with this request before this one, or lately while they worked
+            on an equal request alone.
     """
-    if was_running and (others == 0 or deaths > 0):
-        return Failure(FailureKind.POISON, "the engine stopped while it worked on this request")
-    return Failure(FailureKind.ENGINE_DIED, f"the engine of {slm_id!r} has stopped")
+    if not was_running:
+        return Failure(FailureKind.ENGINE_DIED, f"the engine of {slm_id!r} has stopped")
+    if deaths > 0:
+        return Failure(FailureKind.POISON, POISON, died_beside=others)
+    message = f"the engine of {slm_id!r} stopped while it worked on this request"
+    return Failure(FailureKind.ENGINE_DIED, message, died_beside=others)
+
+
+def known_poison() -> UpstreamError:
+    """Return the error for a request that is not sent, because engines died with it lately."""
+    return UpstreamError(Failure(FailureKind.POISON, POISON))

@@ -90,16 +90,18 @@ def test_a_poison_request_is_not_to_be_repeated() -> None:
     [
         (False, 0, 0, FailureKind.ENGINE_DIED),  # found dead
         (True, 3, 0, FailureKind.ENGINE_DIED),  # any of four
-        (True, 0, 0, FailureKind.POISON),
+        (True, 0, 0, FailureKind.ENGINE_DIED),  # killed from outside, perhaps
+        (True, 0, 1, FailureKind.POISON),
         (True, 3, 1, FailureKind.POISON),  # it was there twice
         (False, 0, 1, FailureKind.ENGINE_DIED),
     ],
 )
-def test_a_request_that_stopped_an_engine_gets_no_second_one(
+def test_a_request_that_was_in_two_engines_that_died_gets_no_third_one(
     was_running: bool, others: int, deaths: int, kind: FailureKind
 ) -> None:
     failure = engine_death("small", was_running=was_running, others=others, deaths=deaths)
     assert failure.kind is kind
+    assert failure.died_beside == (others if was_running else None)
 
 
 def test_the_error_is_the_failures() -> None:
