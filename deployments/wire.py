@@ -44,6 +44,8 @@ class Hints(TypedDict, total=False):
     adapter: str
     avoid: str  # replica of the failed attempt before this one
     first_byte_limit_s: float  # of a stream, once it is sent to a replica
+    engine_deaths: int  # engines that died with this request, or alone with an equal one
+    wait_limit_s: float  # longest wait for a slot after which the answer is still of use
 
 
 class ReplicaAddress(TypedDict):

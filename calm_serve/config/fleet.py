@@ -6,7 +6,7 @@ Pure validation: files are read in `loading.py`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -40,8 +40,10 @@ class Batching:
     max_queued_requests: int
 
 
-# max_ongoing_requests is a little above max_num_seqs, so that the engine always has a next request.
-# The queue bound limits the wait; it is lowest where a person watches the answer appear.
+# Requests in a replica beyond those that run, as a share of them: the engine always has a next one.
+NEXT_RATIO = 0.25
+# max_ongoing_requests is max_num_seqs and NEXT_RATIO of it. The queue bound limits the wait; it is
+# lowest where a person watches the answer appear.
 BATCHING: dict[BatchingProfile, Batching] = {
     BatchingProfile.EXTRACTION: Batching(32, 4096, 40, 256),
     BatchingProfile.BALANCED: Batching(16, 2048, 20, 128),
@@ -165,6 +167,9 @@ class Dialect(StrEnum):
 class Prices(Config):
     """What an upstream charges, in one currency for the whole fleet."""
 
+    currency: str = Field(
+        default="USD", pattern=r"^[A-Z]{3}$", description="ISO 4217; one for the whole fleet."
+    )
     input_per_million_tokens: float = Field(ge=0, le=1e6, description="Money for prompts.")
     cached_input_per_million_tokens: float | None = Field(
         default=None, ge=0, le=1e6, description="For the cached part of prompts; null: as input."
@@ -296,8 +301,19 @@ class SLMSpec(Config):
 
     @property
     def limits(self) -> Batching:
-        """The batching profile's numbers."""
-        return BATCHING[self.batching]
+        """The batching profile's numbers; `engine.max_num_seqs` and `remote` have others.
+
+        Of a remote SLM, requests that one router sends at once; none waits for a slot.
+        """
+        profile = BATCHING[self.batching]
+        if self.remote is not None:
+            most = self.remote.max_concurrent_requests
+            return replace(profile, max_num_seqs=most, max_ongoing_requests=most)
+        own = self.engine.get("max_num_seqs")
+        if type(own) is not int or own < 1:  # vLLM's error says what is wrong
+            return profile
+        ongoing = own + max(1, round(own * NEXT_RATIO))
+        return replace(profile, max_num_seqs=own, max_ongoing_requests=ongoing)
 
     @property
     def embedding_space(self) -> str:
@@ -368,6 +384,9 @@ class Fleet(Config):
     def _consistent(self) -> Fleet:
         ids = [s.id for s in self.slms]
         unique("SLM id", ids)
+        priced = [s.remote.prices for s in self.slms if s.remote and s.remote.prices]
+        if len(currencies := sorted({p.currency for p in priced})) > 1:
+            raise ValueError(f"prices need one currency, but there are {', '.join(currencies)}")
         unique("rule name", [r.name for r in self.rules])
         unique("safety name", ["none", *(s.name for s in self.safety)])  # "none": no match
         for name, pattern in [*self.markers.items(), *((s.name, s.pattern) for s in self.safety)]:

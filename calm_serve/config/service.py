@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ByteSize, Field
 
-from calm_serve.config.base import Config
+from calm_serve.config.base import Config, Ratio
 from calm_serve.config.fleet import Fleet
 from calm_serve.config.goals import Goals
 from calm_serve.config.residency import ResidencyOptions
@@ -38,7 +38,26 @@ class RouterOptions(Config):
 
     replicas: int = Field(default=1, ge=1, le=256, description="One per node is usual.")
     num_cpus: float = Field(default=0.2, ge=0, le=64, description="Ray CPUs per router replica.")
-    max_ongoing_requests: int = Field(default=512, ge=1, le=100_000, description="Per replica.")
+    max_ongoing_requests: int = Field(
+        default=512,
+        ge=1,
+        le=100_000,
+        description="Requests for SLMs in work, per router replica; 429 beyond it. /health, "
+        "/metrics and administration do not count.",
+    )
+    max_wakeup_ratio: Ratio = Field(
+        default=0.25,
+        description="Share of max_ongoing_requests that may wait for SLMs to wake or start; 503 "
+        "beyond it.",
+    )
+    # Half of the common client timeout of a minute, so that the answer has the other half.
+    max_queue_wait_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Predicted wait for a slot of an SLM; the next SLM, or 429, beyond it. A "
+        "request's own deadline and x-slo-ttft-ms may be less.",
+    )
     max_body_bytes: ByteSize = Field(default=ByteSize(4 << 20), description="413 above this.")
     request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="Per request.")
     retries: int = Field(default=2, ge=0, le=5, description="Failovers before the first byte.")

@@ -8,6 +8,7 @@ from calm_serve.telemetry.alarms import Alarms
 from calm_serve.telemetry.change_detection import PSI_ALARM, PSI_CLEAR, Cusum, PopulationShift
 from calm_serve.telemetry.circuit_breaker import BreakerState
 from calm_serve.telemetry.content_gain import ContentGainMonitor
+from calm_serve.telemetry.drain_rate import DrainRate
 from calm_serve.telemetry.energy import (
     DEFAULT_WATTS_PER_CORE,
     POWERCAP,
@@ -38,6 +39,7 @@ __all__ = [
     "Cusum",
     "DecayedPlane",
     "DecayedRate",
+    "DrainRate",
     "EnergyMeter",
     "Ewma",
     "FleetStats",

@@ -29,14 +29,19 @@ class Upstream:
         spec: SLM id -> the SLM.
         start_replica: SLM -> waits until a replica of an SLM without any has started; None for an
             SLM that always has replicas.
+        clock: monotonic seconds.
+        random: numbers in [0, 1).
     """
 
     def __init__(
         self,
         spec: Callable[[str], SLMSpec],
         start_replica: Callable[[str], Awaitable[object] | None],
+        clock: Callable[[], float],
+        random: Callable[[], float],
     ) -> None:
         self.spec, self.start_replica = spec, start_replica
+        self._clock, self._random = clock, random
         self.running: Counter[str] = Counter()  # requests in remote SLMs
         self._queues: dict[str, SlotQueue] = {}  # one per SLM that ever was in the fleet
         self._session = aiohttp.ClientSession(
@@ -57,9 +62,19 @@ class Upstream:
         named = {**body, "model": served_name(slm_id, asked.adapter)}
         return LocalReply(self, spec, path, to_json(named), asked, hints)
 
-    def queue(self, slm_id: str) -> SlotQueue:
+    def queue(self, slm: SLMSpec) -> SlotQueue:
         """Return the requests that wait for a slot of an SLM."""
-        return self._queues.setdefault(slm_id, SlotQueue())
+        queue = self._queues.get(slm.id)
+        if queue is None:
+            priors = slm.priors
+            queue = self._queues[slm.id] = SlotQueue(
+                slm.id,
+                slm.limits.max_queued_requests,
+                priors.ttft_s + priors.tpot_s * priors.output_tokens,
+                self._clock,
+                self._random,
+            )
+        return queue
 
     async def post(
         self,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from calm_serve.config import SLMSpec
-from calm_serve.errors import CapacityError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
 from calm_serve.upstreams import (
     Failure,
@@ -23,7 +23,7 @@ from deployments.router.chosen import ChosenReplica, ReplicaChooser
 from deployments.router.live_state import VIEW
 from deployments.router.upstream.end_scanner import EndScanner
 from deployments.router.upstream.reply import Reply
-from deployments.router.upstream.slot_queue import SlotQueue
+from deployments.router.upstream.slot_queue import Place
 from deployments.wire import (
     END_HEADER,
     NO_ANSWER_HEADER,
@@ -40,15 +40,13 @@ from deployments.wire import (
 if TYPE_CHECKING:
     from deployments.router.upstream.connections import Upstream
 
-RETRY_AFTER_S = 1.0
-
 
 class LocalReply(Reply):
     """The reply of an SLM of the fleet: bytes and then a `ReplyEnd`, or one `AsleepReply`.
 
     Reading the first item chooses the replica and sends the request; a replica that is full is
     replaced by the next one. Raises UpstreamError for every way in which an SLM fails, and
-    CapacityError when the queue for its replicas is full.
+    CapacityError when the queue for its replicas is too long.
     """
 
     def __init__(
@@ -62,8 +60,9 @@ class LocalReply(Reply):
     ) -> None:
         self._upstream, self._slm_id, self._path, self._body = upstream, spec.id, path, body
         self._origin = Origin(spec.id, local=True, context_tokens=spec.context_tokens)
-        self._most_queued = spec.limits.max_queued_requests
         self._hints = hints
+        self._queue = upstream.queue(spec)
+        self._wait_limit_s = hints.get("wait_limit_s", math.inf)
         self._headers = {
             "content-type": "application/json",
             REQUEST_HEADER: ANSWER_REQUEST.encode(asked).decode(),
@@ -74,14 +73,17 @@ class LocalReply(Reply):
         super().__init__()
 
     async def _open(self) -> Any:
-        queue = self._upstream.queue(self._slm_id)
+        queue = self._queue
         tried: set[str] = set()
+        place: Place | None = None
         if queue:
-            await self._wait_for_slot(queue)
+            place = queue.enter(self._wait_limit_s)
+            await queue.wait(place)
         while True:
             chosen = await self._choose(tried)
             if chosen is None:
-                await self._wait_for_slot(queue)
+                place = place or queue.enter(self._wait_limit_s)
+                await queue.wait(place)
                 tried.clear()
                 continue
             response = await self._post(chosen)
@@ -110,16 +112,11 @@ class LocalReply(Reply):
             VIEW.routed(self._hints.get("decision_id", ""), chosen.replica_id)
         return chosen
 
-    async def _wait_for_slot(self, queue: SlotQueue) -> None:
-        if len(queue) >= self._most_queued:
-            message = f"SLM {self._slm_id!r} is at its queue limit"
-            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
-        await queue.wait()
-
     async def _post(self, chosen: ChosenReplica) -> aiohttp.ClientResponse:
         assert self._chooser is not None
         self._chosen = chosen
         self._chooser.sent(chosen.replica_id, self._hints)
+        self._queue.take()
         headers = {**self._headers, SECRET_HEADER: chosen.address["secret"]}
         try:
             async with asyncio.timeout(self._hints.get("first_byte_limit_s")):
@@ -180,21 +177,26 @@ class LocalReply(Reply):
     def _death(self, was_running: bool, others: int) -> Failure:
         if self._chosen is not None:
             VIEW.died(deployment_name(self._slm_id), self._chosen.replica_id)
-        return engine_death(self._slm_id, was_running=was_running, others=others, deaths=0)
+        deaths = self._hints.get("engine_deaths", 0)
+        return engine_death(self._slm_id, was_running=was_running, others=others, deaths=deaths)
 
     def _lost(self) -> UpstreamError:
         message = f"the connection to SLM {self._slm_id!r} was lost"
         return UpstreamError(Failure(FailureKind.TRANSPORT, message))
 
     def _end_attempt(self) -> None:
-        if self._chooser is not None and self._chosen is not None:
-            self._chooser.finished(self._chosen.replica_id)
+        self._free_slot(answered=False)
         self._response, self._chosen = None, None
 
     def _count_end(self) -> None:
+        if self._chosen is not None:
+            self._free_slot(answered=self._response is not None)
+            self._queue.next()
+
+    def _free_slot(self, *, answered: bool) -> None:
         if self._chooser is not None and self._chosen is not None:
             self._chooser.finished(self._chosen.replica_id)
-            self._upstream.queue(self._slm_id).next()
+            self._queue.give_back(answered=answered)
 
     def _failure_of(self, error: Exception) -> Failure:
         if isinstance(error, TimeoutError):

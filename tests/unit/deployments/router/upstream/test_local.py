@@ -20,6 +20,7 @@ from deployments.router.live_state import LiveView
 from deployments.router.upstream import local
 from deployments.router.upstream.local import LocalReply
 from deployments.router.upstream.slot_queue import SlotQueue
+from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 from deployments.wire import END_EVENT, AsleepReply, Hints, ReplyEnd, deployment_name
 
 SMALL = deployment_name("small")
@@ -100,11 +101,11 @@ class Upstream:
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
-        self.slots = SlotQueue()
+        self.slots = make_queue()
         self.started: Awaitable[object] | None = None
         self.sent: list[tuple[str, dict[str, str]]] = []
 
-    def queue(self, _slm_id: str) -> SlotQueue:
+    def queue(self, _slm: SLMSpec) -> SlotQueue:
         return self.slots
 
     def start_replica(self, _slm_id: str) -> Awaitable[object] | None:
@@ -177,19 +178,37 @@ async def test_when_all_are_full_the_request_waits_for_a_slot(chooser: Chooser) 
     assert len(upstream.sent) == 3
 
 
-async def test_a_queue_at_its_limit_is_a_capacity_error(chooser: Chooser) -> None:
-    upstream = Upstream()
-    spec = make_spec("small")
-    waiting = [
-        asyncio.create_task(upstream.slots.wait()) for _ in range(spec.limits.max_queued_requests)
-    ]
-    await asyncio.sleep(0)
+async def test_a_request_that_would_wait_too_long_is_a_capacity_error(chooser: Chooser) -> None:
+    upstream = Upstream(full(), full())
     with pytest.raises(CapacityError) as caught:
-        [item async for item in reply(upstream, spec)]
+        [item async for item in reply(upstream, wait_limit_s=0.0)]
     assert caught.value.retry_after_s > 0
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(upstream.sent) == 2
+    assert len(upstream.slots) == 0
+
+
+async def test_a_request_holds_its_slot_until_its_end(chooser: Chooser) -> None:
+    upstream = Upstream(full(), stream(b"data: 1\n\n", EVENT))
+    one = reply(upstream)
+    await anext(one)
+    assert upstream.slots.held == 1
+    assert [item async for item in one] == [ReplyEnd(b"", END.facts)]
+    assert upstream.slots.held == 0
+
+
+@pytest.mark.parametrize(
+    ("deaths", "ongoing", "kind"),
+    [
+        (0, 1, FailureKind.ENGINE_DIED),
+        (1, 1, FailureKind.POISON),
+        (1, 3, FailureKind.POISON),
+    ],
+)
+async def test_a_second_death_with_one_request_is_the_last_one(
+    chooser: Chooser, deaths: int, ongoing: int, kind: FailureKind
+) -> None:
+    one = reply(Upstream(_dead("dead", ongoing)), engine_deaths=deaths)
+    assert await failure_of(one) is kind
 
 
 def _dead(why: str, ongoing: int) -> Response:
@@ -201,7 +220,7 @@ def _dead(why: str, ongoing: int) -> Response:
     [
         (Response(b'{"error": {"message": "bad"}}', status=400), FailureKind.INVALID_REQUEST),
         (Response(b'{"error": {"message": "no memory"}}', status=500), FailureKind.SERVER_ERROR),
-        (_dead("dead", 1), FailureKind.POISON),
+        (_dead("dead", 1), FailureKind.ENGINE_DIED),
         (_dead("dead", 3), FailureKind.ENGINE_DIED),
         (_dead("gone", 1), FailureKind.ENGINE_DIED),
         (stream(b"data: 1\n\n"), FailureKind.TRANSPORT),
@@ -211,7 +230,7 @@ def _dead(why: str, ongoing: int) -> Response:
     ids=[
         "the engine refuses it",
         "the engine fails",
-        "it killed an engine of its own",
+        "the engine died with it alone",
         "the engine died with others in it",
         "the engine was dead before",
         "it breaks off",

@@ -17,6 +17,8 @@ from calm_serve.upstreams import FailureKind, UpstreamError
 from deployments.router.live_state import LiveView
 from deployments.router.upstream import remote
 from deployments.router.upstream.remote import EmptyAnswerError, RemoteReply
+from deployments.router.upstream.slot_queue import SlotQueue
+from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 from deployments.wire import ReplyEnd, deployment_name
 
 CHAT = "/v1/chat/completions"
@@ -82,7 +84,11 @@ class Upstream:
     def __init__(self, answer: Any) -> None:
         self.answer = answer
         self.running: Counter[str] = Counter()
+        self.slots = make_queue()
         self.sent: dict[str, Any] = {}
+
+    def queue(self, _slm: SLMSpec) -> SlotQueue:
+        return self.slots
 
     async def post(
         self, url: str, body: bytes, headers: Mapping[str, str], connect_timeout_s: float
