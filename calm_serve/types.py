@@ -413,15 +413,37 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """Money that an upstream charges for one request."""
+
+    amount: float
+    currency: str  # ISO 4217; the same for all prices of a fleet
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """One SLM that was asked, or could have been, and gave no answer."""
+
+    slm_id: str
+    failure: str  # kind: one of `upstreams.FailureKind`, or "asleep"
+    took_s: float = 0.0  # since the request was sent to it
+    cost: float | None = None  # what it charged all the same, in the outcome's currency
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """Outcome of one request: one durable row. `outcome_id` makes delivery idempotent."""
 
     outcome_id: str  # equals the decision's id
-    slm_id: str  # SLM that answered, else the chosen one
+    slm_id: str  # SLM that answered, else the chosen one; "" when none could be chosen
     at: float = 0.0  # Unix time in seconds
     adapter: str = ""
     status: str = "ok"  # "ok", "error", "cancelled", "rejected"
     http_status: int = 200
+    failure: str = ""  # kind of what the client was told, "" when it got an answer
+    failed_attempts: tuple[FailedAttempt, ...] = ()  # in order; the last ones of many
+    cost: float | None = None  # of all attempts; None: no upstream reported what it charges for
+    currency: str = ""  # of the costs
     retries: int = 0
     predicted_replica: str = ""
     task: str = ""  # label the client gave (x-calm-task)

@@ -126,8 +126,8 @@ class OutcomeMonitor:
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Count a batch; an outcome that was seen before is ignored."""
         for outcome in outcomes:
-            if outcome.outcome_id in self._remembered:
-                continue
+            if outcome.outcome_id in self._remembered or not outcome.slm_id:
+                continue  # counted already; or no SLM could be chosen, so there is none to watch
             predicted = outcome.decision.predicted
             success_ratio = None if predicted is None else predicted.success_ratio
             _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, success_ratio))

@@ -71,6 +71,9 @@ class Replay:
     def add(self, outcome: Outcome) -> None:
         """Repeat one logged decision."""
         self.outcomes += 1
+        if not outcome.slm_id:
+            self.skipped["no SLM could be chosen"] += 1
+            return
         logged = read_decision(outcome)
         if logged is None:
             self.skipped[_skip_reason(outcome)] += 1

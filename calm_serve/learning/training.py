@@ -101,9 +101,10 @@ def train(
 ) -> Training:
     """Train on the older outcomes and measure on the newest `holdout_ratio` of labelled ones.
 
-    Unlabelled outcomes are used for answer length and TTFT. Outcomes of SLMs outside `slm_ids` and
-    of another feature layout are ignored. Equal input, seed and clock give equal bytes. Raises
-    KnowledgeError when there are fewer than MIN_LABELLED labelled outcomes, or no SLM has enough.
+    Unlabelled outcomes are used for answer length and TTFT. Outcomes of SLMs outside `slm_ids`, of
+    another feature layout, and of requests that were turned away are ignored. Equal input, seed and
+    clock give equal bytes. Raises KnowledgeError when there are fewer than MIN_LABELLED labelled
+    outcomes, or no SLM has enough.
     """
     split = _split(outcomes, set(slm_ids), holdout_ratio)
     known = _known_slms(split.fit)
@@ -136,7 +137,7 @@ def train(
 
 def _split(outcomes: Sequence[Outcome], slm_ids: set[str], holdout_ratio: float) -> _Split:
     usable = sorted(
-        (o for o in outcomes if o.slm_id in slm_ids and fits_layout(o)),
+        (o for o in outcomes if o.slm_id in slm_ids and o.status != "rejected" and fits_layout(o)),
         key=lambda o: (o.at, o.outcome_id),
     )
     labelled = [i for i, o in enumerate(usable) if quality_label(o.signals)]

@@ -83,7 +83,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE meta SET value = '3' WHERE key = 'schema_version'",
+        "UPDATE meta SET value = '4' WHERE key = 'schema_version'",
         "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)",
     ],
 )
@@ -101,7 +101,7 @@ def test_a_store_of_a_newer_program_is_refused_untouched(tmp_path: Path, stateme
 def test_programs_before_migrations_refuse_the_store_by_its_version(tmp_path: Path) -> None:
     path = sqlite_of_schema_1(tmp_path)
     opened(path).close()
-    assert execute(path, "SELECT value FROM meta WHERE key = 'schema_version'") == [("2",)]
+    assert execute(path, "SELECT value FROM meta WHERE key = 'schema_version'") == [("3",)]
 
 
 @pytest.mark.parametrize("old", [True, False])
