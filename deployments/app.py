@@ -30,6 +30,7 @@ from calm_serve.routing import weights_of
 from deployments.knowledge.actor import start_knowledge
 from deployments.knowledge.registration import Registration
 from deployments.launch import check_engine_arguments
+from deployments.router.admission import ADMINISTRATION_SLOTS
 from deployments.router.deployment import Router
 from deployments.wire import deployment_name
 
@@ -81,14 +82,19 @@ def build_slm(args: dict[str, Any]) -> serve.Application:
 def bind_router(
     args: ServeArgs, fleet: Fleet, handles: dict[str, DeploymentHandle]
 ) -> serve.Application:
-    """Return the ingress."""
+    """Return the ingress.
+
+    The router itself refuses requests for SLMs beyond `max_ongoing_requests`. Serve, behind whose
+    bound every request waits without an answer, gets a higher one, so that health, metrics and
+    administration answer while generation is saturated.
+    """
     options: RouterOptions = args.router
     return (
         serve.deployment(Router)
         .options(
             name="router",
             num_replicas=options.replicas,
-            max_ongoing_requests=options.max_ongoing_requests,
+            max_ongoing_requests=options.max_ongoing_requests + ADMINISTRATION_SLOTS,
             ray_actor_options={"num_cpus": options.num_cpus},
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_wait_loop_s=0.2,

@@ -42,12 +42,12 @@ class SLMs:
         self.cancelled = 0
 
     def call(self, *_request: Any) -> Answer:
-        return Answer(self, self._play())
+        return Answer(self, self.play())
 
     async def close(self) -> None:
         """Nothing is open."""
 
-    async def _play(self) -> AsyncIterator[Any]:
+    async def play(self) -> AsyncIterator[Any]:
         for item in self._items:
             if isinstance(item, Exception):
                 raise item
@@ -92,9 +92,13 @@ class Metrics:
 
     def __init__(self, *_args: Any) -> None:
         self.seen: list[Outcome] = []
+        self.turned_away: list[str] = []
 
     def observe(self, outcome: Outcome) -> None:
         self.seen.append(outcome)
+
+    def refused(self, kind: str) -> None:
+        self.turned_away.append(kind)
 
     def refresh(self, *_args: Any) -> None:
         """Nothing to show."""
@@ -105,7 +109,7 @@ class PlainRouter(deployment.Router):
 
     slms: SLMs
 
-    def connect_upstream(self) -> Any:
+    def connect_upstream(self, _random: Any) -> Any:
         return self.slms
 
     def __del__(self) -> None:  # type: ignore[override]

@@ -44,6 +44,9 @@ DECISION_S = (5e-5, 1e-4, 2e-4, 3.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
 METRICS: tuple[Metric, ...] = (
     Metric("calm_requests", _C, "Finished requests.", (*SPLIT, "reason", "status")),
+    Metric("calm_refused_requests", _C, "Requests that got an error.", ("slm", "kind")),
+    Metric("calm_failed_attempts", _C, "SLMs that gave no answer.", ("slm", "kind")),
+    Metric("calm_cost", _C, "Money for requests, failed ones too.", ("slm", "currency")),
     Metric("calm_retries", _C, "Failovers before the first byte.", SLM),
     Metric("calm_ttft_seconds", _H, "Time to first token.", SPLIT, FIRST_TOKEN_S),
     Metric("calm_tpot_seconds", _H, "Time per output token after the first.", SPLIT, PER_TOKEN_S),

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from calm_serve.telemetry import DecayedRate
 from calm_serve.types import DecisionPath, DecisionReason, Outcome, Residency
+from calm_serve.upstreams import FAILURE_KINDS
 from deployments.observability.catalogue import (
     BY_NAME,
     METRICS,
@@ -38,6 +39,7 @@ from deployments.observability.host import HostUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of the text of /metrics
 OTHER = "other"
+NONE = "none"  # no SLM was chosen
 RATE_HALF_LIFE_S = 30.0  # of calm_requests_per_second
 
 # Engines cache whole blocks and always recompute the last token, so a ratio of 1 does not occur.
@@ -161,6 +163,7 @@ class RouterMetrics:
         self._record("calm_prompt_tokens", split, outcome.engine.prompt_tokens)
         self._record("calm_cached_tokens", split, outcome.engine.cached_tokens)
         self._record("calm_output_tokens", split, outcome.engine.output_tokens)
+        self._observe_failures(outcome)
         if outcome.engine.energy_j is not None:
             source = _known(outcome.engine.energy_source, _SOURCES)
             self._record("calm_energy_joules", (*split, source), outcome.engine.energy_j)
@@ -176,6 +179,25 @@ class RouterMetrics:
         for name, value in timings.items():
             if value is not None:
                 self._record(name, split, value)
+
+    def refused(self, kind: str) -> None:
+        """Count a request that was refused before anything was decided."""
+        self._record("calm_refused_requests", (NONE, _known(kind, FAILURE_KINDS)), 1.0)
+
+    def _observe_failures(self, outcome: Outcome) -> None:
+        if outcome.failure in FAILURE_KINDS:  # not "cancelled" by the client, and no answer
+            slm = _known(outcome.slm_id, self._slm_ids) if outcome.slm_id else NONE
+            self._record("calm_refused_requests", (slm, outcome.failure), 1.0)
+        answered = outcome.cost or 0.0  # by the SLM of the outcome, or its failure after content
+        for attempt in outcome.failed_attempts:
+            slm = _known(attempt.slm_id, self._slm_ids)
+            kind = _known(attempt.failure, FAILURE_KINDS)
+            self._record("calm_failed_attempts", (slm, kind), 1.0)
+            if attempt.cost is not None:
+                answered -= attempt.cost
+                self._record("calm_cost", (slm, outcome.currency), attempt.cost)
+        slm = _known(outcome.slm_id, self._slm_ids)
+        self._record("calm_cost", (slm, outcome.currency), answered)
 
     def refresh(self, snapshot: Mapping[str, Any], host: HostUsage) -> None:
         """Set the gauges from GET /v1/fleet's answer and the host's usage; call once a second."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
@@ -28,10 +29,14 @@ from deployments.router import (
     outcome,
     wakeup_queue,
 )
+from deployments.router.admission import Admission, Slot
 from deployments.router.fleet_view import FleetView
 from deployments.router.wakeup_queue import WakeupQueue
 
 JSON = "application/json"
+# Takes the id, the error, the client's task label and the seconds of a request that was refused
+# before an SLM was chosen.
+Refused = Callable[[str, CalmError, str, float], None]
 # Takes a finished call, its request, the client's task label and, with `keep_prompts`, the prompt.
 Record = Callable[[dispatch.Call, ParsedRequest, str, str | None], None]
 
@@ -46,12 +51,15 @@ class CompletionsEndpoint:
         view: FleetView,
         queue: WakeupQueue,
         dispatcher: dispatch.Dispatcher,
+        admission: Admission,
         record: Record,
+        refused: Refused,
     ) -> None:
         self._args = args
         self._limit_bytes = int(args.router.max_body_bytes)
         self._selector, self._view, self._wakeup_queue = selector, view, queue
-        self._dispatcher, self._record = dispatcher, record
+        self._dispatcher, self._admission = dispatcher, admission
+        self._record, self._refused = record, refused
 
     def of(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
         """Return the endpoint of one route."""
@@ -69,16 +77,19 @@ class CompletionsEndpoint:
             "x-calm-model": "",
             "x-calm-reason": "refused",
         }
+        started, task = time.perf_counter(), ""
         try:
+            slot = self._admission.enter()
+            overrides = parse_overrides(http.routing_headers(request))
+            task = overrides.task
             body = await http.read_json(request, self._limit_bytes)
             parsed = route.parse(body)
-            overrides = parse_overrides(http.routing_headers(request))
             decision = self._selector.decide(parsed, overrides, decision_id)
         except CalmError as error:
+            self._refused(decision_id, error, task, time.perf_counter() - started)
             return http.error_response(error, headers, route)
-        call = self._call(decision)
+        call = self._call(decision, slot)
         prompt = parsed.text if self._args.learning.keep_prompts else None
-        task = overrides.task
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
         asked = _asked(decision, parsed, overrides)
@@ -127,14 +138,14 @@ class CompletionsEndpoint:
             return finish(http.error_response(outcome.gone(call, error), headers, route))
         return http.EventStream(self._stream(call, route, answer, finish), headers)
 
-    def _call(self, decision: Decision) -> dispatch.Call:
+    def _call(self, decision: Decision, slot: Slot) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
         limit_s = self._args.router.request_timeout_s
         if decision.context.slo.deadline_s:
             limit_s = min(limit_s, decision.context.slo.deadline_s)
         load = live_load(decision.context, spec, state)
-        call = dispatch.Call(decision, state, load, limit_s=limit_s)
+        call = dispatch.Call(decision, state, load, limit_s=limit_s, slot=slot)
         if self._view.residency.active:
             preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -31,6 +32,7 @@ from calm_serve.requests import (
     parse_overrides,
 )
 from calm_serve.routing import ModelSelector
+from calm_serve.upstreams import failure_kind
 from deployments.knowledge.client import KnowledgeClient
 from deployments.knowledge.outcome_outbox import OutcomeOutbox
 from deployments.observability.exporters import (
@@ -45,10 +47,11 @@ from deployments.router.admin.goals import GoalsEndpoint
 from deployments.router.admin.operations import Operations
 from deployments.router.admin.predictors import PredictorsEndpoint
 from deployments.router.admin.residency import ResidencyEndpoint
+from deployments.router.admission import Admission
 from deployments.router.completions import CompletionsEndpoint
 from deployments.router.fleet_view import FleetView
 from deployments.router.handles import Handles
-from deployments.router.outcome import outcome_of
+from deployments.router.outcome import RefusedLog, outcome_of, refused_outcome
 from deployments.router.subscriptions import Subscriptions
 from deployments.router.upstream import Upstream
 from deployments.router.wakeup_queue import WakeupQueue
@@ -73,6 +76,9 @@ class Router:
         self._view = FleetView(fleet)
         self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
         self._handles = Handles(handles)
+        random = Random()  # for the jitter of Retry-After
+        self._admission = Admission(args.router.max_ongoing_requests, time.monotonic, random.random)
+        self._refused_log = RefusedLog(time.monotonic)
         self._selector = ModelSelector(
             fleet,
             args.goals,
@@ -80,11 +86,12 @@ class Router:
             decision_log=args.router.decision_log,
             controller=GoalController(args.goals, routers=args.router.replicas),
         )
-        self._upstream = self.connect_upstream()
+        self._upstream = self.connect_upstream(random.random)
         dispatcher = dispatch.Dispatcher(
             self._upstream.call,
             health=self._view,
             retries=args.router.retries,
+            queue_wait_s=args.router.max_queue_wait_s,
             admit=self._wakeup_queue.admit,
         )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
@@ -102,7 +109,14 @@ class Router:
             self._outcomes,
         )
         completions = CompletionsEndpoint(
-            args, self._selector, self._view, self._wakeup_queue, dispatcher, self.record
+            args,
+            self._selector,
+            self._view,
+            self._wakeup_queue,
+            dispatcher,
+            self._admission,
+            self.record,
+            self.refused,
         )
         self._routes = self._endpoints(completions)
         self._outcomes.start()
@@ -118,21 +132,25 @@ class Router:
             ),
         ]
 
-    def connect_upstream(self) -> Upstream:
+    def connect_upstream(self, random: Callable[[], float]) -> Upstream:
         """Return the connections to the SLMs."""
         return Upstream(
             spec=lambda slm_id: self._selector.specs[slm_id],
             start_replica=self._start_replica,
+            clock=time.monotonic,
+            random=random,
         )
 
     def _start_replica(self, slm_id: str) -> Awaitable[object] | None:
         """Let Serve start a replica of an SLM that may have none, and wait for it."""
         if self._selector.specs[slm_id].scaling.min_replicas:
             return None
-        return self._wait_for_replica(self._handles.get(slm_id))
+        return self._wait_for_replica(slm_id)
 
-    async def _wait_for_replica(self, handle: DeploymentHandle) -> None:
-        await handle.ready.remote()  # counts as queued, by which Serve scales up from zero
+    async def _wait_for_replica(self, slm_id: str) -> None:
+        with self._wakeup_queue.place(slm_id):
+            # Counts as queued, by which Serve scales up from zero.
+            await self._handles.get(slm_id).ready.remote()
 
     def _endpoints(self, completions: CompletionsEndpoint) -> dict[tuple[str, str], Endpoint]:
         """Method and path -> endpoint; `__call__` adds the paths that end in an id."""
@@ -234,6 +252,19 @@ class Router:
         self._selector.learn(call.decision, outcome)
         self._metrics.observe(outcome)
         self._outcomes.add(outcome)
+        if outcome.failure and outcome.status != "cancelled":
+            self._refused_log.add(outcome.failure, outcome.outcome_id, call.failure_text)
+
+    def refused(self, decision_id: str, error: CalmError, task: str, took_s: float) -> None:
+        """Record a request that was refused before an SLM was chosen."""
+        kind = failure_kind(error)
+        self._refused_log.add(kind, decision_id, error.message)
+        found = refused_outcome(decision_id, error, at=time.time(), task=task, took_s=took_s)
+        if found is None:
+            self._metrics.refused(kind)
+            return
+        self._metrics.observe(found)
+        self._outcomes.add(found)
 
     async def _refresh(self) -> None:
         host = HostMonitor(time.monotonic)

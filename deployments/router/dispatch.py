@@ -17,12 +17,23 @@ from typing import Any, Protocol
 from calm_serve.errors import AsleepError, CalmError, CapacityError, SLMUnavailableError
 from calm_serve.protocol.answers import AnswerRequest
 from calm_serve.types import (
+    Cost,
     Decision,
     DecisionPath,
     DecisionReason,
+    FailedAttempt,
     SLMState,
 )
-from calm_serve.upstreams import Failure, FailureKind, UpstreamError
+from calm_serve.upstreams import (
+    POISON_DEATHS,
+    EngineDeaths,
+    Failure,
+    FailureKind,
+    UpstreamError,
+    failure_kind,
+    known_poison,
+)
+from deployments.router.admission import Slot
 from deployments.router.live_state import VIEW, hints_of
 from deployments.router.upstream.remote import EmptyAnswerError
 from deployments.wire import AsleepReply, Hints, ReplyEnd, deployment_name
@@ -48,14 +59,21 @@ class Call:
     slm_id: str = ""
     retries: int = 0
     first_byte_s: float | None = None
+    last_byte_s: float = 0.0  # when the last part came, since the start
     status: str = "error"
     http_status: int = 500
+    failure: str = ""  # kind of what the client was told, and the text
+    failure_text: str = ""
+    failed_attempts: list[FailedAttempt] = field(default_factory=list)
+    reply: Any = None  # of the SLM `slm_id`
+    currency: str = ""  # of costs
     end: ReplyEnd | None = None  # last item of the SLM's reply
     predicted_replica: str = ""
     running_on: str = ""  # SLM whose running requests include it
     queued_for_wakeup: bool = False  # it waited for an SLM to wake up
     preferred_hot: bool | None = None  # None without a memory budget
     limit_s: float = 3600.0  # for all of it, from `started` on
+    slot: Slot | None = None  # its place in this router
 
     @property
     def left_s(self) -> float:
@@ -100,6 +118,8 @@ class Dispatcher:
         *,
         health: Health,
         retries: int,
+        queue_wait_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
         admit: Callable[[Call, str], Awaitable[int | None]] | None = None,
     ) -> None:
         """Create a dispatcher.
@@ -109,12 +129,15 @@ class Dispatcher:
             health: of the SLMs, which failures are reported to.
             retries: most failovers per request. An SLM that is full, or cannot take the request,
                 was not tried and does not count.
+            queue_wait_s: longest predicted wait for a slot of an SLM.
+            clock: monotonic seconds.
             admit: waits until a call may be sent to an SLM, or raises AsleepError. Returns the
                 revision of the desired residency that it followed, None without a memory budget.
         """
         self._send, self._health = send, health
         self._admit = admit
-        self._retries = retries
+        self._retries, self._queue_wait_s = retries, queue_wait_s
+        self._deaths = EngineDeaths(clock)
 
     async def open(
         self, call: Call, path: str, body: dict[str, Any], asked: AnswerRequest
@@ -128,20 +151,28 @@ class Dispatcher:
         hints = hints_of(call.decision)
         if call.decision.context.stream:
             hints["first_byte_limit_s"] = _first_byte_limit_s(call.decision)
-        attempts = _Attempts(call.decision, self._retries, self._health)
+        attempts = _Attempts(call, self._retries, self._health)
+        deaths = self._deaths.count(path, body)
+        if deaths >= POISON_DEATHS:
+            raise known_poison()
         while (slm_id := attempts.next()) is not None:
             call.slm_id, call.retries = slm_id, attempts.failed
+            call.sent, call.reply = time.perf_counter(), None
+            hints["wait_limit_s"] = _wait_limit_s(call, self._queue_wait_s)
+            hints["engine_deaths"] = deaths + attempts.deaths
             try:
                 items, first = await self._first(call, path, body, asked, hints)
                 return _Answer(call, items, first)
             except CapacityError as error:
                 attempts.full(slm_id, error)
             except UpstreamError as error:
-                attempts.failure(slm_id, error, call.took_s)
+                if error.failure.died_beside == 0:
+                    self._deaths.add(path, body)
+                attempts.failure(slm_id, error)
             except Exception:  # of any type: one attempt's fault must not cost the others
                 log.exception("sending a request to SLM %s failed", slm_id)
                 failure = Failure(FailureKind.TRANSPORT, f"SLM {slm_id!r} could not be asked")
-                attempts.failure(slm_id, UpstreamError(failure), call.took_s)
+                attempts.failure(slm_id, UpstreamError(failure))
             finally:
                 call.predicted_replica = VIEW.take_routed(call.decision.decision_id)
                 hints = {**hints, "avoid": call.predicted_replica}
@@ -158,7 +189,7 @@ class Dispatcher:
             if self._admit is not None and (revision := await self._admit(call, call.slm_id)):
                 asked = replace(asked, residency_revision=revision)
             call.sent = time.perf_counter()
-            items = self._send(call.slm_id, path, body, asked, hints)
+            call.reply = items = self._send(call.slm_id, path, body, asked, hints)
             first = await anext(items)
             if not isinstance(first, AsleepReply):
                 return items, first
@@ -178,6 +209,23 @@ def _first_byte_limit_s(decision: Decision) -> float:
         (p.ttft_s * math.exp(LATE_SPREADS * p.ttft_spread) for p in predicted), default=0.0
     )
     return max(slowest_s, MIN_FIRST_BYTE_S)
+
+
+def _wait_limit_s(call: Call, most_s: float) -> float:
+    """Seconds that the call may wait for a slot of its SLM so that its answer is still of use.
+
+    With a deadline, what the answer itself is predicted to take has to fit behind the wait.
+    """
+    slo = call.decision.context.slo
+    limits_s = [most_s, call.left_s]
+    if slo.ttft_ms is not None:
+        limits_s.append(slo.ttft_ms / 1000.0 - call.elapsed_s)
+    if slo.deadline_s is not None:
+        found = (c.prediction for c in call.decision.candidates if c.slm_id == call.slm_id)
+        prediction = next(found, None)
+        answer_s = 0.0 if prediction is None else prediction.e2e_s - prediction.ttft_s
+        limits_s.append(slo.deadline_s - call.elapsed_s - answer_s)
+    return max(min(limits_s), 0.0)
 
 
 class Health(Protocol):
@@ -203,8 +251,11 @@ _OF_A_REPLICA = (FailureKind.TRANSPORT, FailureKind.ENGINE_DIED, FailureKind.SER
 class _Attempts:
     """The attempts of one request so far, and what comes next."""
 
-    def __init__(self, decision: Decision, retries: int, health: Health) -> None:
+    def __init__(self, call: Call, retries: int, health: Health) -> None:
+        decision = call.decision
         self.failed = 0
+        self.deaths = 0  # of engines that worked on it
+        self._call = call
         self._pinned = decision.path is DecisionPath.PINNED
         self._order = [decision.slm_id] if self._pinned else list(decision.ranking)
         self._retries = min(retries, 1) if self._pinned else retries
@@ -243,12 +294,25 @@ class _Attempts:
 
     def full(self, slm_id: str, error: CapacityError) -> None:
         """Note that an SLM has no room, or does not wake in time."""
+        log.info("SLM %s: %s", slm_id, error.message)
         self._full.append(slm_id)
-        self._capacity = self._capacity or error
+        if self._capacity is None or error.retry_after_s < self._capacity.retry_after_s:
+            self._capacity = error
+        self._note(slm_id, failure_kind(error))
 
-    def failure(self, slm_id: str, error: UpstreamError, took_s: float) -> None:
+    def _note(self, slm_id: str, kind: str) -> None:
+        money = cost_of(self._call.reply)
+        amount = None if money is None else money.amount
+        self._call.currency = self._call.currency or (money.currency if money else "")
+        attempt = FailedAttempt(slm_id, kind, self._call.took_s, amount)
+        self._call.failed_attempts.append(attempt)
+        self._call.reply = None
+
+    def failure(self, slm_id: str, error: UpstreamError) -> None:
         """Note a failed attempt, and what follows from it."""
-        failure = error.failure
+        failure, took_s = error.failure, self._call.took_s
+        self._note(slm_id, failure.kind)
+        self.deaths += failure.died_beside is not None
         follows = failure.consequence
         level = logging.WARNING if follows.breaker else logging.INFO
         level = logging.ERROR if follows.alarm else level
@@ -273,7 +337,7 @@ class _Attempts:
         if self._capacity is not None:
             if isinstance(self._capacity, AsleepError) or len(self._full) == 1:
                 return self._capacity
-            message = f"every SLM that may answer is at its queue limit: {', '.join(self._full)}"
+            message = f"no SLM that may answer has room now: {', '.join(self._full)}"
             return CapacityError(message, retry_after_s=self._capacity.retry_after_s)
         return SLMUnavailableError(f"no SLM can take the request now: {', '.join(self._order)}")
 
@@ -308,8 +372,9 @@ class _Answer:
             if self._call.end is not None:
                 raise StopAsyncIteration
             item = await anext(self._items)
+        self._call.last_byte_s = self._call.elapsed_s
         if self._call.first_byte_s is None:
-            self._call.first_byte_s = time.perf_counter() - self._call.started
+            self._call.first_byte_s = self._call.last_byte_s
         if isinstance(item, ReplyEnd):
             self._finish(item)
             return item.payload
@@ -320,6 +385,12 @@ class _Answer:
         call = self._call
         call.end, call.status, call.http_status = item, "ok", 200
         VIEW.observe(deployment_name(call.slm_id), item.facts, call.decision.decision_id)
+
+
+def cost_of(reply: object) -> Cost | None:
+    """Return what a reply has cost so far; None when its SLM names no price or no usage."""
+    cost: Cost | None = getattr(reply, "cost", None)
+    return cost
 
 
 def cancel(answer: object) -> None:

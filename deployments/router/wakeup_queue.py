@@ -9,11 +9,12 @@ hot costs two dictionary look-ups.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from calm_serve.config import Fleet, RouterOptions
@@ -46,6 +47,8 @@ class WakeupQueue:
 
     def __init__(self, view: ResidencyView, router: RouterOptions, router_id: str) -> None:
         self._request_timeout_s = router.request_timeout_s
+        self._most_waiting = int(router.max_ongoing_requests * router.max_wakeup_ratio)
+        self._waiting = 0  # for a wake-up or for a replica's start
         self._view, self._router_id = view, router_id
         self._arrivals: deque[str] = deque(maxlen=MAX_ARRIVALS)
         self._queued: Counter[str] = Counter()
@@ -75,6 +78,21 @@ class WakeupQueue:
         call.running_on = slm_id
         self._running[slm_id] += 1
         return self._view.revision
+
+    @contextlib.contextmanager
+    def place(self, slm_id: str) -> Iterator[None]:
+        """Count a request that waits for a wake-up, or for a replica to start.
+
+        Such requests hold places of the router that requests for other SLMs need, so only a part of
+        the places is for them. Raises AsleepError beyond it.
+        """
+        if self._waiting >= self._most_waiting:
+            raise self._too_late(slm_id)
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
 
     def release(self, call: Call) -> None:
         """Stop counting the call as running on its SLM; a repeated call has no effect."""
@@ -113,7 +131,7 @@ class WakeupQueue:
         call.queued_for_wakeup = True
         left_s = self._longest_wait_s(call.decision) - call.elapsed_s
         expected_s = self._view.wait_s.get(slm_id, 0.0)
-        if expected_s > left_s:
+        if expected_s > left_s or self._waiting >= self._most_waiting:
             if expected_s < MAX_RETRY_AFTER_S:
                 # The client gets Retry-After, so the SLM is woken as for a queued request.
                 self._retry_until[slm_id] = time.monotonic() + expected_s + RETRY_GRACE_S
@@ -123,8 +141,9 @@ class WakeupQueue:
         if self._queued[slm_id] == 1:
             self._report_now.set()
         try:
-            async with asyncio.timeout(left_s):
-                await self._view.until_desired_hot(slm_id)
+            with self.place(slm_id):
+                async with asyncio.timeout(left_s):
+                    await self._view.until_desired_hot(slm_id)
         except TimeoutError:
             raise self._too_late(slm_id) from None
         finally:
@@ -139,10 +158,10 @@ class WakeupQueue:
 
     def _too_late(self, slm_id: str) -> AsleepError:
         wait_s = min(max(self._view.wait_s.get(slm_id, 1.0), 1.0), MAX_RETRY_AFTER_S)
-        return AsleepError(
-            f"SLM {slm_id!r} is asleep and cannot wake in time; it needs about {wait_s:.0f} s",
-            retry_after_s=wait_s,
-        )
+        why = f"cannot wake in time; it needs about {wait_s:.0f} s"
+        if self._waiting >= self._most_waiting:
+            why = f"{self._waiting} requests wait for SLMs to wake, as many as may"
+        return AsleepError(f"SLM {slm_id!r} is asleep: {why}", retry_after_s=wait_s)
 
     def _take_demand(self, fleet: Fleet) -> DemandReport:
         """The report of demand since the last one."""

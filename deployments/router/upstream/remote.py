@@ -11,8 +11,7 @@ import aiohttp
 from pydantic_core import from_json, to_json
 
 from calm_serve.config import Remote, SLMSpec
-from calm_serve.errors import CapacityError
-from calm_serve.types import EngineFacts
+from calm_serve.types import Cost, EngineFacts
 from calm_serve.upstreams import (
     END_EVENTS,
     Answer,
@@ -28,9 +27,11 @@ from calm_serve.upstreams import (
     StreamReader,
     UpstreamError,
     UpstreamRequest,
+    Usage,
     build_request,
     chat_answer,
     classify_response,
+    cost,
     encoded,
     may_be_empty,
     read_answer,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 APIS = {f"/v1/{api}": api for api in Api}
 MAX_ANSWER_BYTES = 64 << 20  # of an unstreamed answer, which is held in memory
-RETRY_AFTER_S = 1.0
 
 
 class EmptyAnswerError(UpstreamError):
@@ -70,11 +70,14 @@ class RemoteReply(Reply):
     ) -> None:
         self._upstream, self._spec, self._remote = upstream, spec, remote
         self._path, self._body = path, body
+        self._queue = upstream.queue(spec)  # nothing waits in it: beyond the limit are other SLMs
         self._origin = Origin(spec.id, local=False, context_tokens=spec.context_tokens)
         self._started_s = time.perf_counter()
         self._ends_at_s = 0.0  # of the event loop's clock
         self._ttft_s = 0.0
+        self._answers = False  # a byte of the answer came
         self._events: _Events | None = None
+        self._usage: Usage | None = None  # of a whole document
         self._counted = False
         super().__init__()
 
@@ -103,6 +106,15 @@ class RemoteReply(Reply):
             return self._whole(request, await self._read(response))
         self._events = _Events(request, self._body, self._origin)
         return await self._events_until(response, self._remote.first_byte_timeout_s)
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the answer costs as far as it came, a failed one too; None when it is not known."""
+        usage = self._usage if self._events is None else self._events.usage
+        prices = self._remote.prices
+        if usage is None or prices is None:
+            return None
+        return Cost(cost(usage, prices), prices.currency)
 
     def _request(self) -> UpstreamRequest:
         api = APIS.get(self._path)
@@ -137,9 +149,9 @@ class RemoteReply(Reply):
 
     def _count(self) -> None:
         if self._upstream.running[self._spec.id] >= self._remote.max_concurrent_requests:
-            message = f"SLM {self._spec.id!r} is at its limit of concurrent requests"
-            raise CapacityError(message, retry_after_s=RETRY_AFTER_S)
+            raise self._queue.full("is at its limit of concurrent requests")
         self._upstream.running[self._spec.id] += 1
+        self._queue.take()
         self._counted = True
 
     def _limit(self, seconds: float | None) -> asyncio.Timeout:
@@ -154,6 +166,7 @@ class RemoteReply(Reply):
         size = 0
         async with self._limit(None):
             while part := await response.content.readany():
+                self._answers = True
                 parts.append(part)
                 size += len(part)
                 if size > MAX_ANSWER_BYTES:
@@ -168,6 +181,7 @@ class RemoteReply(Reply):
             )
         else:
             answer = self._plain_answer(document)
+        self._usage = answer.usage
         self._ttft_s = time.perf_counter() - self._started_s
         if request.translated and answer.failure is None:
             document = to_json(chat_answer(from_json(document), int(time.time())))
@@ -196,6 +210,7 @@ class RemoteReply(Reply):
         while True:
             async with self._limit(limit_s):
                 chunk = await response.content.readany()
+            self._answers = True
             if not chunk:
                 tail, answer = self._events.finish()
                 end = ReplyEnd(tail, self._facts(answer))
@@ -224,14 +239,21 @@ class RemoteReply(Reply):
         if isinstance(error, EventTooLargeError):
             message = f"{slm_id!r} sent an event that is too large"
             return Failure(FailureKind.BAD_ANSWER, message)
-        timed_out = isinstance(error, TimeoutError)
-        kind = FailureKind.TIMED_OUT if timed_out else FailureKind.TRANSPORT
-        return Failure(kind, f"the upstream of {slm_id!r}: {type(error).__name__}")
+        if not isinstance(error, TimeoutError):
+            message = f"the upstream of {slm_id!r}: {type(error).__name__}"
+            return Failure(FailureKind.TRANSPORT, message)
+        over = asyncio.get_running_loop().time() >= self._ends_at_s
+        if over and self._answers:
+            # The operator's limit ended an answer that was on its way.
+            message = f"{slm_id!r} did not finish in {self._remote.timeout_s:g} s"
+            return Failure(FailureKind.OUT_OF_TIME, message)
+        return Failure(FailureKind.TIMED_OUT, f"the upstream of {slm_id!r}: TimeoutError")
 
     def _count_end(self) -> None:
         if self._counted:
             self._counted = False
             self._upstream.running[self._spec.id] -= 1
+            self._queue.give_back(answered=self._response is not None)
 
 
 class _Events:
@@ -253,6 +275,11 @@ class _Events:
         if request.translated:
             self._chat = ChatStream(int(time.time()), include_usage=wants_usage)
         self._held: list[bytes] = []  # before the first content
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens as far as the upstream reported them."""
+        return self._reader.usage
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what the client gets of the events that `chunk` completes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,15 +153,110 @@ async def test_a_client_that_leaves_before_the_first_byte_leaves_one_outcome(
     assert (outcome.status, outcome.http_status) == ("cancelled", 499)
 
 
-@pytest.mark.parametrize("body", [b"{", {"messages": []}, {**CHAT, "model": "nobody"}])
-async def test_a_request_that_was_never_decided_leaves_no_outcome(
-    view: LiveView, tmp_path: Path, body: Any
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"{", "bad_request"),
+        ({"messages": []}, "bad_request"),
+        ({**CHAT, "model": "nobody"}, "unknown_model"),
+    ],
+)
+async def test_a_request_that_is_wrong_is_counted_and_leaves_no_outcome(
+    view: LiveView, tmp_path: Path, body: Any, kind: str
 ) -> None:
     async with Service(tmp_path, END) as service:
         response = await service.post(body)
         assert await service.outcomes() == []
+        assert service.router._metrics.turned_away == [kind]
     assert response.status_code in (400, 404)
     assert response.headers["x-calm-reason"] == "refused"
+
+
+async def test_a_request_that_no_slm_can_take_leaves_an_outcome_and_a_log_line(
+    view: LiveView, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    body = {"messages": [{"role": "user", "content": [image]}]}
+    with caplog.at_level("WARNING"):
+        async with Service(tmp_path, END) as service:
+            response = await service.post(body, **{"x-calm-task": "pictures"})
+            (outcome,) = await service.outcomes()
+    assert (outcome.slm_id, outcome.status, outcome.failure) == ("", "rejected", "no_capable_slm")
+    assert (outcome.http_status, outcome.task) == (response.status_code, "pictures")
+    assert outcome.outcome_id == response.headers["x-calm-decision-id"]
+    assert outcome.outcome_id in caplog.text
+
+
+async def test_when_no_slm_is_available_the_outcome_says_so(view: LiveView, tmp_path: Path) -> None:
+    for slm_id in ("small", "large"):
+        view.update_replicas(deployment_name(slm_id), [])
+    async with Service(tmp_path, END) as service:
+        response = await service.post(CHAT)
+        (outcome,) = await service.outcomes()
+    assert (response.status_code, outcome.http_status) == (503, 503)
+    assert (outcome.slm_id, outcome.failure) == ("", "no_slm")
+
+
+async def test_a_full_router_refuses_requests_for_slms_and_answers_the_others(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, "hang", max_ongoing_requests=2) as service:
+        working = [asyncio.create_task(service.post(CHAT)) for _ in range(2)]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        refused = await service.post(CHAT)
+        others = [await service.request("GET", path) for path in ("/health", "/v1/fleet")]
+        others.append(await service.post(CHAT, "/v1/route"))
+        assert service.router._metrics.turned_away == ["router_full"]
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        assert service.router._admission.in_work == 0
+    assert refused.status_code == 429
+    assert json.loads(bytes(refused.body))["error"]["code"] == "router_saturated"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert [response.status_code for response in others] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("items", [(b"{}", END), (b"x", DIED), (DIED,), (FULL,), (REFUSED,)])
+async def test_every_request_gives_its_place_back(
+    view: LiveView, tmp_path: Path, items: Any, stream: bool
+) -> None:
+    async with Service(tmp_path, *items) as service:
+        await body_of(await service.post({**CHAT, "stream": stream}))
+        await service.post(b"{")
+        assert service.router._admission.in_work == 0
+
+
+async def test_a_stream_that_is_dropped_unread_gives_its_place_back(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, b"data: 1\n\n", END) as service:
+        response = await service.post({**CHAT, "stream": True})
+        assert service.router._admission.in_work == 1
+        del response
+        assert service.router._admission.in_work == 0
+
+
+async def test_an_answer_that_was_still_coming_when_its_time_was_over_is_not_the_slms_failure(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async def tokens() -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: 1\n\n"
+            await asyncio.sleep(0)
+
+    async with Service(tmp_path, request_timeout_s=0.05) as service:
+        service.slms.play = tokens
+        content = await body_of(await service.post({**CHAT, "stream": True}))
+        (outcome,) = await service.outcomes()
+    assert b"request_timeout" in content
+    assert (outcome.status, outcome.http_status, outcome.failure) == (
+        "rejected",
+        504,
+        "out_of_time",
+    )
 
 
 async def test_headers_name_the_slm_the_reason_and_the_decision(

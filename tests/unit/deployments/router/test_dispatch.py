@@ -16,7 +16,7 @@ from calm_serve.testing import (
     make_replica,
     make_state,
 )
-from calm_serve.types import Decision, DecisionPath, DecisionReason
+from calm_serve.types import Cost, Decision, DecisionPath, DecisionReason, ServiceLevel
 from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router import dispatch
 from deployments.router.dispatch import (
@@ -64,6 +64,7 @@ class Items:
 
     def __init__(self, script: Script, items: Any) -> None:
         self._script = script
+        self.cost: Cost | None = None
         self._items = iter(
             [] if items == "silence" else items if isinstance(items, list) else [items]
         )
@@ -94,6 +95,7 @@ class Fleet:
         self.took_s: list[float] = []
         self.cooling: dict[str, float] = {}
         self.broken: set[str] = set()
+        self.costs: dict[str, Cost] = {}
         self.sent: list[tuple[str, str, AnswerRequest]] = []
         self._view = view
         self.dispatcher = Dispatcher(self.send, health=self, retries=retries)
@@ -116,7 +118,9 @@ class Fleet:
     ) -> AsyncIterator[Any]:
         del body
         self.sent.append((slm_id, path, asked))
-        return self.slms[slm_id].call(hints)
+        items = self.slms[slm_id].call(dict(hints))  # type: ignore[arg-type]
+        items.cost = self.costs.get(slm_id)
+        return items
 
     async def open(self, call: Call) -> Any:
         return await self.dispatcher.open(call, "/v1/x", {"messages": []}, ASKED)
@@ -349,3 +353,88 @@ async def test_an_unread_answer_can_be_cancelled(view: LiveView) -> None:
     fleet = Fleet(view, 0, a=[[b"x", END]])
     cancel(await fleet.open(started()))
     assert fleet.slms["a"].cancelled == 1
+
+
+async def test_an_engine_that_died_with_a_request_alone_is_followed_by_one_other(
+    view: LiveView,
+) -> None:
+    alone = failing(FailureKind.ENGINE_DIED, died_beside=0)
+    fleet, call = Fleet(view, 5, a=[alone, END]), started(make_decision("a"))
+    await read(await fleet.open(call))
+    assert [hints["engine_deaths"] for hints in fleet.slms["a"].calls] == [0, 1]
+    # Another client's equal request is known to have killed an engine, so it gets no second one.
+    poison = failing(FailureKind.POISON, died_beside=0)
+    fleet.slms["a"] = Script("a", view, [poison, END])
+    with pytest.raises(UpstreamError, match="poison"):
+        await fleet.open(started(make_decision("a")))
+    assert [hints["engine_deaths"] for hints in fleet.slms["a"].calls] == [1]
+    # After the second death it is not even sent.
+    with pytest.raises(UpstreamError, match="the engine stopped"):
+        await fleet.open(started(make_decision("a")))
+    assert len(fleet.slms["a"].calls) == 1
+
+
+async def test_a_death_beside_other_requests_is_held_against_no_equal_request(
+    view: LiveView,
+) -> None:
+    beside = failing(FailureKind.ENGINE_DIED, died_beside=3)
+    fleet = Fleet(view, 5, a=[beside, END, END])
+    await read(await fleet.open(started(make_decision("a"))))
+    await read(await fleet.open(started(make_decision("a"))))
+    assert [hints["engine_deaths"] for hints in fleet.slms["a"].calls] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("slo", "limit_s"),
+    [
+        (ServiceLevel(), 30.0),
+        (ServiceLevel(ttft_ms=500.0), 0.5),
+        (ServiceLevel(deadline_s=10.0), 10.0 - 0.63),  # less what the answer itself takes
+        (ServiceLevel(deadline_s=0.1), 0.0),
+    ],
+)
+async def test_a_request_waits_for_a_slot_while_its_answer_can_still_be_in_time(
+    view: LiveView, slo: ServiceLevel, limit_s: float
+) -> None:
+    fleet = Fleet(view, 0, a=[END])
+    fleet.dispatcher = Dispatcher(fleet.send, health=fleet, retries=0, queue_wait_s=30.0)
+    await fleet.open(started(make_decision("a", context=make_context(slo=slo))))
+    (hints,) = fleet.slms["a"].calls
+    assert hints["wait_limit_s"] == pytest.approx(limit_s, abs=0.02)
+
+
+async def test_every_failed_attempt_is_in_the_outcome(view: LiveView) -> None:
+    fleet = Fleet(view, 2, a=[FULL], b=[LOST, DIED], c=[END])
+    call = started(make_decision("a", "b", "c"))
+    await read(await fleet.open(call))
+    outcome = outcome_of(call, at=1.0, task="", prompt=None)
+    assert [(a.slm_id, a.failure) for a in outcome.failed_attempts] == [
+        ("a", "full"),
+        ("b", "transport"),
+        ("b", "engine_died"),
+    ]
+    assert (outcome.slm_id, outcome.failure, outcome.status) == ("c", "", "ok")
+
+
+async def test_the_shortest_time_to_come_back_is_that_of_the_whole_fleet(view: LiveView) -> None:
+    soon = CapacityError("full", retry_after_s=0.7)
+    with pytest.raises(CapacityError) as caught:
+        await Fleet(view, 2, a=[FULL], b=[soon]).open(started())
+    assert caught.value.retry_after_s == 0.7
+
+
+async def test_money_for_failed_attempts_counts_too(view: LiveView) -> None:
+    fleet = Fleet(view, 2, a=[failing(FailureKind.BAD_ANSWER)], b=[[b"x", END]])
+    fleet.costs = {"a": Cost(0.25, "EUR"), "b": Cost(0.5, "EUR")}
+    call = started()
+    await read(await fleet.open(call))
+    outcome = outcome_of(call, at=1.0, task="", prompt=None)
+    assert (outcome.cost, outcome.currency) == (0.75, "EUR")
+    assert [a.cost for a in outcome.failed_attempts] == [0.25]
+
+
+async def test_what_no_upstream_has_named_is_no_cost(view: LiveView) -> None:
+    call = started()
+    await read(await Fleet(view, 2, a=[LOST, END]).open(call))
+    outcome = outcome_of(call, at=1.0, task="", prompt=None)
+    assert (outcome.cost, outcome.currency) == (None, "")

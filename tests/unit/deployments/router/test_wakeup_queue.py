@@ -323,3 +323,33 @@ async def test_an_opening_is_cancelled_with_its_caller() -> None:
     await started.wait()
     caller.cancel()
     await ended.wait()
+
+
+async def test_requests_that_wait_for_wake_ups_leave_places_for_others(
+    view: ResidencyView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakeup_queue, "VIEW", LiveView(lambda: 0.0))
+    options = RouterOptions(max_ongoing_requests=8, max_wakeup_ratio=0.25)
+    queue = WakeupQueue(view, options, "router")
+    waiting = [asyncio.create_task(queue.admit(call(), "small")) for _ in range(2)]
+    await turns()
+    with pytest.raises(AsleepError, match="as many as may") as caught:
+        await queue.admit(call(), "small")
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(AsleepError), queue.place("cold"):  # nor does the start of a replica
+        pass
+    await queue.admit(call("large"), "large")
+    desire(view, {"small": "hot", "large": "hot"})
+    await asyncio.gather(*waiting)
+    with queue.place("cold"):
+        pass
+
+
+async def test_a_request_that_finds_no_place_wakes_its_slm_all_the_same(
+    view: ResidencyView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakeup_queue, "VIEW", LiveView(lambda: 0.0))
+    queue = WakeupQueue(view, RouterOptions(max_wakeup_ratio=0.0), "router")
+    with pytest.raises(AsleepError):
+        await queue.admit(call(), "small")
+    assert queue._take_demand(make_fleet()).queued == {"small": 1}
