@@ -28,13 +28,18 @@ class FleetView:
     """Live state of each SLM, from replica lists, replies and the knowledge actor's topics.
 
     Single-threaded. `ready`: every hot SLM has been up once; it never becomes false again. `clock`
-    returns monotonic seconds.
+    returns monotonic seconds; `on_failure` is called with each replica that reports a failure.
     """
 
-    def __init__(self, fleet: Fleet, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[str], None] = lambda _replica_id: None,
+    ) -> None:
         self.fleet = fleet
         self.ready = False
-        self._clock = clock
+        self._clock, self._on_failure = clock, on_failure
         self._stats = FleetStats([s.id for s in fleet.slms], clock)
         self._states: dict[str, tuple[float, SLMState]] = {}
         self._reports: dict[str, ReplicaReport] = {}
@@ -62,6 +67,7 @@ class FleetView:
             for replica_id, report in by_replica.items():
                 if report.state == "failed":  # a failed replica does not recover; Serve replaces it
                     VIEW.died(deployment_name(slm_id), replica_id)
+                    self._on_failure(replica_id)
         for slm_id, replica_id in self.residency.set_reports(reports):
             VIEW.estimator(deployment_name(slm_id)).emptied(replica_id)
         self._states.clear()

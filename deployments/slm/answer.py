@@ -101,6 +101,7 @@ class Answerer:
         self._account, self._residency, self._energy = account, residency, energy
         self._load_adapter, self._check_engine = load_adapter, check_engine
         self._calls = itertools.count()
+        self.in_engine = 0  # requests that vLLM's application works on
         self.recent_prompts: deque[PromptEnd] = deque(maxlen=RECENT_PROMPTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,10 +192,12 @@ class Answerer:
         inner = dict(scope)
         inner["headers"] = [(k, v) for k, v in scope["headers"] if not k.startswith(b"x-calm-")]
         self._energy.start(answer.key)
+        self.in_engine += 1
         try:
             with self._engine.observed(answer.facts):
                 await self._engine.app(inner, _replay(body, receive), answer.send)
         finally:
+            self.in_engine -= 1
             self._finish(answer)
             if not answer.ended:
                 request_id = answer.asked.decision_id or "?"

@@ -23,6 +23,7 @@ from deployments.slm.energy import ReplicaEnergy
 from deployments.slm.http_server import HttpServer
 from deployments.slm.serve_account import ServeAccount
 from deployments.slm.sleep import ReplicaResidency, follow_desired_residency
+from deployments.slm.stall import STALL_S, StallDetector
 from deployments.slm.state_reporter import StateReporter
 from deployments.slm.warm_up import warm_up
 from deployments.wire import ReplicaAddress, served_name
@@ -75,6 +76,7 @@ class SLM:
         self._residency = ReplicaResidency(self._engine, self._report_residency)
         self._secret = secrets.token_hex(16)
         self._account = ServeAccount(app_name)
+        self._stall = StallDetector(time.monotonic)
         self._answerer = Answerer(
             self._spec,
             self._replica_id,
@@ -140,6 +142,9 @@ class SLM:
             await self._engine.check_health()
         except self._dead_error as error:
             self._residency.on_engine_death(str(error))
+        stalled_s = self._stall.stalled_s(self._answerer.in_engine, self._engine.load.steps)
+        if stalled_s >= STALL_S:
+            self._residency.on_engine_death(f"no step for {stalled_s:.0f} s")
 
     def _report_residency(self, state: str, times: Mapping[str, float], detail: str) -> None:
         self._times |= times

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
 from pydantic_core import to_json
@@ -17,6 +19,7 @@ from deployments.router.upstream.slot_queue import SlotQueue
 from deployments.wire import Hints, served_name
 
 CONNECT_TIMEOUT_S = 1.0  # a replica that is alive accepts in milliseconds
+FAILED_GRACE_S = 2.0  # for a failed replica to end its replies itself, which takes milliseconds
 READ_BUFFER_BYTES = 1 << 18
 KEEP_ALIVE_S = 60.0
 MAX_HEADER_BYTES = 1 << 16  # facts and signals of a whole document
@@ -43,6 +46,7 @@ class Upstream:
         self.spec, self.start_replica = spec, start_replica
         self._clock, self._random = clock, random
         self.running: Counter[str] = Counter()  # requests in remote SLMs
+        self._working: dict[str, WeakSet[LocalReply]] = {}  # by the replica that works on them
         self._queues: dict[str, SlotQueue] = {}  # one per SLM that ever was in the fleet
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
@@ -75,6 +79,31 @@ class Upstream:
                 self._random,
             )
         return queue
+
+    def begun(self, replica_id: str, reply: LocalReply) -> None:
+        """Note that a replica works on a reply."""
+        self._working.setdefault(replica_id, WeakSet()).add(reply)
+
+    def ended(self, replica_id: str, reply: LocalReply) -> None:
+        """Note that a replica works on a reply no more."""
+        working = self._working.get(replica_id)
+        if working is not None:
+            working.discard(reply)
+            if not working:
+                del self._working[replica_id]
+
+    def replica_failed(self, replica_id: str) -> None:
+        """Break off the replies of a replica that reported that its engine is dead or hangs.
+
+        It ends them itself when it can, and then knows more of each.
+        """
+        if replica_id in self._working:
+            asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._break_off, replica_id)
+
+    def _break_off(self, replica_id: str) -> None:
+        replies = list(self._working.get(replica_id, ()))
+        for reply in replies:
+            reply.break_off(others=len(replies) - 1)
 
     async def post(
         self,

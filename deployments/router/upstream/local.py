@@ -70,6 +70,8 @@ class LocalReply(Reply):
         self._chooser: ReplicaChooser | None = None
         self._chosen: ChosenReplica | None = None
         self._scanner = EndScanner()
+        self._time_limit: asyncio.Timeout | None = None  # until the replica begins to answer
+        self._left_with: int | None = None  # other requests in a replica that failed silently
         super().__init__()
 
     async def _open(self) -> Any:
@@ -115,11 +117,12 @@ class LocalReply(Reply):
     async def _post(self, chosen: ChosenReplica) -> aiohttp.ClientResponse:
         assert self._chooser is not None
         self._chosen = chosen
+        self._upstream.begun(chosen.replica_id, self)
         self._chooser.sent(chosen.replica_id, self._hints)
         self._queue.take()
         headers = {**self._headers, SECRET_HEADER: chosen.address["secret"]}
         try:
-            async with asyncio.timeout(self._hints.get("first_byte_limit_s")):
+            async with asyncio.timeout(self._hints.get("first_byte_limit_s")) as self._time_limit:
                 response = await self._upstream.post(
                     chosen.address["url"] + self._path, self._body, headers
                 )
@@ -195,10 +198,25 @@ class LocalReply(Reply):
 
     def _free_slot(self, *, answered: bool) -> None:
         if self._chooser is not None and self._chosen is not None:
+            self._upstream.ended(self._chosen.replica_id, self)
             self._chooser.finished(self._chosen.replica_id)
             self._queue.give_back(answered=answered)
 
+    def break_off(self, others: int) -> None:
+        """Fail: the replica has failed, and does not end the reply itself.
+
+        `others` are the requests that it worked on beside this one.
+        """
+        self._left_with = others
+        if self._response is not None:
+            # Its reader waits for a part, and wakes up with this.
+            self._response.content.set_exception(aiohttp.ClientPayloadError("the replica failed"))
+        elif self._time_limit is not None:
+            self._time_limit.reschedule(asyncio.get_running_loop().time())
+
     def _failure_of(self, error: Exception) -> Failure:
+        if self._left_with is not None:
+            return self._death(True, self._left_with)
         if isinstance(error, TimeoutError):
             message = f"SLM {self._slm_id!r} has not begun to answer in time"
             return Failure(FailureKind.TIMED_OUT, message)

@@ -28,6 +28,7 @@ _NOT_SUMMED = (
 class EngineLoad:
     """The scheduler's last reported load; updated in place by the stat logger."""
 
+    steps: int = 0  # since its start
     running: int = 0
     waiting: int = 0
     kv_usage_ratio: float = 0.0
@@ -55,6 +56,7 @@ def load_logger(load: EngineLoad) -> type[StatLoggerBase]:
             engine_idx: int = 0,
         ) -> None:
             del iteration_stats, mm_cache_stats, engine_idx
+            load.steps += 1
             if scheduler_stats is None:
                 return
             load.running = scheduler_stats.num_running_reqs

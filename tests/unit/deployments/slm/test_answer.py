@@ -14,12 +14,13 @@ import pytest
 
 from calm_serve.errors import ComponentError
 from calm_serve.protocol.answers import ANSWER_END, ANSWER_REQUEST, AnswerEnd, AnswerRequest
-from calm_serve.testing import make_spec
+from calm_serve.testing import FakeClock, make_spec
 from calm_serve.types import PromptEnd
 from deployments.slm.answer import RECENT_PROMPTS, Answerer
 from deployments.slm.deployment import SLM
 from deployments.slm.serve_account import FullError
 from deployments.slm.sleep import ReplicaResidency
+from deployments.slm.stall import STALL_S, StallDetector
 from deployments.wire import END_EVENT
 
 CHAT = "/v1/chat/completions"
@@ -60,7 +61,7 @@ class Engine:
         self.app = app
         self.dead = False
         self.facts: Any = None
-        self.load = SimpleNamespace(running=2, waiting=1, kv_usage_ratio=0.5)
+        self.load = SimpleNamespace(steps=0, running=2, waiting=1, kv_usage_ratio=0.5)
 
     @contextlib.contextmanager
     def observed(self, facts: Facts) -> Iterator[None]:
@@ -120,6 +121,7 @@ class Replica:
 
     def __init__(self, app: App, slots: int = 4, **spec: Any) -> None:
         self.engine, self.account, self.energy = Engine(app), Account(slots), Energy()
+        self.clock = FakeClock()
         self.reports: list[tuple[str, str]] = []
         self.loaded: list[str] = []
         residency = ReplicaResidency(self.engine, self._report)
@@ -128,6 +130,7 @@ class Replica:
             "_engine": self.engine,
             "_residency": residency,
             "_dead_error": EngineDead,
+            "_stall": StallDetector(self.clock),
         }
         self.answerer = Answerer(
             make_spec("small", **spec),
@@ -141,6 +144,7 @@ class Replica:
             load_adapter=self._load,
             check_engine=self.slm._check_engine,
         )
+        self.slm._answerer = self.answerer
 
     def _report(self, state: str, _times: Mapping[str, float], detail: str) -> None:
         self.reports.append((state, detail))
@@ -405,6 +409,31 @@ async def test_a_dead_engine_is_reported_without_a_request(
     replica.engine.dead = True
     await checks
     assert replica.reports == [("failed", "died: killed")]
+
+
+async def test_an_engine_that_hangs_with_a_request_is_reported_as_dead() -> None:
+    async def hang(*_request: Any) -> None:
+        await asyncio.Event().wait()
+
+    replica = Replica(hang)
+
+    async def after(seconds: float) -> list[tuple[str, str]]:
+        for _ in range(int(seconds)):
+            replica.clock.advance(1.0)
+            await replica.slm._check_engine()
+        return replica.reports
+
+    assert await after(2 * STALL_S) == []  # it has no request
+    request = asyncio.create_task(replica.ask())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert await after(STALL_S - 1) == []
+    replica.engine.load.steps += 1  # it is slow, but makes steps
+    assert await after(STALL_S) == []
+    assert await after(1) == [("failed", "died: no step for 60 s")]
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    assert replica.answerer.in_engine == 0
 
 
 async def test_a_replica_keeps_the_ends_of_the_last_prompts_that_came_with_them() -> None:

@@ -20,8 +20,8 @@ from deployments.router.live_state import LiveView
 from deployments.router.upstream import local
 from deployments.router.upstream.local import LocalReply
 from deployments.router.upstream.slot_queue import SlotQueue
-from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 from deployments.wire import END_EVENT, AsleepReply, Hints, ReplyEnd, deployment_name
+from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 
 SMALL = deployment_name("small")
 END = AnswerEnd(make_facts("r1"))
@@ -31,11 +31,19 @@ EVENT = END_EVENT + ANSWER_END.encode(END) + b"\n\n"
 class Content:
     """The parts of a body; an exception among them is raised."""
 
+    _error: asyncio.Future[Any]
+
     def __init__(self, parts: list[Any]) -> None:
         self._parts = list(parts)
 
+    def set_exception(self, error: Exception) -> None:
+        self._error.set_result(error)
+
     async def readany(self) -> bytes:
         part = self._parts.pop(0) if self._parts else b""
+        if part == "silence":
+            self._error = asyncio.get_running_loop().create_future()
+            part = await self._error
         if isinstance(part, Exception):
             raise part
         assert isinstance(part, bytes)
@@ -103,10 +111,17 @@ class Upstream:
         self.answers = list(answers)
         self.slots = make_queue()
         self.started: Awaitable[object] | None = None
+        self.working: list[str] = []
         self.sent: list[tuple[str, dict[str, str]]] = []
 
     def queue(self, _slm: SLMSpec) -> SlotQueue:
         return self.slots
+
+    def begun(self, replica_id: str, _reply: LocalReply) -> None:
+        self.working.append(replica_id)
+
+    def ended(self, replica_id: str, _reply: LocalReply) -> None:
+        self.working.remove(replica_id)
 
     def start_replica(self, _slm_id: str) -> Awaitable[object] | None:
         return self.started
@@ -307,3 +322,35 @@ async def test_a_reply_that_is_dropped_gives_its_slot_back(chooser: Chooser) -> 
     del one
     assert response.closed
     assert chooser.events[-1] == "finished r1"
+
+
+@pytest.mark.parametrize(
+    ("others", "deaths", "kind"),
+    [(0, 0, FailureKind.ENGINE_DIED), (0, 1, FailureKind.POISON), (4, 0, FailureKind.ENGINE_DIED)],
+)
+async def test_a_document_of_a_replica_that_hangs_fails_when_the_replica_is_known_to(
+    view: LiveView, chooser: Chooser, others: int, deaths: int, kind: FailureKind
+) -> None:
+    upstream = Upstream("silence")
+    one = reply(upstream, engine_deaths=deaths)
+    waiting = asyncio.create_task(failure_of(one))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert upstream.working == ["r1"]
+    one.break_off(others)
+    assert await waiting is kind
+    assert upstream.working == []
+    assert [r.replica_id for r in view.replicas(SMALL)] == ["r2"]
+
+
+async def test_a_stream_of_a_replica_that_hangs_fails_when_the_replica_is_known_to(
+    chooser: Chooser,
+) -> None:
+    response = stream(b"data: 1\n\n", "silence")
+    one = reply(Upstream(response))
+    assert await anext(one) == b"data: 1\n\n"
+    waiting = asyncio.create_task(failure_of(one))
+    await asyncio.sleep(0)
+    one.break_off(others=0)
+    assert await waiting is FailureKind.ENGINE_DIED
+    assert response.closed

@@ -13,13 +13,14 @@ import pytest
 
 from calm_serve.config import SLMSpec
 from calm_serve.errors import CapacityError
+from calm_serve.types import Cost
 from calm_serve.upstreams import FailureKind, UpstreamError
 from deployments.router.live_state import LiveView
 from deployments.router.upstream import remote
 from deployments.router.upstream.remote import EmptyAnswerError, RemoteReply
 from deployments.router.upstream.slot_queue import SlotQueue
-from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 from deployments.wire import ReplyEnd, deployment_name
+from tests.unit.deployments.router.upstream.test_slot_queue import make_queue
 
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
@@ -232,6 +233,17 @@ async def test_an_upstream_that_says_nothing_times_out(timeouts: dict[str, float
     assert await kind_of(one) is FailureKind.TIMED_OUT
 
 
+@pytest.mark.parametrize("body", [STREAM, ASK], ids=["stream", "document"])
+async def test_an_answer_that_takes_longer_than_the_operator_allows_is_not_the_upstreams_failure(
+    body: Any,
+) -> None:
+    parts = [WORD] if body is STREAM else [b" "]
+    answer = events(*parts, "silence")
+    if body is ASK:
+        answer.headers["content-type"] = "application/json"
+    assert await kind_of(reply(Upstream(answer), body, timeout_s=0.01)) is FailureKind.OUT_OF_TIME
+
+
 async def test_an_upstream_that_falls_silent_times_out() -> None:
     response = events(WORD, "silence")
     one = reply(Upstream(response), idle_timeout_s=0.01)
@@ -294,3 +306,65 @@ async def test_anthropics_stream_becomes_a_chat() -> None:
     assert content.endswith(DONE)
     assert (end.facts.prompt_tokens, end.facts.output_tokens) == (7, 3)
     assert upstream.sent["url"].endswith("/messages")
+
+
+PRICES = {
+    "currency": "EUR",
+    "input_per_million_tokens": 1e6,
+    "output_per_million_tokens": 1e6,
+}
+# 7 tokens of the prompt and 3 of the answer, one unit of money each.
+TEN = Cost(10.0, "EUR")
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"), [(events(WORD, LAST, USED, DONE), STREAM), (document(HELLO), ASK)]
+)
+async def test_an_answer_costs_what_its_usage_says(answer: Any, body: Any) -> None:
+    one = reply(Upstream(answer), body, prices=PRICES)
+    assert one.cost is None
+    await read(one)
+    assert one.cost == TEN
+
+
+async def test_without_prices_or_usage_no_cost_is_known() -> None:
+    free = reply(Upstream(events(WORD, LAST, USED, DONE)))
+    silent = reply(Upstream(events(WORD, LAST, DONE)), prices=PRICES)
+    for one in (free, silent):
+        await read(one)
+        assert one.cost is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (events(WORD, USED, aiohttp.ClientPayloadError("cut")), STREAM),
+        (events(USED, ERROR), STREAM),
+        (document({**HELLO, "choices": []}), ASK),
+    ],
+    ids=["broke off", "an error event", "empty"],
+)
+async def test_a_failed_attempt_costs_what_was_charged_for_it(answer: Any, body: Any) -> None:
+    one = reply(Upstream(answer), body, prices=PRICES)
+    with pytest.raises(UpstreamError):
+        await read(one)
+    assert one.cost == TEN
+
+
+async def test_a_router_sends_an_upstream_as_many_requests_as_are_configured() -> None:
+    limit = 3
+    upstream = Upstream(events(*["silence"] * limit))
+    running = [
+        asyncio.create_task(anext(reply(upstream, max_concurrent_requests=limit)))  # type: ignore[arg-type]
+        for _ in range(limit)
+    ]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert upstream.running["cloud"] == limit
+    with pytest.raises(CapacityError, match="concurrent requests") as caught:
+        await read(reply(upstream, max_concurrent_requests=limit))
+    assert caught.value.retry_after_s > 0
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    assert upstream.slots.held == 0
