@@ -44,6 +44,9 @@ class SLMs:
     def call(self, *_request: Any) -> Answer:
         return Answer(self, self.play())
 
+    def replica_failed(self, replica_id: str) -> None:
+        """Nothing is open."""
+
     async def close(self) -> None:
         """Nothing is open."""
 

@@ -104,8 +104,6 @@ def to_columns(outcome: Outcome) -> dict[str, Any]:
 
 def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Outcome:
     """The outcome of a row; the reverse of `to_columns`."""
-    load, terms, shadow = row["load_at_decision"], row["terms"], row["shadow"]
-    versions, predicted = row["versions"], row["predicted"]
     return Outcome(
         outcome_id=row["outcome_id"],
         slm_id=row["slm_id"],
@@ -121,22 +119,7 @@ def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Ou
         predicted_replica=row["predicted_replica"],
         task=row["task"],
         prompt_text=row["prompt"],
-        decision=DecisionSummary(
-            path=row["path"],
-            reason=row["reason"],
-            rule=row["rule"],
-            propensity=row["propensity"],
-            versions=Versions(
-                PredictorVersion(**versions["predictor"]), versions["goals"], versions["fleet"]
-            ),
-            predicted=None if predicted is None else Prediction(row["slm_id"], *predicted),
-            load_features=tuple(row["load"]),
-            load=None if load is None else LoadAtDecision(**load),
-            terms=None if terms is None else _unpack_terms(terms),
-            preferred=row["preferred"],
-            preferred_hot=row["preferred_hot"],
-            shadow=None if shadow is None else ShadowChoice(**shadow),
-        ),
+        decision=_decision_of(row),
         features=PromptFeatures(tuple(row["numbers"]), tuple(row["buckets"])),
         timing=Timing(row["ttft_s"], row["e2e_s"], row["tpot_s"], row["decision_s"], row["cold"]),
         engine=EngineFacts(
@@ -153,6 +136,27 @@ def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Ou
             kv_usage_ratio=row["engine_kv_usage_ratio"],
         ),
         signals=tuple(signals),
+    )
+
+
+def _decision_of(row: Mapping[str, Any]) -> DecisionSummary:
+    load, terms, shadow = row["load_at_decision"], row["terms"], row["shadow"]
+    versions, predicted = row["versions"], row["predicted"]
+    return DecisionSummary(
+        path=row["path"],
+        reason=row["reason"],
+        rule=row["rule"],
+        propensity=row["propensity"],
+        versions=Versions(
+            PredictorVersion(**versions["predictor"]), versions["goals"], versions["fleet"]
+        ),
+        predicted=None if predicted is None else Prediction(row["slm_id"], *predicted),
+        load_features=tuple(row["load"]),
+        load=None if load is None else LoadAtDecision(**load),
+        terms=None if terms is None else _unpack_terms(terms),
+        preferred=row["preferred"],
+        preferred_hot=row["preferred_hot"],
+        shadow=None if shadow is None else ShadowChoice(**shadow),
     )
 
 

@@ -73,7 +73,7 @@ class Router:
         self._limit_bytes = int(args.router.max_body_bytes)
         self._cors = http.Cors(args.router.cors_origins)
         replica = serve.get_replica_context().replica_id.unique_id
-        self._view = FleetView(fleet)
+        self._view = FleetView(fleet, on_failure=self._replica_failed)
         self._wakeup_queue = WakeupQueue(self._view.residency, args.router, replica)
         self._handles = Handles(handles)
         random = Random()  # for the jitter of Retry-After
@@ -87,13 +87,6 @@ class Router:
             controller=GoalController(args.goals, routers=args.router.replicas),
         )
         self._upstream = self.connect_upstream(random.random)
-        dispatcher = dispatch.Dispatcher(
-            self._upstream.call,
-            health=self._view,
-            retries=args.router.retries,
-            queue_wait_s=args.router.max_queue_wait_s,
-            admit=self._wakeup_queue.admit,
-        )
         self._metrics = RouterMetrics(time.monotonic, [s.id for s in fleet.slms])
         self._knowledge = KnowledgeClient(app_name, args.learning, fleet)
         self._subscriptions = Subscriptions(fleet, self._selector, self._view, self._handles)
@@ -108,8 +101,21 @@ class Router:
             self._metrics,
             self._outcomes,
         )
-        completions = CompletionsEndpoint(
-            args,
+        self._routes = self._endpoints(self._completions())
+        self._outcomes.start()
+        self._tasks = self._background()
+
+    def _completions(self) -> CompletionsEndpoint:
+        options = self._args.router
+        dispatcher = dispatch.Dispatcher(
+            self._upstream.call,
+            health=self._view,
+            retries=options.retries,
+            queue_wait_s=options.max_queue_wait_s,
+            admit=self._wakeup_queue.admit,
+        )
+        return CompletionsEndpoint(
+            self._args,
             self._selector,
             self._view,
             self._wakeup_queue,
@@ -118,9 +124,6 @@ class Router:
             self.record,
             self.refused,
         )
-        self._routes = self._endpoints(completions)
-        self._outcomes.start()
-        self._tasks = self._background()
 
     def _background(self) -> list[asyncio.Task[None]]:
         return [
@@ -140,6 +143,9 @@ class Router:
             clock=time.monotonic,
             random=random,
         )
+
+    def _replica_failed(self, replica_id: str) -> None:
+        self._upstream.replica_failed(replica_id)
 
     def _start_replica(self, slm_id: str) -> Awaitable[object] | None:
         """Let Serve start a replica of an SLM that may have none, and wait for it."""
@@ -240,8 +246,12 @@ class Router:
     ) -> None:
         """Record the outcome of a finished call in statistics, controller, metrics and outbox."""
         self._wakeup_queue.release(call)
-        if parsed.tokenizer_only:
-            return  # no model ran, so its times say nothing of the SLM
+        if failed := call.failure and call.status != "cancelled":
+            self._refused_log.add(call.failure, call.decision.decision_id, call.failure_text)
+        if parsed.tokenizer_only:  # no model ran, so its times say nothing of the SLM
+            if failed:
+                self._metrics.refused(call.failure)
+            return
         fill_features(call.decision.context, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
         shadow = self._subscriptions.shadow.compare(outcome, self._selector.goals.quality_floor)
@@ -252,8 +262,6 @@ class Router:
         self._selector.learn(call.decision, outcome)
         self._metrics.observe(outcome)
         self._outcomes.add(outcome)
-        if outcome.failure and outcome.status != "cancelled":
-            self._refused_log.add(outcome.failure, outcome.outcome_id, call.failure_text)
 
     def refused(self, decision_id: str, error: CalmError, task: str, took_s: float) -> None:
         """Record a request that was refused before an SLM was chosen."""

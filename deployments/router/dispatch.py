@@ -162,7 +162,7 @@ class Dispatcher:
             hints["engine_deaths"] = deaths + attempts.deaths
             try:
                 items, first = await self._first(call, path, body, asked, hints)
-                return _Answer(call, items, first)
+                return _Answer(call, items, first, lambda: self._deaths.add(path, body))
             except CapacityError as error:
                 attempts.full(slm_id, error)
             except UpstreamError as error:
@@ -178,7 +178,7 @@ class Dispatcher:
                 hints = {**hints, "avoid": call.predicted_replica}
         final = attempts.error()
         if isinstance(final, EmptyAnswerError):
-            return _Answer(call, _Nothing(), final.answer)
+            return _Answer(call, _Nothing(), final.answer, lambda: None)
         raise final
 
     async def _first(
@@ -356,10 +356,15 @@ class _Nothing:
 
 
 class _Answer:
-    """The bytes of an answer in order; `call` is updated as they come."""
+    """The bytes of an answer in order; `call` is updated as they come.
 
-    def __init__(self, call: Call, items: AsyncIterator[Any], first: Any) -> None:
-        self._call = call
+    `on_death` is called when an engine dies that worked on this answer alone.
+    """
+
+    def __init__(
+        self, call: Call, items: AsyncIterator[Any], first: Any, on_death: Callable[[], None]
+    ) -> None:
+        self._call, self._on_death = call, on_death
         self._items = items
         self._next: Any = first
 
@@ -371,7 +376,12 @@ class _Answer:
         if item is None:
             if self._call.end is not None:
                 raise StopAsyncIteration
-            item = await anext(self._items)
+            try:
+                item = await anext(self._items)
+            except UpstreamError as error:
+                if error.failure.died_beside == 0:
+                    self._on_death()
+                raise
         self._call.last_byte_s = self._call.elapsed_s
         if self._call.first_byte_s is None:
             self._call.first_byte_s = self._call.last_byte_s

@@ -158,6 +158,8 @@ def error_response(
         extra |= error.failure.headers()
     if isinstance(error, CapacityError):
         extra["retry-after"] = str(math.ceil(error.retry_after_s))
+        # Official SDKs read it first. In whole seconds, short waits would all be the same.
+        extra["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000.0))
     document = error.to_openai() if route is None else route.error_body(error)
     return json_response(document, error.http_status, extra)
 

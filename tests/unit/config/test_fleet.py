@@ -193,6 +193,34 @@ def test_a_batching_profile_feeds_the_engine_and_bounds_the_queue(profile: Batch
     assert limits.max_num_seqs < limits.max_ongoing_requests < limits.max_queued_requests
 
 
+@pytest.mark.parametrize(("sequences", "ongoing"), [(1, 2), (4, 5), (16, 20), (64, 80)])
+def test_a_replica_takes_few_more_requests_than_its_engine_runs(
+    sequences: int, ongoing: int
+) -> None:
+    limits = make_spec(engine={"max_num_seqs": sequences}).limits
+    assert (limits.max_num_seqs, limits.max_ongoing_requests) == (sequences, ongoing)
+    assert (
+        limits.max_num_batched_tokens == BATCHING[BatchingProfile.BALANCED].max_num_batched_tokens
+    )
+
+
+def test_the_limit_of_a_remote_slm_is_its_own() -> None:
+    upstream = {"base_url": "https://up/v1", "max_concurrent_requests": 7}
+    limits = make_spec(locality="remote", remote=upstream).limits
+    assert (limits.max_num_seqs, limits.max_ongoing_requests) == (7, 7)
+
+
+def test_prices_of_two_currencies_cannot_be_added_up() -> None:
+    def priced(slm_id: str, currency: str) -> SLMSpec:
+        prices = {"input_per_million_tokens": 1, "output_per_million_tokens": 2}
+        upstream = {"base_url": "https://up/v1", "prices": {**prices, "currency": currency}}
+        return make_spec(slm_id, locality="remote", remote=upstream)
+
+    Fleet(slms=(priced("one", "EUR"), priced("two", "EUR")))
+    with pytest.raises(ValidationError, match="one currency, but there are EUR, USD"):
+        Fleet(slms=(priced("one", "EUR"), priced("two", "USD")))
+
+
 def test_interactive_batches_and_queues_less_than_extraction() -> None:
     tight, wide = BATCHING[BatchingProfile.INTERACTIVE], BATCHING[BatchingProfile.EXTRACTION]
     assert tight.max_num_seqs < wide.max_num_seqs

@@ -121,6 +121,16 @@ def test_an_outcome_that_is_delivered_twice_counts_once(world: World) -> None:
     assert once.last == twice.last
 
 
+def test_requests_without_an_slm_change_no_finding(world: World) -> None:
+    world.send(predicted=predicted())
+    before = world.monitor.calibration_error(), set(world.monitor._slms)
+    world.monitor.observe(
+        [Outcome(f"refused-{i}", "", status="rejected", failure="no_slm") for i in range(500)]
+    )
+    assert (world.monitor.calibration_error(), set(world.monitor._slms)) == before
+    assert world.alarms() == set()
+
+
 def test_a_factor_fades_by_time_alone(world: World) -> None:
     for _ in range(30):
         world.send(signals=feedback(0.0))

@@ -173,3 +173,8 @@ def test_a_file_that_is_no_log_is_an_error(
 def test_an_empty_log_has_no_estimates() -> None:
     report = replayed([], GOALS).report()
     assert set(report["estimates"].values()) == {None}
+
+
+def test_requests_for_which_no_slm_could_be_chosen_are_skipped() -> None:
+    found = replayed([Outcome("refused", "", status="rejected", failure="no_slm")], GOALS)
+    assert found.skipped == {"no SLM could be chosen": 1}

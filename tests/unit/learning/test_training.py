@@ -117,6 +117,13 @@ def test_outcomes_of_other_slms_and_older_layouts_are_left_out() -> None:
     assert run(world + gone + old).artifact == run(world).artifact
 
 
+def test_requests_that_were_turned_away_are_not_learned_from_even_if_a_client_rates_them() -> None:
+    world = make_world(100)
+    away = [change_outcome(o, outcome_id=f"r{i}", status="rejected") for i, o in enumerate(world)]
+    none = [change_outcome(o, outcome_id=f"n{i}", slm_id="") for i, o in enumerate(away)]
+    assert run(world + away + none).artifact == run(world).artifact
+
+
 def test_too_few_labels_are_an_error_that_counts_them() -> None:
     with pytest.raises(KnowledgeError, match=f"{MIN_LABELLED - 1} labelled"):
         run(make_world(MIN_LABELLED - 1))

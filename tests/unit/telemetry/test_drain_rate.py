@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,7 +71,7 @@ def test_requests_that_are_refused_at_once_free_no_slot() -> None:
 def test_refused_clients_come_back_one_after_the_other_at_the_drain_rate() -> None:
     drain = busy(4, 2.0, 120.0)
     times_s = [drain.retry_after_s(1.0, 120.0, lambda: 0.0) for _ in range(10)]
-    gaps_s = [b - a for a, b in zip(times_s, times_s[1:], strict=False)]
+    gaps_s = [b - a for a, b in itertools.pairwise(times_s)]
     assert times_s[0] == pytest.approx(1.5, rel=0.1)
     assert gaps_s == pytest.approx([0.5] * 9, rel=0.1)
 

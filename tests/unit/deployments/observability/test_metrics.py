@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calm_serve.testing import change_outcome, make_outcome
-from calm_serve.types import EngineFacts, PromptFeatures, Timing
+from calm_serve.types import EngineFacts, FailedAttempt, PromptFeatures, Timing
 from deployments.observability.catalogue import (
     BY_NAME,
     METRICS,
@@ -286,6 +286,14 @@ def test_the_exporter_shows_alarms_that_are_on_and_zero_for_those_that_are_off()
 def test_the_exporter_writes_the_series_names_the_table_promises() -> None:
     metrics, _ = router_metrics()
     metrics.observe(OUTCOME)
+    attempt = FailedAttempt("chat", "transport", 0.1, 0.25)
+    failed = {
+        "failure": "transport",
+        "failed_attempts": (attempt,),
+        "cost": 0.25,
+        "currency": "EUR",
+    }
+    metrics.observe(change_outcome(OUTCOME, **failed))
     for hot in (True, False):
         metrics.observe(change_outcome(OUTCOME, preferred="chat", preferred_hot=hot))
     metrics.refresh(SNAPSHOT, HOST)
@@ -321,3 +329,47 @@ def test_process_cpu_time_grows_with_work() -> None:
     while cpu_s() == before:  # the kernel counts in ticks of 10 ms
         sum(range(10_000))
     assert cpu_s() > before
+
+
+def test_failures_are_counted_by_slm_and_kind_and_money_goes_to_who_charged_it() -> None:
+    metrics, recorder = router_metrics()
+    attempts = (FailedAttempt("chat", "full"), FailedAttempt("gone", "bad_answer", 0.1, 0.25))
+    metrics.observe(change_outcome(OUTCOME, failed_attempts=attempts, cost=0.75, currency="EUR"))
+    assert recorder.of("calm_failed_attempts") == [
+        (1.0, {"slm": "chat", "kind": "full"}),
+        (1.0, {"slm": "other", "kind": "bad_answer"}),
+    ]
+    assert recorder.of("calm_cost") == [
+        (0.25, {"slm": "other", "currency": "EUR"}),
+        (0.5, {"slm": "code", "currency": "EUR"}),
+    ]
+    assert recorder.of("calm_refused_requests") == []  # it was answered
+
+
+@pytest.mark.parametrize(
+    ("slm_id", "failure", "labels"),
+    [
+        ("code", "timed_out", {"slm": "code", "kind": "timed_out"}),
+        ("", "no_slm", {"slm": "none", "kind": "no_slm"}),
+        ("code", "cancelled", None),
+        ("code", "", None),
+    ],
+)
+def test_requests_that_got_an_error_are_counted_by_its_kind(
+    slm_id: str, failure: str, labels: dict[str, str] | None
+) -> None:
+    metrics, recorder = router_metrics()
+    metrics.observe(change_outcome(OUTCOME, slm_id=slm_id, failure=failure))
+    assert [found for _, found in recorder.of("calm_refused_requests")] == (
+        [] if labels is None else [labels]
+    )
+
+
+def test_requests_refused_before_a_decision_are_counted_without_an_slm() -> None:
+    metrics, recorder = router_metrics()
+    metrics.refused("router_full")
+    metrics.refused("whatever a client writes")
+    assert recorder.of("calm_refused_requests") == [
+        (1.0, {"slm": "none", "kind": "router_full"}),
+        (1.0, {"slm": "none", "kind": "other"}),
+    ]

@@ -172,6 +172,16 @@ async def test_a_request_that_is_wrong_is_counted_and_leaves_no_outcome(
     assert response.headers["x-calm-reason"] == "refused"
 
 
+async def test_a_tokenizer_that_does_not_answer_is_counted_and_leaves_no_outcome(
+    view: LiveView, tmp_path: Path
+) -> None:
+    async with Service(tmp_path, FULL) as service:
+        response = await service.post({"prompt": "good morning"}, "/tokenize")
+        assert await service.outcomes() == []
+        assert service.router._metrics.turned_away == ["full"]
+    assert response.status_code == 429
+
+
 async def test_a_request_that_no_slm_can_take_leaves_an_outcome_and_a_log_line(
     view: LiveView, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -438,3 +438,15 @@ async def test_what_no_upstream_has_named_is_no_cost(view: LiveView) -> None:
     await read(await Fleet(view, 2, a=[LOST, END]).open(call))
     outcome = outcome_of(call, at=1.0, task="", prompt=None)
     assert (outcome.cost, outcome.currency) == (None, "")
+
+
+async def test_an_engine_that_dies_in_the_middle_of_a_stream_is_remembered(
+    view: LiveView,
+) -> None:
+    alone = failing(FailureKind.ENGINE_DIED, died_beside=0)
+    fleet = Fleet(view, 2, a=[[b"one", alone], END])
+    answer = await fleet.open(started(make_decision("a")))
+    with pytest.raises(UpstreamError):
+        await read(answer)
+    await fleet.open(started(make_decision("a")))
+    assert [hints["engine_deaths"] for hints in fleet.slms["a"].calls] == [0, 1]

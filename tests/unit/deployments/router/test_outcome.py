@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
+from calm_serve.errors import (
+    CalmError,
+    CapacityError,
+    NoCandidateError,
+    RequestError,
+    RouterFullError,
+    SLMUnavailableError,
+)
+from calm_serve.protocol.outcomes import decode_batch, encode_batch
 from calm_serve.testing import (
+    FakeClock,
     make_context,
     make_decision,
     make_facts,
@@ -22,8 +32,9 @@ from calm_serve.types import (
     PromptFeatures,
     QualitySignal,
 )
+from calm_serve.upstreams import Failure, FailureKind, UpstreamError
 from deployments.router.dispatch import Call
-from deployments.router.outcome import outcome_of
+from deployments.router.outcome import RefusedLog, outcome_of, refused, refused_outcome
 from deployments.wire import ReplyEnd
 
 
@@ -112,3 +123,59 @@ def test_an_slm_without_a_prediction_leaves_it_empty() -> None:
 def test_a_cold_start_is_known_from_the_state_at_the_decision(replicas: int, cold: bool) -> None:
     call = Call(make_decision("a"), make_state("a", replicas=replicas), ())
     assert outcome_of(call, at=0.0, task="", prompt=None).timing.cold is cold
+
+
+def test_a_full_service_logs_each_kind_once_a_second_with_the_number_of_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+    refused = RefusedLog(clock)
+    with caplog.at_level("WARNING"):
+        for number in range(100):
+            refused.add("router_full", f"d{number}", "no place")
+        refused.add("no_slm", "e", "none is there")
+        clock.advance(1.0)
+        refused.add("router_full", "d100", "no place")
+    assert [record.getMessage() for record in caplog.records] == [
+        "request d0 refused: router_full: no place",
+        "request e refused: no_slm: none is there",
+        "request d100 refused: router_full: no place (and 99 more since the last such line)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (NoCandidateError("no SLM can take this"), True),
+        (SLMUnavailableError("no SLM is available"), True),
+        (RouterFullError("full"), False),
+        (RequestError("wrong"), False),
+    ],
+)
+def test_a_refused_request_has_an_outcome_if_it_says_something_of_the_fleet(
+    error: CalmError, kept: bool
+) -> None:
+    found = refused_outcome("d", error, at=5.0, task="sql", took_s=0.1)
+    assert (found is not None) is kept
+    if found is not None:
+        assert (found.slm_id, found.http_status) == ("", error.http_status)
+        assert decode_batch(encode_batch([found])) == ([found], {})
+
+
+@pytest.mark.parametrize(
+    ("error", "begun", "status"),
+    [
+        (CapacityError("full"), False, "rejected"),
+        (SLMUnavailableError("no SLM can take it now"), False, "rejected"),
+        (UpstreamError(Failure(FailureKind.OUT_OF_TIME, "late")), True, "rejected"),
+        (UpstreamError(Failure(FailureKind.INVALID_REQUEST, "bad")), True, "error"),
+        (UpstreamError(Failure(FailureKind.TIMED_OUT, "silent")), False, "error"),
+    ],
+)
+def test_only_what_speaks_against_the_slm_is_an_error(
+    error: CalmError, begun: bool, status: str
+) -> None:
+    call = started()
+    call.first_byte_s = 0.1 if begun else None
+    refused(call, error)
+    assert (call.status, call.failure_text) == (status, error.message)
