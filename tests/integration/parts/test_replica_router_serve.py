@@ -166,7 +166,12 @@ class Caller:
         self.slms = slms
         for handle in slms.values():
             handle._init()
-        self.upstream = Upstream(spec=make_spec, start_replica=lambda _slm: None)
+        self.upstream = Upstream(
+            spec=make_spec,
+            start_replica=lambda _slm: None,
+            clock=time.monotonic,
+            random=lambda: 0.0,
+        )
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         plan = await request.json()
