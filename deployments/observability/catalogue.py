@@ -82,6 +82,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_calibration_error_ratio", _G, "Mean error of P(success).", ()),
     Metric("calm_choice_entropy_ratio", _G, "Spread of choices: 0 one SLM, 1 equal.", ()),
     Metric("calm_choice_gain", _G, "Score gained over content-blind choices.", ("against",)),
+    Metric("calm_router_requests", _G, "Requests for SLMs that the router works on.", ()),
     Metric("calm_fleet_ready", _G, "1 when every SLM that must be hot is ready.", ()),
     Metric("calm_goal_target", _G, "The configured target.", GOAL),
     Metric("calm_goal_measured", _G, "The goal's metric over recent requests.", GOAL),

@@ -234,6 +234,8 @@ class RouterMetrics:
 def fleet_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the fleet gauges of GET /v1/fleet's answer; a missing value yields nothing."""
     yield "calm_fleet_ready", (), float(bool(snapshot.get("ready")))
+    if (in_work := snapshot.get("requests_in_work")) is not None:
+        yield "calm_router_requests", (), float(in_work)
     yield from _goal_samples(snapshot.get("goals") or {})
     for slm in snapshot.get("slms", ()):
         slm_id = str(slm["id"])

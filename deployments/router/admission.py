@@ -7,7 +7,6 @@ generation is saturated; for that, Serve's own bound on the router is ADMINISTRA
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 from calm_serve.errors import RouterFullError
 from calm_serve.telemetry import DrainRate
@@ -18,7 +17,7 @@ ADMINISTRATION_SLOTS = 64
 PRIOR_ANSWER_S = 1.0  # of one answer, until some are seen
 
 
-class Slot:
+class Place:
     """A request's place in the router, given back once: by `release`, or when it is dropped."""
 
     __slots__ = ("_release",)
@@ -31,17 +30,6 @@ class Slot:
         release, self._release = self._release, None
         if release is not None:
             release()
-
-    def __enter__(self) -> Slot:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def __del__(self) -> None:
         # A client may disconnect while its body is read.
@@ -66,7 +54,7 @@ class Admission:
         """Requests that have a place."""
         return self._drain.held
 
-    def enter(self) -> Slot:
+    def enter(self) -> Place:
         """Return a place for one more request. Raises RouterFullError (429) when there is none."""
         now_s = self._clock()
         if self._drain.held >= self._limit:
@@ -76,7 +64,7 @@ class Admission:
                 retry_after_s=self._drain.retry_after_s(after_s, now_s, self._random),
             )
         self._drain.take(now_s)
-        return Slot(self._leave)
+        return Place(self._leave)
 
     def _leave(self) -> None:
         self._drain.give_back(self._clock())

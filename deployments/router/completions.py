@@ -29,7 +29,7 @@ from deployments.router import (
     outcome,
     wakeup_queue,
 )
-from deployments.router.admission import Admission, Slot
+from deployments.router.admission import Admission, Place
 from deployments.router.fleet_view import FleetView
 from deployments.router.wakeup_queue import WakeupQueue
 
@@ -79,7 +79,7 @@ class CompletionsEndpoint:
         }
         started, task = time.perf_counter(), ""
         try:
-            slot = self._admission.enter()
+            place = self._admission.enter()
             overrides = parse_overrides(http.routing_headers(request))
             task = overrides.task
             body = await http.read_json(request, self._limit_bytes)
@@ -88,7 +88,7 @@ class CompletionsEndpoint:
         except CalmError as error:
             self._refused(decision_id, error, task, time.perf_counter() - started)
             return http.error_response(error, headers, route)
-        call = self._call(decision, slot)
+        call = self._call(decision, place)
         prompt = parsed.text if self._args.learning.keep_prompts else None
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
@@ -138,14 +138,14 @@ class CompletionsEndpoint:
             return finish(http.error_response(outcome.gone(call, error), headers, route))
         return http.EventStream(self._stream(call, route, answer, finish), headers)
 
-    def _call(self, decision: Decision, slot: Slot) -> dispatch.Call:
+    def _call(self, decision: Decision, place: Place) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
         limit_s = self._args.router.request_timeout_s
         if decision.context.slo.deadline_s:
             limit_s = min(limit_s, decision.context.slo.deadline_s)
         load = live_load(decision.context, spec, state)
-        call = dispatch.Call(decision, state, load, limit_s=limit_s, slot=slot)
+        call = dispatch.Call(decision, state, load, limit_s=limit_s, place=place)
         if self._view.residency.active:
             preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)

@@ -100,6 +100,7 @@ class Router:
             self._subscriptions,
             self._metrics,
             self._outcomes,
+            self._admission,
         )
         self._routes = self._endpoints(self._completions())
         self._outcomes.start()

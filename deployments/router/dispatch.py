@@ -33,7 +33,7 @@ from calm_serve.upstreams import (
     failure_kind,
     known_poison,
 )
-from deployments.router.admission import Slot
+from deployments.router.admission import Place
 from deployments.router.live_state import VIEW, hints_of
 from deployments.router.upstream.remote import EmptyAnswerError
 from deployments.wire import AsleepReply, Hints, ReplyEnd, deployment_name
@@ -73,7 +73,7 @@ class Call:
     queued_for_wakeup: bool = False  # it waited for an SLM to wake up
     preferred_hot: bool | None = None  # None without a memory budget
     limit_s: float = 3600.0  # for all of it, from `started` on
-    slot: Slot | None = None  # its place in this router
+    place: Place | None = None  # its place in this router
 
     @property
     def left_s(self) -> float:

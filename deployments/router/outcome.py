@@ -45,8 +45,8 @@ class Finish:
         """Record the call if it is not recorded yet; return the response."""
         if not self._done:
             self._done = True
-            if self._call.slot is not None:
-                self._call.slot.release()
+            if self._call.place is not None:
+                self._call.place.release()
             try:
                 self._record()
             except Exception:  # an error of the record must not cost the client its answer

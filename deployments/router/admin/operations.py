@@ -17,6 +17,7 @@ from deployments.knowledge.outcome_outbox import OutcomeOutbox
 from deployments.observability.exporters import RouterMetrics
 from deployments.router import http
 from deployments.router.admin.goals import goals_section
+from deployments.router.admission import Admission
 from deployments.router.fleet_view import FleetView
 from deployments.router.subscriptions import Subscriptions
 
@@ -35,12 +36,13 @@ class Operations:
         subscriptions: Subscriptions,
         metrics: RouterMetrics,
         outcomes: OutcomeOutbox,
+        admission: Admission,
     ) -> None:
         self._selector = selector
         self._view = view
         self._knowledge, self._subscriptions = knowledge, subscriptions
         self._metrics = metrics
-        self._outcomes = outcomes
+        self._outcomes, self._admission = outcomes, admission
 
     async def health(self, request: Request) -> Response:
         """200 after every hot SLM has been up once; before that 503 with the states."""
@@ -70,7 +72,10 @@ class Operations:
             "knowledge_reachable": self._knowledge.reachable,
             **self._predictors(),
         }
-        return self._view.snapshot(predictor) | {"goals": goals_section(self._selector)}
+        return self._view.snapshot(predictor) | {
+            "goals": goals_section(self._selector),
+            "requests_in_work": self._admission.in_work,
+        }
 
     def _predictors(self) -> dict[str, Any]:
         status = self._subscriptions.predictors

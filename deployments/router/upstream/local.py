@@ -23,7 +23,7 @@ from deployments.router.chosen import ChosenReplica, ReplicaChooser
 from deployments.router.live_state import VIEW
 from deployments.router.upstream.end_scanner import EndScanner
 from deployments.router.upstream.reply import Reply
-from deployments.router.upstream.slot_queue import Place
+from deployments.router.upstream.slot_queue import Position
 from deployments.wire import (
     END_HEADER,
     NO_ANSWER_HEADER,
@@ -77,15 +77,15 @@ class LocalReply(Reply):
     async def _open(self) -> Any:
         queue = self._queue
         tried: set[str] = set()
-        place: Place | None = None
+        position: Position | None = None
         if queue:
-            place = queue.enter(self._wait_limit_s)
-            await queue.wait(place)
+            position = queue.enter(self._wait_limit_s)
+            await queue.wait(position)
         while True:
             chosen = await self._choose(tried)
             if chosen is None:
-                place = place or queue.enter(self._wait_limit_s)
-                await queue.wait(place)
+                position = position or queue.enter(self._wait_limit_s)
+                await queue.wait(position)
                 tried.clear()
                 continue
             response = await self._post(chosen)

@@ -17,8 +17,8 @@ PATIENCE_RATIO = 2.0
 SLOT_POLL_S = 0.05  # between two attempts of the first in a queue
 
 
-class Place:
-    """One request's place in a queue; it keeps it while it tries to get a slot."""
+class Position:
+    """One request's position in a queue; it keeps it while it tries to get a slot."""
 
     __slots__ = ("awake", "has_turn", "number", "until_s")
 
@@ -27,7 +27,7 @@ class Place:
         self.has_turn = False
         self.awake = asyncio.Event()
 
-    def __lt__(self, other: Place) -> bool:
+    def __lt__(self, other: Position) -> bool:
         return self.number < other.number
 
 
@@ -56,7 +56,7 @@ class SlotQueue:
         self._slm_id, self._max_waiting = slm_id, max_waiting
         self._clock, self._random = clock, random
         self._drain = DrainRate(prior_hold_s, clock())
-        self._waiting: list[Place] = []  # in order
+        self._waiting: list[Position] = []  # in order
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -82,8 +82,8 @@ class SlotQueue:
         retry_after_s = self._drain.retry_after_s(after_s, now_s, self._random)
         return CapacityError(f"SLM {self._slm_id!r} {message}", retry_after_s=retry_after_s)
 
-    def enter(self, limit_s: float) -> Place:
-        """Return a place for a request that may wait for `limit_s`.
+    def enter(self, limit_s: float) -> Position:
+        """Return a position for a request that may wait for `limit_s`.
 
         Raises CapacityError when too many wait already, or its turn would come too late.
         """
@@ -91,7 +91,7 @@ class SlotQueue:
         ahead = len(self._waiting)
         wait_s = self._drain.wait_s(ahead, now_s)
         if ahead < self._max_waiting and wait_s <= limit_s:
-            return Place(next(self._numbers), now_s + PATIENCE_RATIO * limit_s)
+            return Position(next(self._numbers), now_s + PATIENCE_RATIO * limit_s)
         # When what waits too long has drained; when half of a full queue has.
         after_s = wait_s - limit_s if wait_s > limit_s else wait_s / 2.0
         message = f"SLM {self._slm_id!r} is at its queue limit: {ahead} wait, about {wait_s:.1f} s"
@@ -99,24 +99,24 @@ class SlotQueue:
             message, retry_after_s=self._drain.retry_after_s(after_s, now_s, self._random)
         )
 
-    async def wait(self, place: Place) -> None:
+    async def wait(self, position: Position) -> None:
         """Wait until it is this request's turn to try (again).
 
         A slot that another router's request frees is not seen here, so the first one tries again
         every SLOT_POLL_S. Raises CapacityError when its time in the queue is over.
         """
-        insort(self._waiting, place)
+        insort(self._waiting, position)
         try:
-            while not place.has_turn:
-                if await self._is_due(place):
+            while not position.has_turn:
+                if await self._is_due(position):
                     break
         except BaseException:
-            if place.has_turn:
+            if position.has_turn:
                 self.next()
             raise
         finally:
-            place.has_turn = False
-            self._leave(place)
+            position.has_turn = False
+            self._leave(position)
 
     def next(self) -> None:
         """Give the first one its turn."""
@@ -126,23 +126,23 @@ class SlotQueue:
             first.awake.set()
             self._wake_first()
 
-    async def _is_due(self, place: Place) -> bool:
+    async def _is_due(self, position: Position) -> bool:
         """Sleep; return whether it is time for the first one to try by itself."""
-        left_s = place.until_s - self._clock()
+        left_s = position.until_s - self._clock()
         if left_s <= 0.0:
             raise self.full("has had no free slot in time")
-        was_first = self._waiting[0] is place
-        place.awake.clear()
+        was_first = self._waiting[0] is position
+        position.awake.clear()
         try:
             async with asyncio.timeout(min(left_s, SLOT_POLL_S) if was_first else left_s):
-                await place.awake.wait()
+                await position.awake.wait()
         except TimeoutError:
-            return was_first and place.until_s > self._clock()
+            return was_first and position.until_s > self._clock()
         return False
 
-    def _leave(self, place: Place) -> None:
+    def _leave(self, position: Position) -> None:
         with contextlib.suppress(ValueError):
-            self._waiting.remove(place)
+            self._waiting.remove(position)
         self._wake_first()
 
     def _wake_first(self) -> None:

@@ -40,6 +40,7 @@ OUTCOME = make_outcome(
 HOST = HostUsage(cpu_ratio=0.5, memory_used_bytes=100, memory_total_bytes=400)
 SNAPSHOT: dict[str, Any] = {
     "ready": True,
+    "requests_in_work": 3,
     "predictor": {"version": "lgbm-7"},
     "goals": {
         "weights": {"latency_per_s": 0.1},

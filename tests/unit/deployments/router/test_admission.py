@@ -11,12 +11,12 @@ from deployments.router.admission import Admission
 
 def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
     admission = Admission(2, FakeClock(), lambda: 0.0)
-    slots = [admission.enter() for _ in range(2)]
+    places = [admission.enter() for _ in range(2)]
     with pytest.raises(RouterFullError) as caught:
         admission.enter()
     assert (caught.value.http_status, caught.value.code) == (429, "router_saturated")
     assert caught.value.retry_after_s > 0
-    slots[0].release()
+    places[0].release()
     admission.enter()
 
 
@@ -32,8 +32,8 @@ def test_a_place_is_given_back_once() -> None:
 
 def test_a_place_that_is_dropped_is_given_back() -> None:
     admission = Admission(1, FakeClock(), lambda: 0.0)
-    slot = admission.enter()
-    del slot
+    place = admission.enter()
+    del place
     assert admission.in_work == 0
 
 
@@ -41,10 +41,10 @@ def test_refused_clients_are_spread_over_the_time_in_which_places_get_free() -> 
     clock = FakeClock()
     admission = Admission(4, clock, lambda: 0.0)
     for _ in range(20):  # each answer takes two seconds
-        slots = [admission.enter() for _ in range(4)]
+        places = [admission.enter() for _ in range(4)]
         clock.advance(2.0)
-        for slot in slots:
-            slot.release()
+        for place in places:
+            place.release()
     held = [admission.enter() for _ in range(4)]
     times_s = []
     for _ in range(10):

@@ -27,6 +27,7 @@ from calm_serve.testing import (
 from calm_serve.types import Outcome, QualitySignal
 from deployments.router import fleet_view
 from deployments.router.admin.operations import Operations
+from deployments.router.admission import Admission
 from deployments.router.fleet_view import FleetView
 from deployments.router.live_state import LiveView
 from deployments.wire import deployment_name
@@ -76,6 +77,7 @@ class Bench:
             cast(Any, self.subscriptions),
             cast(Any, None),
             cast(Any, Outbox()),
+            Admission(8, lambda: 0.0, lambda: 0.0),
         )
 
 

@@ -43,11 +43,11 @@ async def test_requests_get_their_turn_in_the_order_in_which_they_came() -> None
 
 async def test_a_request_that_found_no_slot_keeps_its_place() -> None:
     queue, served = make_queue(), list[str]()
-    place = queue.enter(math.inf)
+    position = queue.enter(math.inf)
 
     async def unlucky() -> None:
         for attempt in range(2):
-            await queue.wait(place)
+            await queue.wait(position)
             served.append(f"first, attempt {attempt}")
 
     async def later() -> None:
