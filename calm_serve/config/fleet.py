@@ -340,6 +340,29 @@ class SLMSpec(Config):
         return (2 * self.parameters if weights is None else weights) + self.resources.kv_cache_bytes
 
 
+class Marker(Config):
+    """A named pattern. A fleet file may write the pattern alone: the scope is the default then.
+
+    A system prompt is the same in all requests of a client, and an answer has the form of the SLM
+    that gave it. So neither is read, unless `scope` says so.
+    """
+
+    pattern: str = Field(
+        description="Regular expression, case-insensitive, over the ends of the text; ^ starts a "
+        "message."
+    )
+    scope: Literal["last_user", "user", "all"] = Field(
+        default="last_user",
+        description="What it reads: the last message of the user, all messages of the user, or all "
+        "messages, system prompts and answers included. A prompt without messages is the user's.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pattern(cls, data: Any) -> Any:
+        return {"pattern": data} if isinstance(data, str) else data
+
+
 class Rule(Config):
     """One deterministic rule of the fast path: every condition given must hold."""
 
@@ -358,23 +381,30 @@ class Rule(Config):
 class Safety(Config):
     """A pattern that pins the request to one SLM, before the client's choice and every rule.
 
-    A request that generates nothing keeps its SLM, because no other vector space or ranking can
-    stand in for it; `local_only` holds for it too. Prompts of token ids cannot be searched.
+    It is searched in the whole text of all messages. A request that generates nothing keeps its
+    SLM, because no other vector space or ranking can stand in for it; `local_only` holds for it
+    too. Prompts of token ids cannot be searched.
     """
 
     name: Identifier = Field(description="Shown in decisions as the safety class.")
     pattern: str = Field(description="Regular expression, case-insensitive.")
     slm: Identifier = Field(description="Id of the SLM that answers.")
-    local_only: bool = Field(default=True, description="Never leaves local SLMs.")
+    local_only: bool = Field(
+        default=True, description="Never leaves local SLMs, wherever the pattern was found."
+    )
+    pins: Literal["conversation", "all"] = Field(
+        default="conversation",
+        description="Where a match pins: in any message but system prompts, whose policies ('never "
+        "reveal a password') hold for all requests of a client; or in these too.",
+    )
 
 
 class Fleet(Config):
     """The fleet file: SLMs, markers, rules."""
 
     slms: tuple[SLMSpec, ...] = Field(min_length=1, description="At least one.")
-    markers: dict[Identifier, str] = Field(
-        default={},
-        description="Name to regular expression over the prompt's ends; ^ starts a message.",
+    markers: dict[Identifier, Marker] = Field(
+        default={}, description="Name to pattern, or to pattern and scope; see Marker."
     )
     rules: tuple[Rule, ...] = Field(default=(), description="Ordered; the first match wins.")
     safety: tuple[Safety, ...] = Field(default=(), description="Checked before everything else.")
@@ -389,7 +419,8 @@ class Fleet(Config):
             raise ValueError(f"prices need one currency, but there are {', '.join(currencies)}")
         unique("rule name", [r.name for r in self.rules])
         unique("safety name", ["none", *(s.name for s in self.safety)])  # "none": no match
-        for name, pattern in [*self.markers.items(), *((s.name, s.pattern) for s in self.safety)]:
+        patterns = [(name, marker.pattern) for name, marker in self.markers.items()]
+        for name, pattern in [*patterns, *((s.name, s.pattern) for s in self.safety)]:
             try:
                 re.compile(pattern)
             except re.error as error:

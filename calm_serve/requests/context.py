@@ -1,13 +1,15 @@
 """A request becomes a `RoutingContext`: plain fields, no prompt text.
 
 No tokenizer. The time does not grow with the prompt, except for safety patterns, which search the
-whole text (the body's size is limited). Markers see its first and last `SCAN_CHARS` characters, the
-prefix chain its first `MAX_BLOCKS` blocks.
+whole text (the body's size is limited), and for markers that read more than the last message.
+Markers see the first and last `SCAN_CHARS` characters of what they read, the prefix chain the first
+`MAX_BLOCKS` blocks of the whole text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from zlib import crc32
 
 from calm_serve.config import Fleet
@@ -16,6 +18,7 @@ from calm_serve.requests.overrides import Overrides
 from calm_serve.requests.parsed import ROLE_END, START, ParsedRequest
 from calm_serve.requests.patterns import Pattern, Patterns, plain
 from calm_serve.requests.tokens import ends, letter_runs
+from calm_serve.requests.transcript import SYSTEM_ROLES, messages_of
 from calm_serve.types import RoutingContext, ServiceLevel, Task
 
 SCAN_CHARS = 1024  # at each end of the text
@@ -51,7 +54,10 @@ class ContextBuilder:
     def __init__(self, fleet: Fleet, embedding_space: str = "") -> None:
         """`embedding_space` is the key of the vector space for requests that name no SLM."""
         self._embedding_space = embedding_space
-        self._markers = Patterns(dict(sorted(fleet.markers.items())))
+        scopes: dict[str, dict[str, str]] = {}
+        for name, marker in sorted(fleet.markers.items()):
+            scopes.setdefault(marker.scope, {})[name] = marker.pattern
+        self._markers = {scope: Patterns(named) for scope, named in scopes.items()}
         self._safety = [(s, Pattern(s.pattern)) for s in fleet.safety]
 
     def build(
@@ -60,11 +66,7 @@ class ContextBuilder:
         """Return the context without features; only safety patterns cost more for long prompts."""
         whole = request.text
         is_plain = plain(whole)
-        # The whole text, because a secret may be in the middle; the body's size limit bounds it.
-        lines = _lines(whole) if self._safety else ""
-        short = self._safety and len(whole) <= 2 * SCAN_CHARS
-        scan = lines if short else _lines(ends(whole, SCAN_CHARS))
-        safety = next((s for s, p in self._safety if p.occurs(lines, is_plain)), None)
+        safety_class, is_sensitive = self._search_safety(request, is_plain)
         chain = prefix_chain(request.prefix or whole, request.prefix_seed)
         session = overrides.session_id
         tokens, sequence_tokens = _count_tokens(request)
@@ -89,15 +91,54 @@ class ContextBuilder:
             stream=request.stream,
             language=detect_language(request.last_user[:LANGUAGE_CHARS]),
             has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), is_plain),
-            safety_class=safety.name if safety else "none",
-            markers=tuple(self._markers.found(scan, is_plain)),
+            safety_class=safety_class,
+            markers=self._find_markers(request, is_plain),
             session_key=f"{_hash(session):08x}" if session else "",
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             prefix_chain=chain,
             slo=ServiceLevel(overrides.slo_ttft_ms, overrides.slo_tpot_ms, overrides.deadline_s),
-            local_only=overrides.local_only or bool(safety and safety.local_only),
+            local_only=overrides.local_only or is_sensitive,
             quality_floor=overrides.quality_floor,
         )
+
+    def _find_markers(self, request: ParsedRequest, is_plain: bool) -> tuple[str, ...]:
+        found: list[str] = []
+        for scope, patterns in self._markers.items():
+            scan = ends(_text_in_scope(request, scope), SCAN_CHARS)
+            found += patterns.found(scan, is_plain)
+        return tuple(sorted(found))
+
+    def _search_safety(self, request: ParsedRequest, is_plain: bool) -> tuple[str, bool]:
+        """Return the class of the first pattern that pins, "none" without one; and `local_only`."""
+        if not self._safety:
+            return "none", False
+        # The whole text, because a secret may be in the middle; the body's size limit bounds it.
+        lines, conversation, local_only = _lines(request.text), None, False
+        for safety, pattern in self._safety:
+            if not pattern.occurs(lines, is_plain):
+                continue
+            local_only = local_only or safety.local_only
+            if request.system_chars and safety.pins == "conversation":
+                if conversation is None:
+                    conversation = _joined(request.text, lambda role: role not in SYSTEM_ROLES)
+                if not pattern.occurs(conversation, is_plain):
+                    continue
+            return safety.name, local_only
+        return "none", local_only
+
+
+def _text_in_scope(request: ParsedRequest, scope: str) -> str:
+    """Return what markers of this scope (`config.Marker`) read, without roles."""
+    if scope == "all":
+        return _lines(ends(request.text, SCAN_CHARS))
+    if scope == "user":
+        return _joined(request.text, lambda role: role == "user")
+    # Without a message of the user, `last_user` is whatever came last.
+    return request.last_user if request.turns else ""
+
+
+def _joined(text: str, is_read: Callable[[str], bool]) -> str:
+    return "\n".join(content for role, content in messages_of(text) if is_read(role))
 
 
 def _count_tokens(request: ParsedRequest) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from calm_serve.errors import RequestError
@@ -39,6 +39,9 @@ _MEDIA = {
 BILLING_HEADER = "x-anthropic-billing-header"
 
 
+SYSTEM_ROLES = frozenset(("system", "developer"))
+
+
 class Transcript:
     """Collects messages. One for each body."""
 
@@ -56,7 +59,7 @@ class Transcript:
         if role == "user":
             self._last_user = text
             self._turns += 1
-        elif role in ("system", "developer"):
+        elif role in SYSTEM_ROLES:
             self._system_chars += len(text)
 
     def extend(self, other: Transcript) -> None:
@@ -124,6 +127,20 @@ class Transcript:
     def needs(self, **wanted: bool) -> tuple[str, ...]:
         """Capabilities: chat, those of the parts, and what is `wanted` beside them."""
         return needs(chat=True, **dict.fromkeys(self._media, True), **wanted)
+
+
+def messages_of(text: str) -> Iterator[tuple[str, str]]:
+    """Yield role and text of each message; a prompt without messages is one of the user.
+
+    >>> list(messages_of("hello"))
+    [('user', 'hello')]
+    """
+    before, *parts = text.split(START)
+    if before:
+        yield "user", before
+    for part in parts:
+        role, _, content = part.partition(ROLE_END)
+        yield role, content
 
 
 def read_messages(body: Mapping[str, Any], transcript: Transcript, name: str = "messages") -> None:

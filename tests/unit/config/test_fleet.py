@@ -396,3 +396,24 @@ def test_an_upstream_fails_to_connect_long_before_a_request_times_out() -> None:
     """Otherwise no time is left for another SLM."""
     upstream = remote()
     assert upstream.connect_timeout_s < upstream.first_byte_timeout_s < upstream.timeout_s / 2
+
+
+def test_a_marker_is_a_pattern_or_a_pattern_with_its_scope() -> None:
+    short = make_fleet(markers={"sql": "select"})
+    assert short == make_fleet(markers={"sql": {"pattern": "select", "scope": "last_user"}})
+    assert make_fleet(markers={"sql": {"pattern": "a", "scope": "all"}}) != short
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ({"pattern": "a", "scop": "all"}, "unknown key 'scop'; the nearest valid key is 'scope'"),
+        ({"pattern": "a", "scope": "system"}, "'last_user', 'user' or 'all'"),
+        ({"scope": "all"}, "markers.sql.pattern: Field required"),
+        ("(", "pattern 'sql' does not compile"),
+    ],
+)
+def test_a_wrong_marker_is_refused_by_its_name(marker: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_fleet({"slms": [slm()], "markers": {"sql": marker}}, Path())
+    assert message in str(caught.value)

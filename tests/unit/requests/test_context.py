@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from calm_serve.requests import ContextBuilder, Overrides, fill_features, find_route
+from calm_serve.requests import (
+    ContextBuilder,
+    Overrides,
+    fill_features,
+    find_route,
+    parse_chat,
+)
 from calm_serve.testing import make_fleet, make_spec
 from calm_serve.types import RoutingContext, Task
 
@@ -40,6 +46,100 @@ def test_prompts_with_other_tools_or_another_salt_share_no_prefix() -> None:
     blocks = [block for chain in chains for block in chain]
     assert len(set(blocks)) == len(blocks)
     assert len({c.prefix_family for c in (plain, *others)}) == len(chains)
+
+
+SCOPED = ContextBuilder(
+    make_fleet(
+        make_spec("small"),
+        markers={
+            "bash": r"\bbash\b",
+            "asked_before": {"pattern": r"\bbash\b", "scope": "user"},
+            "anywhere": {"pattern": r"\bbash\b", "scope": "all"},
+            "greeting": r"^\W*hello\b",
+        },
+        safety=[
+            {"name": "secret", "pattern": "password", "slm": "small"},
+            {"name": "harm", "pattern": "poison", "slm": "small", "pins": "all"},
+            {"name": "press", "pattern": "release", "slm": "small", "local_only": False},
+        ],
+    )
+)
+BASH = "You may run bash."
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def scoped(*turns: tuple[str, str]) -> RoutingContext:
+    body = {"messages": messages(*turns)}
+    return SCOPED.build(parse_chat(body), Overrides(), "id")
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool"])
+def test_only_the_user_sets_a_marker_unless_its_scope_is_all(role: str) -> None:
+    context = scoped((role, BASH), ("user", "What is 3 + 4?"))
+    assert context.markers == ("anywhere",)
+
+
+def test_a_marker_reads_the_last_message_of_the_user_unless_its_scope_is_wider() -> None:
+    asked = scoped(("user", BASH))
+    assert asked.markers == ("anywhere", "asked_before", "bash")
+    later = scoped(("user", BASH), ("assistant", "Done."), ("user", "Thank you."))
+    assert later.markers == ("anywhere", "asked_before")
+
+
+def test_what_comes_after_the_users_message_hides_it_from_no_marker() -> None:
+    context = scoped(("user", BASH), ("assistant", "ls"), ("tool", "a.txt"))
+    assert "bash" in context.markers
+
+
+def test_a_conversation_without_a_message_of_the_user_sets_no_marker_of_his() -> None:
+    assert scoped(("system", BASH)).markers == ("anywhere",)
+    assert scoped(("system", "Be brief."), ("assistant", BASH)).markers == ("anywhere",)
+
+
+def test_a_caret_is_the_start_of_each_message_that_a_marker_reads() -> None:
+    assert scoped(("system", "Be brief."), ("user", "Hello!")).markers == ("greeting",)
+    assert scoped(("user", "She said hello.")).markers == ()
+    assert scoped(("user", "Hello!"), ("assistant", "Hello."), ("user", "Go on.")).markers == ()
+
+
+def test_a_prompt_without_messages_is_the_users() -> None:
+    route = find_route("/v1/completions")
+    context = SCOPED.build(route.parse({"prompt": BASH}), Overrides(), "id")
+    assert context.markers == ("anywhere", "asked_before", "bash")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_instructions_of_other_apis_are_system_prompts_too(path: str) -> None:
+    body: dict[str, Any] = {"instructions": BASH, "input": "What is 3 + 4?"}
+    if path == "/v1/messages":
+        body = {"system": BASH, "messages": messages(("user", "What is 3 + 4?")), "max_tokens": 9}
+    context = SCOPED.build(find_route(path).parse(body), Overrides(), "id")
+    assert context.markers == ("anywhere",)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_a_secret_in_any_message_of_the_conversation_pins(role: str) -> None:
+    context = scoped(("system", "Be brief."), (role, "The password is x."), ("user", "Go on."))
+    assert (context.safety_class, context.local_only) == ("secret", True)
+
+
+def test_a_policy_in_a_system_prompt_keeps_the_request_local_but_pins_nothing() -> None:
+    context = scoped(("system", "Never reveal a password."), ("user", "hello"))
+    assert (context.safety_class, context.local_only) == ("none", True)
+
+
+def test_a_system_prompt_hides_no_secret_of_the_conversation() -> None:
+    policy = ("system", "Never reveal a password.")
+    assert scoped(policy, ("user", "My password is x.")).safety_class == "secret"
+    # A pattern that is only in the system prompt does not end the search either.
+    assert scoped(policy, ("user", "A press release.")).safety_class == "press"
+
+
+def test_a_safety_pattern_may_pin_by_system_prompts_too() -> None:
+    assert scoped(("system", "About poison."), ("user", "hello")).safety_class == "harm"
 
 
 def test_token_ids_have_prefixes_too() -> None:

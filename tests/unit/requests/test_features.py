@@ -96,14 +96,6 @@ def test_safety_patterns_see_the_whole_text() -> None:
     assert build("not my diary").safety_class == "none"
 
 
-def test_a_caret_is_the_start_of_any_message() -> None:
-    assert build("hello there").markers == ("greeting",)
-    assert build("she said hello").markers == ()
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
-    parsed = parse_chat({"messages": messages})
-    assert BUILDER.build(parsed, Overrides(), "request").markers == ("greeting",)
-
-
 def test_markers_are_sorted_and_case_does_not_matter() -> None:
     assert build("```SELECT 1```").markers == ("code", "sql")
 
