@@ -310,6 +310,9 @@ class Decision:
     decided_in_s: float = 0.0
     weights: Weights | None = None  # None where no score was needed
     preferred: str = ""  # SLM that would have been chosen had all been hot
+    # Further SLMs that passed every filter, in the fleet's order. They have no score, because a
+    # rule named others; `ModelSelector.rank_unscored` orders them when a failover needs one.
+    unscored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

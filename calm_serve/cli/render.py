@@ -148,6 +148,8 @@ def decision(record: Mapping[str, Any]) -> str:
     facts.append(f"predictor {versions['predictor']}")
     if others := [slm_id for slm_id in record["ranking"] if slm_id != record["slm_id"]]:
         facts.append(f"failover to {', '.join(others)}")
+    if unscored := record["unscored"]:
+        facts.append(f"then, by score, to {', '.join(unscored)}")
     rows = [_candidate(c, record["slm_id"]) for c in record["candidates"]]
     return "\n".join(
         (

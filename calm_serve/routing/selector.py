@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 from zlib import crc32
@@ -27,6 +27,7 @@ from calm_serve.requests import (
 )
 from calm_serve.routing import exclusions, filters, rules, scoring, without_text
 from calm_serve.routing.baselines import Baseline
+from calm_serve.routing.choice import Choice, Terms, best_of, record
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
     Candidate,
@@ -141,7 +142,6 @@ class ModelSelector:
         """Swap the fleet: SLMs were added or removed. Decisions in flight keep their records."""
         self.fleet = fleet
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
-        self._breadth = {s.id: (-len(s.skills), -s.parameters) for s in fleet.slms}
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._embedding_space = self._embedding_space or without_text.first_space(fleet)
         self._builder = ContextBuilder(fleet, self._embedding_space)
@@ -198,19 +198,17 @@ class ModelSelector:
         allowed, excluded = filters.split(context, self.specs, states)
         if not context.generates:
             found = without_text.choose(context, self.specs, allowed, states, self.weights)
-            candidates = (*found.candidates, *excluded)
-            why = DecisionPath.LOAD, found.reason
-            return self._record(context, *why, candidates, found.ranking, preferred=found.preferred)
+            return self._record(context, found, excluded)
         rule = rules.first_match(self._rules, context)
         if rule is not None:
             usable = [
                 i for i in rule.slms if i in allowed and rules.rule_target_is_usable(states[i])
             ]
-            if len(usable) == 1 or (usable and self._baseline is not None):
-                return self._by_rule(context, usable[0], rule.name, allowed, excluded)
-            if usable:
-                return self._scored(context, request, usable, excluded, states, rule.name)
-        return self._scored(context, request, allowed, excluded, states, "")
+            choice = self._by_rule(context, request, usable, states)
+            if choice is not None:
+                others = tuple(i for i in allowed if i not in usable)
+                return self._record(context, choice, excluded, rule=rule.name, unscored=others)
+        return self._record(context, self._scored(context, request, allowed, states), excluded)
 
     def recall(self, decision_id: str) -> Decision | None:
         """Return a recent decision, None when it is unknown or too old."""
@@ -229,6 +227,22 @@ class ModelSelector:
         self.controller.learn(decision, outcome)
         if self._baseline is not None:
             self._baseline.observe(outcome)
+
+    def rank_unscored(
+        self, decision: Decision, request: ParsedRequest | None = None
+    ) -> tuple[str, ...]:
+        """Return a decision's `unscored` SLMs, best first by score in their states of now.
+
+        For a failover only: a rule decides without predictions. The quality floor holds here too.
+        Without a `request` the decision's context has its features already.
+        """
+        ids = [i for i in decision.unscored if i in self.specs]
+        if not ids:
+            return ()
+        states = {i: self._read_state(self.specs[i]) for i in ids}
+        scored = self._scores(decision.context, request, ids, states)
+        order = scoring.above_floor(scoring.ranked(scored), self._floor(decision.context))
+        return tuple(c.slm_id for c in order)
 
     def tick(self) -> None:
         """Let the controller move the weights; call it a few times a second, between requests."""
@@ -260,105 +274,85 @@ class ModelSelector:
             candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
         else:
             candidate = without_text.evaluate(context, spec, state, self.weights)
-        why = DecisionPath.PINNED, reason
-        return self._record(context, *why, (candidate,), (slm_id,), rule=rule, adapter=adapter)
+        choice = Choice(DecisionPath.PINNED, reason, (candidate,), (slm_id,))
+        return self._record(context, choice, rule=rule, adapter=adapter)
+
+    def _floor(self, context: RoutingContext) -> float:
+        return max(self.goals.quality_floor, context.quality_floor)
 
     def _by_rule(
         self,
         context: RoutingContext,
-        slm_id: str,
-        rule: str,
-        allowed: list[str],
-        excluded: list[Candidate],
-    ) -> Decision:
-        # The others are failover targets, most skills first: without scores, the SLM with most
-        # skills is the most likely to answer a request that was meant for another one.
-        others = sorted((i for i in allowed if i != slm_id), key=self._breadth.__getitem__)
-        return self._record(
-            context,
-            DecisionPath.RULE,
-            DecisionReason.RULE_MATCH,
-            (Candidate(slm_id=slm_id, score=1.0), *excluded),
-            (slm_id, *others),
-            rule=rule,
-        )
+        request: ParsedRequest | None,
+        usable: list[str],
+        states: Mapping[str, SLMState],
+    ) -> Choice | None:
+        """Choose among the usable SLMs of a rule; None when none reaches the quality floor.
+
+        One SLM without a floor needs no prediction, which makes this the fast path.
+        """
+        if not usable:
+            return None
+        floor = self._floor(context)
+        why = DecisionPath.RULE, DecisionReason.RULE_MATCH
+        if self._baseline is not None or (len(usable) == 1 and floor <= 0.0):
+            return Choice(*why, (Candidate(slm_id=usable[0], score=1.0),), tuple(usable))
+        scored = self._scores(context, request, usable, states)
+        if all(c.quality < floor for c in scored):
+            return None
+        if len(usable) == 1:
+            return Choice(*why, tuple(scored), tuple(usable))
+        return self._best(context, scored, states)
 
     def _scored(
         self,
         context: RoutingContext,
         request: ParsedRequest | None,
         allowed: list[str],
-        excluded: list[Candidate],
         states: Mapping[str, SLMState],
-        rule: str,
-    ) -> Decision:
+    ) -> Choice:
+        scored = self._scores(context, request, allowed, states)
+        if self._baseline is None:
+            return self._best(context, scored, states)
+        ids, propensity = self._baseline.choose(context, scored, states)
+        why = DecisionPath.BASELINE, DecisionReason.BASELINE
+        return Choice(*why, tuple(scoring.ranked(scored)), tuple(ids), propensity)
+
+    def _scores(
+        self,
+        context: RoutingContext,
+        request: ParsedRequest | None,
+        ids: Sequence[str],
+        states: Mapping[str, SLMState],
+    ) -> list[Candidate]:
+        """Predict and score SLMs; without a `request` the context has its features already."""
         if request is not None:
             fill_features(context, request)
-        specs = [self.specs[i] for i in allowed]
-        predictions = self.predictor.predict(context, specs, [states[i] for i in allowed])
-        weights = self.weights
-        scored = [scoring.evaluate(context.slo, p, states[p.slm_id], weights) for p in predictions]
-        if self._baseline is not None:
-            ids, propensity = self._baseline.choose(context, scored, states)
-            path, reason = DecisionPath.BASELINE, DecisionReason.BASELINE
-            candidates = (*scoring.ranked(scored), *excluded)
-            return self._record(
-                context, path, reason, candidates, tuple(ids), propensity=propensity
-            )
-        floor = max(self.goals.quality_floor, context.quality_floor)
-        scored = scoring.ranked(scored)
-        order = scoring.above_floor(scored, floor)
-        chosen, propensity, explored = scoring.explore(
-            order, context.request_id, self.goals.exploration_ratio
+        specs = [self.specs[i] for i in ids]
+        predictions = self.predictor.predict(context, specs, [states[i] for i in ids])
+        return [
+            scoring.evaluate(context.slo, p, states[p.slm_id], self.weights) for p in predictions
+        ]
+
+    def _best(
+        self, context: RoutingContext, scored: list[Candidate], states: Mapping[str, SLMState]
+    ) -> Choice:
+        terms = Terms(
+            self.weights,
+            self._floor(context),
+            self.goals.exploration_ratio,
+            is_prior=self.predictor.version == MetadataPrior.version,
         )
-        prior = self.predictor.version == MetadataPrior.version
-        path = DecisionPath.PRIOR if prior else DecisionPath.SCORED
-        reason = DecisionReason.BEST_PRIOR if prior else DecisionReason.BEST_SCORE
-        preferred = scoring.preferred(context.slo, scored, self.specs, states, weights, floor)
-        if explored:
-            path, reason, preferred = DecisionPath.EXPLORED, DecisionReason.EXPLORATION, ""
-        elif len(order) == 1:
-            reason = DecisionReason.ONLY_CANDIDATE
-        ranking = (chosen.slm_id, *(c.slm_id for c in order if c is not chosen))
-        return self._record(
-            context,
-            path,
-            reason,
-            (*scored, *excluded),
-            ranking,
-            rule=rule,
-            propensity=propensity,
-            preferred=preferred,
-        )
+        return best_of(context, scored, self.specs, states, terms)
 
     def _record(
         self,
         context: RoutingContext,
-        path: DecisionPath,
-        reason: DecisionReason,
-        candidates: tuple[Candidate, ...],
-        ranking: tuple[str, ...],
-        *,
-        rule: str = "",
-        adapter: str = "",
-        propensity: float = 1.0,
-        preferred: str = "",
+        choice: Choice,
+        excluded: Sequence[Candidate] = (),
+        **about: Any,
     ) -> Decision:
-        return Decision(
-            decision_id=context.request_id,
-            slm_id=ranking[0],
-            adapter=adapter,
-            path=path,
-            reason=reason,
-            rule=rule,
-            propensity=propensity,
-            candidates=candidates,
-            ranking=ranking,
-            context=context,
-            versions=self.versions,
-            weights=self.weights if candidates[0].prediction else None,
-            preferred=preferred or ranking[0],
-        )
+        return record(context, choice, excluded, self.versions, self.weights, **about)
 
 
 def _unknown(fleet: Fleet, requested: str) -> UnknownModelError:

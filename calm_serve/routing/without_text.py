@@ -6,30 +6,21 @@ Predictors, goals, rules and baselines are about answers in text, so none of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.errors import RequestError
 from calm_serve.prediction import prior_prediction
 from calm_serve.routing import scoring
+from calm_serve.routing.choice import Choice
 from calm_serve.types import (
     Candidate,
+    DecisionPath,
     DecisionReason,
     RoutingContext,
     SLMState,
     Task,
     Weights,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The candidates, best first, and why."""
-
-    candidates: tuple[Candidate, ...]
-    ranking: tuple[str, ...]
-    reason: DecisionReason
-    preferred: str = ""
 
 
 def choose(
@@ -48,14 +39,15 @@ def choose(
         allowed = allowed[:1]
     scored = scoring.ranked([evaluate(context, specs[i], states[i], weights) for i in allowed])
     if context.tokenizer_only:
-        return Choice(tuple(scored), tuple(allowed), DecisionReason.FIRST_LISTED)
-    slo = context.slo
+        first = DecisionReason.FIRST_LISTED
+        return Choice(DecisionPath.LOAD, first, tuple(scored), tuple(allowed))
     several = len(scored) > 1
     return Choice(
+        DecisionPath.LOAD,
+        DecisionReason.BEST_PRIOR if several else DecisionReason.ONLY_CANDIDATE,
         tuple(scored),
         tuple(c.slm_id for c in scored),
-        DecisionReason.BEST_PRIOR if several else DecisionReason.ONLY_CANDIDATE,
-        scoring.preferred(slo, scored, specs, states, weights, floor=0.0),
+        preferred=scoring.preferred(context.slo, scored, specs, states, weights, floor=0.0),
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -88,7 +89,7 @@ class CompletionsEndpoint:
         except CalmError as error:
             self._refused(decision_id, error, task, time.perf_counter() - started)
             return http.error_response(error, headers, route)
-        call = self._call(decision, place)
+        call = self._call(decision, parsed, place)
         prompt = parsed.text if self._args.learning.keep_prompts else None
         finish = outcome.Finish(call, lambda: self._record(call, parsed, task, prompt))
         headers |= {"x-calm-model": decision.slm_id, "x-calm-reason": call.reason}
@@ -138,7 +139,7 @@ class CompletionsEndpoint:
             return finish(http.error_response(outcome.gone(call, error), headers, route))
         return http.EventStream(self._stream(call, route, answer, finish), headers)
 
-    def _call(self, decision: Decision, place: Place) -> dispatch.Call:
+    def _call(self, decision: Decision, parsed: ParsedRequest, place: Place) -> dispatch.Call:
         spec = self._selector.specs[decision.slm_id]
         state = self._view.state(spec)
         limit_s = self._args.router.request_timeout_s
@@ -146,6 +147,8 @@ class CompletionsEndpoint:
             limit_s = min(limit_s, decision.context.slo.deadline_s)
         load = live_load(decision.context, spec, state)
         call = dispatch.Call(decision, state, load, limit_s=limit_s, place=place)
+        if decision.unscored:
+            call.rank_unscored = partial(self._selector.rank_unscored, decision, parsed)
         if self._view.residency.active:
             preferred = self._view.state(self._selector.specs[decision.preferred])
             self._wakeup_queue.count_demand(call, hit=preferred.residency is Residency.HOT)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -74,6 +74,8 @@ class Call:
     preferred_hot: bool | None = None  # None without a memory budget
     limit_s: float = 3600.0  # for all of it, from `started` on
     place: Place | None = None  # its place in this router
+    # Orders the SLMs that the decision left without a score; called once, when all others failed.
+    rank_unscored: Callable[[], Sequence[str]] = tuple
 
     @property
     def left_s(self) -> float:
@@ -257,6 +259,7 @@ class _Attempts:
         self.deaths = 0  # of engines that worked on it
         self._call = call
         self._pinned = decision.path is DecisionPath.PINNED
+        self._rank_unscored: Callable[[], Sequence[str]] | None = call.rank_unscored
         self._order = [decision.slm_id] if self._pinned else list(decision.ranking)
         self._retries = min(retries, 1) if self._pinned else retries
         self._health = health
@@ -283,6 +286,14 @@ class _Attempts:
         again, self._again = self._again, ""
         if again and self._health.has_replica(again):
             return again
+        slm_id = self._next_untried()
+        if slm_id is None and self._rank_unscored is not None:
+            self._order += self._rank_unscored()
+            self._rank_unscored = None
+            slm_id = self._next_untried()
+        return slm_id
+
+    def _next_untried(self) -> str | None:
         for slm_id in self._order:
             if slm_id in self._asked:
                 continue

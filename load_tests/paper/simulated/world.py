@@ -175,7 +175,8 @@ class World:
             return
         row.chosen, row.path = decision.slm_id, str(decision.path)
         row.preferred = decision.preferred
-        plan = [decision.slm_id, decision.slm_id, *decision.ranking[1:]][: 1 + RETRIES]
+        others = (*decision.ranking[1:], *self.selector.rank_unscored(decision))
+        plan = [decision.slm_id, decision.slm_id, *others][: 1 + RETRIES]
         call = Call(row, decision, plan)
         if self.memory is not None:
             row.hit = self.memory.is_hot(decision.slm_id)

@@ -168,7 +168,7 @@ def test_route_explains_the_decision_of_a_rule(
     out = capsys.readouterr().out
     assert out.startswith("-> sql  (rule, rule_match, rule sql-first)")
     assert "markers sql-word" in out
-    assert "failover to general" in out
+    assert "then, by score, to general" in out
     assert "> sql" in out
 
 

@@ -147,7 +147,67 @@ def test_a_pinned_slm_answers_although_its_breaker_is_open() -> None:
 def test_a_rule_with_one_slm_decides_without_scoring() -> None:
     decision = decide(make_selector(), "select * from t")
     assert label(decision) == ("sql", DecisionPath.RULE, DecisionReason.RULE_MATCH, "sql-first")
-    assert decision.ranking == ("sql", "chat", "guard", "cloud")
+    assert decision.ranking == ("sql",)
+    assert [c.slm_id for c in decision.candidates] == ["sql"]
+
+
+def test_a_rule_keeps_every_other_candidate_for_failover_by_score() -> None:
+    target = make_selector(predictor=Oracle(sql=0.1, guard=0.9, chat=0.3, cloud=0.6))
+    decision = decide(target, "select * from t")
+    assert decision.slm_id == "sql"
+    assert decision.unscored == ("chat", "guard", "cloud")
+    request = parse_chat({"messages": [{"role": "user", "content": "select * from t"}]})
+    assert target.rank_unscored(decision, request) == ("guard", "cloud", "chat")
+    assert decide(target).unscored == ()
+
+
+def test_failover_of_a_rule_follows_the_states_and_the_fleet_of_now() -> None:
+    states: dict[str, SLMState] = {}
+    target = ModelSelector(
+        FLEET,
+        make_goals(latency_weight_per_s=1.0),
+        read_state=lambda spec: states.get(spec.id, assume_hot(spec)),
+    )
+    decision = decide(target, "select * from t")
+    fill_features(decision.context, parse_chat({"messages": [{"role": "user", "content": "x"}]}))
+    assert target.rank_unscored(decision)[0] == "chat"
+    states["chat"] = make_state("chat", ttft_ratio=100.0)
+    assert target.rank_unscored(decision)[-1] == "chat"
+    target.set_fleet(make_fleet(*[s for s in FLEET.slms if s.id != "chat"]))
+    assert set(target.rank_unscored(decision)) == {"guard", "cloud"}
+
+
+def test_failover_of_a_rule_stays_above_the_quality_floor() -> None:
+    target = make_selector(predictor=Oracle(sql=0.8, guard=0.9, chat=0.3, cloud=0.6))
+    decision = decide(target, "select * from t", Overrides(quality_floor=0.5))
+    assert decision.unscored == ("chat", "guard", "cloud")
+    assert target.rank_unscored(decision) == ("guard", "cloud")
+
+
+def test_a_rule_has_no_say_when_its_slm_is_below_the_quality_floor() -> None:
+    oracle = Oracle(sql=0.4, guard=0.9)
+    asked = decide(make_selector(predictor=oracle), "select 1", Overrides(quality_floor=0.5))
+    goals = make_goals(quality_floor=0.5)
+    configured = decide(make_selector(predictor=oracle, goals=goals), "select 1")
+    for decision in (asked, configured):
+        assert label(decision)[:2] == ("guard", DecisionPath.SCORED)
+        assert decision.rule == ""
+        assert len(decision.candidates) == 4
+
+
+def test_a_rule_whose_slm_reaches_the_quality_floor_still_decides() -> None:
+    target = make_selector(predictor=Oracle(sql=0.6, guard=0.9))
+    decision = decide(target, "select 1", Overrides(quality_floor=0.5))
+    assert label(decision) == ("sql", DecisionPath.RULE, DecisionReason.RULE_MATCH, "sql-first")
+    assert decision.candidates[0].quality == 0.6
+
+
+def test_a_short_list_loses_those_below_the_quality_floor() -> None:
+    target = make_selector(predictor=Oracle(sql=0.4, guard=0.7, chat=0.99))
+    decision = decide(target, "either one", Overrides(quality_floor=0.5))
+    assert (decision.slm_id, decision.ranking, decision.rule) == ("guard", ("guard",), "either")
+    none = decide(target, "either one", Overrides(quality_floor=0.9))
+    assert (none.slm_id, none.rule) == ("chat", "")
 
 
 def test_features_that_a_rule_did_not_read_are_added_to_its_record() -> None:
@@ -174,6 +234,7 @@ def test_a_rule_with_several_slms_makes_a_short_list() -> None:
         "either",
     )
     assert decision.ranking == ("guard", "sql")
+    assert decision.unscored == ("chat", "cloud")
 
 
 def test_a_rule_whose_slms_are_all_excluded_has_no_say() -> None:

@@ -166,6 +166,38 @@ async def test_the_call_carries_path_hints_and_what_the_replica_is_asked(view: L
     assert "avoid" not in hints
 
 
+async def test_slms_without_a_score_are_ordered_only_when_all_others_have_failed(
+    view: LiveView,
+) -> None:
+    ranked: list[str] = []
+
+    def rank() -> tuple[str, ...]:
+        ranked.append("asked")
+        return "c", "b"
+
+    call = started(make_decision("a", unscored=("b", "c")))
+    call.rank_unscored = rank
+    await Fleet(view, 2, a=[END], b=[], c=[]).open(call)
+    assert ranked == []
+
+    fleet = Fleet(view, 3, a=[DIED, FULL], b=[[b"x", END]], c=[FULL])
+    call = started(make_decision("a", unscored=("b", "c")))
+    call.rank_unscored = rank
+    assert await read(await fleet.open(call)) == b"xend"
+    assert [slm_id for slm_id, _, _ in fleet.sent] == ["a", "a", "c", "b"]
+    assert ranked == ["asked"]
+    assert call.fell_back
+
+
+async def test_when_none_of_the_slms_without_a_score_can_answer_either_all_are_full(
+    view: LiveView,
+) -> None:
+    call = started(make_decision("a", unscored=("b",)))
+    call.rank_unscored = lambda: ("b",)
+    with pytest.raises(CapacityError, match="a, b"):
+        await Fleet(view, 2, a=[FULL], b=[FULL]).open(call)
+
+
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
 async def test_a_failure_before_the_first_byte_is_tried_again_on_another_replica(
     view: LiveView, failure: Any

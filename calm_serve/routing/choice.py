@@ -1,0 +1,99 @@
+"""A choice among SLMs, before it becomes a `Decision`: the best score, or a logged deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from calm_serve.config import SLMSpec
+from calm_serve.routing import scoring
+from calm_serve.types import (
+    Candidate,
+    Decision,
+    DecisionPath,
+    DecisionReason,
+    RoutingContext,
+    SLMState,
+    Versions,
+    Weights,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The candidates, best first, the order in which they are asked, and why."""
+
+    path: DecisionPath
+    reason: DecisionReason
+    candidates: tuple[Candidate, ...]
+    ranking: tuple[str, ...]
+    propensity: float = 1.0  # of the first of the ranking
+    preferred: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a choice by score depends on beside the candidates."""
+
+    weights: Weights
+    floor: float  # least quality
+    exploration_ratio: float
+    is_prior: bool  # nothing was learned yet
+
+
+def best_of(
+    context: RoutingContext,
+    scored: Sequence[Candidate],
+    specs: Mapping[str, SLMSpec],
+    states: Mapping[str, SLMState],
+    terms: Terms,
+) -> Choice:
+    """Choose the best score at or above the quality floor, or explore."""
+    candidates = scoring.ranked(list(scored))
+    order = scoring.above_floor(candidates, terms.floor)
+    chosen, propensity, explored = scoring.explore(
+        order, context.request_id, terms.exploration_ratio
+    )
+    path = DecisionPath.PRIOR if terms.is_prior else DecisionPath.SCORED
+    reason = DecisionReason.BEST_PRIOR if terms.is_prior else DecisionReason.BEST_SCORE
+    preferred = ""
+    if explored:
+        path, reason = DecisionPath.EXPLORED, DecisionReason.EXPLORATION
+    else:
+        preferred = scoring.preferred(
+            context.slo, candidates, specs, states, terms.weights, terms.floor
+        )
+        if len(order) == 1:
+            reason = DecisionReason.ONLY_CANDIDATE
+    ranking = (chosen.slm_id, *(c.slm_id for c in order if c is not chosen))
+    return Choice(path, reason, tuple(candidates), ranking, propensity, preferred)
+
+
+def record(
+    context: RoutingContext,
+    choice: Choice,
+    excluded: Sequence[Candidate],
+    versions: Versions,
+    weights: Weights,
+    *,
+    rule: str = "",
+    adapter: str = "",
+    unscored: tuple[str, ...] = (),
+) -> Decision:
+    """Return the decision for a choice; the keywords are fields of the record."""
+    return Decision(
+        decision_id=context.request_id,
+        slm_id=choice.ranking[0],
+        adapter=adapter,
+        path=choice.path,
+        reason=choice.reason,
+        rule=rule,
+        propensity=choice.propensity,
+        candidates=(*choice.candidates, *excluded),
+        ranking=choice.ranking,
+        context=context,
+        versions=versions,
+        weights=weights if choice.candidates[0].prediction else None,
+        preferred=choice.preferred or choice.ranking[0],
+        unscored=unscored,
+    )
