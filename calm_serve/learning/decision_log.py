@@ -142,7 +142,7 @@ def redecide(
     """
     floor = max(quality_floor, logged.terms.quality_floor)
     order = above_floor(ranked, floor)
-    chosen, _, _ = explore(order, logged.outcome.outcome_id, exploration_ratio)
+    chosen, _, _ = explore(order, logged.outcome.outcome_id, exploration_ratio, logged.slo)
     return chosen.slm_id
 
 

@@ -52,7 +52,7 @@ def best_of(
     candidates = scoring.ranked(list(scored))
     order = scoring.above_floor(candidates, terms.floor)
     chosen, propensity, explored = scoring.explore(
-        order, context.request_id, terms.exploration_ratio
+        order, context.request_id, terms.exploration_ratio, context.slo
     )
     path = DecisionPath.PRIOR if terms.is_prior else DecisionPath.SCORED
     reason = DecisionReason.BEST_PRIOR if terms.is_prior else DecisionReason.BEST_SCORE

@@ -28,10 +28,15 @@ Number = TypeVar("Number", float, npt.NDArray[np.float64])
 
 # Quality points that a certain miss of the request's SLO costs.
 SLO_PENALTY = 0.5
+# What exploration may cost: latency in quality points, and points of probability by which it may
+# make the miss of an SLO more likely.
+EXPLORED_LATENCY = 0.25
+EXPLORED_MISS_RATIO = 0.05
 # The least spread to divide by; a prediction that was logged or made by hand may have one of 0. It
 # is below MIN_SPREAD of `telemetry.residuals`, so it decides nothing in a running router.
 DIVISOR_SPREAD = 0.01
 _SQRT2 = math.sqrt(2.0)
+NO_SLO = ServiceLevel()
 
 
 def weights_of(goals: Goals) -> Weights:
@@ -167,29 +172,39 @@ def draw(decision_id: str) -> float:
 
 
 def explore(
-    order: list[Candidate], decision_id: str, ratio: float
+    order: list[Candidate], decision_id: str, ratio: float, slo: ServiceLevel = NO_SLO
 ) -> tuple[Candidate, float, bool]:
     """Choose the best candidate, or with probability `ratio` another one at random.
 
-    Eligible are candidates whose latency term exceeds the best one's by at most half of
-    SLO_PENALTY, and that need no wake-up where the best one needs none. Returns (candidate, its
-    propensity, whether this was exploration). The draw is a hash of the decision's id, so a replay
-    of the record makes the same choice.
+    Exploration stays inside the SLO's headroom: eligible are candidates that miss the request's SLO
+    with a probability at most EXPLORED_MISS_RATIO above the best one's, whose latency term exceeds
+    the best one's by at most EXPLORED_LATENCY, and that need no wake-up where the best one needs
+    none. Returns (candidate, its propensity, whether this was exploration). The draw is a hash of
+    the decision's id, so a replay of the record makes the same choice.
 
     >>> explore([Candidate("a", score=1.0), Candidate("b", score=0.9)], "some-id", 0.0)[1:]
     (1.0, False)
     """
     best = order[0]
+    if ratio <= 0.0:
+        return best, 1.0, False
+    most_penalty = _penalty(slo, best) + SLO_PENALTY * EXPLORED_MISS_RATIO
     others = [
         c
         for c in order[1:]
         # Exploration wakes no SLM, and so puts no other one to sleep.
-        if c.latency <= best.latency + SLO_PENALTY / 2 and c.switching <= best.switching
+        if c.latency <= best.latency + EXPLORED_LATENCY
+        and c.switching <= best.switching
+        and _penalty(slo, c) <= most_penalty
     ]
-    if not others or ratio <= 0.0:
-        return order[0], 1.0, False
+    if not others:
+        return best, 1.0, False
     drawn = draw(decision_id)
     if drawn >= ratio:
-        return order[0], 1.0 - ratio, False
+        return best, 1.0 - ratio, False
     position = min(int(drawn / ratio * len(others)), len(others) - 1)  # the product may round up
     return others[position], ratio / len(others), True
+
+
+def _penalty(slo: ServiceLevel, candidate: Candidate) -> float:
+    return 0.0 if candidate.prediction is None else slo_penalty(slo, candidate.prediction)

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_serve.routing.scoring import (
+    EXPLORED_LATENCY,
+    NO_SLO,
     SLO_PENALTY,
     above_floor,
     evaluate,
@@ -139,10 +141,46 @@ def test_exploration_happens_as_often_as_its_propensities_say() -> None:
         assert share[slm_id] / 4000 == pytest.approx(propensity, abs=0.03)
 
 
-def test_exploration_stays_inside_the_slo_headroom() -> None:
-    order = [candidate("best"), candidate("late", latency=SLO_PENALTY), candidate("near")]
-    draws = {explore(order, f"decision {i}", 0.5)[0].slm_id for i in range(300)}
-    assert draws == {"best", "near"}
+def explored_from(order: list[Candidate], slo: ServiceLevel = NO_SLO) -> set[str]:
+    return {explore(order, f"decision {i}", 0.5, slo)[0].slm_id for i in range(300)}
+
+
+def test_exploration_costs_little_latency() -> None:
+    slow, near = EXPLORED_LATENCY + 0.01, EXPLORED_LATENCY - 0.01
+    order = [candidate("best"), candidate("slow", latency=slow), candidate("near", latency=near)]
+    assert explored_from(order) == {"best", "near"}
+
+
+@pytest.mark.parametrize(
+    ("slo", "slow"),
+    [
+        (ServiceLevel(ttft_ms=200.0), {"ttft_s": 0.15}),
+        (ServiceLevel(tpot_ms=20.0), {"tpot_s": 0.015}),
+        (ServiceLevel(deadline_s=2.0), {"ttft_s": 1.0}),
+    ],
+)
+def test_exploration_stays_inside_the_headroom_of_the_requests_slo(
+    slo: ServiceLevel, slow: dict[str, float]
+) -> None:
+    quick = {"ttft_s": 0.01, "tpot_s": 0.001}
+    predictions = [
+        make_prediction("best", **quick),
+        make_prediction("near", **quick),
+        make_prediction("slow", **{**quick, **slow}),
+    ]
+    weights = weights_of(make_goals(latency_weight_per_s=0.0))
+    order = [evaluate(slo, p, make_state(p.slm_id), weights) for p in predictions]
+    # It would probably hold the SLO, and costs less than exploration may cost.
+    assert order[2].latency < EXPLORED_LATENCY
+    assert explored_from(order, slo) == {"best", "near"}
+    assert explored_from(order) == {"best", "near", "slow"}
+
+
+def test_where_the_best_one_misses_the_slo_as_well_exploration_goes_on() -> None:
+    slo = ServiceLevel(ttft_ms=1.0)
+    weights = weights_of(make_goals())
+    order = [evaluate(slo, make_prediction(i), make_state(i), weights) for i in ("best", "as_late")]
+    assert explored_from(order, slo) == {"best", "as_late"}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
