@@ -80,6 +80,8 @@ class Residency(StrEnum):
     DEAD = "dead"
 
 
+UNKNOWN_LANGUAGE = "und"  # ISO 639-2's code for it
+
 WORD_BUCKETS = 512  # `PromptFeatures.buckets` below this are words, the others pairs of words
 
 
@@ -125,7 +127,8 @@ class RoutingContext:
     embedding_space: str = ""  # key of the vector space to stay in, "" for any
     turns: int = 1
     stream: bool = False
-    language: str = "und"  # ISO 639-1, "und" when unknown
+    language: str = UNKNOWN_LANGUAGE  # ISO 639-1; unknown too where nothing depends on it
+    language_ratio: float = 0.0  # probability of `language`
     has_code: bool = False
     safety_class: str = "none"  # or the name of the safety pattern that matched
     markers: tuple[str, ...] = ()  # names of the marker patterns found, sorted

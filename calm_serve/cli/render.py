@@ -137,7 +137,7 @@ def decision(record: Mapping[str, Any]) -> str:
     prompt = [
         f"about {context['prompt_tokens']} tokens",
         f"output {context['output_shape']}",
-        f"language {context['language']}",
+        f"language {context['language']} ({context['language_ratio']:.2f})",
     ]
     if context["markers"]:
         prompt.append(f"markers {', '.join(context['markers'])}")

@@ -19,6 +19,7 @@ from calm_serve.config.base import (
     nearest,
     unique,
 )
+from calm_serve.config.languages import Language
 from calm_serve.types import Task
 
 
@@ -247,7 +248,9 @@ class SLMSpec(Config):
     examples: tuple[str, ...] = Field(
         default=(), description="Prompts for it; the policy `paper` compares words with them."
     )
-    languages: tuple[str, ...] = Field(default=("en",), description="ISO 639-1; empty is any.")
+    languages: tuple[Language, ...] = Field(
+        default=("en",), description="ISO 639-1, of those that can be detected; empty is any."
+    )
     context_tokens: int = Field(default=2048, ge=64, le=10_000_000, description="Context length.")
     parameters: int = Field(default=0, ge=0, description="Parameter count, 0 if unknown.")
     locality: Literal["local", "remote"] = Field(
@@ -374,7 +377,9 @@ class Rule(Config):
     )
     max_prompt_chars: int = Field(default=0, ge=0, description="0 is no limit.")
     min_prompt_chars: int = Field(default=0, ge=0, description="0 is no limit.")
-    language: str = Field(default="", description="ISO 639-1.")
+    language: Language | Literal[""] = Field(
+        default="", description="ISO 639-1, of those that can be detected."
+    )
     slms: tuple[Identifier, ...] = Field(min_length=1, description="Short list, best first.")
 
 

@@ -8,6 +8,7 @@ between requests.
 from calm_serve.requests.body import parse_body
 from calm_serve.requests.context import BLOCK_CHARS, MAX_BLOCKS, ContextBuilder, prefix_chain
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES, fill_features, text_buckets
+from calm_serve.requests.languages import load_detector, needs_detector
 from calm_serve.requests.openai import parse_chat, parse_completion
 from calm_serve.requests.overrides import Overrides, parse_overrides
 from calm_serve.requests.parsed import ParsedRequest
@@ -27,7 +28,9 @@ __all__ = [
     "Route",
     "fill_features",
     "find_route",
+    "load_detector",
     "mixed_bits",
+    "needs_detector",
     "parse_body",
     "parse_chat",
     "parse_completion",

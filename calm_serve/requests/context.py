@@ -14,15 +14,15 @@ from zlib import crc32
 
 from calm_serve.config import Fleet
 from calm_serve.requests.features import FOCUS_CHARS
+from calm_serve.requests.languages import load_detector, needs_detector
 from calm_serve.requests.overrides import Overrides
 from calm_serve.requests.parsed import ROLE_END, START, ParsedRequest
 from calm_serve.requests.patterns import Pattern, Patterns, plain
-from calm_serve.requests.tokens import ends, letter_runs
+from calm_serve.requests.tokens import ends
 from calm_serve.requests.transcript import SYSTEM_ROLES, messages_of
-from calm_serve.types import RoutingContext, ServiceLevel, Task
+from calm_serve.types import UNKNOWN_LANGUAGE, RoutingContext, ServiceLevel, Task
 
 SCAN_CHARS = 1024  # at each end of the text
-LANGUAGE_CHARS = 256  # of the last user message
 BLOCK_CHARS = 128  # about 32 tokens; bytes for text beyond ASCII
 MAX_BLOCKS = 64
 CHARS_PER_TOKEN = 4.0  # estimate for English; the engine counts exactly
@@ -32,18 +32,6 @@ _CODE = Pattern(
     r"|error: |\w\(\)|=>|::|;\s*$|\{\s*$",
     ignore_case=False,
 )
-# A few frequent words distinguish these languages in a sentence; every other language is "und".
-# Words that are English too ("was", "as", "come", "per", "die") are left out of the other lists.
-_FREQUENT = {
-    "en": "the a an is are of to in and what how for with on my me i you it as was by which",
-    "de": "der das und ist ein eine nicht ich zu mit auf wie für den",
-    "fr": "le la les et est un une des du je pour dans que qui avec sur",
-    "es": "el la los las y es un una de que en por con para como mi",
-    "it": "il lo la gli e di un una che con sono non mi",
-    "pt": "o a os e um uma de que em por com para como não meu",
-}
-_STOPWORDS = {code: frozenset(words.split()) for code, words in _FREQUENT.items()}
-_ANY_STOPWORD = frozenset[str]().union(*_STOPWORDS.values())
 # Patterns see messages as lines, without roles; `^` is the start of a message or of a line.
 _MESSAGE_START = re.compile(rf"{START}\w+{ROLE_END}")
 
@@ -52,8 +40,12 @@ class ContextBuilder:
     """Builds RoutingContexts for one fleet; its patterns are compiled once."""
 
     def __init__(self, fleet: Fleet, embedding_space: str = "") -> None:
-        """`embedding_space` is the key of the vector space for requests that name no SLM."""
+        """`embedding_space` is the key of the vector space for requests that name no SLM.
+
+        Blocks for a second when this is the process's first fleet that needs languages.
+        """
         self._embedding_space = embedding_space
+        self._languages = load_detector() if needs_detector(fleet) else None
         scopes: dict[str, dict[str, str]] = {}
         for name, marker in sorted(fleet.markers.items()):
             scopes.setdefault(marker.scope, {})[name] = marker.pattern
@@ -69,6 +61,9 @@ class ContextBuilder:
         safety_class, is_sensitive = self._search_safety(request, is_plain)
         chain = prefix_chain(request.prefix or whole, request.prefix_seed)
         session = overrides.session_id
+        language, language_ratio = UNKNOWN_LANGUAGE, 0.0
+        if self._languages is not None:
+            language, language_ratio = self._languages.detect(request.last_user)
         tokens, sequence_tokens = _count_tokens(request)
         is_open = request.task is Task.EMBED and request.model == "auto"
         return RoutingContext(
@@ -89,7 +84,8 @@ class ContextBuilder:
             embedding_space=self._embedding_space if is_open else "",
             turns=request.turns,
             stream=request.stream,
-            language=detect_language(request.last_user[:LANGUAGE_CHARS]),
+            language=language,
+            language_ratio=language_ratio,
             has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), is_plain),
             safety_class=safety_class,
             markers=self._find_markers(request, is_plain),
@@ -177,25 +173,6 @@ def prefix_chain(text: str, seed: int = 0) -> tuple[int, ...]:
         for start in range(0, len(data), BLOCK_CHARS)
     ]
     return tuple(chain) or (seed,)
-
-
-def detect_language(text: str) -> str:
-    """Return an ISO 639-1 code by counting frequent words; "und" when undecided.
-
-    >>> detect_language("Wie ist das Wetter in Berlin?")
-    'de'
-    """
-    words = letter_runs(text)
-    hits = _ANY_STOPWORD.intersection(words)
-    best, best_hits = "und", 0
-    for code, stopwords in _STOPWORDS.items():
-        count = len(hits & stopwords)
-        if count > best_hits:
-            best, best_hits = code, count
-    # One frequent word is weak evidence, because names and commands contain such words. A wrong
-    # language could exclude every SLM, so ASCII text counts as English unless two words indicate
-    # another language.
-    return "en" if best_hits < 2 and words and text.isascii() else best
 
 
 def _hash(text: str) -> int:

@@ -17,9 +17,14 @@ from calm_serve.errors import CalmError
 from calm_serve.requests.anthropic import parse_count_tokens, parse_messages
 from calm_serve.requests.openai import parse_chat, parse_completion
 from calm_serve.requests.parsed import ParsedRequest
-from calm_serve.requests.pooling import parse_embeddings, parse_rerank, parse_score
+from calm_serve.requests.pooling import (
+    parse_detokenize,
+    parse_embeddings,
+    parse_rerank,
+    parse_score,
+    parse_tokenize,
+)
 from calm_serve.requests.responses import parse_responses
-from calm_serve.requests.tokenization import parse_detokenize, parse_tokenize
 from calm_serve.types import Task
 
 

@@ -21,7 +21,16 @@ import numpy.typing as npt
 
 from calm_serve.config import Goals, SLMSpec
 from calm_serve.prediction import wake_s
-from calm_serve.types import Candidate, Prediction, Residency, ServiceLevel, SLMState, Weights
+from calm_serve.types import (
+    UNKNOWN_LANGUAGE,
+    Candidate,
+    Prediction,
+    Residency,
+    RoutingContext,
+    ServiceLevel,
+    SLMState,
+    Weights,
+)
 
 # One number of a candidate, or the same of many candidates as an array.
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
@@ -76,10 +85,17 @@ def reward(
 
 
 def evaluate(
-    slo: ServiceLevel, prediction: Prediction, state: SLMState, weights: Weights
+    slo: ServiceLevel,
+    prediction: Prediction,
+    state: SLMState,
+    weights: Weights,
+    quality_factor: float = 1.0,
 ) -> Candidate:
-    """Score one candidate; the terms of the sum are kept for the explanation."""
-    quality = min(prediction.success_ratio * state.calibration_factor, 1.0)
+    """Score one candidate; the terms of the sum are kept for the explanation.
+
+    `quality_factor` is what the request itself takes from P(success) (`language_factor`).
+    """
+    quality = min(prediction.success_ratio * state.calibration_factor, 1.0) * quality_factor
     value, latency, energy = reward(
         weights,
         quality,
@@ -98,6 +114,13 @@ def evaluate(
         switching=switching,
         score=value - switching,
     )
+
+
+def language_factor(context: RoutingContext, spec: SLMSpec) -> float:
+    """Return the probability that the SLM understands the prompt's language, as far as is known."""
+    if not spec.languages or context.language in (UNKNOWN_LANGUAGE, *spec.languages):
+        return 1.0
+    return 1.0 - context.language_ratio
 
 
 def slo_penalty(slo: ServiceLevel, prediction: Prediction) -> float:
@@ -162,7 +185,10 @@ def preferred(
             continue
         awake_s = prediction.ttft_s - wake_s(specs[candidate.slm_id], state)
         hot = replace(prediction, ttft_s=max(awake_s, 0.0))
-        awake.append(evaluate(slo, hot, replace(state, residency=Residency.HOT), weights))
+        # The quality is that of the candidate: only its wake-up and its switching go.
+        as_hot = evaluate(slo, hot, replace(state, residency=Residency.HOT), weights)
+        gain = weights.quality * (candidate.quality - as_hot.quality)
+        awake.append(replace(as_hot, quality=candidate.quality, score=as_hot.score + gain))
     return above_floor(ranked(awake), floor)[0].slm_id
 
 

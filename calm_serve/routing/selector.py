@@ -330,8 +330,10 @@ class ModelSelector:
             fill_features(context, request)
         specs = [self.specs[i] for i in ids]
         predictions = self.predictor.predict(context, specs, [states[i] for i in ids])
+        weights, understood = self.weights, scoring.language_factor
         return [
-            scoring.evaluate(context.slo, p, states[p.slm_id], self.weights) for p in predictions
+            scoring.evaluate(context.slo, p, states[s.id], weights, understood(context, s))
+            for p, s in zip(predictions, specs, strict=True)
         ]
 
     def _best(

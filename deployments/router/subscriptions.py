@@ -30,6 +30,7 @@ from calm_serve.protocol.topics import (
     Update,
     decode,
 )
+from calm_serve.requests import load_detector, needs_detector
 from calm_serve.routing import ModelSelector
 from deployments.router.fleet_view import FleetView
 from deployments.router.handles import Handles
@@ -81,7 +82,7 @@ class Subscriptions:
             case Topic.ENERGY:
                 self._view.monitor.set_energy(record)
             case Topic.SLMS:
-                self._apply_registry(record)
+                await self._apply_registry(record)
             case Topic.GOALS:
                 self.apply_goals(record)
 
@@ -125,7 +126,7 @@ class Subscriptions:
         self._selector.predictor, self.predictor_source = predictor, source
         self._view.set_predictor(predictor.version)
 
-    def _apply_registry(self, registry: Mapping[str, RegisteredSLM]) -> None:
+    async def _apply_registry(self, registry: Mapping[str, RegisteredSLM]) -> None:
         """Extend the configured fleet by SLMs that run in applications of their own."""
         known = {s.id for s in self._base.slms}
         added: dict[str, str] = {}
@@ -142,6 +143,8 @@ class Subscriptions:
             added[slm_id] = entry.app_name
         self._handles.set_added(added)
         fleet = self._base.model_copy(update={"slms": (*self._base.slms, *specs)})
+        if needs_detector(fleet):
+            await asyncio.to_thread(load_detector)
         self._view.set_fleet(fleet)
         self._selector.set_fleet(fleet)
 

@@ -417,3 +417,17 @@ def test_a_wrong_marker_is_refused_by_its_name(marker: Any, message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         parse_fleet({"slms": [slm()], "markers": {"sql": marker}}, Path())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "near"), [("en-GB", "en"), ("english", "en"), ("DE", "de"), ("xx", "xh"), ("iw", "wa")]
+)
+def test_a_language_that_cannot_be_detected_is_refused_with_the_nearest(
+    code: str, near: str
+) -> None:
+    message = f"{code!r} is no language that can be detected.*; the nearest is {near!r}"
+    with pytest.raises(ConfigError, match=rf"slms\.0\.languages\.1: {message}"):
+        parse_fleet({"slms": [slm(languages=["en", code])]}, Path())
+    rule = {"name": "r", "language": code, "slms": ["small"]}
+    with pytest.raises(ConfigError, match=message):
+        parse_fleet({"slms": [slm()], "rules": [rule]}, Path())

@@ -18,7 +18,6 @@ from calm_serve.requests.context import (
     MAX_BLOCKS,
     SCAN_CHARS,
     ContextBuilder,
-    detect_language,
     prefix_chain,
 )
 from calm_serve.requests.features import (
@@ -173,26 +172,6 @@ def test_words_are_read_from_the_ends_only(character: str, monkeypatch: pytest.M
 
 def test_the_size_of_a_number_is_not_vocabulary() -> None:
     assert build("add 17 and 4").features.buckets == build("add 99 and 5").features.buckets
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("What is the capital of France?", "en"),
-        ("Was ist die Hauptstadt und wie groß ist sie?", "de"),
-        ("Quelle est la capitale et qui est le maire?", "fr"),
-        ("Cuál es la capital de los Estados y por qué?", "es"),
-        ("Qual è il senso della vita e che cosa sono gli dei?", "it"),
-        ("Como é o tempo em Lisboa e por que não chove?", "pt"),
-        ("list files", "en"),
-        ("お元気ですか", "und"),
-        ("Which chassis was used when over 6 points were earned?", "en"),
-        ("12 + 30", "und"),
-        ("", "und"),
-    ],
-)
-def test_language_is_recognised_by_frequent_words(text: str, language: str) -> None:
-    assert detect_language(text) == language
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,13 @@ import pytest
 
 from calm_serve.errors import RequestError
 from calm_serve.requests.parsed import MAX_PROMPTS
-from calm_serve.requests.pooling import parse_embeddings, parse_rerank, parse_score
-from calm_serve.requests.tokenization import parse_detokenize, parse_tokenize
+from calm_serve.requests.pooling import (
+    parse_detokenize,
+    parse_embeddings,
+    parse_rerank,
+    parse_score,
+    parse_tokenize,
+)
 from calm_serve.types import Task
 
 USER = {"role": "user", "content": "hello"}

@@ -13,6 +13,8 @@ import pytest
 
 from calm_serve.config import Fleet
 from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.learning import decision_terms
+from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.requests import Overrides, fill_features, parse_chat
 from calm_serve.requests.features import NUMBER_NAMES
 from calm_serve.routing.selector import ModelSelector, assume_hot
@@ -22,6 +24,7 @@ from calm_serve.testing import (
     make_context,
     make_fleet,
     make_goals,
+    make_outcome,
     make_prediction,
     make_spec,
     make_state,
@@ -275,6 +278,64 @@ def test_no_slm_below_the_quality_floor_is_in_the_fallback_order() -> None:
     asked = decide(make_selector(predictor=oracle), headers=Overrides(quality_floor=0.65))
     configured = decide(make_selector(predictor=oracle, goals=make_goals(quality_floor=0.65)))
     assert asked.ranking == configured.ranking == ("guard", "sql")
+
+
+BILINGUAL = make_fleet(
+    make_spec("english", priors={"quality": 0.9}),
+    make_spec("any", languages=[], priors={"quality": 0.5}),
+)
+
+
+@pytest.mark.parametrize(
+    ("language", "ratio", "winner", "excluded"),
+    [
+        ("en", 1.0, "english", ""),
+        ("und", 0.0, "english", ""),
+        ("de", 0.4, "english", ""),  # 0.9 * 0.6 is more than 0.5
+        ("de", 0.6, "any", ""),
+        ("de", 0.9, "any", "language"),
+    ],
+)
+def test_a_doubtful_language_lowers_the_quality_and_a_certain_one_excludes(
+    language: str, ratio: float, winner: str, excluded: str
+) -> None:
+    context = make_context(language=language, language_ratio=ratio)
+    decision = decision_for(make_selector(BILINGUAL), context)
+    assert decision.slm_id == winner
+    found = {c.slm_id: c for c in decision.candidates}
+    assert found["english"].excluded_by == excluded
+    if not excluded:
+        foreign = language not in ("en", "und")
+        assert found["english"].quality == pytest.approx(0.9 * (1.0 - ratio if foreign else 1.0))
+    assert found["any"].quality == 0.5
+
+
+def test_when_no_slm_has_the_language_all_may_answer() -> None:
+    fleet = make_fleet(make_spec("english"), make_spec("french", languages=["fr"]))
+    context = make_context(language="de", language_ratio=1.0)
+    assert set(decision_for(make_selector(fleet), context).ranking) == {"english", "french"}
+
+
+def test_an_slm_that_sleeps_is_not_preferred_for_a_language_that_it_lacks() -> None:
+    asleep = {"english": make_state("english", residency=Residency.ASLEEP)}
+    target = make_selector(BILINGUAL, asleep)
+    assert decision_for(target, make_context(language="en")).preferred == "english"
+    doubtful = make_context(language="de", language_ratio=0.6)
+    assert decision_for(target, doubtful).preferred == "any"
+
+
+def test_a_doubtful_language_is_in_the_log_from_which_a_decision_is_replayed() -> None:
+    target = make_selector(BILINGUAL)
+    decision = decision_for(target, make_context(language="de", language_ratio=0.6))
+    logged = read_decision(
+        make_outcome(terms=decision_terms(decision), numbers=decision.context.features.numbers)
+    )
+    assert logged is not None
+    again = rescore(logged)
+    assert {c.slm_id: c.quality for c in again} == pytest.approx(
+        {c.slm_id: c.quality for c in decision.candidates}
+    )
+    assert redecide(logged, again) == "any"
 
 
 def test_the_last_one_standing_says_so() -> None:
