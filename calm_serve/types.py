@@ -26,6 +26,7 @@ class DecisionPath(StrEnum):
 
     PINNED = "pinned"  # the client named an SLM or an adapter
     RULE = "rule"  # stage 1: a deterministic rule
+    CONVERSATION = "conversation"  # stage 1: the SLM of the conversation's last answer
     SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
     PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
     BASELINE = "baseline"  # stage 2 by another selection policy, for comparison
@@ -35,7 +36,7 @@ class DecisionPath(StrEnum):
 
 
 # Paths that took the best score; the same with exploration; the same with baselines as well. The
-# other paths (rule, pinned, fallback) had no choice between SLMs.
+# other paths (rule, conversation, pinned, fallback) had no choice between SLMs.
 BEST_SCORE_PATHS = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
 SCORED_PATHS = BEST_SCORE_PATHS | {DecisionPath.EXPLORED}
 FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE}
@@ -51,6 +52,8 @@ class DecisionReason(StrEnum):
     REQUESTED = "requested"
     RULE_MATCH = "rule_match"
     SAFETY_PIN = "safety_pin"
+    TOOL_LOOP = "tool_loop"
+    FOLLOW_UP = "follow_up"
     ONLY_CANDIDATE = "only_candidate"
     BEST_SCORE = "best_score"
     BEST_PRIOR = "best_prior"
@@ -133,6 +136,11 @@ class RoutingContext:
     safety_class: str = "none"  # or the name of the safety pattern that matched
     markers: tuple[str, ...] = ()  # names of the marker patterns found, sorted
     session_key: str = ""  # hash, "" when the request names no session
+    conversation_key: int = 0  # by which its next turn finds the SLM of this one
+    previous_slm: str = ""  # SLM of the conversation's last answer, "" when unknown
+    history_tokens: int = 0  # estimated, of the prompt up to the end of that answer
+    tool_loop: bool = False  # the last messages are results of tools
+    follows_up: bool = False  # the user's last message continues one before it
     prefix_family: str = ""  # hash of the first blocks of the prompt
     prefix_chain: tuple[int, ...] = ()  # chained hashes of the prompt's first blocks
     slo: ServiceLevel = ServiceLevel()

@@ -186,7 +186,11 @@ def _context(outcome: Outcome, logged: LoggedDecision | None) -> RoutingContext:
 
 
 def _skip_reason(outcome: Outcome) -> str:
-    reasons = {DecisionPath.PINNED: "chosen by the client", DecisionPath.RULE: "chosen by a rule"}
+    reasons = {
+        DecisionPath.PINNED: "chosen by the client",
+        DecisionPath.RULE: "chosen by a rule",
+        DecisionPath.CONVERSATION: "kept in its conversation",
+    }
     if reason := reasons.get(DecisionPath(outcome.decision.path or DecisionPath.FALLBACK)):
         return reason
     return "logged without its candidates"

@@ -23,7 +23,7 @@ from calm_serve.prediction.base import (
     prior_prediction,
 )
 from calm_serve.prediction.cold_start import LABELLED, known_slms, with_cold_start
-from calm_serve.prediction.latency import wake_s
+from calm_serve.prediction.latency import cached_prefill_s, wake_s
 from calm_serve.prediction.lightgbm import (
     MAX_LOG_RESIDUAL,
     Heads,
@@ -63,6 +63,7 @@ __all__ = [
     "SingleRow",
     "SparseRow",
     "Values",
+    "cached_prefill_s",
     "fits_layout",
     "joined",
     "known_slms",

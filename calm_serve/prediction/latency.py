@@ -53,6 +53,12 @@ def awake_ttft_s(
     return prefill + wait
 
 
+def cached_prefill_s(spec: SLMSpec, state: SLMState, cached_tokens: float) -> float:
+    """Seconds of prefill that the SLM saves by having so many tokens of a prompt in its cache."""
+    per_token_s = spec.priors.ttft_s * (1.0 - FIXED_PREFILL_RATIO) / PRIOR_PROMPT_TOKENS
+    return CACHED_SAVING * per_token_s * cached_tokens * state.ttft_ratio
+
+
 def wake_s(spec: SLMSpec, state: SLMState) -> float:
     """Seconds until the SLM is awake."""
     return 0.0 if state.residency is Residency.HOT else spec.wake_s(state.wake_s)

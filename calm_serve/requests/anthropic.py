@@ -120,7 +120,8 @@ def _read_message(message: Any, transcript: Transcript, where: str) -> None:
             texts.append(text)
     # vLLM turns results of tools into messages of their own, before the rest of the message.
     if texts or role != "user":
-        transcript.add(role_word(role), "\n".join(texts))
+        results = role == "user" and any(block.get("type") == "tool_result" for block in content)
+        transcript.add(role_word(role), "\n".join(texts), with_tool_results=results)
 
 
 def _read_block(

@@ -39,11 +39,21 @@ _MESSAGE_START = re.compile(rf"{START}\w+{ROLE_END}")
 class ContextBuilder:
     """Builds RoutingContexts for one fleet; its patterns are compiled once."""
 
-    def __init__(self, fleet: Fleet, embedding_space: str = "") -> None:
-        """`embedding_space` is the key of the vector space for requests that name no SLM.
+    def __init__(
+        self,
+        fleet: Fleet,
+        embedding_space: str = "",
+        find_slm: Callable[[int, str], str] = lambda _key, _session: "",
+    ) -> None:
+        """Blocks for a second when this is the process's first fleet that needs languages.
 
-        Blocks for a second when this is the process's first fleet that needs languages.
+        Args:
+            fleet: its patterns are compiled.
+            embedding_space: key of the vector space for requests that name no SLM.
+            find_slm: the SLM that answered the conversation of a key, or of a session; "" if none
+                is known.
         """
+        self._find_slm = find_slm
         self._embedding_space = embedding_space
         self._languages = load_detector() if needs_detector(fleet) else None
         scopes: dict[str, dict[str, str]] = {}
@@ -60,7 +70,9 @@ class ContextBuilder:
         is_plain = plain(whole)
         safety_class, is_sensitive = self._search_safety(request, is_plain)
         chain = prefix_chain(request.prefix or whole, request.prefix_seed)
-        session = overrides.session_id
+        session_key = f"{_hash(overrides.session_id):08x}" if overrides.session_id else ""
+        markers, follows_up = self._find_markers(request, is_plain)
+        previous = self._find_slm(request.parent_key, session_key) if request.parent_key else ""
         language, language_ratio = UNKNOWN_LANGUAGE, 0.0
         if self._languages is not None:
             language, language_ratio = self._languages.detect(request.last_user)
@@ -88,8 +100,13 @@ class ContextBuilder:
             language_ratio=language_ratio,
             has_code=_CODE.occurs(ends(request.last_user, FOCUS_CHARS), is_plain),
             safety_class=safety_class,
-            markers=self._find_markers(request, is_plain),
-            session_key=f"{_hash(session):08x}" if session else "",
+            markers=markers,
+            session_key=session_key,
+            conversation_key=request.conversation_key,
+            previous_slm=previous,
+            history_tokens=round(request.history_chars / CHARS_PER_TOKEN),
+            tool_loop=request.ends_in_tool_results,
+            follows_up=follows_up,
             prefix_family=f"{chain[min(1, len(chain) - 1)]:08x}",
             prefix_chain=chain,
             slo=ServiceLevel(overrides.slo_ttft_ms, overrides.slo_tpot_ms, overrides.deadline_s),
@@ -97,12 +114,21 @@ class ContextBuilder:
             quality_floor=overrides.quality_floor,
         )
 
-    def _find_markers(self, request: ParsedRequest, is_plain: bool) -> tuple[str, ...]:
+    def _find_markers(self, request: ParsedRequest, is_plain: bool) -> tuple[tuple[str, ...], bool]:
+        """Return the markers, and whether the user's last message only continues one before it.
+
+        That message names no marker itself; where it continues another one, that one names them.
+        """
         found: list[str] = []
+        follows_up = bool(request.followed_user)
         for scope, patterns in self._markers.items():
             scan = ends(_text_in_scope(request, scope), SCAN_CHARS)
-            found += patterns.found(scan, is_plain)
-        return tuple(sorted(found))
+            named = patterns.found(scan, is_plain)
+            if scope == "last_user" and follows_up:
+                follows_up = not named
+                named = named or patterns.found(ends(request.followed_user, SCAN_CHARS), is_plain)
+            found += named
+        return tuple(sorted(found)), follows_up
 
     def _search_safety(self, request: ParsedRequest, is_plain: bool) -> tuple[str, bool]:
         """Return the class of the first pattern that pins, "none" without one; and `local_only`."""

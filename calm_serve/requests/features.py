@@ -1,6 +1,7 @@
 """Prompt features of the predictors: numbers, and the presence of hashed tokens.
 
-Token hashing sees the first and last tokens of the last user message. Features are plain data, so
+Token hashing sees the first and last tokens of the user's last message, and of the one before that
+it continues. Features are plain data, so
 a logged context replays to the same decision.
 """
 
@@ -71,7 +72,10 @@ def fill_features(context: RoutingContext, request: ParsedRequest) -> None:
     """
     if context.features.numbers or not context.generates:
         return
-    focus = ends(request.last_user, FOCUS_CHARS)
+    text = request.last_user
+    if context.follows_up:
+        text = f"{request.followed_user}\n{text}"
+    focus = ends(text, FOCUS_CHARS)
     tokens = read_tokens(focus)
     numbers = _numbers(request, context, focus, tokens)
     features = PromptFeatures(numbers, token_buckets(tokens.hashes))

@@ -43,6 +43,11 @@ class ParsedRequest:
     model: str = "auto"
     text: str = ""  # roles and contents in the order in which the engine caches prefixes
     last_user: str = ""
+    followed_user: str = ""  # the user's message that `last_user` only continues, "" for none
+    parent_key: int = 0  # of the conversation up to the last answer; 0 before the first one
+    conversation_key: int = 0  # the `parent_key` of the next turn
+    history_chars: int = 0  # up to the end of the last answer
+    ends_in_tool_results: bool = False
     system_chars: int = 0
     turns: int = 1
     stream: bool = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
+from zlib import crc32
 
 from calm_serve.errors import RequestError
 from calm_serve.requests.parsed import ROLE_END, START, needs, unmarked
@@ -40,6 +42,31 @@ BILLING_HEADER = "x-anthropic-billing-header"
 
 
 SYSTEM_ROLES = frozenset(("system", "developer"))
+_TOOL_ROLES = frozenset(("tool", "function"))
+
+# A follow-up means something only after the message that it continues. It is short, and starts like
+# one, or consists of little but a pronoun; or it names the answer. Of 10,347 single requests, 1.6 %
+# look like one; of 60 written as follow-ups, 59 (decision 0043).
+_OPENS = re.compile(
+    r"\W*(?:(?:ok(?:ay)?|so|well|hmm|oh|yes|please)\W+)?"
+    r"(?:and|but|also|or|then|now|again|instead|otherwise|only|just|(?:the )?same"
+    r"|(?:the |an)others?|more|less|shorter|longer|why|(?:what|how) about"
+    r"|what (?:if|else)|go on|no|not|sorry|actually"
+    r"|are you sure|i meant|und|et|y|oder|aber|mais|pero|mas|и|а|но)\b",  # noqa: RUF001
+    re.IGNORECASE,
+)
+_REFERS = re.compile(
+    r"\b(?:its?|them|they|those|these|that|this|he|she|him|her|ones?)\b", re.IGNORECASE
+)
+_NAMES_ANSWER = re.compile(
+    r"\byour (?:last |previous |earlier |first )?(?:answer|response|reply|solution|explanation)\b"
+    r"|\b(?:re(?:write|phrase)|shorten|translate|summari[sz]e|explain) (?:it|that|this)\b",
+    re.IGNORECASE,
+)
+_OPENING_WORDS, _REFERRING_WORDS = 12, 4  # most words of such a message
+_FOLLOW_UP_CHARS = 200  # a longer message says what it is about
+_FOLLOWED_MESSAGES = 8  # of the user, searched for what a follow-up continues
+_KEY_CHARS = 256  # at each end of a message, that tell conversations apart
 
 
 class Transcript:
@@ -48,25 +75,40 @@ class Transcript:
     def __init__(self) -> None:
         self._parts: list[str] = []
         self._media: set[str] = set()
-        self._last_user = ""
+        self._users: deque[str] = deque(maxlen=_FOLLOWED_MESSAGES)
+        self._last_role = ""
+        self._chars = self._history_chars = 0
+        self._key = self._parent_key = 0
+        self._ends_in_tool_results = False
         self._system_chars = 0
         self._turns = 0
 
-    def add(self, role: str, text: str) -> None:
-        """Append a message."""
+    def add(self, role: str, text: str, *, with_tool_results: bool = False) -> None:
+        """Append a message; `with_tool_results` if it came in one message with those before it."""
         text = unmarked(text)
         self._parts.append(f"{START}{role}{ROLE_END}{text}")
+        self._chars += len(text)
         if role == "user":
-            self._last_user = text
+            self._users.append(text)
             self._turns += 1
-        elif role in SYSTEM_ROLES:
+        if role in SYSTEM_ROLES:
             self._system_chars += len(text)
+            return  # it may change from turn to turn, as by the time of day
+        if role == "assistant":
+            if self._last_role != role:
+                self._parent_key = self._key
+            self._history_chars = self._chars
+        self._last_role = role
+        self._ends_in_tool_results = role in _TOOL_ROLES or with_tool_results
+        start, end = text[:_KEY_CHARS], text[-_KEY_CHARS:]
+        about = f"{role} {len(text)} {start} {end}".encode("utf-8", "surrogatepass")
+        self._key = crc32(about, self._key)
 
     def extend(self, other: Transcript) -> None:
         """Append the messages of another conversation."""
         self._parts += other._parts
         self._media |= other._media
-        self._last_user = other._last_user or self._last_user
+        self._users += other._users
         self._system_chars += other._system_chars
         self._turns += other._turns
 
@@ -119,14 +161,42 @@ class Transcript:
             raise RequestError(f"{name!r} must not be empty", param=name)
         return {
             "text": "".join(self._parts),
-            "last_user": self._last_user or self._parts[-1],
+            "last_user": self._users[-1] if self._users else self._parts[-1],
+            "followed_user": self._followed(),
+            "parent_key": self._parent_key,
+            "conversation_key": self._key,
+            "history_chars": self._history_chars,
+            "ends_in_tool_results": self._ends_in_tool_results,
             "system_chars": self._system_chars,
             "turns": self._turns,
         }
 
+    def _followed(self) -> str:
+        """The nearest message of the user that stands for itself, if the last one does not."""
+        if len(self._users) < 2 or not follows_up(self._users[-1]):
+            return ""
+        before = [*self._users][-2::-1]
+        return next((text for text in before if not follows_up(text)), before[-1])
+
     def needs(self, **wanted: bool) -> tuple[str, ...]:
         """Capabilities: chat, those of the parts, and what is `wanted` beside them."""
         return needs(chat=True, **dict.fromkeys(self._media, True), **wanted)
+
+
+def follows_up(text: str) -> bool:
+    """Whether a message of the user says too little to be understood without those before it.
+
+    >>> follows_up("and in Oslo?"), follows_up("How is the weather in Oslo?")
+    (True, False)
+    """
+    if len(text) > _FOLLOW_UP_CHARS:
+        return False
+    words = len(text.split())
+    if words <= _OPENING_WORDS and _OPENS.match(text):
+        return True
+    if words <= _REFERRING_WORDS and _REFERS.search(text):
+        return True
+    return _NAMES_ANSWER.search(text) is not None
 
 
 def messages_of(text: str) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
 from calm_serve.routing import scoring
+from calm_serve.routing.conversations import with_cached_history
 from calm_serve.types import (
     Candidate,
     Decision,
     DecisionPath,
     DecisionReason,
+    Prediction,
     RoutingContext,
     SLMState,
     Versions,
@@ -39,6 +41,26 @@ class Terms:
     floor: float  # least quality
     exploration_ratio: float
     is_prior: bool  # nothing was learned yet
+
+
+def score_all(
+    context: RoutingContext,
+    predictions: Sequence[Prediction],
+    specs: Sequence[SLMSpec],
+    states: Mapping[str, SLMState],
+    weights: Weights,
+) -> list[Candidate]:
+    """Score the predictions; `specs` runs parallel to them."""
+    return [
+        scoring.evaluate(
+            context.slo,
+            with_cached_history(prediction, context, spec, states[spec.id]),
+            states[spec.id],
+            weights,
+            scoring.language_factor(context, spec),
+        )
+        for prediction, spec in zip(predictions, specs, strict=True)
+    ]
 
 
 def best_of(

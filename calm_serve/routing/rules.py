@@ -1,9 +1,21 @@
-"""Stage 1: declarative rules of the fleet file in order; the first match gives the candidates."""
+"""Stage 1: what names SLMs without a prediction: the conversation, and rules of the fleet file.
+
+Rules are declarative, and in order: the first match gives the candidates.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from calm_serve.config import Rule
-from calm_serve.types import Residency, RoutingContext, SLMState
+from calm_serve.types import (
+    DecisionPath,
+    DecisionReason,
+    Residency,
+    RoutingContext,
+    SLMState,
+)
 
 # A rule asserts that its SLM can answer. When the SLM's calibration factor (measured over predicted
 # successes) falls below this, the request is scored instead.
@@ -39,3 +51,38 @@ def first_match(rules: tuple[Rule, ...], context: RoutingContext) -> Rule | None
         if matches(rule, context):
             return rule
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """SLMs that a rule or the conversation names."""
+
+    path: DecisionPath
+    reason: DecisionReason
+    slms: tuple[str, ...]
+    rule: str = ""
+
+    @property
+    def in_tool_loop(self) -> bool:
+        """Whether the request must stay with the SLM that called the tool."""
+        return self.reason is DecisionReason.TOOL_LOOP
+
+    def may_answer(self, state: SLMState) -> bool:
+        """Whether an SLM in this state may answer; a tool loop even wakes its SLM."""
+        return self.in_tool_loop or rule_target_is_usable(state)
+
+
+def claims(rules: tuple[Rule, ...], context: RoutingContext, *, may_stay: bool) -> Iterator[Named]:
+    """Yield what names SLMs for a request, the strongest claim first.
+
+    With `may_stay` the SLM of the conversation's last answer keeps its tool loops, and follow-ups
+    for which no rule names another SLM.
+    """
+    stays = (context.previous_slm,) if context.previous_slm and may_stay else ()
+    if stays and context.tool_loop:
+        yield Named(DecisionPath.CONVERSATION, DecisionReason.TOOL_LOOP, stays)
+    rule = first_match(rules, context)
+    if rule is not None:
+        yield Named(DecisionPath.RULE, DecisionReason.RULE_MATCH, rule.slms, rule.name)
+    if stays and context.follows_up:
+        yield Named(DecisionPath.CONVERSATION, DecisionReason.FOLLOW_UP, stays)

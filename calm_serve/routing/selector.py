@@ -27,7 +27,8 @@ from calm_serve.requests import (
 )
 from calm_serve.routing import exclusions, filters, rules, scoring, without_text
 from calm_serve.routing.baselines import Baseline
-from calm_serve.routing.choice import Choice, Terms, best_of, record
+from calm_serve.routing.choice import Choice, Terms, best_of, record, score_all
+from calm_serve.routing.conversations import ConversationMemory
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
     Candidate,
@@ -131,6 +132,7 @@ class ModelSelector:
         self._timer = timer
         self._log: OrderedDict[str, Decision] = OrderedDict()
         self._log_size = decision_log
+        self._conversations = ConversationMemory(decision_log)
         self.goals = goals
         self._baseline: Baseline | None = None
         self._baselines = BaselineRegistry(text_buckets)
@@ -144,7 +146,7 @@ class ModelSelector:
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._embedding_space = self._embedding_space or without_text.first_space(fleet)
-        self._builder = ContextBuilder(fleet, self._embedding_space)
+        self._builder = ContextBuilder(fleet, self._embedding_space, self._conversations.find)
         self._fleet_version = config_version(fleet)
         self._rules = rules_of(self.goals, fleet)
         if self._baseline is not None:
@@ -177,6 +179,8 @@ class ModelSelector:
         # Written in place: no other code has the record yet, and a copy would take as long as the
         # filters.
         object.__setattr__(decision, "decided_in_s", self._timer() - started)
+        if context.generates:
+            self._conversations.note(context, decision.slm_id)
         self._log[decision_id] = decision
         while len(self._log) > self._log_size:
             self._log.popitem(last=False)
@@ -199,15 +203,12 @@ class ModelSelector:
         if not context.generates:
             found = without_text.choose(context, self.specs, allowed, states, self.weights)
             return self._record(context, found, excluded)
-        rule = rules.first_match(self._rules, context)
-        if rule is not None:
-            usable = [
-                i for i in rule.slms if i in allowed and rules.rule_target_is_usable(states[i])
-            ]
-            choice = self._by_rule(context, request, usable, states)
+        for named in rules.claims(self._rules, context, may_stay=self._baseline is None):
+            usable = [i for i in named.slms if i in allowed and named.may_answer(states[i])]
+            choice = self._by_name(context, request, named, usable, states)
             if choice is not None:
                 others = tuple(i for i in allowed if i not in usable)
-                return self._record(context, choice, excluded, rule=rule.name, unscored=others)
+                return self._record(context, choice, excluded, rule=named.rule, unscored=others)
         return self._record(context, self._scored(context, request, allowed, states), excluded)
 
     def recall(self, decision_id: str) -> Decision | None:
@@ -224,6 +225,8 @@ class ModelSelector:
         """Pass a finished request to the controller and the baseline, if it generated text."""
         if not decision.context.generates:
             return
+        if outcome.status == "ok":
+            self._conversations.note(decision.context, outcome.slm_id)
         self.controller.learn(decision, outcome)
         if self._baseline is not None:
             self._baseline.observe(outcome)
@@ -280,21 +283,22 @@ class ModelSelector:
     def _floor(self, context: RoutingContext) -> float:
         return max(self.goals.quality_floor, context.quality_floor)
 
-    def _by_rule(
+    def _by_name(
         self,
         context: RoutingContext,
         request: ParsedRequest | None,
+        named: rules.Named,
         usable: list[str],
         states: Mapping[str, SLMState],
     ) -> Choice | None:
-        """Choose among the usable SLMs of a rule; None when none reaches the quality floor.
+        """Choose among the usable SLMs that are named; None when none reaches the quality floor.
 
         One SLM without a floor needs no prediction, which makes this the fast path.
         """
         if not usable:
             return None
-        floor = self._floor(context)
-        why = DecisionPath.RULE, DecisionReason.RULE_MATCH
+        floor = 0.0 if named.in_tool_loop else self._floor(context)
+        why = named.path, named.reason
         if self._baseline is not None or (len(usable) == 1 and floor <= 0.0):
             return Choice(*why, (Candidate(slm_id=usable[0], score=1.0),), tuple(usable))
         scored = self._scores(context, request, usable, states)
@@ -330,11 +334,7 @@ class ModelSelector:
             fill_features(context, request)
         specs = [self.specs[i] for i in ids]
         predictions = self.predictor.predict(context, specs, [states[i] for i in ids])
-        weights, understood = self.weights, scoring.language_factor
-        return [
-            scoring.evaluate(context.slo, p, states[s.id], weights, understood(context, s))
-            for p, s in zip(predictions, specs, strict=True)
-        ]
+        return score_all(context, predictions, specs, states, self.weights)
 
     def _best(
         self, context: RoutingContext, scored: list[Candidate], states: Mapping[str, SLMState]
@@ -342,7 +342,8 @@ class ModelSelector:
         terms = Terms(
             self.weights,
             self._floor(context),
-            self.goals.exploration_ratio,
+            # A tool loop whose SLM is not known goes where its first request went.
+            0.0 if context.tool_loop else self.goals.exploration_ratio,
             is_prior=self.predictor.version == MetadataPrior.version,
         )
         return best_of(context, scored, self.specs, states, terms)

@@ -212,3 +212,60 @@ def test_only_what_is_answered_in_text_has_features() -> None:
         context = BUILDER.build(parsed, Overrides(), "id")
         fill_features(context, parsed)
         assert bool(context.features.numbers) is context.generates is ("chat" in path)
+
+
+FIRST = "Which ships are longer than 90 metres?"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "and longer than 120?",
+        "What about those in May?",
+        "Why?",
+        "ok, now sorted by name",
+        "und in Oslo?",
+        "make it shorter",
+        "Rewrite your previous response without the letter e, and use no more than 3 sentences.",
+    ],
+)
+def test_a_short_message_that_refers_to_others_is_a_follow_up(text: str) -> None:
+    context = scoped(("user", FIRST), ("assistant", "Three."), ("user", text))
+    assert context.follows_up
+    assert not scoped(("user", text)).follows_up
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FIRST,
+        "Tell me a story of a ship.",
+        "Now " + "let me describe another problem of mine at some length. " * 9,
+        "",
+    ],
+)
+def test_a_message_that_stands_for_itself_is_none(text: str) -> None:
+    assert not scoped(("user", FIRST), ("assistant", "Three."), ("user", text)).follows_up
+
+
+def test_a_follow_up_has_the_markers_and_features_of_what_it_continues() -> None:
+    first = scoped(("user", "Show me bash for this."))
+    turns = [("user", "Show me bash for this."), ("assistant", "ls"), ("user", "and hidden ones?")]
+    again = [*turns, ("assistant", "ls -a"), ("user", "why?")]
+    for conversation in (turns, again):
+        assert scoped(*conversation).markers == first.markers
+    request = parse_chat({"messages": messages(*again)})
+    assert request.followed_user == "Show me bash for this."
+    context = scoped(*again)
+    fill_features(context, request)
+    joined = scoped(("user", "Show me bash for this.\nwhy?"))
+    fill_features(
+        joined, parse_chat({"messages": messages(("user", "Show me bash for this.\nwhy?"))})
+    )
+    assert context.features.buckets == joined.features.buckets
+
+
+def test_a_follow_up_that_names_its_own_topic_is_none() -> None:
+    context = scoped(("user", "Hello!"), ("assistant", "Hello."), ("user", "and now in bash"))
+    assert context.markers == ("anywhere", "asked_before", "bash")
+    assert not context.follows_up
