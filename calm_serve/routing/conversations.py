@@ -9,6 +9,9 @@ from calm_serve.config import SLMSpec
 from calm_serve.prediction import cached_prefill_s
 from calm_serve.types import Prediction, RoutingContext, SLMState
 
+# Keys remembered, about 5 MB: at 50 requests a second, those of ten minutes.
+MAX_CONVERSATIONS = 32_768
+
 
 class ConversationMemory:
     """Bounded memory of one router. Single-threaded; every operation takes constant time.
@@ -19,7 +22,7 @@ class ConversationMemory:
     repeats, else by the session that the client names. Neither needs the other.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = MAX_CONVERSATIONS) -> None:
         """Remember `size` keys; a conversation in a session has two."""
         self._size = size
         self._slms: OrderedDict[int | str, str] = OrderedDict()

@@ -28,7 +28,7 @@ from calm_serve.requests import (
 from calm_serve.routing import exclusions, filters, rules, scoring, without_text
 from calm_serve.routing.baselines import Baseline
 from calm_serve.routing.choice import Choice, Terms, best_of, record, score_all
-from calm_serve.routing.conversations import ConversationMemory
+from calm_serve.routing.conversations import MAX_CONVERSATIONS, ConversationMemory
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
     Candidate,
@@ -123,6 +123,7 @@ class ModelSelector:
         predictor: Predictor | None = None,
         timer: Callable[[], float] = time.perf_counter,
         decision_log: int = DECISION_LOG,
+        conversations: int = MAX_CONVERSATIONS,
         controller: WeightController | None = None,
     ) -> None:
         """Without a `controller` the weights stay as the goals state them."""
@@ -132,7 +133,7 @@ class ModelSelector:
         self._timer = timer
         self._log: OrderedDict[str, Decision] = OrderedDict()
         self._log_size = decision_log
-        self._conversations = ConversationMemory(decision_log)
+        self._conversations = ConversationMemory(conversations)
         self.goals = goals
         self._baseline: Baseline | None = None
         self._baselines = BaselineRegistry(text_buckets)

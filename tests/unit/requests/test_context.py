@@ -102,7 +102,7 @@ def test_a_conversation_without_a_message_of_the_user_sets_no_marker_of_his() ->
 def test_a_caret_is_the_start_of_each_message_that_a_marker_reads() -> None:
     assert scoped(("system", "Be brief."), ("user", "Hello!")).markers == ("greeting",)
     assert scoped(("user", "She said hello.")).markers == ()
-    assert scoped(("user", "Hello!"), ("assistant", "Hello."), ("user", "Go on.")).markers == ()
+    assert scoped(("user", "Hello!"), ("assistant", "Hi."), ("user", "Tell me.")).markers == ()
 
 
 def test_a_prompt_without_messages_is_the_users() -> None:

@@ -422,7 +422,7 @@ def test_decisions_are_remembered_up_to_a_bound() -> None:
 
 
 def test_decisions_leave_nothing_behind_but_a_bounded_log() -> None:
-    target = make_selector(decision_log=5)
+    target = make_selector(decision_log=5, conversations=50)
 
     def blocks_after(decisions: int) -> int:
         for i in range(decisions):
