@@ -66,7 +66,8 @@ _NAMES_ANSWER = re.compile(
 _OPENING_WORDS, _REFERRING_WORDS = 12, 4  # most words of such a message
 _FOLLOW_UP_CHARS = 200  # a longer message says what it is about
 _FOLLOWED_MESSAGES = 8  # of the user, searched for what a follow-up continues
-_KEY_CHARS = 256  # at each end of a message, that tell conversations apart
+# What tells conversations apart: the number of messages, and this much of the last ones.
+_KEY_MESSAGES, _KEY_CHARS = 4, 256  # characters at each end
 
 
 class Transcript:
@@ -76,9 +77,9 @@ class Transcript:
         self._parts: list[str] = []
         self._media: set[str] = set()
         self._users: deque[str] = deque(maxlen=_FOLLOWED_MESSAGES)
-        self._last_role = ""
+        self._said: list[tuple[str, str]] = []  # role and text, without system prompts
+        self._answer_at = 0  # of the last answer in `_said`, which may be several messages
         self._chars = self._history_chars = 0
-        self._key = self._parent_key = 0
         self._ends_in_tool_results = False
         self._system_chars = 0
         self._turns = 0
@@ -95,14 +96,11 @@ class Transcript:
             self._system_chars += len(text)
             return  # it may change from turn to turn, as by the time of day
         if role == "assistant":
-            if self._last_role != role:
-                self._parent_key = self._key
+            if not self._said or self._said[-1][0] != role:
+                self._answer_at = len(self._said)
             self._history_chars = self._chars
-        self._last_role = role
+        self._said.append((role, text))
         self._ends_in_tool_results = role in _TOOL_ROLES or with_tool_results
-        start, end = text[:_KEY_CHARS], text[-_KEY_CHARS:]
-        about = f"{role} {len(text)} {start} {end}".encode("utf-8", "surrogatepass")
-        self._key = crc32(about, self._key)
 
     def extend(self, other: Transcript) -> None:
         """Append the messages of another conversation."""
@@ -163,13 +161,23 @@ class Transcript:
             "text": "".join(self._parts),
             "last_user": self._users[-1] if self._users else self._parts[-1],
             "followed_user": self._followed(),
-            "parent_key": self._parent_key,
-            "conversation_key": self._key,
+            "parent_key": self._key(self._answer_at),
+            "conversation_key": self._key(len(self._said)),
             "history_chars": self._history_chars,
             "ends_in_tool_results": self._ends_in_tool_results,
             "system_chars": self._system_chars,
             "turns": self._turns,
         }
+
+    def _key(self, count: int) -> int:
+        """A hash of the first `count` messages, 0 for none."""
+        if not count:
+            return 0
+        key = count
+        for role, text in self._said[max(count - _KEY_MESSAGES, 0) : count]:
+            about = f"{role} {len(text)} {text[:_KEY_CHARS]} {text[-_KEY_CHARS:]}"
+            key = crc32(about.encode("utf-8", "surrogatepass"), key)
+        return key
 
     def _followed(self) -> str:
         """The nearest message of the user that stands for itself, if the last one does not."""
