@@ -5,6 +5,7 @@ CalmError
 ├── RequestError              the client's input is wrong (4xx); retrying does not help
 │   ├── UnknownModelError     404
 │   └── NoCandidateError      400: every SLM was excluded by a hard filter
+│       └── ContextLengthError    the request is longer than every context
 ├── CapacityError             429 or 503 with Retry-After; retrying later helps
 │   ├── RouterFullError       429: the router works on as many requests as it may
 │   └── AsleepError           503: the SLM will not be awake in time
@@ -67,6 +68,12 @@ class NoCandidateError(RequestError):
     """Hard filters exclude every SLM; the message lists each SLM's reason."""
 
     code = "no_capable_model"
+
+
+class ContextLengthError(NoCandidateError):
+    """The request is longer than the context of every SLM that could take it otherwise."""
+
+    code = "context_length_exceeded"
 
 
 class CapacityError(CalmError):

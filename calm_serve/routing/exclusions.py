@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from calm_serve.errors import NoCandidateError, SLMUnavailableError
+from calm_serve.config import SLMSpec
+from calm_serve.errors import ContextLengthError, NoCandidateError, SLMUnavailableError
 from calm_serve.types import OutputShape, RoutingContext, Task
+from calm_serve.upstreams import context_length_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,13 @@ _GUIDED_INSTEAD = "structured_outputs"
 
 
 def explain_exclusion(
-    context: RoutingContext, reasons: Mapping[str, str]
+    context: RoutingContext, reasons: Mapping[str, str], specs: Mapping[str, SLMSpec]
 ) -> NoCandidateError | SLMUnavailableError:
     """Return the error for a request that every SLM is excluded from.
 
     `reasons` has the name of the filter for each SLM. The error is SLMUnavailableError when an SLM
-    could take the request later. Its parameter is the field of the most frequent reason.
+    could take the request later, and ContextLengthError when a shorter request would do. Its
+    parameter is the field of the most frequent reason otherwise.
     """
     # SLMs of other tasks are no news, unless there are no others.
     relevant = {slm: why for slm, why in reasons.items() if why != "other_task"} or dict(reasons)
@@ -77,22 +80,33 @@ def explain_exclusion(
     )
     if any(why in ("available", "breaker") for why in reasons.values()):
         return SLMUnavailableError(f"no SLM is available ({details})")
+    message = f"no SLM can take this request: {details}"
+    if "context_length" in by_reason:
+        # Those SLMs have whatever else it needs: the filter comes after task and capabilities.
+        limit = max(specs[slm].context_tokens for slm in by_reason["context_length"])
+        return _too_long(context, limit, message)
     frequent = max(by_reason, key=lambda why: len(by_reason[why]))
-    return NoCandidateError(
-        f"no SLM can take this request: {details}", param=_field(context, frequent)
-    )
+    return NoCandidateError(message, param=_field(context, frequent))
 
 
 def explain_pinned(
-    context: RoutingContext, slm_id: str, why: str
+    context: RoutingContext, spec: SLMSpec, why: str
 ) -> NoCandidateError | SLMUnavailableError:
-    """Return the error for a request to the SLM `slm_id`, which the filter `why` excludes."""
+    """Return the error for a request to one SLM, which the filter `why` excludes."""
     if why == "available":
-        return SLMUnavailableError(f"SLM {slm_id!r} has no running replica")
-    return NoCandidateError(
-        f"SLM {slm_id!r} cannot take this request: {why} ({_words(context, why)})",
-        param=_field(context, why),
-    )
+        return SLMUnavailableError(f"SLM {spec.id!r} has no running replica")
+    message = f"SLM {spec.id!r} cannot take this request: {why} ({_words(context, why)})"
+    if why == "context_length":
+        return _too_long(context, spec.context_tokens, message)
+    return NoCandidateError(message, param=_field(context, why))
+
+
+def _too_long(context: RoutingContext, limit_tokens: int, details: str) -> ContextLengthError:
+    """Return the error that clients know an engine's by; the prompt's tokens are estimated."""
+    prompt = 0 if context.truncates_prompt else context.sequence_tokens or context.prompt_tokens
+    requested = prompt + (context.max_output_tokens or 0)
+    sentence = context_length_message(limit_tokens, requested)
+    return ContextLengthError(f"{sentence} ({details})", param=_field(context, "context_length"))
 
 
 def _words(context: RoutingContext, why: str) -> str:

@@ -194,5 +194,5 @@ def split(
         allowed = [c.slm_id for c in excluded if c.excluded_by == soft]
         excluded = [c for c in excluded if c.excluded_by != soft]
     if not allowed:
-        raise explain_exclusion(context, {c.slm_id: c.excluded_by for c in excluded})
+        raise explain_exclusion(context, {c.slm_id: c.excluded_by for c in excluded}, specs)
     return allowed, excluded

@@ -270,7 +270,7 @@ class ModelSelector:
         filtered = context if named else replace(context, requested_model=slm_id)
         excluded_by = filters.excluded_by(filtered, spec, state, pinned=True)
         if excluded_by:
-            raise exclusions.explain_pinned(context, slm_id, excluded_by)
+            raise exclusions.explain_pinned(context, spec, excluded_by)
         if context.generates:
             if request is not None:
                 fill_features(context, request)

@@ -141,16 +141,17 @@ def sanitised(message: str, secrets: Iterable[str] = ()) -> str:
 
 
 def context_length_message(context_tokens: int, requested_tokens: int) -> str:
-    """Return vLLM's sentence, which agents and gateways look for; 0 is not known."""
+    """Return vLLM's sentence, which agents and gateways look for; 0 is not known.
+
+    LangChain, and every client of Anthropic's API, look for "prompt is too long", which ends it.
+    """
     limit = f" {context_tokens} tokens" if context_tokens else " smaller"
-    if requested_tokens:
-        return (
-            f"This model's maximum context length is{limit}. However, you requested "
-            f"{requested_tokens} tokens. Please reduce the length of the messages or completion."
-        )
+    asked = (
+        f"you requested {requested_tokens} tokens" if requested_tokens else "your request is longer"
+    )
     return (
-        f"This model's maximum context length is{limit}. However, your request is longer. "
-        "Please reduce the length of the messages or completion."
+        f"This model's maximum context length is{limit}. However, {asked}. "
+        "Please reduce the length of the messages or completion: the prompt is too long."
     )
 
 

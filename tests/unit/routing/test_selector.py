@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 
 from calm_serve.config import Fleet
-from calm_serve.errors import NoCandidateError, SLMUnavailableError, UnknownModelError
+from calm_serve.errors import (
+    ContextLengthError,
+    NoCandidateError,
+    SLMUnavailableError,
+    UnknownModelError,
+)
 from calm_serve.learning import decision_terms
 from calm_serve.learning.decision_log import read_decision, redecide, rescore
 from calm_serve.requests import Overrides, fill_features, parse_chat
@@ -140,6 +146,30 @@ def test_a_pinned_slm_is_held_to_what_can_work() -> None:
         decide(make_selector(), model="chat", tools=[{"type": "function"}])
     with pytest.raises(NoCandidateError, match="data_policy"):
         decide(make_selector(), headers=Overrides(local_only=True), model="cloud")
+
+
+@pytest.mark.parametrize("model", ["chat", "auto"])
+def test_a_request_beyond_every_context_is_the_error_that_clients_know(model: str) -> None:
+    text = "word " * 20_000
+    with pytest.raises(ContextLengthError, match=r"'?chat'?.*context_length") as caught:
+        decide(make_selector(), text, model=model)
+    limit = max(s.context_tokens for s in FLEET.slms)
+    assert caught.value.message.startswith(f"This model's maximum context length is {limit} tokens")
+    asked = re.search(r"you requested (\d+) tokens", caught.value.message)
+    assert asked is not None and int(asked[1]) > limit
+    assert caught.value.to_openai()["error"]["code"] == "context_length_exceeded"
+    assert "prompt is too long" in caught.value.to_anthropic()["error"]["message"]
+
+
+def test_an_answer_longer_than_the_context_is_that_error_too() -> None:
+    with pytest.raises(ContextLengthError):
+        decide(make_selector(), model="chat", max_tokens=100_000)
+
+
+def test_what_a_shorter_request_would_not_cure_is_another_error() -> None:
+    with pytest.raises(NoCandidateError) as caught:
+        decide(make_selector(), "word " * 20_000, tools=[{"type": "function"}])
+    assert caught.value.code == "no_capable_model"
 
 
 def test_a_pinned_slm_answers_although_its_breaker_is_open() -> None:

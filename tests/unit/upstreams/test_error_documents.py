@@ -210,6 +210,8 @@ def test_a_prompt_that_is_too_long_gives_the_sentence_that_agents_know(
     assert failure.message.startswith(f"This model's maximum context length is {limit} tokens. ")
     assert failure.to_openai()["error"]["code"] == "context_length_exceeded"
     assert f"you requested {asked} tokens" in failure.message or not asked
+    # LangChain and clients of Anthropic's API know it by these words.
+    assert "prompt is too long" in failure.to_anthropic()["error"]["message"]
     # It is recognised again, by a calm_serve in front of this one.
     again = classified(failure.http_status, failure.to_openai())
     assert (again.kind, again.message) == (failure.kind, failure.message)
