@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_ARGS := $(if $(PIP_FIND_LINKS),,--extra-index-url $(TORCH_INDEX))
 STAMP := $(VENV)/installed
+CLIENTS := .venv-clients
+AI_SDK := tests/clients/ai_sdk
 
-.PHONY: help install weights serve test check unit integration clean
+.PHONY: help install weights serve test check unit integration clients clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,7 +46,24 @@ unit: $(STAMP)  ## Unit and contract tests only
 integration: $(STAMP) weights  ## Real Ray Serve, real engines
 	$(BIN)/python -m pytest tests/integration
 
-test: check integration  ## Everything
+test: check integration  ## Everything but `make clients`
+
+# Clients speak HTTP only, so they have an environment of their own, as their users' programs have.
+# `--group` needs pip 25.1.
+$(CLIENTS)/installed: pyproject.toml
+	test -d $(CLIENTS) || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q "pip>=25.1"
+	$(CLIENTS)/bin/python -m pip install -q --group clients
+	touch $@
+
+$(AI_SDK)/node_modules/installed: $(AI_SDK)/package.json
+	@node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' && npm --version > /dev/null || \
+	{ echo "make clients needs Node.js with npm, version 20 or newer: it runs the AI SDK" >&2; exit 1; }
+	cd $(AI_SDK) && npm install --no-audit --no-fund
+	touch $@
+
+clients: $(AI_SDK)/node_modules/installed $(CLIENTS)/installed $(STAMP) weights  ## Other makers' clients, against one served fleet
+	$(CLIENTS)/bin/python -m pytest tests/clients
 
 clean:  ## Remove the environment and local state
-	rm -rf $(VENV) .calm
+	rm -rf $(VENV) $(CLIENTS) $(AI_SDK)/node_modules .calm

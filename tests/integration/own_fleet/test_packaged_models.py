@@ -10,16 +10,15 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 import pytest
-import yaml
 
-from tests.integration.served_fleet import ROOT, ServedFleet, eventually, reference_config
+from tests.integration.packaged_fleet import packaged_config
+from tests.integration.served_fleet import ServedFleet, eventually
 
 PARIS = "What is the capital of France? Answer in one sentence."
 WEATHER: dict[str, Any] = {
@@ -42,29 +41,7 @@ RELATED = ["A man is eating food.", "A man is eating a meal.", "The stock market
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[ServedFleet]:
     """The fleet of packaged models, one router."""
-    packaged = yaml.safe_load((ROOT / "deployments/fleets/packaged.yaml").read_text("utf-8"))
-    chat, embed = packaged["slms"]
-    # Greedy, so that what a test sees does not change from run to run.
-    greedy = {"override_generation_config": {"temperature": 0}}
-    chat = {**chat, "engine": greedy}
-    tools = {
-        **chat,
-        "id": "tools",
-        "capabilities": {"tools": True},
-        "tool_parser": "hermes",
-        "engine": {
-            **greedy,
-            "chat_template": str(Path(__file__).with_name("hermes.jinja")),
-            # So small a model goes on with blanks where a grammar allows any number of them.
-            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        },
-    }
-    other = {**embed, "id": "other", "embedding": {"model": "other", "revision": "1"}}
-    config = reference_config(two_replicas="")
-    args = config["applications"][0]["args"]
-    args["fleet"] = {"slms": [chat, tools, embed, other]}
-    args["router"]["replicas"] = 1
-    with ServedFleet(config).running() as served:
+    with ServedFleet(packaged_config()).running() as served:
         yield served
 
 

@@ -1,0 +1,1 @@
+"""Clients of other makers, each used as its manual says, against one served fleet."""
