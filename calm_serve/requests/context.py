@@ -73,9 +73,7 @@ class ContextBuilder:
         session_key = f"{_hash(overrides.session_id):08x}" if overrides.session_id else ""
         markers, follows_up = self._find_markers(request, is_plain)
         previous = self._find_slm(request.parent_key, session_key) if request.parent_key else ""
-        language, language_ratio = UNKNOWN_LANGUAGE, 0.0
-        if self._languages is not None:
-            language, language_ratio = self._languages.detect(request.last_user)
+        language, language_ratio = self._detect(request)
         tokens, sequence_tokens = _count_tokens(request)
         is_open = request.task is Task.EMBED and request.model == "auto"
         return RoutingContext(
@@ -113,6 +111,11 @@ class ContextBuilder:
             local_only=overrides.local_only or is_sensitive,
             quality_floor=overrides.quality_floor,
         )
+
+    def _detect(self, request: ParsedRequest) -> tuple[str, float]:
+        if self._languages is None:
+            return UNKNOWN_LANGUAGE, 0.0
+        return self._languages.detect(request.last_user)
 
     def _find_markers(self, request: ParsedRequest, is_plain: bool) -> tuple[tuple[str, ...], bool]:
         """Return the markers, and whether the user's last message only continues one before it.

@@ -77,8 +77,8 @@ class Transcript:
         self._parts: list[str] = []
         self._media: set[str] = set()
         self._users: deque[str] = deque(maxlen=_FOLLOWED_MESSAGES)
-        self._said: list[tuple[str, str]] = []  # role and text, without system prompts
-        self._answer_at = 0  # of the last answer in `_said`, which may be several messages
+        self._dialogue: list[tuple[str, str]] = []  # role and text, without system prompts
+        self._answer_at = 0  # of the last answer in `_dialogue`, which may be several messages
         self._chars = self._history_chars = 0
         self._ends_in_tool_results = False
         self._system_chars = 0
@@ -96,10 +96,10 @@ class Transcript:
             self._system_chars += len(text)
             return  # it may change from turn to turn, as by the time of day
         if role == "assistant":
-            if not self._said or self._said[-1][0] != role:
-                self._answer_at = len(self._said)
+            if not self._dialogue or self._dialogue[-1][0] != role:
+                self._answer_at = len(self._dialogue)
             self._history_chars = self._chars
-        self._said.append((role, text))
+        self._dialogue.append((role, text))
         self._ends_in_tool_results = role in _TOOL_ROLES or with_tool_results
 
     def extend(self, other: Transcript) -> None:
@@ -162,7 +162,7 @@ class Transcript:
             "last_user": self._users[-1] if self._users else self._parts[-1],
             "followed_user": self._followed(),
             "parent_key": self._key(self._answer_at),
-            "conversation_key": self._key(len(self._said)),
+            "conversation_key": self._key(len(self._dialogue)),
             "history_chars": self._history_chars,
             "ends_in_tool_results": self._ends_in_tool_results,
             "system_chars": self._system_chars,
@@ -174,7 +174,7 @@ class Transcript:
         if not count:
             return 0
         key = count
-        for role, text in self._said[max(count - _KEY_MESSAGES, 0) : count]:
+        for role, text in self._dialogue[max(count - _KEY_MESSAGES, 0) : count]:
             about = f"{role} {len(text)} {text[:_KEY_CHARS]} {text[-_KEY_CHARS:]}"
             key = crc32(about.encode("utf-8", "surrogatepass"), key)
         return key

@@ -143,7 +143,7 @@ def test_a_tool_loop_whose_slm_is_gone_is_decided_anew() -> None:
     assert talk.send(CALLS, RESULT, tools=TOOLS).slm_id == "general"
 
 
-def test_a_tool_loop_that_nobody_here_has_seen_is_not_explored() -> None:
+def test_a_tool_loop_that_this_router_has_not_seen_is_not_explored() -> None:
     target = make_selector(Oracle(sql=0.9), exploration_ratio=0.5)
     for number in range(40):
         talk = Talk(target)
