@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_serve.cli import goals, predictors, render, replay
+from calm_serve.cli import goals, predictors, probe, render, replay, tables
 from calm_serve.config import (
     ClusterResources,
     Fleet,
@@ -39,6 +39,8 @@ from calm_serve.errors import (
 )
 
 if TYPE_CHECKING:
+    import httpx
+
     from calm_serve.prediction import Predictor
 
 DEFAULT_CONFIG = "serve_config.yaml"
@@ -106,6 +108,7 @@ class World:
     fetch: Fetch = fetch_json
     machine: Callable[[], ClusterResources] = this_machine
     sleep: Callable[[float], None] = time.sleep
+    transport: httpx.AsyncBaseTransport | None = None  # of many requests at once; None is HTTP
 
 
 def main(argv: Sequence[str] | None = None, world: World | None = None) -> int:
@@ -151,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--url", default=DEFAULT_URL, help="the service (%(default)s)")
     fleet.add_argument("--watch", action="store_true", help="refresh until interrupted")
     fleet.set_defaults(run=_fleet)
+    probe.add_command(fleet, _probe)
+    tables.add_commands(commands, _print, PREDICTOR_FILE)
     predictors.add_command(commands, DEFAULT_URL, _print)
     replay.add_command(commands, _print)
     goals.add_command(commands, DEFAULT_URL, _print)
@@ -192,6 +197,10 @@ def _fleet(args: argparse.Namespace, world: World) -> None:
         if not args.watch:
             return
         world.sleep(WATCH_PERIOD_S)
+
+
+def _probe(args: argparse.Namespace, world: World) -> None:
+    print(probe.probe_text(args, world.transport))
 
 
 def _print(args: argparse.Namespace, world: World) -> None:

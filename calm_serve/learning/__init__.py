@@ -8,6 +8,7 @@ actor, files are touched through the model registry only; training runs in a chi
 from calm_serve.learning.cold_start import ColdStartSLMs, ColdStartTrainer, fit_cold_start
 from calm_serve.learning.decision_log import decision_terms
 from calm_serve.learning.labels import quality_label
+from calm_serve.learning.metrics import auc, calibration_error, ci95, log_loss, resampled
 from calm_serve.learning.monitor import OutcomeMonitor
 from calm_serve.learning.promotion import Promotion
 from calm_serve.learning.replay import Replay, ReplaySettings
@@ -37,9 +38,14 @@ __all__ = [
     "RetrainResult",
     "RetrainingScheduler",
     "Shadow",
+    "auc",
+    "calibration_error",
+    "ci95",
     "decision_terms",
     "fit_cold_start",
+    "log_loss",
     "quality_label",
+    "resampled",
     "retrain",
     "train",
 ]

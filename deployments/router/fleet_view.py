@@ -181,6 +181,7 @@ class FleetView:
             "id": spec.id,
             "state": self._state_name(spec),
             "locality": spec.locality,
+            "task": str(spec.task),
             "skills": list(spec.skills),
             "replicas": state.replicas,
             "target_replicas": spec.scaling.min_replicas,

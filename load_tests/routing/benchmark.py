@@ -5,6 +5,8 @@ reference fleet, and once to `/v1/route`, which decides without running anything
 are means over the answers of the SLMs that it chooses, so all policies are compared on the same
 answers. The shipped predictor was fitted on the other half of the held-out rows: in-domain, not
 in-sample.
+
+Before that, the same learner is measured on RouteLLM's public tables if DATA_DIR is set (`tables`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from load_tests.common import report
 from load_tests.common.client import Question, ask_all, max_tokens
 from load_tests.common.served import fleet_file, served
 from load_tests.common.workloads import Request, standard
-from load_tests.routing import plots
+from load_tests.routing import plots, tables
 
 CONCURRENCY = 8
 RESAMPLES = 2000
@@ -164,7 +166,32 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plots", type=Path, default=report.PLOTS, help="folder of the picture")
     parser.add_argument("--limit", type=int, default=0, help="requests of the workload; 0 is all")
     parser.add_argument("--answers", type=Path, help="write every answer as a table (npz)")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--tables", action="store_true", help="only RouteLLM's tables")
+    part.add_argument("--served", action="store_true", help="only the served fleet")
     chosen = parser.parse_args(arguments)
+    figures = {} if chosen.served else public_tables(chosen.plots)
+    if not chosen.tables:
+        figures |= served_fleet(chosen)
+    config = {"concurrency": CONCURRENCY, "requests": chosen.limit, "resamples": RESAMPLES}
+    report.write(chosen.json, "routing", config, figures)
+    return 0
+
+
+def public_tables(folder: Path) -> dict[str, Any]:
+    """Figures of RouteLLM's tables, none without DATA_DIR."""
+    data = tables.data_folder()
+    if data is None:
+        print(f"without RouteLLM's tables: DATA_DIR has no folder {tables.routellm.FOLDER}")
+        return {}
+    figures = tables.measure(data)
+    tables.show(figures)
+    plots.draw_tables(folder, figures)
+    return figures
+
+
+def served_fleet(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Figures of the standard workload on the served fleet."""
     slms = tuple(entry["id"] for entry in fleet_file("reference")["slms"])
     workload = standard()[: chosen.limit or None]
     with nullcontext(chosen.url) if chosen.url else served() as url:
@@ -175,6 +202,4 @@ def main(arguments: Sequence[str]) -> int:
     figures = figures_of(measured, workload)
     show(measured, workload, figures)
     plots.draw(chosen.plots, figures, list(policies(measured, workload)))
-    config = {"concurrency": CONCURRENCY, "requests": len(workload), "resamples": RESAMPLES}
-    report.write(chosen.json, "routing", config, figures)
-    return 0
+    return figures

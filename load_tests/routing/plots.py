@@ -34,3 +34,23 @@ def draw(folder: Path, figures: Mapping[str, Any], policies: Sequence[str]) -> N
     figure.savefig(folder / "routing.png")
     plt.close(figure)
     print(f"\npicture: {folder}/routing.png")
+
+
+def draw_tables(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Writes routing_tables.png: APGR in-domain and in transfer, beside the prompt's length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [k for k in figures if k.endswith(".apgr") and not k.startswith("baseline.")]
+    figure, axis = plt.subplots(figsize=(7, 2.6), dpi=90)
+    for place, key in enumerate(keys):
+        target = key.split(".")[1].rpartition("_to_")[2]
+        axis.plot([figures[key]], [place], "o", color="C0", label="router" if not place else None)
+        length = figures[f"baseline.{target}.length_apgr"]
+        axis.plot([length], [place], "|", color="C1", markersize=14, label=None)
+    axis.axvline(0.5, color="gray", linewidth=0.6)
+    axis.set_yticks(range(len(keys)), [key.removesuffix(".apgr") for key in keys], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("APGR; 0.5 is random, a bar is the prompt's length alone")
+    figure.tight_layout()
+    figure.savefig(folder / "routing_tables.png")
+    plt.close(figure)
+    print(f"\npicture: {folder}/routing_tables.png")

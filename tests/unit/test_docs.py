@@ -4,16 +4,22 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 import calm_serve
+from calm_serve.cli.main import World, main
 from calm_serve.config import Goals, ResidencyOptions, SLMSpec
 from calm_serve.config.loading import load_args, load_fleet
+from calm_serve.learning.model_registry import SHIPPED_FILE
+from calm_serve.prediction import load_artifact
 from calm_serve.requests import ROUTES
 from load_tests.__main__ import BENCHMARKS
+from tests.chat_service import ChatService
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +50,29 @@ def test_every_added_application_in_the_readme_is_one_slm() -> None:
     for app in apps:
         assert app["import_path"] == "deployments.app:build_slm"
         SLMSpec.model_validate(app["args"])
+
+
+def test_the_commands_for_own_data_in_the_readme_run_on_files_that_ship(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = [
+        shlex.split(line)[1:]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith(("calm eval ", "calm fit ", "calm fleet probe "))
+    ]
+    assert [command[0] for command in commands] == ["eval", "fit", "fleet"]
+    (tmp_path / "load_tests").symlink_to(ROOT / "load_tests")
+    monkeypatch.chdir(tmp_path)
+    world = World(transport=httpx.ASGITransport(ChatService()))
+    for command in commands:
+        assert main(command, world) == 0
+    assert {"figures.json", "curve.png", "my_table.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+    (entry,) = (b for b in blocks("yaml") if "predictor: my_predictor" in b)
+    (tmp_path / "fleet.yaml").write_text(entry, encoding="utf-8")
+    fleet = load_fleet(tmp_path / "fleet.yaml")
+    predictor = load_artifact(Path(fleet.predictor) / SHIPPED_FILE)
+    assert set(predictor.slm_ids) == {slm.id for slm in fleet.slms}
 
 
 def test_every_section_of_arguments_in_the_readme_is_valid() -> None:
