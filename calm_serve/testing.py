@@ -110,7 +110,7 @@ def make_context(**fields: Any) -> RoutingContext:
             "session_key": "",
             "prefix_family": "00000001",
             "prefix_chain": (1,),
-            "features": PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, 7)),
+            "features": PromptFeatures((1.0,) * len(NUMBER_NAMES), (1203, 1207)),
             **fields,
         }
     )
@@ -204,7 +204,7 @@ def make_outcome(outcome_id: str = "request", **values: Any) -> Outcome:
             predicted=make_prediction(slm_id),
             load_features=(0.0,) * len(LOAD_NAMES),
         ),
-        features=PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, 7)),
+        features=PromptFeatures((1.0,) * len(NUMBER_NAMES), (1203, 1207)),
         timing=Timing(ttft_s=0.05, e2e_s=0.15, tpot_s=0.01, decision_s=0.0003),
         engine=EngineFacts("replica", prompt_tokens=100, output_tokens=10, energy_j=1.0),
     )

@@ -85,7 +85,11 @@ class Residency(StrEnum):
 
 UNKNOWN_LANGUAGE = "und"  # ISO 639-2's code for it
 
-WORD_BUCKETS = 512  # `PromptFeatures.buckets` below this are words, the others pairs of words
+# Ids of `PromptFeatures.buckets`: hashed words from FIRST_WORD on, pairs of words from FIRST_PAIR
+# on. Lower ids were those of an earlier layout; they are not used again, so that a record shows the
+# layout that it was written in.
+FIRST_WORD, WORD_BUCKETS = 1024, 4096
+FIRST_PAIR = FIRST_WORD + WORD_BUCKETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class PromptFeatures:
     """All that a predictor reads of a prompt: numbers, no text."""
 
     numbers: tuple[float, ...] = ()  # in the order of `requests.NUMBER_NAMES`
-    buckets: tuple[int, ...] = ()  # indices of the hashed words present, sorted, unique
+    buckets: tuple[int, ...] = ()  # ids of the hashed words present, sorted, unique
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from calm_serve.types import (
     Versions,
 )
 
-CODE = 7
+CODE, OTHER, ANY = 1207, 1211, 1203  # buckets
 CODER, TALKER = "coder", "talker"
 
 
@@ -65,7 +65,9 @@ def make_context(code: bool, **changes: Any) -> RoutingContext:
         "session_key": "",
         "prefix_family": "0",
         "prefix_chain": (0,),
-        "features": PromptFeatures((1.0,) * len(NUMBER_NAMES), (3, CODE) if code else (3, 11)),
+        "features": PromptFeatures(
+            (1.0,) * len(NUMBER_NAMES), (ANY, CODE) if code else (ANY, OTHER)
+        ),
     }
     return RoutingContext(**{**values, **changes})
 
@@ -82,7 +84,7 @@ def make_outcome(outcome_id: str, **changes: Any) -> Outcome:
         e2e_s=0.7,
         decision_s=0.0005,
         energy_j=1.5,
-        buckets=(3, CODE),
+        buckets=(ANY, CODE),
         predicted=Prediction(slm_id, 0.5, 64.0, 0.05, 0.01, 6.4),
         versions=Versions(PredictorVersion("prior"), "g1", "f1"),
     )

@@ -22,11 +22,12 @@ from calm_serve.learning.retraining import (
     retrain,
 )
 from calm_serve.learning.shadow import Shadow
-from calm_serve.learning.training import train
+from calm_serve.learning.training import TRAINED_UNTIL, refitted, train
 
 __all__ = [
     "RETRAIN_JOB",
     "RETRAIN_REPLY",
+    "TRAINED_UNTIL",
     "ColdStartSLMs",
     "ColdStartTrainer",
     "OutcomeMonitor",
@@ -45,6 +46,7 @@ __all__ = [
     "fit_cold_start",
     "log_loss",
     "quality_label",
+    "refitted",
     "resampled",
     "retrain",
     "train",

@@ -17,8 +17,6 @@ example within tens of answers.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -165,21 +163,25 @@ def fit_cold_start(job: ColdStartJob, created_at: float) -> Artifact | None:
     Blocks for about 0.1 s per SLM. Equal jobs give equal boosters. Raises KnowledgeError.
     """
     boosters: dict[str, str] = {}
+    starts: dict[str, tuple[float, ...]] = {}
     for slm_id, rows in job.rows:
-        heads = fit_heads(rows, (slm_id,), SEED) if rows else {}
-        own = {own_head(head, slm_id) for head in OWN_HEADS}
-        boosters |= {key: text for key, text in heads.items() if key in own}
-    if not boosters:
+        if rows:
+            heads = fit_heads(rows, (slm_id,), SEED, grouped=False)
+            own = {own_head(head, slm_id) for head in OWN_HEADS}
+            boosters |= {key: text for key, text in heads.boosters.items() if key in own}
+            starts |= heads.starts
+    if not boosters and not starts:
         return None
-    content = json.dumps(boosters, sort_keys=True).encode()
-    return Artifact(
-        version=f"new-{hashlib.sha256(content).hexdigest()[:12]}",
+    artifact = Artifact(
+        version="",
         slm_ids=tuple(slm_id for slm_id, _ in job.rows),
         boosters=boosters,
         metrics={LABELLED: dict(job.labelled)},
         trained_on=sum(len(rows) for _, rows in job.rows),
         created_at=created_at,
+        starts=starts,
     )
+    return replace(artifact, version=f"new-{artifact.content_hash()}")
 
 
 class ColdStartTrainer:

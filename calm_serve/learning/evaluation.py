@@ -5,12 +5,16 @@ predict better: the paired interval of the difference in log loss is above zero.
 worse: the paired interval of the difference in doubly robust value is above -VALUE_TOLERANCE. The
 second question needs MIN_EXPLORED explored rows, because the log otherwise holds almost no evidence
 about other choices.
+
+A challenger has a second rival, which reads no prompt and always takes the SLM of the best mean
+label. With few labels it is hard to beat (decision 0045). The challenger must predict better than
+the SLMs' means, and where explored rows tell, be valued no lower.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -35,12 +39,11 @@ from calm_serve.learning.off_policy import Estimate, PolicyLog, measured
 from calm_serve.learning.shadow import ShadowTally
 from calm_serve.learning.training import label_arrays, success_probabilities
 from calm_serve.prediction import (
-    SUCCESS,
     Artifact,
     LightGBMPredictor,
     MetadataPrior,
     fits_layout,
-    own_head,
+    known_slms,
 )
 from calm_serve.protocol.topics import LiveComparison
 from calm_serve.types import Candidate, Outcome
@@ -72,6 +75,7 @@ class VerdictReason(StrEnum):
     NOT_BETTER = "not_better"  # the interval of the difference reaches zero
     TOO_FEW_HELD_OUT = "too_few_held_out"
     VALUE_MAY_FALL = "value_may_fall"  # predicts better, but may choose worse
+    MEANS_AS_GOOD = "means_as_good"  # better than the champion, but not than the SLMs' means
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,9 @@ class Verdict:
     value_difference_ci95: tuple[float, float] | None = None
     value_rows: int = 0
     explored: int = 0  # of the value's rows
+    # The same two differences to the SLMs' means; None where they are no rival.
+    means_difference_ci95: tuple[float, float] | None = None
+    means_value_difference: float | None = None
 
 
 def promotion_test(
@@ -100,34 +107,47 @@ def promotion_test(
     *,
     base_rate: float,
     seed: int,
+    means: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Compare both on labelled outcomes that neither was trained on.
 
     Without a champion the challenger is compared with a constant `base_rate`, which is also used
-    for an SLM that one of the two does not know. The interval is a paired bootstrap percentile
-    interval; equal input and seed give an equal verdict.
+    for an SLM that one of the two does not know. `means`, each SLM's mean label in training, are
+    the second rival. The interval is a paired bootstrap percentile interval; equal input and seed
+    give an equal verdict.
     """
     labels, weights = label_arrays(holdout)
     if champion is None:
         old = np.full(len(holdout), base_rate)
     else:
         old = success_probabilities(champion, holdout, base_rate)
-    new = success_probabilities(challenger, holdout, base_rate)
-    verdict = compare(log_losses(labels, old), log_losses(labels, new), weights, seed=seed)
-    gain = value_gain(holdout, champion, challenger, seed=seed)
-    if gain is None:
+    new = log_losses(labels, success_probabilities(challenger, holdout, base_rate))
+    verdict = compare(log_losses(labels, old), new, weights, seed=seed)
+    gain = value_gain(holdout, champion, challenger, means, seed=seed)
+    enough = gain is not None and gain.explored >= MIN_EXPLORED
+    if gain is not None:
+        may_fall = enough and gain.estimate.ci95[0] <= -VALUE_TOLERANCE
+        verdict = replace(
+            _refused(verdict, VerdictReason.VALUE_MAY_FALL) if may_fall else verdict,
+            value_difference=gain.estimate.value,
+            value_difference_ci95=gain.estimate.ci95,
+            value_rows=gain.rows,
+            explored=gain.explored,
+            means_value_difference=None if means is None else gain.over_means,
+        )
+    if means is None:
         return verdict
-    enough = gain.explored >= MIN_EXPLORED
-    may_fall = enough and gain.estimate.ci95[0] <= -VALUE_TOLERANCE
-    return replace(
-        verdict,
-        publish=verdict.publish and not may_fall,
-        reason=VerdictReason.VALUE_MAY_FALL if verdict.publish and may_fall else verdict.reason,
-        value_difference=gain.estimate.value,
-        value_difference_ci95=gain.estimate.ci95,
-        value_rows=gain.rows,
-        explored=gain.explored,
-    )
+    constant = np.array([means.get(o.slm_id, base_rate) for o in holdout])
+    beside = compare(log_losses(labels, constant), new, weights, seed=seed)
+    lower = enough and gain is not None and gain.over_means < 0.0
+    if lower or not beside.publish:
+        verdict = _refused(verdict, VerdictReason.MEANS_AS_GOOD)
+    return replace(verdict, means_difference_ci95=beside.difference_ci95)
+
+
+def _refused(verdict: Verdict, reason: VerdictReason) -> Verdict:
+    """The verdict with another reason against publication, if it was for it."""
+    return replace(verdict, publish=False, reason=reason) if verdict.publish else verdict
 
 
 def compare(champion: Values, challenger: Values, weights: Values, *, seed: int) -> Verdict:
@@ -154,10 +174,16 @@ class ValueGain:
     estimate: Estimate
     rows: int
     explored: int
+    over_means: float = 0.0  # value over that of always taking the SLM of the best mean
 
 
 def value_gain(
-    outcomes: Sequence[Outcome], champion: Artifact | None, challenger: Artifact, *, seed: int
+    outcomes: Sequence[Outcome],
+    champion: Artifact | None,
+    challenger: Artifact,
+    means: Mapping[str, float] | None = None,
+    *,
+    seed: int,
 ) -> ValueGain | None:
     """The second question: value of what both would have chosen; None without a labelled choice.
 
@@ -167,7 +193,8 @@ def value_gain(
     """
     old = None if champion is None else LightGBMPredictor(champion, MetadataPrior())
     new = LightGBMPredictor(challenger, MetadataPrior())
-    log, explored = PolicyLog(["champion", "challenger"]), 0
+    constant = {slm: (mean, None) for slm, mean in (means or {}).items()}
+    log, explored = PolicyLog(["champion", "challenger", "means"]), 0
     for outcome in outcomes:
         logged = read_decision(outcome) if fits_layout(outcome) else None
         if logged is None or np.isnan(measured(outcome, logged.weights)["reward"]):
@@ -176,13 +203,15 @@ def value_gain(
         choices = {
             "champion": redecide(logged, _rescored(logged, old)),
             "challenger": redecide(logged, ranked),
+            "means": redecide(logged, rescore(logged, values=constant)),
         }
         log.add(logged, ranked, choices, logged.weights)
         explored += outcome.decision.propensity < EXPLORED_PROPENSITY
     if not len(log):
         return None
     found = log.difference("reward", "challenger", "champion", seed=seed)
-    return ValueGain(found, len(log), explored)
+    over_means = log.difference("reward", "challenger", "means", seed=seed).value
+    return ValueGain(found, len(log), explored, over_means)
 
 
 def _rescored(logged: LoggedDecision, predictor: LightGBMPredictor | None) -> list[Candidate]:
@@ -203,7 +232,7 @@ def compare_live(
     booster predicted them. Weighted by label weight; the interval is the normal one of a weighted
     mean of paired differences.
     """
-    known = {s for s in champion.slm_ids if own_head(SUCCESS, s) in champion.boosters}
+    known = known_slms(champion)
     own = [
         o
         for o in outcomes

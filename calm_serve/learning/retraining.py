@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from pydantic import Base64Bytes
 
 from calm_serve.config import Learning
-from calm_serve.learning.evaluation import Verdict, promotion_test
+from calm_serve.learning.evaluation import Verdict, VerdictReason, promotion_test
 from calm_serve.learning.promotion import Promotion
-from calm_serve.learning.training import train
+from calm_serve.learning.training import TRAINED_UNTIL, refitted, train, without_prompts
 from calm_serve.prediction import Artifact
 from calm_serve.protocol.formats import RecordFormat
 from calm_serve.types import Outcome
@@ -72,24 +72,35 @@ RETRAIN_REPLY: RecordFormat[RetrainReply] = RecordFormat("retrain_reply", 1, Ret
 def retrain(
     job: RetrainJob, outcomes: Sequence[Outcome], clock: Callable[[], float]
 ) -> RetrainResult:
-    """Train on `outcomes` and run the promotion test. Blocks for seconds; raises KnowledgeError."""
-    training = train(
-        outcomes, job.slm_ids, seed=job.seed, holdout_ratio=job.holdout_ratio, clock=clock
-    )
+    """Train on `outcomes` and run the promotion test. Blocks for seconds; raises KnowledgeError.
+
+    What passed is trained once more on all outcomes, the held-out ones too. Where the SLMs' means
+    are as good as the challenger, they are tested in its place.
+    """
     champion = None if job.champion is None else Artifact.from_bytes(job.champion)
-    verdict = promotion_test(
-        training.holdout,
-        champion,
-        training.artifact,
-        base_rate=training.base_rate,
+    training = train(
+        outcomes,
+        job.slm_ids,
         seed=job.seed,
+        holdout_ratio=job.holdout_ratio,
+        clock=clock,
+        seen_until=None if champion is None else champion.metrics.get(TRAINED_UNTIL),
     )
-    return RetrainResult(
-        verdict=verdict,
-        metrics=dict(training.metrics),
-        version=training.artifact.version,
-        blob=training.artifact.to_bytes() if verdict.publish else None,
+    rivals, base_rate = (training.holdout, champion), training.base_rate
+    verdict = promotion_test(
+        *rivals, training.artifact, base_rate=base_rate, seed=job.seed, means=training.mean_labels
     )
+    means_only = False
+    if verdict.reason is VerdictReason.MEANS_AS_GOOD:
+        means = without_prompts(training)
+        found = promotion_test(*rivals, means, base_rate=base_rate, seed=job.seed)
+        if means_only := found.publish:
+            verdict = found
+            training = replace(training, artifact=means)
+    if not verdict.publish:
+        return RetrainResult(verdict, dict(training.metrics), training.artifact.version, None)
+    final = refitted(training, outcomes, seed=job.seed, clock=clock, means_only=means_only)
+    return RetrainResult(verdict, dict(final.metrics), final.version, final.to_bytes())
 
 
 class TrainingLog(Protocol):

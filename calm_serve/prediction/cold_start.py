@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from calm_serve.config import SLMSpec
-from calm_serve.prediction.artifact import OWN_HEADS, Artifact, own_head
+from calm_serve.prediction.artifact import Artifact
 from calm_serve.prediction.base import Predictor
 from calm_serve.prediction.lightgbm import LightGBMPredictor
 from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
@@ -57,11 +57,12 @@ def with_cold_start(
     """The champion's predictions for SLMs that it knows, else `cold_start`'s, else `prior`'s."""
     if cold_start is None:
         return LightGBMPredictor(champion, prior)
-    predictor = LightGBMPredictor(champion, UcbPredictor(cold_start, prior))
+    tried = frozenset(known_slms(cold_start))
+    predictor = LightGBMPredictor(champion, UcbPredictor(cold_start, prior), tried)
     predictor.version = PredictorVersion(champion.version, cold_start.version)
     return predictor
 
 
 def known_slms(champion: Artifact) -> set[str]:
     """SLMs whose P(success) the champion predicts."""
-    return {s for s in champion.slm_ids if own_head(OWN_HEADS[0], s) in champion.boosters}
+    return {s for s in champion.slm_ids if s in champion.starts}

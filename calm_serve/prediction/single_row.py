@@ -13,7 +13,6 @@ import re
 import weakref
 from collections.abc import Sequence
 from struct import Struct
-from typing import cast
 
 import lightgbm as lgb
 import numpy as np
@@ -23,11 +22,13 @@ from numpy.typing import NDArray
 from calm_serve.errors import KnowledgeError
 from calm_serve.prediction.base import LOAD_NAMES
 from calm_serve.requests import BUCKETS, NUMBER_NAMES
+from calm_serve.types import FIRST_WORD
 
 FIRST_BUCKET = len(NUMBER_NAMES)
 FIRST_LOAD = FIRST_BUCKET + BUCKETS
 SLM_COLUMN = FIRST_LOAD + len(LOAD_NAMES)
 COLUMNS = SLM_COLUMN + 1
+BUCKET_OFFSET = FIRST_BUCKET - FIRST_WORD  # from a bucket's id to its column
 
 # Order inside the buffer: features of the candidate, numbers of the prompt, and last the buckets,
 # which vary in number and are all 1.
@@ -48,14 +49,20 @@ class SparseRow:
         self.starts: NDArray[np.int32] = np.zeros(2, dtype=np.int32)
         self.length = ctypes.c_int64(_FIXED)
         self._buffer = self.values.data.cast("B")
+        self.numbers = self.values[_FIXED - len(NUMBER_NAMES) : _FIXED]  # a view
 
     def set_prompt(self, numbers: Sequence[float], buckets: Sequence[int]) -> None:
         """Write the prompt's features; `numbers` in the order of NUMBER_NAMES."""
         _NUMBERS.pack_into(self._buffer, _CANDIDATE.size, *numbers)
         end = _FIXED + len(buckets)
         self.columns[_FIXED:end] = buckets
-        self.columns[_FIXED:end] += FIRST_BUCKET
+        self.columns[_FIXED:end] += BUCKET_OFFSET
         self.starts[1] = self.length.value = end
+
+    @property
+    def words(self) -> NDArray[np.int32]:
+        """The columns of the prompt's buckets, a view."""
+        return self.columns[_FIXED : self.length.value]
 
     def set_candidate(self, slm_index: int, load: Sequence[float]) -> None:
         """Write one candidate's category, and its load in the order of LOAD_NAMES."""
@@ -85,9 +92,7 @@ class SingleRow:
             )
         )
         weakref.finalize(self, _LIB.LGBM_FastConfigFree, config)
-        self._out: ctypes.Array[ctypes.c_double] = (
-            ctypes.c_double * booster.num_model_per_iteration()
-        )()
+        self.outputs: NDArray[np.float64] = np.zeros(booster.num_model_per_iteration())
         self._out_length = ctypes.c_int64()
         self._arguments = (
             config,
@@ -98,17 +103,17 @@ class SingleRow:
             ctypes.c_int64(len(row.starts)),
             row.length,
             ctypes.byref(self._out_length),
-            self._out,
+            ctypes.c_void_p(self.outputs.ctypes.data),
         )
 
-    def predict(self) -> Sequence[float]:
+    def predict(self) -> NDArray[np.float64]:
         """The result of `Booster.predict` for the row, one value per output.
 
         The next call overwrites it. Raises KnowledgeError when LightGBM reports an error.
         """
         if status := _PREDICT(*self._arguments):
             _check(status)
-        return cast(Sequence[float], self._out)
+        return self.outputs
 
 
 # A tree that adds 0; fills up the last output of a booster.

@@ -20,7 +20,7 @@ from calm_serve.requests.tokens import (
     read_tokens,
     token_hashes,
 )
-from calm_serve.types import WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
+from calm_serve.types import FIRST_WORD, WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
 
 FOCUS_CHARS = 512  # at each end of the last user message
 BUCKETS = 2 * WORD_BUCKETS
@@ -90,7 +90,7 @@ def token_buckets(hashes: Hashes) -> tuple[int, ...]:
     present = np.zeros(BUCKETS, dtype=np.bool_)
     present[hashes >> shift] = True
     present[half:][pair_hashes(hashes) >> shift] = True
-    return tuple(present.nonzero()[0].tolist())
+    return tuple((present.nonzero()[0] + FIRST_WORD).tolist())
 
 
 def text_buckets(text: str) -> tuple[int, ...]:

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from calm_serve.config import Fleet, SLMSpec
 from calm_serve.routing.baselines import Baseline, Choice
-from calm_serve.types import WORD_BUCKETS, Candidate, Outcome, RoutingContext, SLMState
+from calm_serve.types import (
+    FIRST_PAIR,
+    FIRST_WORD,
+    WORD_BUCKETS,
+    Candidate,
+    Outcome,
+    RoutingContext,
+    SLMState,
+)
 
 Buckets = Sequence[int]  # sorted, unique
 Reader = Callable[[str], Buckets]  # a text's buckets, as in `RoutingContext`
@@ -58,7 +66,7 @@ def texts_of(spec: SLMSpec) -> list[str]:
 
 
 def _words(buckets: Buckets) -> list[int]:
-    return list(buckets[: bisect_left(buckets, WORD_BUCKETS)])
+    return [bucket - FIRST_WORD for bucket in buckets[: bisect_left(buckets, FIRST_PAIR)]]
 
 
 def _length(vector: NDArray[np.float64]) -> float:

@@ -12,6 +12,7 @@ import lightgbm as lgb
 import numpy as np
 from lightgbm.basic import _LIB, _safe_call
 from numpy.typing import NDArray
+from scipy import sparse
 
 from calm_serve.prediction import (
     COLUMNS,
@@ -24,6 +25,7 @@ from calm_serve.prediction import (
     joined,
     live_load,
     own_head,
+    probabilities,
 )
 from calm_serve.types import RoutingContext
 from load_tests.decision.world import World
@@ -80,7 +82,9 @@ class _Calls:
 
     def __init__(self, world: World, context: RoutingContext) -> None:
         heads, ids = Heads(world.artifact), world.artifact.slm_ids
-        specs = [s for s in world.fleet.slms if s.id in ids]
+        # An SLM may have no trees for a head: then nothing beat its start in training.
+        whole = {ids[i] for i in range(len(ids)) if all((h, i) in heads.own for h in OWN_HEADS)}
+        specs = [s for s in world.fleet.slms if s.id in whole]
         self._context, self._heads = context, heads
         self._candidates = [
             (ids.index(s.id), live_load(context, s, world.states[s.id])) for s in specs
@@ -121,8 +125,11 @@ class _Calls:
 
     def predict_batched(self) -> Values:
         """`Booster.predict`: the residual for all rows at once, each SLM's own heads separately."""
-        found = [self._heads.of_own(head, self._rows) for head in OWN_HEADS]
-        return np.column_stack([*found, self._residual.predict(self._rows, num_threads=1)])
+        slms = np.array([index for index, _ in self._candidates], dtype=np.int32)
+        rows = sparse.csr_matrix(self._rows)
+        success, tokens = (self._heads.of_own(head, rows, slms) for head in OWN_HEADS)
+        residuals = self._residual.predict(rows, num_threads=1)
+        return np.column_stack([probabilities(success), tokens, residuals])
 
     def c_dense_row(self) -> Values:
         """The C API with a dense row of 4-byte floats."""

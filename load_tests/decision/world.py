@@ -22,7 +22,7 @@ from calm_serve.learning import train
 from calm_serve.prediction import Artifact, live_load
 from calm_serve.requests import BUCKETS, ContextBuilder, Overrides, fill_features, parse_chat
 from calm_serve.testing import make_outcome, make_state
-from calm_serve.types import QualitySignal, RoutingContext, SLMState
+from calm_serve.types import FIRST_WORD, QualitySignal, RoutingContext, SLMState
 
 REFERENCE = Path("deployments/fleets/reference.yaml")
 SEED = 2602
@@ -159,14 +159,14 @@ def _slowdown(slm_id: str, load: tuple[float, ...], chars: int) -> float:
 
 def _answer_tokens(slm_id: str, context: RoutingContext, rng: Random) -> int:
     weights = _weights(slm_id)
-    wordy = sum(abs(weights[b]) for b in context.features.buckets)
+    wordy = sum(abs(weights[b - FIRST_WORD]) for b in context.features.buckets)
     return max(2, int(rng.gauss(20 + 20 * abs(weights[0]) + 2 * wordy, 2)))
 
 
 def _success_ratio(topic: str, context: RoutingContext, skill: str, parameters: int) -> float:
     """The true P(success): an SLM's own topic is easy, long prompts are hard, many words matter."""
     weights = _weights(skill)
-    words = sum(weights[b] for b in context.features.buckets) / math.sqrt(
+    words = sum(weights[b - FIRST_WORD] for b in context.features.buckets) / math.sqrt(
         len(context.features.buckets) + 1
     )
     own = 1.5 if skill == topic else -0.5

@@ -23,7 +23,7 @@ import httpx
 from tqdm import tqdm
 
 from calm_serve.knowledge import OutcomeStore
-from calm_serve.learning import train
+from calm_serve.learning import TRAINED_UNTIL, refitted, train
 from deployments.reference_fleet.grading.marks import credit
 from deployments.reference_fleet.grading.rows import FILES, load
 from deployments.reference_fleet.paths import PREDICTOR
@@ -81,9 +81,12 @@ def fit(state_dir: Path) -> dict[str, Any]:
     # Times depend on the machine: each deployment learns its own correction of TTFT.
     outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
+    artifact = refitted(training, outcomes, seed=SEED, clock=time.time)
+    # A deployment's own outcomes are all new to it, whatever their time.
+    metrics = {name: v for name, v in artifact.metrics.items() if name != TRAINED_UNTIL}
     PREDICTOR.parent.mkdir(exist_ok=True)
-    PREDICTOR.write_bytes(training.artifact.to_bytes())
-    return dict(training.metrics)
+    PREDICTOR.write_bytes(replace(artifact, metrics=metrics).to_bytes())
+    return metrics
 
 
 def _without_training(args: dict[str, Any]) -> None:

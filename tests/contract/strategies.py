@@ -10,7 +10,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.config.fleet import Capabilities
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.testing import make_context, make_spec, make_state
-from calm_serve.types import OutputShape, PromptFeatures, Residency, ServiceLevel, Task
+from calm_serve.types import FIRST_WORD, OutputShape, PromptFeatures, Residency, ServiceLevel, Task
 
 RATIO = st.floats(0.0, 1.0)
 MARKERS = ("code", "sql", "math")
@@ -47,7 +47,7 @@ CONTEXTS = st.builds(
     features=SEEDS.map(
         lambda r: PromptFeatures(
             tuple(r.uniform(0.0, 20.0) for _ in NUMBER_NAMES),
-            tuple(sorted(r.sample(range(BUCKETS), r.randrange(60)))),
+            tuple(sorted(r.sample(range(FIRST_WORD, FIRST_WORD + BUCKETS), r.randrange(60)))),
         )
     ),
 )

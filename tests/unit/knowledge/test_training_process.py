@@ -102,6 +102,8 @@ def test_a_verdict_is_shown_as_plain_data_with_the_fields_it_always_had() -> Non
         "value_difference_ci95": None,
         "value_rows": 0,
         "explored": 0,
+        "means_difference_ci95": None,
+        "means_value_difference": None,
         "version": "v1",
         "against": "base_rate",
         "metrics": {"auc": 0.9},

@@ -34,7 +34,8 @@ def test_an_slm_that_joins_is_fitted_once_until_a_champion_knows_it() -> None:
     published: list[PublishedPredictor | None] = []
     knows_both = champion_of(BOTH)
     boosters = {k: v for k, v in knows_both.boosters.items() if k.endswith(":old")}
-    knows_old = Artifact("champion", ("old",), boosters, {}, 32, 0.0)
+    starts = {"old": knows_both.starts["old"]}
+    knows_old = Artifact("champion", ("old",), boosters, {}, 32, 0.0, starts)
 
     async def go() -> None:
         trainer = ColdStartTrainer(published.append, lambda: 0.0)

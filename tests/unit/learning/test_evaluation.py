@@ -187,3 +187,61 @@ def test_the_lower_bound_of_the_value_decides_once_enough_was_explored(
     )
     assert (found.publish, found.reason) == (publish, reason)
     assert found.value_difference_ci95 == (low, 0.1)
+
+
+def noise_beside_means(count: int) -> tuple[list[Outcome], dict[str, float]]:
+    """Outcomes whose labels depend on the SLM alone, and the SLMs' mean labels."""
+    draw, found = np.random.default_rng(8), []
+    ratio = {CODER: 0.9, TALKER: 0.2}
+    for o in make_world(count):
+        label = float(draw.random() < ratio[o.slm_id])
+        found.append(change_outcome(o, signals=(QualitySignal("feedback", label, o.at),)))
+    return found, ratio
+
+
+def test_a_challenger_that_only_knows_the_means_is_no_better_than_they_are() -> None:
+    rows, means = noise_beside_means(800)
+    training = train(rows, (CODER, TALKER), seed=0, holdout_ratio=0.25, clock=lambda: 0.0)
+    args = (training.holdout, None, training.artifact)
+    assert promotion_test(*args, base_rate=training.base_rate, seed=0).publish
+    found = promotion_test(*args, base_rate=training.base_rate, seed=0, means=means)
+    assert (found.publish, found.reason) == (False, VerdictReason.MEANS_AS_GOOD)
+    assert found.means_difference_ci95 is not None
+    assert found.means_difference_ci95[0] <= 0.0
+
+
+def test_a_challenger_that_knows_more_than_the_means_is_published() -> None:
+    training = trained()
+    found = promotion_test(
+        training.holdout,
+        None,
+        training.artifact,
+        base_rate=training.base_rate,
+        seed=0,
+        means=training.mean_labels,
+    )
+    assert (found.publish, found.reason) == (True, VerdictReason.BETTER)
+    assert found.means_difference_ci95 is not None
+    assert found.means_difference_ci95[0] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("over_means", "explored", "publish"),
+    [(-0.01, MIN_EXPLORED, False), (0.01, MIN_EXPLORED, True), (-0.01, MIN_EXPLORED - 1, True)],
+)
+def test_choices_of_a_lower_value_than_the_best_mean_are_not_published(
+    monkeypatch: pytest.MonkeyPatch, over_means: float, explored: int, publish: bool
+) -> None:
+    training = trained()
+    gain = ValueGain(Estimate(0.0, (0.0, 0.1)), 100, explored, over_means)
+    monkeypatch.setattr(evaluation, "value_gain", lambda *_, **__: gain)
+    found = promotion_test(
+        training.holdout,
+        None,
+        training.artifact,
+        base_rate=training.base_rate,
+        seed=0,
+        means=training.mean_labels,
+    )
+    assert found.publish is publish
+    assert found.means_value_difference == over_means

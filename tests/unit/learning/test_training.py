@@ -9,7 +9,15 @@ import pytest
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.learning import metrics
-from calm_serve.learning.training import MIN_LABELLED, Training, train
+from calm_serve.learning.training import (
+    MIN_LABELLED,
+    TRAINED_UNTIL,
+    Training,
+    refitted,
+    success_probabilities,
+    train,
+    without_prompts,
+)
 from calm_serve.prediction.artifact import OUTPUT_TOKENS, SUCCESS, own_head
 from calm_serve.testing import change_outcome
 from calm_serve.types import Outcome, QualitySignal
@@ -56,6 +64,49 @@ def test_the_holdout_does_not_reach_the_model() -> None:
         for i, o in enumerate(world)
     ]
     assert run(lied).artifact.boosters == run(world).artifact.boosters
+
+
+def test_a_refit_learns_from_the_held_out_labels_too() -> None:
+    world = make_world(200)
+    training = run(world, ratio=0.4)
+    final = refitted(training, world, seed=3, clock=lambda: 78.0)
+    assert (training.artifact.trained_on, final.trained_on) == (120, 200)
+    assert final.metrics[TRAINED_UNTIL] == max(o.at for o in world)
+    assert final.metrics["log_loss"] == training.metrics["log_loss"]
+    whole = run(world, ratio=1e-9).artifact
+    assert (final.starts, final.boosters) != (training.artifact.starts, training.artifact.boosters)
+    assert final.version not in (training.artifact.version, whole.version)
+
+
+def test_a_challenger_learns_from_half_of_what_the_champion_has_not_seen() -> None:
+    world = sorted(make_world(100), key=lambda o: o.at)
+
+    def held_out(seen_until: float) -> int:
+        training = train(
+            world, SLMS, seed=3, holdout_ratio=0.5, clock=lambda: 0.0, seen_until=seen_until
+        )
+        return len(training.holdout)
+
+    assert held_out(world[59].at) == 20
+    assert held_out(world[9].at) == 45
+    assert held_out(world[0].at - 1.0) == 50
+    assert held_out(world[-1].at) == 1  # too few to compare anything
+
+
+def test_without_prompts_every_answer_of_an_slm_is_expected_alike() -> None:
+    training = run(make_world(200))
+    means = without_prompts(training)
+    found = success_probabilities(means, training.holdout, 0.5)
+    for outcome, probability in zip(training.holdout, found, strict=True):
+        expected = training.mean_labels[outcome.slm_id]
+        assert probability == pytest.approx(expected, abs=1e-3)
+    assert means.metrics["log_loss"] > training.metrics["log_loss"]
+
+
+def test_buckets_of_an_earlier_layout_are_no_features() -> None:
+    world = make_world(100)
+    earlier = [change_outcome(o, outcome_id=f"e{i}", buckets=(3, 7)) for i, o in enumerate(world)]
+    assert run(world + earlier).artifact == run(world).artifact
 
 
 def test_ttft_after_a_failover_is_not_learned() -> None:

@@ -24,8 +24,13 @@ from calm_serve.prediction.artifact import (
 )
 from calm_serve.prediction.base import MetadataPrior, live_load
 from calm_serve.prediction.latency import analytic_ttft_s
-from calm_serve.prediction.lightgbm import LightGBMPredictor, outcome_rows
-from calm_serve.prediction.single_row import FIRST_LOAD
+from calm_serve.prediction.lightgbm import (
+    LightGBMPredictor,
+    load_rows,
+    prompt_rows,
+    slm_places,
+)
+from calm_serve.prediction.single_row import BUCKET_OFFSET, FIRST_BUCKET, FIRST_LOAD, SparseRow
 from calm_serve.requests.features import BUCKETS, NUMBER_NAMES
 from calm_serve.types import Residency
 from tests.knowledge_data import (
@@ -63,20 +68,24 @@ def of(predicting: LightGBMPredictor, slm_ids: list[str], code: bool = True, **s
 
 def test_the_prediction_equals_lightgbms_own() -> None:
     context, slm_ids = make_context(True), [TALKER, CODER]
+    prompt = SparseRow()
+    prompt.set_prompt(context.features.numbers, context.features.buckets)
     states = [make_state(i, waiting=3, cached_prefix_ratio=0.5) for i in slm_ids]
     got = predictor().predict(context, [make_spec(i) for i in slm_ids], states)
     for slm_id, state, prediction in zip(slm_ids, states, got, strict=True):
         row = np.zeros((1, len(NUMBER_NAMES) + BUCKETS + 7), dtype=np.float64)
         row[0, : len(NUMBER_NAMES)] = context.features.numbers
-        row[0, [len(NUMBER_NAMES) + b for b in context.features.buckets]] = 1.0
+        row[0, [BUCKET_OFFSET + b for b in context.features.buckets]] = 1.0
         row[0, len(NUMBER_NAMES) + BUCKETS : -1] = live_load(context, make_spec(slm_id), state)
         row[0, -1] = trained().slm_ids.index(slm_id)
         raw = {
-            head: lgb.Booster(model_str=text).predict(row)[0]
+            head: lgb.Booster(model_str=text).predict(row, raw_score=True)[0]
             for head, text in trained().boosters.items()
         }
         analytic = analytic_ttft_s(make_spec(slm_id), state, context.prompt_tokens, 0.5)
-        assert prediction.success_ratio == pytest.approx(raw[own_head(SUCCESS, slm_id)], abs=1e-12)
+        start = trained().starts[slm_id][trained().pseudo_tasks.of_prompt(prompt)]
+        logit = start + raw.get(own_head(SUCCESS, slm_id), 0.0)
+        assert prediction.success_ratio == pytest.approx(1.0 / (1.0 + np.exp(-logit)), abs=1e-12)
         tokens = np.expm1(raw[own_head(OUTPUT_TOKENS, slm_id)])
         assert prediction.output_tokens == pytest.approx(tokens, rel=1e-12)
         assert prediction.ttft_s == pytest.approx(
@@ -155,11 +164,23 @@ def test_calls_do_not_leak_into_one_another() -> None:
 
 
 def test_a_missing_head_is_answered_by_the_prior() -> None:
-    bare = replace(trained(), boosters={})
+    bare = replace(trained(), boosters={}, starts={})
     (prediction,) = of(predictor(bare), [CODER])
     priors = make_spec(CODER).priors
     assert prediction.success_ratio == priors.quality
     assert prediction.output_tokens == priors.output_tokens
+
+
+def test_an_slm_without_labels_does_not_win_by_its_prior() -> None:
+    boast = make_spec("new").model_copy(
+        update={"priors": make_spec("new").priors.model_copy(update={"quality": 0.99})}
+    )
+    specs = [make_spec(CODER), make_spec(TALKER), boast]
+    states = [make_state(s.id) for s in specs]
+    coder, talker, new = predictor().predict(make_context(True), specs, states)
+    assert new.success_ratio == pytest.approx((coder.success_ratio + talker.success_ratio) / 2)
+    tried = LightGBMPredictor(trained(), PRIOR, tried=frozenset({"new"}))
+    assert tried.predict(make_context(True), specs, states)[2].success_ratio == 0.99
 
 
 def test_rows_from_the_log_equal_rows_at_prediction() -> None:
@@ -173,9 +194,14 @@ def test_rows_from_the_log_equal_rows_at_prediction() -> None:
         buckets=context.features.buckets,
         load_features=live_load(context, spec, state),
     )
-    (row,) = outcome_rows([logged], trained().slm_ids)
-    assert np.array_equal(row[:FIRST_LOAD], dense(predicting._prompt_row)[:FIRST_LOAD])
-    assert np.array_equal(row[FIRST_LOAD:], dense(predicting._load_row)[FIRST_LOAD:])
+    (prompt,) = prompt_rows([logged]).toarray()
+    assert np.array_equal(prompt[:FIRST_LOAD], dense(predicting._prompt_row)[:FIRST_LOAD])
+    assert not prompt[FIRST_LOAD:].any()
+    (load,) = load_rows([logged], trained().slm_ids).toarray()
+    assert np.array_equal(load, dense(predicting._load_row))
+    assert not load[FIRST_BUCKET:FIRST_LOAD].any()
+    places = slm_places([logged, replace(logged, slm_id="gone")], trained().slm_ids)
+    assert places.tolist() == [trained().slm_ids.index(TALKER), -1]
 
 
 def test_an_artifact_survives_the_wire_byte_for_byte() -> None:

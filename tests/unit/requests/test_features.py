@@ -34,7 +34,7 @@ from calm_serve.requests.tokens import (
     read_tokens,
 )
 from calm_serve.testing import make_fleet, make_state
-from calm_serve.types import RoutingContext
+from calm_serve.types import FIRST_WORD, RoutingContext
 
 FLEET = make_fleet(
     markers={"sql": r"\bselect\b", "code": "```", "greeting": r"^\W*hello\b"},
@@ -64,7 +64,7 @@ def test_any_text_gives_the_full_row_of_finite_numbers(text: str) -> None:
     assert len(context.features.numbers) == len(NUMBER_NAMES)
     assert all(map(math.isfinite, context.features.numbers))
     assert list(context.features.buckets) == sorted(set(context.features.buckets))
-    assert all(0 <= b < BUCKETS for b in context.features.buckets)
+    assert all(FIRST_WORD <= b < FIRST_WORD + BUCKETS for b in context.features.buckets)
     assert context.prompt_tokens >= 1
 
 
