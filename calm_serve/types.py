@@ -30,16 +30,17 @@ class DecisionPath(StrEnum):
     SCORED = "scored"  # stage 2: the objective over LightGBM's predictions
     PRIOR = "prior"  # stage 2 with priors only: no predictor has been published yet
     BASELINE = "baseline"  # stage 2 by another selection policy, for comparison
+    UNFAMILIAR = "unfamiliar"  # what is known of the SLMs, because the prompt is unfamiliar
     LOAD = "load"  # no text is generated: priors of latency and energy at the present load
     EXPLORED = "explored"  # a logged deviation from the best score, to keep estimates unbiased
     FALLBACK = "fallback"  # the winner failed before its first byte
 
 
-# Paths that took the best score; the same with exploration; the same with baselines as well. The
-# other paths (rule, conversation, pinned, fallback) had no choice between SLMs.
+# Paths that took the best score; the same with exploration; all that chose between SLMs. The other
+# paths (rule, conversation, pinned, fallback) had no choice.
 BEST_SCORE_PATHS = frozenset((DecisionPath.SCORED, DecisionPath.PRIOR))
 SCORED_PATHS = BEST_SCORE_PATHS | {DecisionPath.EXPLORED}
-FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE}
+FREE_PATHS = SCORED_PATHS | {DecisionPath.BASELINE, DecisionPath.UNFAMILIAR}
 
 # Spread of a time before it is measured: root mean square of log(measured / predicted). It is the
 # middle of the 0.3 to 0.7 of served fleets.
@@ -58,6 +59,8 @@ class DecisionReason(StrEnum):
     BEST_SCORE = "best_score"
     BEST_PRIOR = "best_prior"
     FIRST_LISTED = "first_listed"  # the answer depends on the SLM's tokenizer: always the same one
+    UNFAMILIAR = "unfamiliar"  # a generalist, or the operator's `default_slm`
+    UNFAMILIAR_NO_GENERALIST = "unfamiliar_no_generalist"  # so the score decided all the same
     EXPLORATION = "exploration"
     BASELINE = "baseline"
     FAILOVER = "failover"
@@ -90,6 +93,7 @@ UNKNOWN_LANGUAGE = "und"  # ISO 639-2's code for it
 # layout that it was written in.
 FIRST_WORD, WORD_BUCKETS = 1024, 4096
 FIRST_PAIR = FIRST_WORD + WORD_BUCKETS
+SEEN_BITS = 1 << 16  # of the bitmap of seen words and pairs of words; 8 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,28 @@ class PromptFeatures:
 
     numbers: tuple[float, ...] = ()  # in the order of `requests.NUMBER_NAMES`
     buckets: tuple[int, ...] = ()  # ids of the hashed words present, sorted, unique
+    bits: tuple[int, ...] = ()  # the same hashes as indices below SEEN_BITS, sorted, unique
+
+
+@dataclass(frozen=True, slots=True)
+class Novelty:
+    """How unlike the prompts of training a prompt is."""
+
+    ratio: float  # share of its words and pairs that no training prompt had, in [0, 1)
+    threshold: float  # a prompt above it is unfamiliar
+
+    @property
+    def unfamiliar(self) -> bool:
+        """Whether predictions for the prompt say little, because nothing like it was trained on."""
+        return self.ratio > self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralTerms:
+    """What is known of an SLM whatever the prompt; it decides about unfamiliar prompts."""
+
+    generality: float  # as in the fleet file
+    quality: float  # measured on unfamiliar prompts, or the prior
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +242,8 @@ class SLMState:
     ttft_ratio: float = 1.0  # measured over analytic TTFT at the present load
     ttft_spread: float = PRIOR_SPREAD  # of log(measured / predicted)
     e2e_spread: float = PRIOR_SPREAD
+    unfamiliar_answers: float = 0.0  # labelled answers to unfamiliar prompts, of the last ones
+    unfamiliar_quality: float = 0.0  # their mean label
 
     @property
     def load_ratio(self) -> float:
@@ -255,6 +283,7 @@ class Candidate:
     energy: float = 0.0
     switching: float = 0.0
     score: float = 0.0
+    general: GeneralTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +357,7 @@ class Decision:
     # Further SLMs that passed every filter, in the fleet's order. They have no score, because a
     # rule named others; `ModelSelector.rank_unscored` orders them when a failover needs one.
     unscored: tuple[str, ...] = ()
+    novelty: Novelty | None = None  # None: the predictor has no bitmap, or the prompt no words
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +407,7 @@ class LoggedCandidate:
     prediction: Prediction
     hot: bool  # False where the score had a switching cost
     calibration_factor: float
+    general: GeneralTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,6 +448,7 @@ class DecisionSummary:
     preferred: str = ""  # SLM that would have been chosen had all been hot; "" without a budget
     preferred_hot: bool | None = None
     shadow: ShadowChoice | None = None
+    novelty: Novelty | None = None
 
 
 @dataclass(frozen=True, slots=True)

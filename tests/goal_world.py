@@ -104,6 +104,10 @@ class World:
             controller=self.controller,
         )
 
+    def novelty(self, bits: Sequence[int]) -> None:
+        """Nothing is unfamiliar here."""
+        del bits
+
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:

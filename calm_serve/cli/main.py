@@ -219,7 +219,9 @@ def _decide_locally(config: Path, body: Mapping[str, Any]) -> dict[str, Any]:
 
     args, fleet = _load(config)
     selector = ModelSelector(fleet, args.goals, predictor=_shipped_predictor(fleet))
-    decision = selector.decide(parse_chat(body), parse_overrides({}), "local")
+    request = parse_chat(body)
+    decision = selector.decide(request, parse_overrides({}), "local")
+    selector.complete(decision, request)
     return selector.explain(decision)
 
 

@@ -146,6 +146,8 @@ def decision(record: Mapping[str, Any]) -> str:
     facts = [f"propensity {record['propensity']:.3g}"]
     facts.append(f"decided in {seconds(record['decided_in_s'])}")
     facts.append(f"predictor {versions['predictor']}")
+    if novelty := record.get("novelty"):
+        facts.append(f"novelty {novelty['ratio']:.2f}, unfamiliar above {novelty['threshold']:.2f}")
     if others := [slm_id for slm_id in record["ranking"] if slm_id != record["slm_id"]]:
         facts.append(f"failover to {', '.join(others)}")
     if unscored := record["unscored"]:

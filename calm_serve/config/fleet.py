@@ -248,6 +248,12 @@ class SLMSpec(Config):
     examples: tuple[str, ...] = Field(
         default=(), description="Prompts for it; the policy `paper` compares words with them."
     )
+    generality: Ratio | None = Field(
+        default=None,
+        description="How good it is at prompts of any kind; above 0.5 it gets the prompts that are "
+        "unlike all that the predictor was trained on. null: 1 for a chat model that no rule names "
+        "and no validator checks, else 0.",
+    )
     languages: tuple[Language, ...] = Field(
         default=("en",), description="ISO 639-1, of those that can be detected; empty is any."
     )
@@ -414,6 +420,13 @@ class Fleet(Config):
     rules: tuple[Rule, ...] = Field(default=(), description="Ordered; the first match wins.")
     safety: tuple[Safety, ...] = Field(default=(), description="Checked before everything else.")
     predictor: str = Field(default="", description="Folder of a shipped predictor; '' is none.")
+
+    def generality(self, spec: SLMSpec) -> float:
+        """How good an SLM of this fleet is at prompts of any kind, in [0, 1]; see `SLMSpec`."""
+        if spec.generality is not None:
+            return spec.generality
+        chats = spec.task is Task.GENERATE and spec.capabilities.chat and not spec.validator
+        return float(chats and not any(spec.id in rule.slms for rule in self.rules))
 
     @model_validator(mode="after")
     def _consistent(self) -> Fleet:

@@ -84,6 +84,11 @@ class Goals(Config):
     exploration_ratio: float = Field(
         default=0.01, ge=0, le=0.5, description="Share of scored requests that explore."
     )
+    default_slm: str = Field(
+        default="",
+        description="Id of the SLM for prompts unlike all that the predictor was trained on, where "
+        "no SLM's `generality` is above 0.5; '': the score decides.",
+    )
     policy: SelectionPolicy = Field(default=SelectionPolicy(), description="See SelectionPolicy.")
 
     @property

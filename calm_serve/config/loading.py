@@ -138,18 +138,19 @@ def parse_goals(data: Mapping[str, Any], fleet: Fleet) -> Goals:
 
 
 def check_policy(goals: Goals, fleet: Fleet) -> None:
-    """Raise ConfigError when the policy names an SLM that the fleet does not have for text."""
+    """Raise ConfigError when the goals name an SLM that the fleet does not have for text."""
     ids = [slm.id for slm in fleet.slms if slm.task is Task.GENERATE]
-    for slm_id in (goals.policy.slm, *goals.policy.shares):
+    named = [("goals.policy", slm_id) for slm_id in (goals.policy.slm, *goals.policy.shares)]
+    for where, slm_id in (*named, ("goals.default_slm", goals.default_slm)):
         if slm_id and slm_id not in ids:
             hint = nearest(slm_id, ids)
             others = {slm.id: slm.task for slm in fleet.slms}
             if slm_id in others:
                 raise ConfigError(
-                    f"goals.policy names SLM {slm_id!r}, whose task is {others[slm_id]}; a policy "
-                    "chooses among SLMs that generate"
+                    f"{where} names SLM {slm_id!r}, whose task is {others[slm_id]}; the choice is "
+                    "among SLMs that generate"
                 )
-            raise ConfigError(f"goals.policy names unknown SLM {slm_id!r}{hint}")
+            raise ConfigError(f"{where} names unknown SLM {slm_id!r}{hint}")
 
 
 def parse_residency(data: Mapping[str, Any], fleet: Fleet) -> ResidencyOptions:

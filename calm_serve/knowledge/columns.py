@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,8 +15,10 @@ from calm_serve.types import (
     DecisionTerms,
     EngineFacts,
     FailedAttempt,
+    GeneralTerms,
     LoadAtDecision,
     LoggedCandidate,
+    Novelty,
     Outcome,
     Prediction,
     PredictorVersion,
@@ -82,6 +84,8 @@ def to_columns(outcome: Outcome) -> dict[str, Any]:
         "shadow": None if decision.shadow is None else asdict(decision.shadow),
         "numbers": list(outcome.features.numbers),
         "buckets": list(outcome.features.buckets),
+        "bits": list(outcome.features.bits),
+        "novelty": None if decision.novelty is None else asdict(decision.novelty),
         "ttft_s": timing.ttft_s,
         "e2e_s": timing.e2e_s,
         "tpot_s": timing.tpot_s,
@@ -120,7 +124,7 @@ def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Ou
         task=row["task"],
         prompt_text=row["prompt"],
         decision=_decision_of(row),
-        features=PromptFeatures(tuple(row["numbers"]), tuple(row["buckets"])),
+        features=PromptFeatures(*(tuple(row[n]) for n in ("numbers", "buckets", "bits"))),
         timing=Timing(row["ttft_s"], row["e2e_s"], row["tpot_s"], row["decision_s"], row["cold"]),
         engine=EngineFacts(
             replica_id=row["served_replica"],
@@ -141,7 +145,7 @@ def from_columns(row: Mapping[str, Any], signals: Sequence[QualitySignal]) -> Ou
 
 def _decision_of(row: Mapping[str, Any]) -> DecisionSummary:
     load, terms, shadow = row["load_at_decision"], row["terms"], row["shadow"]
-    versions, predicted = row["versions"], row["predicted"]
+    versions, predicted, novelty = row["versions"], row["predicted"], row["novelty"]
     return DecisionSummary(
         path=row["path"],
         reason=row["reason"],
@@ -157,6 +161,7 @@ def _decision_of(row: Mapping[str, Any]) -> DecisionSummary:
         preferred=row["preferred"],
         preferred_hot=row["preferred_hot"],
         shadow=None if shadow is None else ShadowChoice(**shadow),
+        novelty=None if novelty is None else Novelty(**novelty),
     )
 
 
@@ -168,6 +173,7 @@ def _pack_terms(terms: DecisionTerms) -> dict[str, Any]:
             **{name: [getattr(p, name) for p in predictions] for name in _PREDICTION},
             "hot": [c.hot for c in terms.candidates],
             "calibration_factor": [c.calibration_factor for c in terms.candidates],
+            "general": [c.general and astuple(c.general) for c in terms.candidates],
         },
         "weights": {name: getattr(terms.weights, name) for name in _WEIGHTS},
         "left_out": terms.left_out,
@@ -181,9 +187,14 @@ def _unpack_terms(packed: Mapping[str, Any]) -> DecisionTerms:
     predictions = zip(*(candidates[name] for name in _PREDICTION), strict=True)
     return DecisionTerms(
         candidates=tuple(
-            LoggedCandidate(Prediction(*values), hot, factor)
-            for values, hot, factor in zip(
-                predictions, candidates["hot"], candidates["calibration_factor"], strict=True
+            LoggedCandidate(Prediction(*values), hot, factor, general and GeneralTerms(*general))
+            for values, hot, factor, general in zip(
+                predictions,
+                candidates["hot"],
+                candidates["calibration_factor"],
+                # Rows of schema 2 have none.
+                candidates.get("general") or [None] * len(candidates["hot"]),
+                strict=True,
             )
         ),
         weights=Weights(**packed["weights"]),

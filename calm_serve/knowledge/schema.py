@@ -59,6 +59,8 @@ OUTCOMES = sa.Table(
     sa.Column("failed_attempts", _JSON_OR_NULL, nullable=True),
     sa.Column("cost", _DOUBLE, nullable=True),
     sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("bits", sa.JSON, nullable=False),
+    sa.Column("novelty", _JSON_OR_NULL, nullable=True),
     sa.Index("outcomes_at", "at", "row"),
     sa.Index("outcomes_labelled", "labelled", "row"),
     sqlite_autoincrement=True,

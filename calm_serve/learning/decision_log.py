@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from calm_serve.requests import NUMBER_NAMES
-from calm_serve.routing import above_floor, evaluate, explore, ranked
+from calm_serve.routing import above_floor, evaluate, explore, ranked, unfamiliar_order
 from calm_serve.types import (
     FREE_PATHS,
     Candidate,
     Decision,
     DecisionTerms,
+    GeneralTerms,
     LoggedCandidate,
+    Novelty,
     Outcome,
     Prediction,
     PredictorVersion,
@@ -49,6 +51,10 @@ class PromptPredictor(Protocol):
         self, numbers: Sequence[float], buckets: Sequence[int]
     ) -> dict[str, tuple[float | None, float | None]]:
         """P(success) and output tokens by SLM; None where it does not know them."""
+        ...
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """How unlike its training prompts a prompt with these bits is; None if unknown."""
         ...
 
 
@@ -123,8 +129,11 @@ def rescore(
                 _updated(prediction, (values or {}).get(prediction.slm_id), limit),
                 state,
                 weights or logged.weights,
+                general=candidate.general,
             )
-            for prediction, state in logged.predictions
+            for candidate, (prediction, state) in zip(
+                logged.terms.candidates, logged.predictions, strict=True
+            )
         ]
     )
 
@@ -134,19 +143,30 @@ def redecide(
     ranked: list[Candidate],
     quality_floor: float = 0.0,
     exploration_ratio: float = 0.0,
+    *,
+    default_slm: str = "",
+    predictor: PromptPredictor | None = None,
 ) -> str:
     """The SLM that is chosen from `rescore`'s candidates.
 
-    `quality_floor` is that of the goals; the request's is in the log. With an `exploration_ratio`
-    the draw is that of the logged decision.
+    `quality_floor` and `default_slm` are those of the goals; the request's floor is in the log.
+    With an `exploration_ratio` the draw is that of the logged decision. Whether the prompt is
+    unfamiliar is for `predictor` to say, else it is as logged.
     """
-    floor = max(quality_floor, logged.terms.quality_floor)
-    order = above_floor(ranked, floor)
+    floor, order = max(quality_floor, logged.terms.quality_floor), list[Candidate]()
+    decision = logged.outcome.decision
+    novelty = decision.novelty
+    if predictor is not None:
+        novelty = predictor.novelty(logged.outcome.features.bits)
+    if novelty is not None and novelty.unfamiliar and not decision.rule:
+        order = unfamiliar_order(ranked, logged.slo, floor, default_slm)
+    order = order or above_floor(ranked, floor)
     chosen, _, _ = explore(order, logged.outcome.outcome_id, exploration_ratio, logged.slo)
     return chosen.slm_id
 
 
 def _logged(candidate: Candidate, expected: Prediction) -> LoggedCandidate:
+    general = candidate.general
     factor = candidate.quality / expected.success_ratio if expected.success_ratio > 0.0 else 1.0
     return LoggedCandidate(
         # Field by field: `dataclasses.replace` costs several times as much.
@@ -165,6 +185,8 @@ def _logged(candidate: Candidate, expected: Prediction) -> LoggedCandidate:
         calibration_factor=1.0
         if abs(factor - 1.0) < _MIN_FACTOR_CHANGE
         else round(factor, _DIGITS),
+        general=general
+        and GeneralTerms(round(general.generality, _DIGITS), round(general.quality, _DIGITS)),
     )
 
 

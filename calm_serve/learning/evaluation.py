@@ -201,8 +201,8 @@ def value_gain(
             continue
         ranked = _rescored(logged, new)
         choices = {
-            "champion": redecide(logged, _rescored(logged, old)),
-            "challenger": redecide(logged, ranked),
+            "champion": redecide(logged, _rescored(logged, old), predictor=old),
+            "challenger": redecide(logged, ranked, predictor=new),
             "means": redecide(logged, rescore(logged, values=constant)),
         }
         log.add(logged, ranked, choices, logged.weights)

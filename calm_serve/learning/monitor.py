@@ -11,15 +11,15 @@ import logging
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from calm_serve.config import SLMSpec
 from calm_serve.learning import metrics
-from calm_serve.learning.quality import SLMQualityStream, feedback_score
+from calm_serve.learning.quality import SLMQualityStream, UnfamiliarQuality, feedback_score
 from calm_serve.prediction import fits_layout
-from calm_serve.protocol.topics import MonitorFindings
+from calm_serve.protocol.topics import MonitorFindings, UnfamiliarAnswers
 from calm_serve.requests import NUMBER_NAMES
 from calm_serve.telemetry import (
     CHANGE_LIMIT,
@@ -29,7 +29,7 @@ from calm_serve.telemetry import (
     PopulationShift,
     ResidualEstimator,
 )
-from calm_serve.types import Outcome, QualitySignal
+from calm_serve.types import DecisionPath, Outcome, QualitySignal
 
 # Bounds of memory.
 MAX_SLMS = 256
@@ -52,6 +52,11 @@ LENGTH_CHANGE_LIMIT = 2.0 * CHANGE_LIMIT  # higher than for speed, because lengt
 MIN_CALIBRATION, CALIBRATION_WINDOW = 100, 500  # answers behind the calibration error
 CALIBRATION_ALARM = 0.15  # mean error of P(success)
 
+# Prompts behind the share of unfamiliar ones. Of familiar traffic 5 % are, so 20 % of the fewest
+# prompts are seven standard errors above.
+MIN_NOVELTY, NOVELTY_WINDOW = 100, 500
+UNFAMILIAR_ALARM, UNFAMILIAR_CLEAR = 0.2, 0.12
+
 WORD_BINS = 32  # hash buckets of words are folded into so many bins
 LENGTH_BINS = 14  # of prompts, by powers of 2 of their tokens
 MIN_TRAIT = 0.05  # a trait with a larger value is present
@@ -70,11 +75,27 @@ _TRAITS = tuple(
 _log = logging.getLogger(__name__)
 
 
+class _Answer(NamedTuple):
+    """What is remembered of an answer until its feedback arrives."""
+
+    slm_id: str
+    predicted: float | None  # P(success) without the factor; None where a rule named the SLM
+    unfamiliar: bool  # the prompt
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> _Answer:
+        """The part of an outcome."""
+        predicted, novelty = outcome.decision.predicted, outcome.decision.novelty
+        success_ratio = None if predicted is None else predicted.success_ratio
+        return cls(outcome.slm_id, success_ratio, novelty is not None and novelty.unfamiliar)
+
+
 class _SLM:
     """Detectors of one SLM."""
 
     def __init__(self, clock: Callable[[], float], form_is_checked: bool) -> None:
         self.quality = SLMQualityStream(clock, form_is_checked)
+        self.unfamiliar = UnfamiliarQuality()
         self.tokens = ResidualEstimator(LENGTH_CHANGE_LIMIT)
         self.speed: OrderedDict[str, ResidualEstimator] = OrderedDict()  # of a token, by replica
 
@@ -107,10 +128,11 @@ class OutcomeMonitor:
         self._slms: OrderedDict[str, _SLM] = OrderedDict()
         self._validated: frozenset[str] = frozenset()  # SLMs with a validator of their own
         self._mix = PromptMix()
-        self._remembered: OrderedDict[str, tuple[str, float | None]] = OrderedDict()
+        self._remembered: OrderedDict[str, _Answer] = OrderedDict()
         self._early_feedback: OrderedDict[str, tuple[QualitySignal, ...]] = OrderedDict()
         self._predictors: OrderedDict[str, None] = OrderedDict()
         self._scored: deque[tuple[float, float]] = deque(maxlen=CALIBRATION_WINDOW)
+        self._unfamiliar: deque[bool] = deque(maxlen=NOVELTY_WINDOW)
         self._published: MonitorFindings | None = None
         self._factors: dict[str, float] = {}
         self._published_at = self._checked_at = self._retrained_at = -math.inf
@@ -128,13 +150,12 @@ class OutcomeMonitor:
         for outcome in outcomes:
             if outcome.outcome_id in self._remembered or not outcome.slm_id:
                 continue  # counted already; or no SLM could be chosen, so there is none to watch
-            predicted = outcome.decision.predicted
-            success_ratio = None if predicted is None else predicted.success_ratio
-            _remember(self._remembered, outcome.outcome_id, (outcome.slm_id, success_ratio))
+            answer = _Answer.of(outcome)
+            _remember(self._remembered, outcome.outcome_id, answer)
             self._outcomes += 1
             self._observe(outcome)
             early = self._early_feedback.pop(outcome.outcome_id, ())
-            self._count_feedback(outcome.slm_id, success_ratio, (*outcome.signals, *early))
+            self._count_feedback(answer, (*outcome.signals, *early))
         self.tick()
 
     def feedback(self, outcome_id: str, signals: Sequence[QualitySignal]) -> None:
@@ -143,7 +164,7 @@ class OutcomeMonitor:
         if known is None:
             _remember(self._early_feedback, outcome_id, tuple(signals))
             return
-        self._count_feedback(*known, signals)
+        self._count_feedback(known, signals)
         self.tick()
 
     def tick(self) -> None:
@@ -153,6 +174,7 @@ class OutcomeMonitor:
             self._checked_at = now
             self._check_mix()
             self._check_calibration()
+            self._check_novelty()
             self._maybe_retrain()
             self._check_quality()
         factors = {i: f for i, f in self._factors.items() if f != 1.0}
@@ -160,7 +182,9 @@ class OutcomeMonitor:
         changed = before is None or (factors, alarms) != (before.calibration_factors, before.alarms)
         if not changed and now < self._published_at + PUBLISH_S:
             return
-        findings = MonitorFindings(factors, self.calibration_error(), alarms)
+        findings = MonitorFindings(
+            factors, self.calibration_error(), alarms, self.unfamiliar_ratio(), self._answers()
+        )
         self._published_at = now
         if findings != before:
             self._published = findings
@@ -173,6 +197,16 @@ class OutcomeMonitor:
         predicted, labels = np.array(self._scored).T
         return round(metrics.calibration_error(labels, predicted, np.ones(len(labels))), 3)
 
+    def unfamiliar_ratio(self) -> float | None:
+        """Share of unfamiliar prompts among the last ones; None with too few."""
+        if len(self._unfamiliar) < MIN_NOVELTY:
+            return None
+        return round(sum(self._unfamiliar) / len(self._unfamiliar), 3)
+
+    def _answers(self) -> dict[str, UnfamiliarAnswers]:
+        reports = ((slm_id, slm.unfamiliar.report()) for slm_id, slm in self._slms.items())
+        return {slm_id: report for slm_id, report in reports if report is not None}
+
     def _observe(self, outcome: Outcome) -> None:
         # Boosters of cold-start SLMs change P(success) of no other SLM.
         champion = outcome.decision.versions.predictor.champion
@@ -180,6 +214,8 @@ class OutcomeMonitor:
             self._new_predictor(champion)
         slm = self._slm(outcome.slm_id)
         self._mix.observe(outcome)
+        if outcome.decision.novelty is not None and outcome.decision.path != DecisionPath.PINNED:
+            self._unfamiliar.append(outcome.decision.novelty.unfamiliar)
         if outcome.status != "ok":
             return
         changed = slm.quality.answered(outcome.signals)
@@ -207,17 +243,21 @@ class OutcomeMonitor:
         """
         _remember(self._predictors, version, None, MAX_PREDICTORS)
         self._scored.clear()
+        self._unfamiliar.clear()
         for slm_id, slm in self._slms.items():
             slm.forget_predictor()
             self.alarms.end("tokens", slm_id)
         self._check_quality()
 
-    def _count_feedback(
-        self, slm_id: str, predicted: float | None, signals: Iterable[QualitySignal]
-    ) -> None:
+    def _count_feedback(self, answer: _Answer, signals: Iterable[QualitySignal]) -> None:
         score = feedback_score(signals)
         if score is None:
             return
+        slm_id, predicted, unfamiliar = answer
+        if unfamiliar:
+            self._slm(slm_id).unfamiliar.add(score)
+            if predicted is not None:
+                return  # it is not trusted there, so its error says nothing of familiar prompts
         if predicted is not None:
             used = min(predicted * self._factors.get(slm_id, 1.0), 1.0)  # as the router decided
             self._scored.append((used, score))
@@ -249,6 +289,14 @@ class OutcomeMonitor:
             self._start("calibration", "", error, "mean error of P(success)")
         else:
             self.alarms.end("calibration")
+
+    def _check_novelty(self) -> None:
+        ratio = self.unfamiliar_ratio()
+        if ratio is not None and ratio > UNFAMILIAR_ALARM:
+            detail = f"{ratio:.0%} of the prompts are unlike the predictor's training: refit it"
+            self._start("unfamiliar", "", ratio, detail)
+        elif ratio is None or ratio < UNFAMILIAR_CLEAR:
+            self.alarms.end("unfamiliar")
 
     def _report(
         self, change: float | None, kind: str, slm_id: str, text: str, replica: str = ""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from calm_serve.learning.labels import FAILED_BELOW
+from calm_serve.protocol.topics import UnfamiliarAnswers
 from calm_serve.telemetry import Cusum, decay
 from calm_serve.types import FEEDBACK, VALIDATOR_PREFIX, QualitySignal
 
@@ -56,6 +57,10 @@ REPRESENTATIVE_RATIO, PRIOR_ANSWERS = 0.2, 20.0
 # While a stream's factor is below UNUSUAL_FACTOR, its answers change the usual score with a tenth
 # of their weight.
 UNUSUAL_FACTOR, UNUSUAL_WEIGHT = 0.8, 0.1
+
+# The quality on unfamiliar prompts is a mean over about so many labels: one in ten of a guess's
+# spread, and a generalist that breaks is noticed within as many.
+UNFAMILIAR_LABELS = 100.0
 
 
 class Recalibration:
@@ -244,6 +249,29 @@ def feedback_score(signals: Iterable[QualitySignal]) -> float | None:
     """The latest feedback among signals, in [0, 1]; None without any."""
     feedback = [s for s in signals if s.source == FEEDBACK]
     return min(max(max(feedback, key=lambda s: s.at).value, 0.0), 1.0) if feedback else None
+
+
+class UnfamiliarQuality:
+    """Labels of one SLM's answers to unfamiliar prompts: their number and mean, both bounded.
+
+    They are compared with no prediction, because none is trusted for such a prompt.
+    """
+
+    __slots__ = ("_answers", "_mean")
+
+    def __init__(self) -> None:
+        self._answers = self._mean = 0.0
+
+    def add(self, score: float) -> None:
+        """Count a score in [0, 1]."""
+        self._answers = min(self._answers + 1.0, UNFAMILIAR_LABELS)
+        self._mean += (score - self._mean) / self._answers
+
+    def report(self) -> UnfamiliarAnswers | None:
+        """The number of labels and their mean, None before the first one."""
+        if not self._answers:
+            return None
+        return UnfamiliarAnswers(self._answers, round(self._mean, 3))
 
 
 class _Mean:

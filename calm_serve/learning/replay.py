@@ -93,7 +93,13 @@ class Replay:
             )
         ranked = rescore(logged, weights, values)
         self._compare(logged, ranked, same_goals)
-        choice = redecide(logged, ranked, goals.quality_floor)
+        choice = redecide(
+            logged,
+            ranked,
+            goals.quality_floor,
+            default_slm=goals.default_slm,
+            predictor=self.settings.predictor,
+        )
         if choice != logged.chosen:
             self.moved[logged.chosen, choice] += 1
         self.log.add(logged, ranked, {POLICY: choice}, weights)
@@ -139,7 +145,14 @@ class Replay:
             self.not_comparable["more candidates than are logged"] += 1
         else:
             goals = self.settings.goals
-            again = redecide(logged, ranked, goals.quality_floor, goals.exploration_ratio)
+            again = redecide(
+                logged,
+                ranked,
+                goals.quality_floor,
+                goals.exploration_ratio,
+                default_slm=goals.default_slm,
+                predictor=predictor,
+            )
             self.comparable += 1
             if again == logged.chosen:
                 self.reproduced += 1
@@ -159,12 +172,15 @@ class Replay:
 def _decision_of(
     outcome: Outcome, logged: LoggedDecision | None = None, ranked: Sequence[Candidate] = ()
 ) -> Decision:
-    """The logged choice for the controller; without candidates only its costs count."""
+    """The logged choice for the controller; where no score decided only its costs count."""
+    path = DecisionPath.RULE if logged is None else DecisionPath.SCORED
+    if outcome.decision.path == DecisionPath.UNFAMILIAR:
+        path = DecisionPath.UNFAMILIAR
     return Decision(
         decision_id=outcome.outcome_id,
         slm_id=outcome.slm_id if logged is None else logged.chosen,
         adapter=outcome.adapter,
-        path=DecisionPath.RULE if logged is None else DecisionPath.SCORED,
+        path=path,
         reason=DecisionReason.RULE_MATCH if logged is None else DecisionReason.BEST_SCORE,
         rule=outcome.decision.rule,
         propensity=outcome.decision.propensity,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from calm_serve.learning.decision_log import (
     PromptPredictor,
@@ -35,8 +36,10 @@ class Shadow:
         self._next_s = 0.0
         self.challenger: PromptPredictor | None = None
 
-    def compare(self, outcome: Outcome, quality_floor: float = 0.0) -> ShadowChoice | None:
-        """The challenger's choice for a scored request.
+    def compare(
+        self, outcome: Outcome, quality_floor: float = 0.0, default_slm: str = ""
+    ) -> ShadowChoice | None:
+        """The challenger's choice for a scored request; the last two are of the goals.
 
         None without a challenger, for requests that were not scored, and above COMPARISONS_PER_S.
         """
@@ -46,10 +49,11 @@ class Shadow:
         if logged is None or not fits_layout(outcome):
             return None
         self._next_s = self._clock() + 1.0 / COMPARISONS_PER_S
-        present = redecide(logged, rescore(logged), quality_floor)
+        again = partial(redecide, quality_floor=quality_floor, default_slm=default_slm)
+        present = again(logged, rescore(logged))
         values = self.challenger.of_prompt(outcome.features.numbers, outcome.features.buckets)
         ranked = rescore(logged, values=values)
-        choice = redecide(logged, ranked, quality_floor)
+        choice = again(logged, ranked, predictor=self.challenger)
         score = {c.slm_id: c.score for c in ranked}
         quality = {c.slm_id: c.quality for c in ranked}
         return ShadowChoice(

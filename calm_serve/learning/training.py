@@ -37,6 +37,7 @@ from calm_serve.prediction import (
     Rows,
     Values,
     find_pseudo_tasks,
+    fit_seen_prompts,
     fits_layout,
     load_rows,
     own_head,
@@ -44,7 +45,7 @@ from calm_serve.prediction import (
     prompt_rows,
     slm_places,
 )
-from calm_serve.types import Outcome
+from calm_serve.types import DecisionPath, Outcome
 
 ANALYTIC_TTFT = LOAD_NAMES.index("log_analytic_ttft")
 
@@ -140,7 +141,7 @@ def train(
     fit = [o for o in split.fit if o.slm_id in known]
     labels, weights = label_arrays([o for o in fit if quality_label(o.signals)])
     base_rate = float(np.average(labels, weights=weights))
-    artifact = _artifact(fit_heads(fit, known, seed), known, split.labelled_fit, clock())
+    artifact = _artifact(fit, known, seed, split.labelled_fit, clock())
     metrics = {
         "fit_outcomes": len(fit),
         "fit_until": split.holdout[0].at,
@@ -187,14 +188,17 @@ def refitted(
     usable = _usable(outcomes, set(training.artifact.slm_ids))
     known = _known_slms(usable)
     labelled = sum(quality_label(o.signals) is not None for o in usable)
-    artifact = _artifact(fit_heads(usable, known, seed), known, labelled, clock())
+    artifact = _artifact(usable, known, seed, labelled, clock())
     metrics = {**training.metrics, TRAINED_UNTIL: usable[-1].at, "fit_outcomes": len(usable)}
     if means_only:
         artifact = _constant_success(artifact, _mean_labels(usable, known))
     return replace(artifact, metrics=metrics)
 
 
-def _artifact(heads: FittedHeads, slm_ids: tuple[str, ...], labels: int, now: float) -> Artifact:
+def _artifact(
+    fit: Sequence[Outcome], slm_ids: tuple[str, ...], seed: int, labels: int, now: float
+) -> Artifact:
+    heads = fit_heads(fit, slm_ids, seed)
     artifact = Artifact(
         version="",
         slm_ids=slm_ids,
@@ -204,6 +208,7 @@ def _artifact(heads: FittedHeads, slm_ids: tuple[str, ...], labels: int, now: fl
         created_at=now,
         starts=heads.starts,
         pseudo_tasks=heads.pseudo_tasks,
+        seen=fit_seen_prompts(o.features.bits for o in fit if _teaches_choice(o)),
     )
     return replace(artifact, version=f"lgbm-{artifact.content_hash()}")
 
@@ -464,6 +469,16 @@ def _dataset(
         categorical_feature=[SLM_COLUMN],
         params={"verbosity": -1, "max_bin": _PARAMS["max_bin"]},
     )
+
+
+def _teaches_choice(outcome: Outcome) -> bool:
+    """Whether the prompt is familiar once it was trained on.
+
+    An unfamiliar prompt is answered by a generalist alone. Its label says nothing about the other
+    SLMs, so it stays unfamiliar: otherwise the next predictor would give it to one of them.
+    """
+    chosen_blindly = outcome.decision.path == DecisionPath.UNFAMILIAR
+    return not chosen_blindly and quality_label(outcome.signals) is not None
 
 
 def label_arrays(outcomes: Sequence[Outcome]) -> tuple[Values, Values]:

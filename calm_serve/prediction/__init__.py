@@ -21,6 +21,7 @@ from calm_serve.prediction.base import (
     Predictor,
     live_load,
     prior_prediction,
+    prior_quality,
 )
 from calm_serve.prediction.cold_start import LABELLED, known_slms, with_cold_start
 from calm_serve.prediction.latency import cached_prefill_s, wake_s
@@ -36,6 +37,7 @@ from calm_serve.prediction.lightgbm import (
     prompt_rows,
     slm_places,
 )
+from calm_serve.prediction.novelty import SeenPrompts, fit_seen_prompts
 from calm_serve.prediction.pseudo_tasks import PseudoTasks, find_pseudo_tasks
 from calm_serve.prediction.single_row import (
     COLUMNS,
@@ -67,11 +69,13 @@ __all__ = [
     "Predictor",
     "PseudoTasks",
     "Rows",
+    "SeenPrompts",
     "SingleRow",
     "SparseRow",
     "Values",
     "cached_prefill_s",
     "find_pseudo_tasks",
+    "fit_seen_prompts",
     "fits_layout",
     "joined",
     "known_slms",
@@ -80,6 +84,7 @@ __all__ = [
     "load_rows",
     "own_head",
     "prior_prediction",
+    "prior_quality",
     "probabilities",
     "prompt_rows",
     "slm_places",

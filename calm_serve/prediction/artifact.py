@@ -12,6 +12,7 @@ from typing import Any
 
 from calm_serve.errors import KnowledgeError
 from calm_serve.prediction.base import LOAD_NAMES
+from calm_serve.prediction.novelty import SeenPrompts
 from calm_serve.prediction.pseudo_tasks import PseudoTasks
 from calm_serve.requests import BUCKETS, NUMBER_NAMES
 from calm_serve.types import FIRST_WORD, Outcome
@@ -35,18 +36,20 @@ class Artifact:
     # start has the prior.
     starts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     pseudo_tasks: PseudoTasks | None = None  # None: one group of all prompts
+    seen: SeenPrompts | None = None  # None: no prompt is unfamiliar
 
     def content_hash(self) -> str:
-        """12 digits that follow from what predicts: boosters, starts, pseudo-tasks, SLMs."""
-        names = ("slm_ids", "boosters", "starts", "pseudo_tasks")
+        """12 digits that follow from what predicts: boosters, starts, seen prompts, SLMs."""
+        names = ("slm_ids", "boosters", "starts", "pseudo_tasks", "seen")
         plain = self._plain()
         content = json.dumps([plain[name] for name in names], sort_keys=True).encode()
         return hashlib.sha256(content).hexdigest()[:12]
 
     def _plain(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        tasks = self.pseudo_tasks
-        return {**plain, "pseudo_tasks": None if tasks is None else tasks.to_plain()}
+        for name in ("pseudo_tasks", "seen"):
+            plain[name] = None if plain[name] is None else plain[name].to_plain()
+        return plain
 
     def to_bytes(self) -> bytes:
         """Serialise; equal artifacts give equal bytes."""
@@ -65,6 +68,7 @@ class Artifact:
                 raise KnowledgeError("the predictor was trained on another feature layout")
             plain = data["pseudo_tasks"]
             tasks = None if plain is None else PseudoTasks.from_plain(plain)
+            seen = data["seen"]
             return cls(
                 version=str(data["version"]),
                 slm_ids=tuple(map(str, data["slm_ids"])),
@@ -74,6 +78,7 @@ class Artifact:
                 created_at=float(data["created_at"]),
                 starts=_starts(data["starts"], tasks),
                 pseudo_tasks=tasks,
+                seen=None if seen is None else SeenPrompts.from_plain(seen),
             )
         except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise KnowledgeError(f"not a predictor artifact: {error!r}") from error

@@ -14,7 +14,14 @@ from calm_serve.prediction.latency import (
     energy_j,
     wake_s,
 )
-from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState, Task
+from calm_serve.types import (
+    Novelty,
+    Prediction,
+    PredictorVersion,
+    RoutingContext,
+    SLMState,
+    Task,
+)
 
 LOAD_NAMES: tuple[str, ...] = (
     "load_ratio",
@@ -38,6 +45,10 @@ class Predictor(Protocol):
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]
     ) -> list[Prediction]:
         """Return one Prediction per spec, in order; `states` runs parallel to `specs`."""
+        ...
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """Return how unlike its training prompts a prompt with these bits is; None if unknown."""
         ...
 
 
@@ -81,11 +92,21 @@ class MetadataPrior:
             for spec, state in zip(specs, states, strict=True)
         ]
 
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """Return None: nothing was trained."""
+        del bits
+        return None
+
+
+def prior_quality(context: RoutingContext, spec: SLMSpec) -> float:
+    """P(success) by the fleet file: higher where a marker is named like a skill of the SLM."""
+    matches = not set(context.markers).isdisjoint(spec.skills)
+    return spec.priors.skill_quality if matches else spec.priors.quality
+
 
 def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) -> Prediction:
     """The prior for one SLM. One that generates nothing has no output, and joules by its input."""
     priors = spec.priors
-    matches = not set(context.markers).isdisjoint(spec.skills)
     tokens = priors.output_tokens
     if context.max_output_tokens is not None:
         tokens = min(tokens, float(context.max_output_tokens))
@@ -94,7 +115,7 @@ def prior_prediction(context: RoutingContext, spec: SLMSpec, state: SLMState) ->
         tokens, energy_tokens = 0.0, float(context.prompt_tokens)
     return Prediction(
         slm_id=spec.id,
-        success_ratio=priors.skill_quality if matches else priors.quality,
+        success_ratio=prior_quality(context, spec),
         output_tokens=tokens,
         ttft_s=awake_ttft_s(spec, state, context.prompt_tokens) * state.ttft_ratio
         + wake_s(spec, state),

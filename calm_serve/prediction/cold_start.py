@@ -14,7 +14,7 @@ from calm_serve.config import SLMSpec
 from calm_serve.prediction.artifact import Artifact
 from calm_serve.prediction.base import Predictor
 from calm_serve.prediction.lightgbm import LightGBMPredictor
-from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
+from calm_serve.types import Novelty, Prediction, PredictorVersion, RoutingContext, SLMState
 
 LABELLED = "labelled_answers"  # metric of an artifact: SLM -> labelled answers it was fitted on
 
@@ -45,6 +45,10 @@ class UcbPredictor:
             replace(p, success_ratio=min(p.success_ratio + self._bonus(p), 1.0))
             for p in self._inner.predict(context, specs, states)
         ]
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """Return None: an artifact of cold-start SLMs has no bitmap."""
+        return self._inner.novelty(bits)
 
     def _bonus(self, prediction: Prediction) -> float:
         success = prediction.success_ratio

@@ -33,6 +33,7 @@ from calm_serve.prediction.artifact import (
 )
 from calm_serve.prediction.base import Predictor, load_vector
 from calm_serve.prediction.latency import analytic_tpot_s, awake_ttft_s, energy_j, wake_s
+from calm_serve.prediction.novelty import NoveltyDetector
 from calm_serve.prediction.single_row import (
     BUCKET_OFFSET,
     COLUMNS,
@@ -43,6 +44,7 @@ from calm_serve.prediction.single_row import (
     joined,
 )
 from calm_serve.types import (
+    Novelty,
     Outcome,
     Prediction,
     PredictorVersion,
@@ -141,6 +143,7 @@ class LightGBMPredictor:
             self._own = SingleRow(_booster("of all SLMs", text), self._prompt_row)
             self._first_outputs = [p.start for p in places]
             place = {key: number for number, key in enumerate(heads.own)}
+        self._novelty = None if artifact.seen is None else NoveltyDetector(artifact.seen)
         self._residual = heads.residual and SingleRow(heads.residual, self._load_row)
         self._index = {slm: i for i, slm in enumerate(artifact.slm_ids)}
         self._places = [
@@ -174,6 +177,10 @@ class LightGBMPredictor:
             self._predict_one(context, values, spec, state, bound)
             for spec, state in zip(specs, states, strict=True)
         ]
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """Return how unlike the artifact's training prompts a prompt is; None without a bitmap."""
+        return None if self._novelty is None else self._novelty.novelty(bits)
 
     def of_prompt(
         self, numbers: Sequence[float], buckets: Sequence[int]

@@ -132,12 +132,21 @@ class DesiredResidency:
 class Alarm:
     """A detected change that is still on."""
 
-    kind: str  # "quality", "tokens", "speed", "prompt_mix", "calibration", "constant_selector"
+    # "quality", "tokens", "speed", "prompt_mix", "calibration", "unfamiliar", "constant_selector"
+    kind: str
     slm: str  # "" when it concerns the whole fleet
     size: float  # by kind: a factor, an index or a mean error
     since: float  # on the clock of the `Alarms`
     detail: str = ""
     replica: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnfamiliarAnswers:
+    """Answers of one SLM to unfamiliar prompts: how many labels there are, and their mean."""
+
+    answers: float
+    quality: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +157,8 @@ class MonitorFindings:
     calibration_factors: dict[str, float] = field(default_factory=dict)
     calibration_error: float | None = None  # mean error of P(success)
     alarms: tuple[Alarm, ...] = ()
+    unfamiliar_ratio: float | None = None  # share of the last prompts; None: too few
+    unfamiliar_answers: dict[str, UnfamiliarAnswers] = field(default_factory=dict)  # by SLM
 
 
 @dataclass(frozen=True, slots=True)

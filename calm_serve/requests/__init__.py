@@ -7,7 +7,15 @@ between requests.
 
 from calm_serve.requests.body import parse_body
 from calm_serve.requests.context import BLOCK_CHARS, MAX_BLOCKS, ContextBuilder, prefix_chain
-from calm_serve.requests.features import BUCKETS, NUMBER_NAMES, fill_features, text_buckets
+from calm_serve.requests.features import (
+    BUCKETS,
+    NUMBER_NAMES,
+    fill_features,
+    text_bits,
+    text_buckets,
+    text_hashes,
+    token_bits,
+)
 from calm_serve.requests.languages import load_detector, needs_detector
 from calm_serve.requests.openai import parse_chat, parse_completion
 from calm_serve.requests.overrides import Overrides, parse_overrides
@@ -36,5 +44,8 @@ __all__ = [
     "parse_completion",
     "parse_overrides",
     "prefix_chain",
+    "text_bits",
     "text_buckets",
+    "text_hashes",
+    "token_bits",
 ]

@@ -20,7 +20,14 @@ from calm_serve.requests.tokens import (
     read_tokens,
     token_hashes,
 )
-from calm_serve.types import FIRST_WORD, WORD_BUCKETS, OutputShape, PromptFeatures, RoutingContext
+from calm_serve.types import (
+    FIRST_WORD,
+    SEEN_BITS,
+    WORD_BUCKETS,
+    OutputShape,
+    PromptFeatures,
+    RoutingContext,
+)
 
 FOCUS_CHARS = 512  # at each end of the last user message
 BUCKETS = 2 * WORD_BUCKETS
@@ -78,7 +85,7 @@ def fill_features(context: RoutingContext, request: ParsedRequest) -> None:
     focus = ends(text, FOCUS_CHARS)
     tokens = read_tokens(focus)
     numbers = _numbers(request, context, focus, tokens)
-    features = PromptFeatures(numbers, token_buckets(tokens.hashes))
+    features = PromptFeatures(numbers, token_buckets(tokens.hashes), token_bits(tokens.hashes))
     object.__setattr__(context, "features", features)
 
 
@@ -93,9 +100,30 @@ def token_buckets(hashes: Hashes) -> tuple[int, ...]:
     return tuple((present.nonzero()[0] + FIRST_WORD).tolist())
 
 
+def token_bits(hashes: Hashes) -> tuple[int, ...]:
+    """Return tokens and pairs of neighbours as `PromptFeatures.bits`.
+
+    Enough bits that a new token rarely has that of a known one; buckets are too few for that.
+    """
+    half = SEEN_BITS // 2
+    shift = np.uint64(64 - half.bit_length() + 1)
+    pairs = (pair_hashes(hashes) >> shift) + np.uint64(half)
+    return tuple(sorted({*(hashes >> shift).tolist(), *pairs.tolist()}))
+
+
+def text_hashes(text: str) -> Hashes:
+    """Return the hashes that the features of a prompt with this text are made of."""
+    return read_tokens(ends(text, FOCUS_CHARS)).hashes
+
+
 def text_buckets(text: str) -> tuple[int, ...]:
     """Return `PromptFeatures.buckets` of a prompt with this text."""
-    return token_buckets(read_tokens(ends(text, FOCUS_CHARS)).hashes)
+    return token_buckets(text_hashes(text))
+
+
+def text_bits(text: str) -> tuple[int, ...]:
+    """Return `PromptFeatures.bits` of a prompt with this text."""
+    return token_bits(text_hashes(text))
 
 
 def _numbers(

@@ -14,6 +14,7 @@ from calm_serve.routing.scoring import (
     weights_of,
 )
 from calm_serve.routing.selector import ModelSelector, config_version
+from calm_serve.routing.unfamiliar import unfamiliar_order
 
 __all__ = [
     "ModelSelector",
@@ -24,5 +25,6 @@ __all__ = [
     "ranked",
     "reward",
     "slo_penalty",
+    "unfamiliar_order",
     "weights_of",
 ]

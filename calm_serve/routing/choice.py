@@ -13,6 +13,8 @@ from calm_serve.types import (
     Decision,
     DecisionPath,
     DecisionReason,
+    GeneralTerms,
+    Novelty,
     Prediction,
     RoutingContext,
     SLMState,
@@ -31,6 +33,7 @@ class Choice:
     ranking: tuple[str, ...]
     propensity: float = 1.0  # of the first of the ranking
     preferred: str = ""
+    novelty: Novelty | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Terms:
     weights: Weights
     floor: float  # least quality
     exploration_ratio: float
+    default_slm: str
     is_prior: bool  # nothing was learned yet
 
 
@@ -49,8 +53,9 @@ def score_all(
     specs: Sequence[SLMSpec],
     states: Mapping[str, SLMState],
     weights: Weights,
+    general: Sequence[GeneralTerms],
 ) -> list[Candidate]:
-    """Score the predictions; `specs` runs parallel to them."""
+    """Score the predictions; `specs` and `general` run parallel to them."""
     return [
         scoring.evaluate(
             context.slo,
@@ -58,8 +63,9 @@ def score_all(
             states[spec.id],
             weights,
             scoring.language_factor(context, spec),
+            terms,
         )
-        for prediction, spec in zip(predictions, specs, strict=True)
+        for prediction, spec, terms in zip(predictions, specs, general, strict=True)
     ]
 
 
@@ -117,5 +123,6 @@ def record(
         versions=versions,
         weights=weights if choice.candidates[0].prediction else None,
         preferred=choice.preferred or choice.ranking[0],
+        novelty=choice.novelty,
         unscored=unscored,
     )

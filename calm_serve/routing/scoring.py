@@ -24,6 +24,7 @@ from calm_serve.prediction import wake_s
 from calm_serve.types import (
     UNKNOWN_LANGUAGE,
     Candidate,
+    GeneralTerms,
     Prediction,
     Residency,
     RoutingContext,
@@ -90,10 +91,12 @@ def evaluate(
     state: SLMState,
     weights: Weights,
     quality_factor: float = 1.0,
+    general: GeneralTerms | None = None,
 ) -> Candidate:
     """Score one candidate; the terms of the sum are kept for the explanation.
 
-    `quality_factor` is what the request itself takes from P(success) (`language_factor`).
+    `quality_factor` is what the request itself takes from P(success) (`language_factor`). `general`
+    is part of no score: it is kept for unfamiliar prompts (`unfamiliar`).
     """
     quality = min(prediction.success_ratio * state.calibration_factor, 1.0) * quality_factor
     value, latency, energy = reward(
@@ -113,6 +116,7 @@ def evaluate(
         energy=energy,
         switching=switching,
         score=value - switching,
+        general=general,
     )
 
 

@@ -25,7 +25,7 @@ from calm_serve.requests import (
     fill_features,
     text_buckets,
 )
-from calm_serve.routing import exclusions, filters, rules, scoring, without_text
+from calm_serve.routing import exclusions, filters, rules, scoring, unfamiliar, without_text
 from calm_serve.routing.baselines import Baseline
 from calm_serve.routing.choice import Choice, Terms, best_of, record, score_all
 from calm_serve.routing.conversations import MAX_CONVERSATIONS, ConversationMemory
@@ -36,6 +36,7 @@ from calm_serve.types import (
     DecisionPath,
     DecisionReason,
     GoalStatus,
+    Novelty,
     Outcome,
     Residency,
     RoutingContext,
@@ -145,6 +146,7 @@ class ModelSelector:
         """Swap the fleet: SLMs were added or removed. Decisions in flight keep their records."""
         self.fleet = fleet
         self.specs: dict[str, SLMSpec] = {s.id: s for s in fleet.slms}
+        self._generality = {s.id: fleet.generality(s) for s in fleet.slms}
         self._pins = {s.name: s.slm for s in fleet.safety}
         self._embedding_space = self._embedding_space or without_text.first_space(fleet)
         self._builder = ContextBuilder(fleet, self._embedding_space, self._conversations.find)
@@ -216,6 +218,13 @@ class ModelSelector:
         """Return a recent decision, None when it is unknown or too old."""
         return self._log.get(decision_id)
 
+    def complete(self, decision: Decision, request: ParsedRequest) -> None:
+        """Add what a rule did not need: features, and the novelty if the predictor is the same."""
+        fill_features(decision.context, request)
+        if decision.novelty is None and decision.versions.predictor == self.predictor.version:
+            novelty = self.predictor.novelty(decision.context.features.bits)
+            object.__setattr__(decision, "novelty", novelty)
+
     def explain(self, decision: Decision) -> dict[str, Any]:
         """Return the decision as plain data for JSON."""
         record = asdict(decision)
@@ -274,8 +283,7 @@ class ModelSelector:
         if context.generates:
             if request is not None:
                 fill_features(context, request)
-            (prediction,) = self.predictor.predict(context, [spec], [state])
-            candidate = scoring.evaluate(context.slo, prediction, state, self.weights)
+            (candidate,) = self._scores(context, None, [slm_id], {slm_id: state})
         else:
             candidate = without_text.evaluate(context, spec, state, self.weights)
         choice = Choice(DecisionPath.PINNED, reason, (candidate,), (slm_id,))
@@ -318,7 +326,8 @@ class ModelSelector:
     ) -> Choice:
         scored = self._scores(context, request, allowed, states)
         if self._baseline is None:
-            return self._best(context, scored, states)
+            novelty = self.predictor.novelty(context.features.bits)
+            return replace(self._best(context, scored, states, novelty), novelty=novelty)
         ids, propensity = self._baseline.choose(context, scored, states)
         why = DecisionPath.BASELINE, DecisionReason.BASELINE
         return Choice(*why, tuple(scoring.ranked(scored)), tuple(ids), propensity)
@@ -334,20 +343,36 @@ class ModelSelector:
         if request is not None:
             fill_features(context, request)
         specs = [self.specs[i] for i in ids]
-        predictions = self.predictor.predict(context, specs, [states[i] for i in ids])
-        return score_all(context, predictions, specs, states, self.weights)
+        own = [states[i] for i in ids]
+        predictions = self.predictor.predict(context, specs, own)
+        general = unfamiliar.general_terms(context, specs, own, self._generality)
+        return score_all(context, predictions, specs, states, self.weights, general)
 
     def _best(
-        self, context: RoutingContext, scored: list[Candidate], states: Mapping[str, SLMState]
+        self,
+        context: RoutingContext,
+        scored: list[Candidate],
+        states: Mapping[str, SLMState],
+        novelty: Novelty | None = None,
     ) -> Choice:
+        """Choose by score, or by generality for an unfamiliar prompt; a rule gives no `novelty`."""
         terms = Terms(
             self.weights,
             self._floor(context),
             # A tool loop whose SLM is not known goes where its first request went.
             0.0 if context.tool_loop else self.goals.exploration_ratio,
+            self.goals.default_slm,
             is_prior=self.predictor.version == MetadataPrior.version,
         )
-        return best_of(context, scored, self.specs, states, terms)
+        is_unfamiliar = novelty is not None and novelty.unfamiliar
+        if is_unfamiliar:
+            found = unfamiliar.choose(scoring.ranked(scored), context, terms)
+            if found is not None:
+                return found
+        choice = best_of(context, scored, self.specs, states, terms)
+        if is_unfamiliar and choice.path is DecisionPath.SCORED:
+            return replace(choice, reason=DecisionReason.UNFAMILIAR_NO_GENERALIST)
+        return choice
 
     def _record(
         self,
@@ -356,6 +381,8 @@ class ModelSelector:
         excluded: Sequence[Candidate] = (),
         **about: Any,
     ) -> Decision:
+        if choice.novelty is None:
+            choice = replace(choice, novelty=self.predictor.novelty(context.features.bits))
         return record(context, choice, excluded, self.versions, self.weights, **about)
 
 

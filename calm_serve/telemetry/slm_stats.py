@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calm_serve.config import SLMSpec
+from calm_serve.protocol.topics import UnfamiliarAnswers
 from calm_serve.telemetry.circuit_breaker import BreakerLimits, BreakerState, CircuitBreaker
 from calm_serve.telemetry.residuals import SLMResiduals
 from calm_serve.telemetry.statistics import DecayedRate, Ewma, QuantileWindow
@@ -21,6 +22,7 @@ Clock = Callable[[], float]
 HALF_LIFE_S = 30.0  # of a mean: long against one answer, short against a change of load
 WINDOW_SIZE = 256  # values behind each quantile
 MAX_AGE_S = 300.0
+NO_ANSWERS = UnfamiliarAnswers(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class SLMStats:
         self.residuals = SLMResiduals(champion)
         self.wake_s: float | None = None
         self.calibration_factor = 1.0
+        self.unfamiliar = NO_ANSWERS
 
     def observe(self, outcome: Outcome, took_s: float | None = None) -> None:
         """Count one finished request (any status); see `FleetStats.observe`."""
@@ -175,6 +178,8 @@ class SLMStats:
             wake_s=spec.wake_s(self.wake_s),
             age_s=max(now - self._seen_at, 0.0),
             calibration_factor=self.calibration_factor,
+            unfamiliar_answers=self.unfamiliar.answers,
+            unfamiliar_quality=self.unfamiliar.quality,
             in_flight=elsewhere + inside,
             ttft_ratio=residuals.ttft.at(log_in_flight),
             ttft_spread=residuals.ttft.spread,
@@ -259,6 +264,11 @@ class FleetStats:
         """Set the factor on P(success) of each SLM; 1 for one that is not named."""
         for slm_id, window in self._windows.items():
             window.calibration_factor = factors.get(slm_id, 1.0)
+
+    def set_unfamiliar_answers(self, answers: Mapping[str, UnfamiliarAnswers]) -> None:
+        """Set the quality on unfamiliar prompts of each SLM; unknown for one that is not named."""
+        for slm_id, window in self._windows.items():
+            window.unfamiliar = answers.get(slm_id, NO_ANSWERS)
 
     def state(
         self,

@@ -80,6 +80,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("calm_energy_attribution_error_ratio", _G, "Relative error of requests plus idle.", SLM),
     Metric("calm_alarm", _G, "1 while the alarm is on.", ("kind", "slm")),
     Metric("calm_calibration_error_ratio", _G, "Mean error of P(success).", ()),
+    Metric("calm_unfamiliar_ratio", _G, "Share of prompts unlike the predictor's training.", ()),
     Metric("calm_choice_entropy_ratio", _G, "Spread of choices: 0 one SLM, 1 equal.", ()),
     Metric("calm_choice_gain", _G, "Score gained over content-blind choices.", ("against",)),
     Metric("calm_router_requests", _G, "Requests for SLMs that the router works on.", ()),

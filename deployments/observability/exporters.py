@@ -66,7 +66,7 @@ _RESIDENCY_GAUGES = {
 }
 _PHASES = ("import", "engine", "warmup", "total")
 SLM_ALARMS = ("quality", "tokens", "speed")
-FLEET_ALARMS = ("prompt_mix", "calibration", "constant_selector")
+FLEET_ALARMS = ("prompt_mix", "calibration", "unfamiliar", "constant_selector")
 # Label `against` of calm_choice_gain -> key of `choices` in GET /v1/fleet.
 _GAINS = {"best_single": "gain_best_single", "share_matched": "gain_share_matched"}
 _PATHS = frozenset(DecisionPath)
@@ -333,6 +333,8 @@ def monitor_samples(snapshot: Mapping[str, Any]) -> Iterator[Sample]:
     choices = snapshot.get("choices") or {}
     if (error := choices.get("calibration_error")) is not None:
         yield "calm_calibration_error_ratio", (), float(error)
+    if (unfamiliar := choices.get("unfamiliar_ratio")) is not None:
+        yield "calm_unfamiliar_ratio", (), float(unfamiliar)
     if (entropy := choices.get("entropy_ratio")) is not None:
         yield "calm_choice_entropy_ratio", (), float(entropy)
         for against, key in _GAINS.items():

@@ -26,7 +26,6 @@ from calm_serve.goals import GoalController
 from calm_serve.requests import (
     ROUTES,
     ParsedRequest,
-    fill_features,
     parse_chat,
     parse_completion,
     parse_overrides,
@@ -228,7 +227,7 @@ class Router:
         overrides = parse_overrides(http.routing_headers(request))
         parsed = parse(body)
         decision = self._selector.decide(parsed, overrides, uuid.uuid4().hex)
-        fill_features(decision.context, parsed)
+        self._selector.complete(decision, parsed)
         return http.json_response(self._selector.explain(decision))
 
     async def _feedback(self, request: Request) -> Response:
@@ -253,9 +252,10 @@ class Router:
             if failed:
                 self._metrics.refused(call.failure)
             return
-        fill_features(call.decision.context, parsed)
+        self._selector.complete(call.decision, parsed)
         outcome = outcome_of(call, at=time.time(), task=task, prompt=prompt)
-        shadow = self._subscriptions.shadow.compare(outcome, self._selector.goals.quality_floor)
+        goals = self._selector.goals
+        shadow = self._subscriptions.shadow.compare(outcome, goals.quality_floor, goals.default_slm)
         if shadow is not None:
             outcome = replace(outcome, decision=replace(outcome.decision, shadow=shadow))
         self._view.observe(outcome, call.took_s)

@@ -91,6 +91,7 @@ class FleetView:
         """Take the findings of the outcome monitor; see `MonitorView`."""
         self.monitor.set(found)
         self._stats.set_calibration_factors(self.monitor.calibration_factors)
+        self._stats.set_unfamiliar_answers(found.unfamiliar_answers)
         self._states.clear()
 
     def set_predictor(self, version: PredictorVersion) -> None:
@@ -295,6 +296,7 @@ class MonitorView:
             "choices": {
                 **(asdict(gains) if gains else {}),
                 "calibration_error": self._findings.calibration_error,
+                "unfamiliar_ratio": self._findings.unfamiliar_ratio,
             },
         }
 
@@ -304,7 +306,9 @@ class MonitorView:
         if (found := self._energy.get(slm_id)) is not None:
             energy = asdict(found)
             energy["age_s"] = round(max(self._clock() - energy.pop("at"), 0.0), 1)
+        unfamiliar = self._findings.unfamiliar_answers.get(slm_id)
         return {
             "calibration_factor": self.calibration_factors.get(slm_id, 1.0),
+            "unfamiliar_answers": unfamiliar and asdict(unfamiliar),
             "energy": energy,
         }

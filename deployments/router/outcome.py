@@ -221,4 +221,5 @@ def _summary(call: dispatch.Call) -> DecisionSummary:
         terms=decision_terms(decision),
         preferred=decision.preferred if watched else "",
         preferred_hot=call.preferred_hot,
+        novelty=decision.novelty,
     )

@@ -5,6 +5,8 @@ in the standard workload, are sent, pinned, to every SLM; a specialist's answers
 other tasks teach the predictor which requests it cannot serve. Each answer is graded and the grade
 posted as feedback. Then the knowledge actor's trainer fits `predictor/predictor.bin` on the stored
 outcomes. In-domain by construction: the prompts are of the same kinds as those of the evaluation.
+
+`--novelty` keeps the boosters and learns anew only which prompts are familiar, in seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from tqdm import tqdm
 
 from calm_serve.knowledge import OutcomeStore
 from calm_serve.learning import TRAINED_UNTIL, refitted, train
+from calm_serve.prediction import fit_seen_prompts
+from calm_serve.requests import text_bits
 from deployments.reference_fleet.grading.marks import credit
 from deployments.reference_fleet.grading.rows import FILES, load
 from deployments.reference_fleet.paths import PREDICTOR
@@ -35,6 +39,8 @@ from load_tests.common.workloads import Request, request
 SEED = 23
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 CONCURRENCY = 12
+HOLDOUT_RATIO = 0.2
+FAMILIAR_PER_FILE = 600  # prompts that count as familiar
 MAX_TOKENS = 320  # the same for every task: the limit is a feature and must not reveal the task
 NEVER = 1_000_000  # min_outcomes that is not reached, so that the service itself does not train
 
@@ -82,6 +88,10 @@ def fit(state_dir: Path) -> dict[str, Any]:
     outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
     artifact = refitted(training, outcomes, seed=SEED, clock=time.time)
+    # Whether a prompt is familiar takes no answers, so every row of the fit side teaches it.
+    texts = (one.messages[-1]["content"] for one in requests(FAMILIAR_PER_FILE))
+    artifact = replace(artifact, seen=fit_seen_prompts(text_bits(text) for text in texts))
+    artifact = replace(artifact, version=f"lgbm-{artifact.content_hash()}")
     # A deployment's own outcomes are all new to it, whatever their time.
     metrics = {name: v for name, v in artifact.metrics.items() if name != TRAINED_UNTIL}
     PREDICTOR.parent.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from calm_serve.config import (
     SLMSpec,
 )
 from calm_serve.prediction import Predictor
-from calm_serve.types import Prediction, PredictorVersion, RoutingContext, SLMState
+from calm_serve.types import Novelty, Prediction, PredictorVersion, RoutingContext, SLMState
 from load_tests.common import arrivals
 from load_tests.paper.simulated.answers import Answers, shipped
 from load_tests.paper.simulated.belady import belady
@@ -49,6 +49,10 @@ class Oracle:
     def __init__(self, answers: Answers, inner: Predictor) -> None:
         self._answers, self._inner = answers, inner
         self._rows = {id(c.features.numbers): i for i, c in enumerate(answers.contexts)}
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        """As the shipped predictor has it."""
+        return self._inner.novelty(bits)
 
     def predict(
         self, context: RoutingContext, specs: Sequence[SLMSpec], states: Sequence[SLMState]

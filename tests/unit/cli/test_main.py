@@ -184,6 +184,16 @@ def test_route_shows_the_terms_of_every_candidate(
     assert all(len(line.removeprefix("> ").split()) >= 11 for line in table[1:])
 
 
+def test_route_shows_how_novel_the_prompt_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    main.main(["route", "select", "--json", "--config", config])
+    record = json.loads(capsys.readouterr().out) | {"novelty": {"ratio": 0.456, "threshold": 0.3}}
+    assert main.main(["route", "select", "--url", "http://host:8000/"], world(record)) == 0
+    assert "novelty 0.46, unfamiliar above 0.30" in capsys.readouterr().out
+
+
 def test_route_shows_why_a_candidate_was_excluded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

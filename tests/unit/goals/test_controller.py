@@ -214,7 +214,11 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
     for candidate in decision.candidates:
         assert candidate.prediction is not None
         again = evaluate(
-            decision.context.slo, candidate.prediction, states[candidate.slm_id], decision.weights
+            decision.context.slo,
+            candidate.prediction,
+            states[candidate.slm_id],
+            decision.weights,
+            candidate.general,
         )
         assert again == candidate
 

@@ -101,7 +101,7 @@ def test_a_store_of_a_newer_program_is_refused_untouched(tmp_path: Path, stateme
 def test_programs_before_migrations_refuse_the_store_by_its_version(tmp_path: Path) -> None:
     path = sqlite_of_schema_1(tmp_path)
     opened(path).close()
-    assert execute(path, "SELECT value FROM meta WHERE key = 'schema_version'") == [("3",)]
+    assert execute(path, "SELECT value FROM meta WHERE key = 'schema_version'") == [("4",)]
 
 
 @pytest.mark.parametrize("old", [True, False])

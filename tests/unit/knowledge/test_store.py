@@ -14,8 +14,10 @@ from calm_serve.knowledge.store import OutcomeStore
 from calm_serve.types import (
     DecisionTerms,
     EngineFacts,
+    GeneralTerms,
     LoadAtDecision,
     LoggedCandidate,
+    Novelty,
     Outcome,
     Prediction,
     PredictorVersion,
@@ -66,7 +68,10 @@ def test_every_field_of_every_record_comes_back(store: OutcomeStore) -> None:
         load_features=(0.25, 4.0),
         load=LoadAtDecision(1.5, 3, 1.25),
         terms=DecisionTerms(
-            (LoggedCandidate(prediction, True, 0.5), LoggedCandidate(other, False, 1.0)),
+            (
+                LoggedCandidate(prediction, True, 0.5, GeneralTerms(0.6, 0.45)),
+                LoggedCandidate(other, False, 1.0),
+            ),
             Weights(0.1, 0.2, 0.3, late_e2e_per_s=1.0, late_e2e_after_s=2.0),
             left_out=3,
             slo=ServiceLevel(ttft_ms=200.0, deadline_s=4.0),
@@ -74,6 +79,8 @@ def test_every_field_of_every_record_comes_back(store: OutcomeStore) -> None:
         ),
         preferred=TALKER,
         preferred_hot=False,
+        bits=(7, 40_000, 65_535),
+        novelty=Novelty(0.42, 0.37),
         shadow=ShadowChoice("v2", TALKER, agrees=False, success_ratio=0.7, gain=-0.1),
         engine=EngineFacts("b", 100, 60, 10, 0.02, 0.03, 1.5, "counter", 2, 1, 0.5),
     )

@@ -14,10 +14,18 @@ from calm_serve.learning.monitor import (
     RETRAIN_PAUSE_S,
     OutcomeMonitor,
 )
+from calm_serve.learning.quality import UnfamiliarQuality
 from calm_serve.protocol.topics import MonitorFindings
 from calm_serve.telemetry.alarms import LIFETIME_S, MAX_ALARMS, Alarms
 from calm_serve.testing import FakeClock, make_outcome, make_spec
-from calm_serve.types import Outcome, Prediction, PredictorVersion, QualitySignal, Versions
+from calm_serve.types import (
+    Novelty,
+    Outcome,
+    Prediction,
+    PredictorVersion,
+    QualitySignal,
+    Versions,
+)
 
 
 class World:
@@ -270,3 +278,78 @@ def test_alarms_are_bounded() -> None:
     for number in range(3 * MAX_ALARMS):
         alarms.start("speed", f"slm {number}", 1.0)
     assert len(alarms.current()) == MAX_ALARMS
+
+
+FAMILIAR, UNFAMILIAR = Novelty(0.1, 0.3), Novelty(0.6, 0.3)
+
+
+def rated(world: World, score: float, **fields: Any) -> None:
+    """One answer with feedback."""
+    world.send(signals=(QualitySignal("feedback", score),), **fields)
+
+
+def test_labels_of_unfamiliar_prompts_move_no_calibration_factor() -> None:
+    familiar, unfamiliar = World(), World()
+    for _ in range(60):
+        rated(familiar, 0.0, novelty=FAMILIAR)
+        rated(unfamiliar, 0.0, novelty=UNFAMILIAR)
+    assert familiar.last.calibration_factors["small"] < 0.4
+    assert unfamiliar.last.calibration_factors == {}
+
+
+def test_quality_on_unfamiliar_prompts_is_published_with_its_number_of_labels(world: World) -> None:
+    for number in range(10):
+        rated(world, float(number < 8), novelty=UNFAMILIAR)
+        rated(world, 0.0, novelty=FAMILIAR)
+    world.clock.advance(PUBLISH_S)
+    world.monitor.tick()
+    found = world.last.unfamiliar_answers
+    assert set(found) == {"small"}
+    assert (found["small"].answers, found["small"].quality) == (10.0, pytest.approx(0.8))
+
+
+def test_late_feedback_on_an_unfamiliar_prompt_counts_too(world: World) -> None:
+    outcome = world.outcome(novelty=UNFAMILIAR, predicted=None, path="unfamiliar")
+    world.monitor.observe([outcome])
+    world.clock.advance(PUBLISH_S)
+    world.monitor.feedback(outcome.outcome_id, (QualitySignal("feedback", 1.0),))
+    assert world.last.unfamiliar_answers["small"].answers == 1.0
+
+
+def test_quality_on_unfamiliar_prompts_follows_a_change() -> None:
+    quality = UnfamiliarQuality()
+    assert quality.report() is None
+    for score in [1.0] * 500 + [0.0] * 250:
+        quality.add(score)
+    report = quality.report()
+    assert report is not None and report.quality < 0.1
+
+
+def test_much_unfamiliar_traffic_raises_an_alarm_that_ends_with_it(world: World) -> None:
+    for number in range(300):
+        world.send(novelty=UNFAMILIAR if number % 20 == 0 else FAMILIAR)
+    assert ("unfamiliar", "") not in world.alarms()
+    assert world.monitor.unfamiliar_ratio() == pytest.approx(0.05)
+    for number in range(300):
+        world.send(novelty=UNFAMILIAR if number % 2 else FAMILIAR)
+    assert ("unfamiliar", "") in world.alarms()
+    for _ in range(600):
+        world.send(novelty=FAMILIAR)
+    assert ("unfamiliar", "") not in world.alarms()
+
+
+def test_pinned_prompts_and_those_without_novelty_are_no_share_of_the_traffic(
+    world: World,
+) -> None:
+    for _ in range(200):
+        world.send(novelty=UNFAMILIAR, path="pinned")
+        world.send()
+    assert world.monitor.unfamiliar_ratio() is None
+
+
+def test_a_new_predictor_starts_the_share_of_unfamiliar_prompts_anew(world: World) -> None:
+    for _ in range(200):
+        world.send(novelty=UNFAMILIAR)
+    assert world.monitor.unfamiliar_ratio() == 1.0
+    world.send(versions=Versions(PredictorVersion("refitted")), novelty=FAMILIAR)
+    assert world.monitor.unfamiliar_ratio() is None

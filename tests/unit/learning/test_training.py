@@ -19,6 +19,7 @@ from calm_serve.learning.training import (
     without_prompts,
 )
 from calm_serve.prediction.artifact import OUTPUT_TOKENS, SUCCESS, own_head
+from calm_serve.prediction.novelty import NoveltyDetector
 from calm_serve.testing import change_outcome
 from calm_serve.types import Outcome, QualitySignal
 from tests.knowledge_data import CODER, TALKER, make_outcome, make_world
@@ -209,3 +210,33 @@ def test_calibration_error_is_the_gap_between_prediction_and_truth() -> None:
 def test_a_confident_mistake_has_a_bounded_loss() -> None:
     loss = metrics.log_loss(np.array([1.0]), np.array([0.0]), np.array([1.0]))
     assert loss == pytest.approx(-math.log(1e-3))
+
+
+def with_bits(world: list[Outcome], **changes: object) -> list[Outcome]:
+    """The same outcomes with a prompt of its own each."""
+    return [change_outcome(o, bits=(i, i + 1, i + 2), **changes) for i, o in enumerate(world)]
+
+
+def test_the_prompts_of_labelled_outcomes_are_familiar_afterwards() -> None:
+    seen = run(with_bits(make_world(400))).artifact.seen
+    assert seen is not None
+    assert seen.prompts == 300  # a quarter is held out
+    novelty = NoveltyDetector(seen).novelty
+    known, new = novelty((100, 101, 102)), novelty((1000, 1001, 1002))
+    assert known is not None and new is not None
+    assert known.ratio == 0.0 < new.ratio
+
+
+def test_prompts_without_a_label_or_that_a_generalist_got_stay_unfamiliar() -> None:
+    world = make_world(400)
+    mute = [change_outcome(o, signals=()) if i % 2 else o for i, o in enumerate(with_bits(world))]
+    blind = [
+        change_outcome(o, path="unfamiliar") if i % 2 else o for i, o in enumerate(with_bits(world))
+    ]
+    for found in (run(mute).artifact.seen, run(blind).artifact.seen):
+        assert found is not None
+        assert 140 <= found.prompts <= 200
+
+
+def test_outcomes_without_bits_give_no_bitmap() -> None:
+    assert run(make_world(400)).artifact.seen is None

@@ -223,3 +223,6 @@ def test_a_policy_that_names_an_unknown_slm_is_refused() -> None:
         check_policy(make_goals(policy={"name": "single", "slm": "poett"}), FLEET)
     with pytest.raises(ConfigError, match="unknown SLM 'none'"):
         check_policy(make_goals(policy={"name": "shares", "shares": {"none": 1}}), FLEET)
+    check_policy(make_goals(default_slm="poet"), FLEET)
+    with pytest.raises(ConfigError, match=r"goals.default_slm names unknown SLM 'poett'"):
+        check_policy(make_goals(default_slm="poett"), FLEET)

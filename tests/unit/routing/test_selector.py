@@ -6,7 +6,7 @@ import gc
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from calm_serve.types import (
     Decision,
     DecisionPath,
     DecisionReason,
+    Novelty,
     Prediction,
     Residency,
     RoutingContext,
@@ -69,11 +70,14 @@ class Oracle:
 
     version = "oracle-1"
 
-    def __init__(self, **success: float) -> None:
-        self._success = success
+    def __init__(self, novelty: float | None = None, **success: float) -> None:
+        self._success, self._novelty = success, novelty
 
     def predict(self, context: RoutingContext, specs: Any, states: Any) -> list[Prediction]:
         return [make_prediction(s.id, success_ratio=self._success.get(s.id, 0.5)) for s in specs]
+
+    def novelty(self, bits: Sequence[int]) -> Novelty | None:
+        return None if self._novelty is None else Novelty(self._novelty, 0.3)
 
 
 def make_selector(

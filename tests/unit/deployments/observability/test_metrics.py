@@ -50,6 +50,7 @@ SNAPSHOT: dict[str, Any] = {
     "alarms": [{"kind": "quality", "slm": "code"}],
     "choices": {
         "calibration_error": 0.04,
+        "unfamiliar_ratio": 0.07,
         "entropy_ratio": 0.8,
         "gain_best_single": 0.05,
         "gain_share_matched": 0.1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from calm_serve.protocol.topics import Alarm, MonitorFindings, SLMEnergy
+from calm_serve.protocol.topics import Alarm, MonitorFindings, SLMEnergy, UnfamiliarAnswers
 from calm_serve.routing.selector import ModelSelector
 from calm_serve.telemetry.content_gain import MIN_DECISIONS
 from calm_serve.testing import (
@@ -103,3 +103,19 @@ def test_a_rule_does_not_name_an_slm_that_has_lost_its_quality() -> None:
     assert decision_for(selector({"small": 0.7}), context).path is DecisionPath.RULE
     decision = decision_for(selector({"small": 0.3}), context)
     assert (decision.path, decision.slm_id) == (DecisionPath.PRIOR, "large")
+
+
+def test_quality_and_share_of_unfamiliar_prompts_reach_decisions_and_the_fleet_document() -> None:
+    view = FleetView(make_fleet())
+    answers = {"small": UnfamiliarAnswers(7.0, 0.9)}
+    view.set_findings(MonitorFindings(unfamiliar_ratio=0.31, unfamiliar_answers=answers))
+    document = view.snapshot({})
+    assert document["choices"]["unfamiliar_ratio"] == 0.31
+    small, large = document["slms"]
+    assert small["unfamiliar_answers"] == {"answers": 7.0, "quality": 0.9}
+    assert large["unfamiliar_answers"] is None
+    states = [view.state(spec) for spec in make_fleet().slms]
+    assert [(s.unfamiliar_answers, s.unfamiliar_quality) for s in states] == [
+        (7.0, 0.9),
+        (0.0, 0.0),
+    ]
