@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -25,9 +24,11 @@ CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {
     "model": SLM,
     "messages": [{"role": "user", "content": "list all files"}],
-    "max_tokens": 1000,
-    "min_tokens": 1000,
+    "max_tokens": 1500,
+    "min_tokens": 1500,
     "ignore_eos": True,
+    "n": 8,
+    "temperature": 1.0,  # several greedy answers would be one
 }
 
 
@@ -47,15 +48,18 @@ def fleet() -> Iterator[ServedFleet]:
 def test_while_generation_is_saturated_health_and_administration_answer(
     fleet: ServedFleet,
 ) -> None:
-    with ExitStack() as streams:
-        for _ in range(LIMIT):
-            stream = httpx.stream("POST", fleet.url + CHAT, json={**LONG, "stream": True})
-            next(streams.enter_context(stream).iter_lines())
+    with ThreadPoolExecutor(LIMIT) as pool:
+        working = [pool.submit(fleet.post, CHAT, LONG) for _ in range(LIMIT)]
+        eventually(
+            "the router is full", lambda: fleet.get("/v1/fleet")["requests_in_work"] == LIMIT
+        )
         refused = fleet.post(CHAT, LONG)
         others = {
             path: httpx.get(fleet.url + path, timeout=5.0).status_code
             for path in ("/health", "/metrics", "/v1/fleet", "/v1/goals", "/v1/models")
         }
+        assert not any(request.done() for request in working)
+    assert {request.result().status_code for request in working} == {200}
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "router_saturated"
     assert int(refused.headers["retry-after"]) >= 1
@@ -70,9 +74,9 @@ def busy_engine(fleet: ServedFleet) -> int | None:
     """The engine that computes, None while no or both do."""
     engines = [psutil.Process(pid) for pid in fleet.engine_pids(SLM)]
     before = [sum(e.cpu_times()[:2]) for e in engines]
-    threading.Event().wait(0.3)
+    threading.Event().wait(1.0)
     busy = [
-        e.pid for e, was in zip(engines, before, strict=True) if sum(e.cpu_times()[:2]) - was > 0.05
+        e.pid for e, was in zip(engines, before, strict=True) if sum(e.cpu_times()[:2]) - was > 0.1
     ]
     return busy[0] if len(busy) == 1 else None
 
@@ -89,5 +93,8 @@ def test_a_request_that_was_alone_in_an_engine_that_was_killed_gets_another_one(
         answer = pending.result(timeout=120.0)
     assert answer.status_code == 200, answer.text
     outcome = fleet.outcome(answer.headers["x-calm-decision-id"])
-    assert [(a.slm_id, a.failure) for a in outcome.failed_attempts] == [(SLM, "engine_died")]
+    (attempt,) = outcome.failed_attempts
+    assert attempt.slm_id == SLM
+    # vLLM may answer with an error of its own before it knows that its engine is dead.
+    assert attempt.failure in ("engine_died", "server_error", "transport")
     assert (outcome.status, outcome.failure) == ("ok", "")
