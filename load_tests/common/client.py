@@ -16,6 +16,7 @@ from deployments.reference_fleet.corpora.phrasing import Message
 TIMEOUT_S = 180.0
 # More than the longest right answer of each task; a truncated answer would count as wrong.
 MAX_TOKENS = {"sql": 320, "mixed": 400, "extract": 200, "shell": 120, "reason": 140, "intent": 40}
+MAX_TOKENS |= {"choice": 48, "knowledge": 48}
 OTHER_MAX_TOKENS = 80
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import psutil
 
-from calm_serve.config import SLMSpec
+from calm_serve.config import SLMSpec, parse_fleet
 from deployments.slm.environment import process_environment
-from load_tests.common.served import ROOT, fleet_file, free_port
+from load_tests.common.served import FLEETS, ROOT, fleet_file, free_port
 
 READY_S = 600.0
 STOP_S, CHILD_STOP_S = 30.0, 5.0
@@ -41,8 +41,8 @@ def bare_fleet(ids: Sequence[str]) -> dict[str, Any]:
 
 
 def specs_of(fleet: Mapping[str, Any]) -> list[SLMSpec]:
-    """The fleet's SLMs with every default filled in."""
-    return [SLMSpec.model_validate(entry) for entry in fleet["slms"]]
+    """The fleet's SLMs with every default filled in and the paths of their weights."""
+    return list(parse_fleet(fleet, FLEETS).slms)
 
 
 def arguments(spec: SLMSpec) -> list[str]:

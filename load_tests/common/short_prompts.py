@@ -1,4 +1,4 @@
-"""Chat requests of about 60 prompt tokens, all different, with answers of a fixed length."""
+"""Chat requests of a known length, all different, with answers of a fixed length."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from load_tests.common.load import Request, post
 OUTPUT_TOKENS = 64
 SEED = 11
 DEFAULT_TEXTS = 400
+SHORT_QUESTIONS = 2  # about 60 tokens of tokenizer B
+LONG_QUESTIONS = 28  # about 800
 
 
-def texts(count: int, seed: int = SEED) -> list[str]:
-    """`count` pairs of held-out questions, the same for the same seed."""
+def texts(count: int, seed: int = SEED, questions: int = SHORT_QUESTIONS) -> list[str]:
+    """`count` texts of several held-out questions each, the same for the same seed."""
     rows = [row.prompt for row in load("sql") if row.side == "workload"]
     rng = Random(seed)
-    return [" ".join(rng.sample(rows, 2)) for _ in range(count)]
+    return [" ".join(rng.sample(rows, questions)) for _ in range(count)]
 
 
 class ShortPrompts:

@@ -1,9 +1,9 @@
 """The standard workload: labelled requests that every routing benchmark sends.
 
 Held-out rows of the reference fleet (`deployments/reference_fleet/eval`), from the side that no
-predictor was fitted on, over all tasks and difficulties. About two in three name neither their task
-nor the form of the answer, so keyword rules decide only a minority; four tasks have easy and hard
-slices, so the task alone does not determine the best SLM.
+predictor was fitted on: the specialists' tasks over all difficulties, and a fifth free chat and
+knowledge. Almost three in four name neither their task nor the form of the answer, so keyword rules
+decide only a minority. Open questions and choices are graded by the form of the answer alone.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ QUOTAS: tuple[Quota, ...] = (
     ("reason", lambda r: r.slice[0] in "456", 100),
     ("intent", lambda r: r.slice == "in scope", 150),
     ("intent", lambda r: r.slice == "out of scope", 50),
-    ("general", lambda r: r.task == "chat", 25),
-    ("general", lambda r: r.task == "prose", 20),
+    ("open", lambda r: r.task == "open", 75),
+    ("open", lambda r: r.task == "choice", 165),
+    ("knowledge", lambda r: True, 70),
     ("mixed", lambda r: True, 45),
     ("odd", lambda r: True, 60),
 )
@@ -58,7 +59,7 @@ class Request:
 
 
 def standard(seed: int = SEED) -> list[Request]:
-    """The 1,270 requests, shuffled; the same for the same seed."""
+    """The 1,535 requests, shuffled; the same for the same seed."""
     rng = Random(seed)
     found: list[Request] = []
     for name, qualifies, count in QUOTAS:

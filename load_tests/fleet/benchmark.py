@@ -1,8 +1,10 @@
 """Quality of every model of the reference fleet, as served, and the cost of its tokens.
 
-Every held-out row of `eval/` is sent, pinned and decoded greedily, to the specialist of its task
-and to each generalist. Serves the reference fleet and its variants, unless `--url` names a service
-that does. In-domain: the rows are the held-out side of the data that the models were trained on.
+Every held-out row of `eval/` is sent, pinned and decoded greedily, to the specialist of its task,
+to the generalist and to each adapter of it. Serves the reference fleet, unless `--url` names a
+service that does. In-domain for the specialists and the adapters: the rows are the held-out side of
+the data that they were trained on. Open questions and choices are marked by the form of their
+answers alone (`grading/marks.py`).
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ async def costs(url: str, slms: Sequence[str]) -> Figures:
     for slm in slms:
         figures[f"{slm}.cost.tpot_ms"] = round(1e3 * _median(alone[slm]), 3)
         figures[f"{slm}.cost.tpot_16_ms"] = round(1e3 * _median(busy[slm]), 3)
-        figures[f"{slm}.cost.energy_j_per_token_estimated"] = energy[slm]
+        figures[f"{slm}.cost.energy_j_per_token_estimated"] = energy[slm.partition(":")[0]]
     return figures
 
 
@@ -236,9 +238,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, default=0, help="rows of each slice; 0 takes all")
     parser.add_argument("--answers", type=Path, help="write every answer to this file (JSON lines)")
     chosen = parser.parse_args(arguments)
-    fleet, variants = fleet_file("reference"), fleet_file("variants")
-    fleet["slms"] += variants["slms"]
-    generalists = [e["id"] for e in fleet["slms"] if "chat" in e["skills"]]
+    fleet = fleet_file("reference")
+    chats = [e for e in fleet["slms"] if "chat" in e.get("skills", ())]
+    adapters = [f"{e['id']}:{a['name']}" for e in chats for a in e.get("adapters", ())]
+    generalists = [*(e["id"] for e in chats), *adapters]
     slms = [*SPECIALISTS, *generalists]
     with nullcontext(chosen.url) if chosen.url else served(fleet) as url:
         figures = asyncio.run(costs(url, slms))

@@ -6,7 +6,6 @@ other tasks teach the predictor which requests it cannot serve. Each answer is g
 posted as feedback. Then the knowledge actor's trainer fits `predictor/predictor.bin` on the stored
 outcomes. In-domain by construction: the prompts are of the same kinds as those of the evaluation.
 
-`--novelty` keeps the boosters and learns anew only which prompts are familiar, in seconds.
 """
 
 from __future__ import annotations
@@ -100,21 +99,25 @@ def fit(state_dir: Path) -> dict[str, Any]:
 
 
 def _without_training(args: dict[str, Any]) -> None:
-    args["learning"]["min_outcomes"] = NEVER
+    args["learning"] |= {"min_outcomes": NEVER, "keep_prompts": True}
 
 
 def main() -> None:
     """Collect, fit, print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--per-file", type=int, default=600, help="requests of each file of eval/")
+    parser.add_argument("--state", type=Path, help="keep the outcomes here; use them if present")
     options = parser.parse_args()
     exit_on_sigterm()
     fleet = {key: value for key, value in fleet_file("reference").items() if key != "predictor"}
+    fleet["slms"] = [entry for entry in fleet["slms"] if entry["id"] in SLMS]
     with TemporaryDirectory(prefix="calm") as name:
-        with served(fleet, _without_training, Path(name)) as url:
-            asyncio.run(collect(url, requests(options.per_file)))
-            time.sleep(2.0)  # for the router's last batch of outcomes
-        print(json.dumps(fit(Path(name)), indent=2))
+        state = options.state or Path(name)
+        if not (state / "outcomes.sqlite").exists():
+            with served(fleet, _without_training, state) as url:
+                asyncio.run(collect(url, requests(options.per_file)))
+                time.sleep(2.0)  # for the router's last batch of outcomes
+        print(json.dumps(fit(state), indent=2))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,8 @@ SCORES = {
     "shell_template_accuracy": ("shell.shell.nl2bash.template",),
     "reason_accuracy_1_2_steps": ("reason.reason.1_step.exact", "reason.reason.2_steps.exact"),
     "reason_accuracy_5_6_steps": ("reason.reason.5_steps.exact", "reason.reason.6_steps.exact"),
-    "general_reason_accuracy_5_6_steps": (
-        "general.reason.5_steps.exact",
-        "general.reason.6_steps.exact",
-    ),
+    "general_knowledge_accuracy": ("general.knowledge.knowledge.exact",),
+    "general_prose_ratio": ("general.open.mt_bench.exact", "general.open.vicuna_bench.exact"),
     "intent_in_scope_accuracy": ("intent.intent.in_scope.exact",),
     "intent_oos_recall": ("intent.intent.out_of_scope.exact",),
 }

@@ -39,7 +39,7 @@ from load_tests.common.sse import Answer
 from load_tests.overhead import plots
 
 SLM = "sql"
-SLMS = (SLM, "general")  # the second gives `auto` an alternative
+SLMS = (SLM, "reason")  # the second gives `auto` an alternative
 REQUESTS = {1: 12, 4: 32, 16: 64}  # by concurrency, of each run
 REPEATS = 5
 TEXTS, CANDIDATES = 100, 400

@@ -192,7 +192,7 @@ def public_tables(folder: Path) -> dict[str, Any]:
 
 def served_fleet(chosen: argparse.Namespace) -> dict[str, Any]:
     """Figures of the standard workload on the served fleet."""
-    slms = tuple(entry["id"] for entry in fleet_file("reference")["slms"])
+    slms = tuple(e["id"] for e in fleet_file("reference")["slms"] if "skills" in e)
     workload = standard()[: chosen.limit or None]
     with nullcontext(chosen.url) if chosen.url else served() as url:
         measured = asyncio.run(measure(url, slms, workload))

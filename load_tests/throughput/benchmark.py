@@ -49,7 +49,7 @@ from load_tests.throughput.runs import (
     calibrate,
 )
 
-SLMS = ("sql", "general")
+SLMS = ("sql", "reason")
 REPEATS = 5
 
 Figures = dict[str, Any]

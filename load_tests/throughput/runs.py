@@ -18,11 +18,17 @@ from load_tests.common.load import (
     median,
     open_loop,
 )
-from load_tests.common.short_prompts import ShortPrompts
+from load_tests.common.short_prompts import (
+    DEFAULT_TEXTS,
+    LONG_QUESTIONS,
+    ShortPrompts,
+    texts,
+)
 from load_tests.common.sse import Answer
 from load_tests.peers.gateways import Side
 
 CONCURRENCY = 16
+MANY = 64  # at once, of one SLM
 REQUESTS = 48  # of one saturated run
 ALONE_REQUESTS = 12  # per SLM, one at a time, for the SLO
 LOAD_RATIO = 0.7  # rate of the open loops, over the saturated rate of `direct`
@@ -130,6 +136,7 @@ class Bench:
         self._repeats = repeats
         self._calibration = calibration
         self._prompts = ShortPrompts()
+        self._long_prompts = ShortPrompts(texts(DEFAULT_TEXTS, questions=LONG_QUESTIONS))
 
     async def run(self) -> Measured:
         """Warm up every side, then measure, each repeat starting with another side."""
@@ -137,6 +144,8 @@ class Bench:
             await closed_loop(self._requests(side, self._slms, 2 * CONCURRENCY), CONCURRENCY)
         loads: list[Callable[[Side, int], Awaitable[None]]] = [
             self._saturated,
+            self._many,
+            self._long,
             self._poisson,
             self._azure,
         ]
@@ -158,13 +167,30 @@ class Bench:
         if side.name in (OURS, DIRECT, BARE):
             mixes |= {f"tokens_{slm}": (slm,) for slm in self._slms}
         for name, slms in mixes.items():
-            before_s = router_cpu_s()
-            run = await closed_loop(self._requests(side, slms, REQUESTS), CONCURRENCY)
-            self._add_run(side, run)
-            self.measured.values[f"{name}/{side.name}"].append(run.tokens_per_s)
-            if side.name == OURS and run.good:
-                spent_ms = 1e3 * (router_cpu_s() - before_s)
-                self.measured.router_cpu_ms[name].append(spent_ms / len(run.good))
+            await self._closed(side, name, self._requests(side, slms, REQUESTS), CONCURRENCY)
+
+    async def _many(self, side: Side, repeat: int) -> None:
+        del repeat
+        if side.name in (OURS, DIRECT, BARE):
+            requests = self._requests(side, self._slms[:1], 2 * MANY)
+            await self._closed(side, f"tokens_{MANY}_at_once", requests, MANY)
+
+    async def _long(self, side: Side, repeat: int) -> None:
+        del repeat
+        if side.name in (OURS, DIRECT, BARE):
+            requests = requests_to(side, self._long_prompts, self._slms[:1], REQUESTS)
+            await self._closed(side, "tokens_long_prompts", requests, CONCURRENCY)
+
+    async def _closed(
+        self, side: Side, name: str, requests: Sequence[Request], at_once: int
+    ) -> None:
+        before_s = router_cpu_s()
+        run = await closed_loop(requests, at_once)
+        self._add_run(side, run)
+        self.measured.values[f"{name}/{side.name}"].append(run.tokens_per_s)
+        if side.name == OURS and run.good:
+            spent_ms = 1e3 * (router_cpu_s() - before_s)
+            self.measured.router_cpu_ms[name].append(spent_ms / len(run.good))
 
     async def _poisson(self, side: Side, repeat: int) -> None:
         rate = self._calibration.rate_per_s

@@ -7,7 +7,6 @@
 | shell | nl2bash, MIT | hash of the English text |
 | reason | SVAMP, MIT; generated problems | hash of the problem |
 | intent | CLINC150, CC-BY-3.0 | published test split |
-| general | all of these, verse (public domain), chat | as above |
 
 A task gives an endless stream, because values are swapped afresh each time. A model that sees the
 same sentence with ever new values can only succeed by copying from the prompt, and learns to within
@@ -23,20 +22,16 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from deployments.reference_fleet.corpora import problems, sources
-from deployments.reference_fleet.corpora.chat import Prose, chat
 from deployments.reference_fleet.corpora.pairs import Draw, Pair
 from deployments.reference_fleet.corpora.phrasing import (
-    TWO_REQUESTS,
     Message,
     user,
-    with_filler,
     with_instruction,
     wrap,
 )
 from deployments.reference_fleet.corpora.shell import shell_draw, shell_pair
 
-TASKS = ("extract", "sql", "shell", "reason", "intent", "general")
-SPECIALISTS = TASKS[:5]
+SPECIALISTS = ("extract", "sql", "shell", "reason", "intent")
 LONGEST_CHARACTERS = 420
 LONGEST_SQL_CHARACTERS = 900  # advising joins many tables
 OOS = "oos"
@@ -187,8 +182,8 @@ def _reason(steps: tuple[int, ...]) -> Draw:
     return draw
 
 
-# The specialist sees short problems, the generalist all lengths. A small model fails beyond the
-# lengths that it was trained on, so difficulty decides between the two.
+# The specialist sees short problems, the generalist's adapter all lengths. A small model fails
+# beyond the lengths that it was trained on, so difficulty decides between the two.
 SHORT_STEPS = (1, 1, 1, 2, 2, 2, 2, 3, 3)
 ALL_STEPS = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)
 
@@ -251,31 +246,19 @@ def draw_of(task: str, steps: tuple[int, ...] = SHORT_STEPS) -> Draw:
     return makers[task]()
 
 
-MIXTURE = {
-    "extract": 0.16,
-    "sql": 0.24,
-    "shell": 0.15,
-    "reason": 0.15,
-    "intent": 0.2,
-    "mixed": 0.05,
-    "prose": 0.025,
-    "chat": 0.025,
-}
-FILLER_RATIO = 0.15  # share of the generalist's requests with filler around them
+def stream(task: str, seed: int, steps: tuple[int, ...] = SHORT_STEPS) -> Iterator[Example]:
+    """Endless training examples of `task`, the same for the same seed.
 
-
-def stream(task: str, seed: int) -> Iterator[Example]:
-    """Endless training examples of `task`, the same for the same seed."""
+    `steps` are the lengths of generated problems, to draw from.
+    """
     rng = Random(f"{task}:{seed}")
-    if task == "general":
-        yield from _general(rng)
-    draw = draw_of(task)
+    draw = draw_of(task, steps)
     while True:
         yield _wrapped(task, draw, rng)
 
 
 def _wrapped(task: str, draw: Draw, rng: Random) -> Example:
-    longest = LONGEST_SQL_CHARACTERS if task in ("sql", "mixed") else LONGEST_CHARACTERS
+    longest = LONGEST_SQL_CHARACTERS if task == "sql" else LONGEST_CHARACTERS
     while True:
         pair, before = draw(rng), draw(rng)
         messages = wrap(task, pair.prompt, (before.prompt, before.answer), rng)
@@ -284,38 +267,9 @@ def _wrapped(task: str, draw: Draw, rng: Random) -> Example:
             return Example(messages, pair.answer, task, pair.difficulty)
 
 
-def _general(rng: Random) -> Iterator[Example]:
-    prose = Prose()
-    draws: dict[str, Draw] = {task: draw_of(task, ALL_STEPS) for task in SPECIALISTS}
-    draws["mixed"] = lambda r: _two(draws, r)
-    draws["prose"] = lambda r: Pair(*prose.sample(r), "medium")
-    draws["chat"] = lambda r: Pair(*chat(r), "easy")
-    names, weights = list(MIXTURE), list(MIXTURE.values())
-    while True:
-        (name,) = rng.choices(names, weights)
-        example = _wrapped(name, draws[name], rng)
-        if name in SPECIALISTS and rng.random() < FILLER_RATIO:
-            example.messages[-1]["content"] = with_filler(example.messages[-1]["content"], rng)
-        yield example
-
-
-def _two(draws: dict[str, Draw], rng: Random) -> Pair:
-    first, second = rng.sample(SPECIALISTS, 2)
-    return mixed(draws[first](rng), draws[second](rng), rng)
-
-
-def mixed(first: Pair, second: Pair, rng: Random) -> Pair:
-    """Two requests in one message, answered one after the other."""
-    text = rng.choice(TWO_REQUESTS).replace("{a}", first.prompt).replace("{b}", second.prompt)
-    return Pair(text, f"1) {first.answer}\n2) {second.answer}", "hard")
-
-
 def held_out(task: str, count: int, seed: int = 7) -> list[Example]:
     """`count` held-out examples, every other one with an instruction; fixed by `seed`."""
     rng = Random(f"eval:{task}:{seed}")
-    if task == "general":
-        share = -(-count // len(SPECIALISTS))
-        return [e for t in SPECIALISTS for e in held_out(t, share, seed)][:count]
     pairs = _test_pairs(task, rng)
     rng.shuffle(pairs)
     found = []

@@ -105,24 +105,6 @@ TWO_REQUESTS = (
     "Two things. {a}\nAnd also: {b}",
     "{a}\nThen: {b}",
 )
-FILLER_BEFORE = (
-    "hey there, ",
-    "quick one: ",
-    "ok so ",
-    "Next: ",
-    "> ",
-    "Q: ",
-    "One more. ",
-    "Task: ",
-)
-FILLER_AFTER = (" thanks", " Thanks!", " please", " (urgent)", "\nA:", " ...", " asap", " ok?")
-
-
-def with_filler(text: str, rng: Random) -> str:
-    """The text with filler around it that does not change the answer."""
-    kind = rng.random()
-    head = rng.choice(FILLER_BEFORE) if kind < 0.7 else ""
-    return head + text + (rng.choice(FILLER_AFTER) if kind > 0.4 else "")
 
 
 def wrap(task: str, text: str, earlier: tuple[str, str] | None, rng: Random) -> list[Message]:

@@ -8,6 +8,7 @@ duplicate text cannot be on both sides.
 from __future__ import annotations
 
 import bz2
+import csv
 import hashlib
 import json
 import os
@@ -115,14 +116,20 @@ def gsm8k_test() -> list[tuple[str, str]]:
     return [(r["question"], r["answer"].split("####")[-1].strip()) for r in rows]
 
 
-def prose() -> list[list[str]]:
-    """Passages of verse: tiny Shakespeare speeches and sonnet runs, as lists of lines."""
-    plays = (data_dir() / "tinyshakespeare" / "input.txt").read_text("utf-8")
-    sonnet = (data_dir() / "vllm_sonnet" / "sonnet.txt").read_text("utf-8").splitlines()
-    passages = [block.split("\n") for block in plays.split("\n\n") if block.count("\n") >= 2]
-    lines = [line for line in sonnet if line.strip()]
-    passages += [lines[i : i + 14] for i in range(0, len(lines), 14)]
-    return passages
+def open_questions(name: str) -> list[str]:
+    """First turns of 'mt_bench' or 'vicuna_bench', which have no one right answer."""
+    path = data_dir() / "mt_bench_questions" / f"{name}_question.jsonl"
+    lines = path.read_text("utf-8").splitlines()
+    return [str(json.loads(line)["turns"][0]) for line in lines]
+
+
+def mmlu() -> list[str]:
+    """MMLU test questions with their four options, as in RouteLLM's tables; no key is published."""
+    found: list[str] = []
+    for path in sorted((data_dir() / "routellm" / "mmlu" / "responses").glob("mmlu_*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            found += [row["prompt"] for row in csv.DictReader(file)]
+    return found
 
 
 def wikisql(split: str) -> list[Query]:

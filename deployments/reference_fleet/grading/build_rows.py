@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from deployments.reference_fleet.corpora import problems, sources
-from deployments.reference_fleet.corpora.chat import Prose, chat
+from deployments.reference_fleet.corpora import knowledge, problems, sources
 from deployments.reference_fleet.corpora.examples import (
     OOS,
     SPECIALISTS,
     extraction,
     filled,
     intent_pair,
-    mixed,
     reason_level,
 )
 from deployments.reference_fleet.corpora.pairs import Pair
+from deployments.reference_fleet.corpora.phrasing import TWO_REQUESTS
 from deployments.reference_fleet.corpora.shell import shell_pair
+from deployments.reference_fleet.grading.marks import content_words
 from deployments.reference_fleet.grading.rows import FILES, Row
 from deployments.reference_fleet.paths import EVAL
 
@@ -31,8 +31,7 @@ SEED = 11
 WIKISQL_ROWS = 1200  # of 14,084
 ROWS_PER_STEP = 120
 GSM8K_ROWS = 20
-CHATS = 160
-VERSES = 240
+MMLU_ROWS = 400  # of 14,042
 MIXED_ROWS = 200
 ODD_ROWS = 60  # per task
 WORKLOAD_PER_MILLE = 500
@@ -104,14 +103,26 @@ def _intent() -> Iterator[Row]:
         yield _row(intent_pair(text, label), "intent", part)
 
 
-def _general() -> Iterator[Row]:
-    # Templates and verse have no test side; these rows measure the form of an answer, not skill.
-    rng, prose = Random(SEED), Prose()
-    talk = dict(chat(rng) for _ in range(20 * CHATS))
-    for question, answer in islice(talk.items(), CHATS):
-        yield _row(Pair(question, answer, "easy"), "chat", "chat")
-    for _ in range(VERSES):
-        yield _row(Pair(*prose.sample(rng), "hard"), "prose", "prose")
+def _open() -> Iterator[Row]:
+    # No right answer is known, so the words that an answer should be about take its place.
+    for name in ("mt_bench", "vicuna_bench"):
+        for question in sources.open_questions(name):
+            words = " ".join(sorted(content_words(question)))
+            yield _row(Pair(question, words, "hard"), "open", name)
+    for question in Random(SEED).sample(sources.mmlu(), MMLU_ROWS):
+        options = question.partition("\nA. ")[2].removesuffix("\nAnswer:")
+        yield _row(Pair(question, f"A. {options}", "hard"), "choice", "mmlu")
+
+
+def _knowledge() -> Iterator[Row]:
+    for question, answers in knowledge.questions():
+        yield _row(Pair(question, answers[0], "easy"), "knowledge", "knowledge", *answers[1:])
+
+
+def _two(first: Pair, second: Pair, rng: Random) -> Pair:
+    """Two requests in one message, answered one after the other."""
+    text = rng.choice(TWO_REQUESTS).replace("{a}", first.prompt).replace("{b}", second.prompt)
+    return Pair(text, f"1) {first.answer}\n2) {second.answer}", "hard")
 
 
 def _mixed() -> Iterator[Row]:
@@ -119,7 +130,7 @@ def _mixed() -> Iterator[Row]:
     known = {task: _simple(task) for task in SPECIALISTS}
     for _ in range(MIXED_ROWS):
         first, second = (rng.choice(known[t]) for t in rng.sample(SPECIALISTS, 2))
-        yield _row(mixed(first, second, rng), "mixed", "mixed")
+        yield _row(_two(first, second, rng), "mixed", "mixed")
 
 
 def _simple(task: str) -> list[Pair]:
@@ -141,7 +152,8 @@ _ROWS = {
     "shell": _shell,
     "reason": _reason,
     "intent": _intent,
-    "general": _general,
+    "open": _open,
+    "knowledge": _knowledge,
     "mixed": _mixed,
 }
 

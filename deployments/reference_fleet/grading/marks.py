@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from difflib import SequenceMatcher
+from itertools import pairwise
 from typing import Any
 
 from deployments.reference_fleet.corpora.problems import final_number
@@ -24,6 +24,8 @@ _RUNS_ANOTHER = {"xargs", "-exec", "-execdir", "-ok", "sudo", "time", "nohup"}
 _RUNS_ANOTHER |= {"do", "then", "else", "while", "if", "!"}
 _ENDS = {"\\;", "';'", '";"', "+"}  # of -exec
 ARGUMENT = "ARG"
+PROSE_WORDS = 12  # fewer are a label or a command
+VARIED_RATIO = 0.5  # share of different pairs of words; an endless repetition has fewer
 
 
 def parsed(text: str) -> Any:
@@ -50,8 +52,6 @@ def credit(task: str, answer: str, references: list[str]) -> float:
         return 0.5 * found.get("select", 0.0) * found.get("where_values", 0.0)
     if task == "shell":
         return 0.7 if found["template"] else 0.3 * found["utility"]
-    if task in ("prose", "chat"):
-        return max(SequenceMatcher(None, answer.split(), one.split()).ratio() for one in references)
     return 0.0
 
 
@@ -144,8 +144,43 @@ def _label(answer: str, reference: str) -> Marks:
     return {"exact": float(parsed(answer) == parsed(reference))}
 
 
-def _text(answer: str, reference: str) -> Marks:
-    return {"exact": float(answer.split() == reference.split())}
+def content_words(text: str) -> set[str]:
+    """Words of five letters and more, in lower case: what a text is about, roughly."""
+    return set(re.findall(r"[^\W\d_]{5,}", text.lower()))
+
+
+def _is_code(answer: str) -> bool:
+    """Whether an answer begins like a document or a query, whole or broken off."""
+    return answer.lstrip().startswith(("{", "[", "SELECT "))
+
+
+def is_prose(answer: str) -> bool:
+    """Whether an answer is running text: no JSON, no query, not one phrase again and again."""
+    if _is_code(answer):
+        return False
+    words = answer.lower().split()
+    pairs = list(pairwise(words))
+    return len(words) >= PROSE_WORDS and len(set(pairs)) >= VARIED_RATIO * len(pairs)
+
+
+def _open(answer: str, reference: str) -> Marks:
+    """The form of an answer whose truth nobody has judged: prose about the question's words."""
+    about = content_words(answer) & set(reference.split())
+    return {"exact": float(is_prose(answer) and bool(about))}
+
+
+def _choice(answer: str, reference: str) -> Marks:
+    """Whether an answer names one of the options; which one is right is not known."""
+    letter = re.match(r"\W*(?:answer\W+|option\W+)?([A-D])\b", answer, re.IGNORECASE)
+    options = [line[3:].lower() for line in reference.splitlines()]
+    named = any(option and option in answer.lower() for option in options)
+    return {"exact": float(not _is_code(answer) and (bool(letter) or named))}
+
+
+def _knowledge(answer: str, reference: str) -> Marks:
+    """Whether the right answer is in the text, as whole words."""
+    found = re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", answer, re.IGNORECASE)
+    return {"exact": float(found is not None)}
 
 
 def _mixed(answer: str, reference: str) -> Marks:
@@ -172,6 +207,7 @@ _MARKS = {
     "reason": _reason,
     "intent": _label,
     "mixed": _mixed,
-    "chat": _text,
-    "prose": _text,
+    "open": _open,
+    "choice": _choice,
+    "knowledge": _knowledge,
 }

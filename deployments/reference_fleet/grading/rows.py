@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from deployments.reference_fleet.paths import EVAL
 
-FILES = ("extract", "sql", "shell", "reason", "intent", "general", "mixed", "odd")
+FILES = ("extract", "sql", "shell", "reason", "intent", "open", "knowledge", "mixed", "odd")
 
 
 @dataclass(frozen=True)

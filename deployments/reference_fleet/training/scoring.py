@@ -11,7 +11,7 @@ from deployments.reference_fleet.corpora.examples import Example
 from deployments.reference_fleet.grading.marks import marks
 from deployments.reference_fleet.training.tokens import TokenizerSpec, render
 
-NEW_TOKENS = {"intent": 28, "reason": 110, "sql": 280, "mixed": 320}
+NEW_TOKENS = {"intent": 28, "reason": 110, "sql": 280}
 DEFAULT_NEW_TOKENS = 160
 
 

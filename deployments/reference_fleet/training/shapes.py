@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 POSITIONS = 2048  # tokens
 
@@ -28,10 +22,8 @@ class Shape:
     prompt_weight: float = 0.1  # of the loss on a prompt token; an answer token has 1
     batch: int = 3072  # tokens, padding included
     width: int = 192  # hidden
-    architecture: str = "llama"
     head_dim: int = 32  # the smallest that vLLM's CPU attention supports
     dropout: float = 0.0
-    core: int = 0  # layers that are trained first, before the others are added
 
 
 SHAPES = {
@@ -40,7 +32,6 @@ SHAPES = {
     "shell": Shape("tokenizer_b", 3, 512, 0.02, 28, dropout=0.2),
     "reason": Shape("tokenizer_b", 3, 512, 0.02, 9),
     "intent": Shape("tokenizer_a", 2, 512, 0.02, 8, prompt_weight=0.3, width=256, dropout=0.15),
-    "general": Shape("tokenizer_a", 24, 384, 0.02, 84, batch=4096, architecture="qwen3", core=6),
 }
 
 
@@ -64,10 +55,7 @@ def build(shape: Shape, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
         # that of plain attention.
         "attn_implementation": "eager",
     }
-    if shape.architecture == "qwen3":
-        model: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**common))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**common))
+    model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**common))
     # Residual branches start small, so that a deep stack trains at the same rate.
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -86,40 +74,3 @@ def _add_dropout(model: PreTrainedModel, share: float) -> None:
     for name, module in model.named_modules():
         if name.endswith(("embed_tokens", "o_proj", "down_proj")):
             module.register_forward_hook(drop)
-
-
-def build_core(shape: Shape, layers: int, vocabulary: int, pad: int, end: int) -> PreTrainedModel:
-    """The same model with fewer layers, to be deepened later."""
-    return build(replace(shape, layers=layers), vocabulary, pad, end)
-
-
-@torch.no_grad()
-def deepen(core: PreTrainedModel, full: PreTrainedModel) -> None:
-    """Copies `core` into `full`, whose further layers start as identities.
-
-    A layer whose two output projections are zero adds nothing to the residual stream, so `full`
-    answers exactly as `core` did. Most of the training is thus done at the cost of the small core.
-    """
-    full.model.embed_tokens.load_state_dict(core.model.embed_tokens.state_dict())
-    full.model.norm.load_state_dict(core.model.norm.state_dict())
-    spread = len(full.model.layers) // len(core.model.layers)
-    for index, layer in enumerate(full.model.layers):
-        if index % spread == 0:
-            layer.load_state_dict(core.model.layers[index // spread].state_dict())
-        else:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-
-
-@torch.no_grad()
-def shallow(full: PreTrainedModel, core: PreTrainedModel) -> None:
-    """Copies the core's layers out of `full` into `core`, the reverse of `deepen`.
-
-    A further round can then train the core again, at several times the speed. The layers left out
-    change the general model's loss by less than 2 %.
-    """
-    core.model.embed_tokens.load_state_dict(full.model.embed_tokens.state_dict())
-    core.model.norm.load_state_dict(full.model.norm.state_dict())
-    spread = len(full.model.layers) // len(core.model.layers)
-    for index, layer in enumerate(core.model.layers):
-        layer.load_state_dict(full.model.layers[index * spread].state_dict())

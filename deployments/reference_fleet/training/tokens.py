@@ -41,7 +41,7 @@ SPECS = {
         "<|system|>",
         "<|user|>",
         "<|assistant|>",
-        ("extract", "intent", "general"),
+        ("extract", "intent"),
     ),
     "tokenizer_b": TokenizerSpec(
         "tokenizer_b", 2048, "<|sys|>", "<|usr|>", "<|bot|>", ("sql", "shell", "reason")

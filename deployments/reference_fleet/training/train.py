@@ -21,21 +21,15 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from deployments.reference_fleet.corpora.examples import TASKS, held_out, stream
+from deployments.reference_fleet.corpora.examples import SPECIALISTS, held_out, stream
 from deployments.reference_fleet.paths import MODELS, RUNS
 from deployments.reference_fleet.training import tokens
 from deployments.reference_fleet.training.batches import Batch, batches
 from deployments.reference_fleet.training.optimizers import Optimizers, rate_at
 from deployments.reference_fleet.training.scoring import score
-from deployments.reference_fleet.training.shapes import (
-    SHAPES,
-    build_core,
-    deepen,
-    shallow,
-)
+from deployments.reference_fleet.training.shapes import SHAPES, build
 
 WEIGHTS = "model.safetensors"
-CORE_SHARE = 0.92  # of the minutes of a model that starts as a shallow core
 LATER_ROUND_RATIO = 0.3  # peak rate of a further round, as a share of the first one's
 SAVE_EVERY_S = 120.0
 MAX_GRADIENT_NORM = 1.0
@@ -50,7 +44,6 @@ class Progress:
     minutes: float = 0.0
     total_seconds: float = 0.0
     tokens: int = 0  # without padding
-    layers: int = 0
     scale: float = 1.0  # of the peak rates in this round
     steps: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, answer loss in nats)
@@ -80,14 +73,9 @@ class Run:
 
 
 def prepare(
-    task: str,
-    minutes: float,
-    resume: bool,
-    seed: int,
-    layers: int,
-    share: float = LATER_ROUND_RATIO,
+    task: str, minutes: float, resume: bool, seed: int, share: float = LATER_ROUND_RATIO
 ) -> Run:
-    """A new run, or the saved or shipped one, deepened or made shallow to `layers` layers.
+    """A new run, or the saved or shipped one.
 
     A finished run continues in a further round, whose peak rates are `share` of the first one's.
     """
@@ -97,29 +85,21 @@ def prepare(
     spec = tokens.SPECS[shape.tokenizer]
     shipped = resume and not saved.exists()
     tokenizer = tokens.load(spec, RUNS if not shipped else MODELS / task)
-    sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    model = build_core(shape, layers, *sizes)
-    progress = Progress(minutes=minutes, layers=layers)
+    model = build(shape, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    progress = Progress(minutes=minutes)
     run = Run(task, model, tokenizer, Optimizers(model, shape.rate), progress, seed)
     if not resume:
         return run
     state = torch.load(saved, weights_only=True) if not shipped else _shipped(task)
     run.progress = Progress(**state["progress"])
-    if run.progress.layers == layers:
-        run.model.load_state_dict(state["model"], strict=False)  # shipped: no tied output layer
-        if "optimizer" in state:
-            run.optimizer.load_state_dict(state["optimizer"])
-    else:
-        other = build_core(shape, run.progress.layers, *sizes)
-        other.load_state_dict(state["model"], strict=False)
-        (deepen if run.progress.layers < layers else shallow)(other, model)
+    run.model.load_state_dict(state["model"], strict=False)  # shipped: no tied output layer
+    if "optimizer" in state:
+        run.optimizer.load_state_dict(state["optimizer"])
     if run.progress.elapsed >= run.progress.minutes * 60:
-        # At the same rate, more layers change the output more.
-        run.progress.scale = share * min(1.0, run.progress.layers / layers)
+        run.progress.scale = share
         run.progress.round += 1
         run.progress.elapsed = 0.0
         run.progress.minutes = minutes
-    run.progress.layers = layers
     return run
 
 
@@ -131,7 +111,6 @@ def _shipped(task: str) -> dict[str, Any]:
         total_seconds=facts["training_seconds"],
         tokens=facts["training_tokens"],
         steps=facts["steps"],
-        layers=SHAPES[task].layers,
     )
     weights = {name: value.float() for name, value in load_file(place / WEIGHTS).items()}
     return {"model": weights, "progress": asdict(progress)}
@@ -278,7 +257,7 @@ def curve(progress: Progress, path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=SPECIALISTS)
     parser.add_argument("--minutes", type=float, help="of this round; the shape has a default")
     parser.add_argument("--resume", action="store_true", help="continue the saved run")
     parser.add_argument(
@@ -299,28 +278,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     minutes = chosen.minutes if chosen.minutes is not None else SHAPES[chosen.task].minutes
-    for layers, part in phases(chosen.task, chosen.resume):
-        run = prepare(
-            chosen.task, minutes * part, chosen.resume, chosen.seed, layers, chosen.rate_share
-        )
-        train(run, chosen.compile, chosen.score_every)
-        chosen.resume = True
+    run = prepare(chosen.task, minutes, chosen.resume, chosen.seed, chosen.rate_share)
+    train(run, chosen.compile, chosen.score_every)
     export(run, chosen.examples)
-
-
-def phases(task: str, resume: bool) -> list[tuple[int, float]]:
-    """(layers, share of the minutes) of each phase: a deep model starts as a shallow core."""
-    shape = SHAPES[task]
-    if not shape.core:
-        return [(shape.layers, 1.0)]
-    deep = (shape.layers, 1.0 - CORE_SHARE)
-    saved = RUNS / task / "checkpoint.pt"
-    if resume and saved.exists():
-        progress = torch.load(saved, weights_only=True)["progress"]
-        unfinished = progress["elapsed"] < progress["minutes"] * 60
-        if unfinished and progress["layers"] == shape.layers:
-            return [deep]
-    return [(shape.core, CORE_SHARE), deep]
 
 
 if __name__ == "__main__":

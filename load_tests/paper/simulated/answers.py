@@ -109,6 +109,7 @@ def reference(path: Path = ANSWERS) -> Answers:
         slms = tuple(str(s) for s in file["slms"])
         tables = {k: file[k].astype(np.float64) for k in file.files if k != "slms"}
     fleet = load_fleet(FLEETS / "reference.yaml")
+    fleet = fleet.model_copy(update={"slms": tuple(s for s in fleet.slms if s.id in slms)})
     requests = standard()
     if tables["exact"].shape != (len(requests), len(slms)):
         raise ValueError(f"{path.name} does not hold the standard workload's answers")

@@ -13,7 +13,7 @@ from tests.integration.served_fleet import ServedFleet, reference_config
 
 @pytest.fixture(scope="package")
 def fleet() -> Iterator[ServedFleet]:
-    """The reference fleet with two router replicas and two of `general`.
+    """The reference fleet with two router replicas and two of one SLM.
 
     It neither explores nor trains, so that what one test sends changes no other one's decisions.
     """

@@ -83,7 +83,7 @@ def test_wrong_requests_raise_the_clients_own_exceptions(client: OpenAI) -> None
 
 def test_the_model_list_is_the_fleet_with_its_adapters(client: OpenAI) -> None:
     names = {m.id for m in client.models.list()}
-    slms = {"extract", "sql", "shell", "reason", "intent", "general"}
+    slms = {"extract", "sql", "shell", "reason", "intent", "general", "embed"}
     assert names >= {"auto", *slms, "extract:flat", "extract:music"}
     assert client.models.retrieve("extract:music").id == "extract:music"
     with pytest.raises(openai.NotFoundError):

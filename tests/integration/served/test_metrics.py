@@ -9,7 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from tests.integration.served_fleet import ServedFleet, eventually
+from tests.integration.served_fleet import TWO_REPLICAS, ServedFleet, eventually
 
 EXPORT_S = 60.0  # replicas report to Ray's agent every 10 seconds
 
@@ -34,7 +34,7 @@ def test_a_routers_metrics_count_its_requests_by_slm_path_and_reason(fleet: Serv
     after = list(scrape(f"{router}/metrics"))
     assert total(iter(after), "calm_requests_total", **labels) == before + 3
     assert total(iter(after), "calm_e2e_seconds_count", slm="intent") >= 3
-    assert total(iter(after), "calm_slm_replicas", slm="general") == 2
+    assert total(iter(after), "calm_slm_replicas", slm=TWO_REPLICAS) == 2
     assert total(iter(after), "calm_slm_state", slm="intent", state="hot") == 1
     assert total(iter(after), "calm_fleet_ready") == 1
     version = fleet.get("/v1/fleet")["predictor"]["version"]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from tests.integration.served_fleet import ServedFleet, eventually
+from tests.integration.served_fleet import TWO_REPLICAS, ServedFleet, eventually
 
 # Each goes to either replica with the same chance, so all go to one in 1 of 2048 runs.
 SESSIONS = 12
@@ -52,7 +52,7 @@ def test_the_turns_of_a_session_stay_on_one_replica_whichever_router_they_reach(
             turns.append({"role": "user", "content": f"{session}: and then, part {turn}?"})
             answer = httpx.post(
                 f"{routers[turn % 2]}/v1/chat/completions",
-                json={"model": "general", "messages": turns, "max_tokens": 2},
+                json={"model": TWO_REPLICAS, "messages": turns, "max_tokens": 2},
                 headers={"x-session-id": session},
                 timeout=60.0,
             ).raise_for_status()

@@ -99,22 +99,22 @@ def test_ratios_are_ours_over_the_others_within_a_repeat() -> None:
 
 
 def test_the_bare_fleet_has_the_wanted_slms_and_nothing_that_names_others() -> None:
-    fleet = bare_fleet(["sql", "general"])
-    assert [e["id"] for e in fleet["slms"]] == ["sql", "general"]
-    assert {s for r in fleet["rules"] for s in r["slms"]} == {"sql", "general"}
-    (sql, general) = specs_of(fleet)
+    fleet = bare_fleet(["sql", "reason"])
+    assert [e["id"] for e in fleet["slms"]] == ["sql", "reason"]
+    assert {s for r in fleet["rules"] for s in r["slms"]} == {"sql", "reason"}
+    (sql, reason) = specs_of(fleet)
     assert not sql.validator
     line = arguments(sql)
     assert line[line.index("--max-num-seqs") + 1] == str(sql.limits.max_num_seqs)
-    # The generalist's profile is another one.
-    assert arguments(general) != line
+    # The profile of `reason` is another one.
+    assert arguments(reason) != line
 
 
 def test_the_complexity_router_of_the_peer_decides_and_changes_nothing() -> None:
-    specs = specs_of(bare_fleet(["sql", "general"]))
-    text = gateways.litellm_config(specs, {"sql": "http://a", "general": "http://b"}, "sk-1")
+    specs = specs_of(bare_fleet(["sql", "reason"]))
+    text = gateways.litellm_config(specs, {"sql": "http://a", "reason": "http://b"}, "sk-1")
     models = {m["model_name"]: m["litellm_params"] for m in yaml.safe_load(text)["model_list"]}
-    assert list(models) == ["sql", "auto-sql", "general", "auto-general"]
+    assert list(models) == ["sql", "auto-sql", "reason", "auto-reason"]
     router = models["auto-sql"]["complexity_router_config"]
     assert set(router["tiers"].values()) == {"sql"}
     assert router["max_tokens_from_tier_model"] is False

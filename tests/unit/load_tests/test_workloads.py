@@ -81,7 +81,7 @@ def test_every_row_goes_to_its_specialist_and_to_the_generalist() -> None:
     pairs = benchmark.questions(["general"], limit=2)
     assert Counter(slm for slm, row in pairs if row.slice == "advising") == {"sql": 2, "general": 2}
     assert {slm for slm, row in pairs if row.task == "mixed"} == {*benchmark.SPECIALISTS, "general"}
-    assert {slm for slm, row in pairs if row.task == "chat"} == {"general"}
+    assert {slm for slm, row in pairs if row.task == "open"} == {"general"}
 
 
 def test_adapter_rows_carry_answers_in_the_adapters_schema() -> None:

@@ -93,4 +93,51 @@ def test_credit_is_whole_for_exact_and_nothing_for_a_wrong_number_or_label() -> 
     assert credit("reason", "#### 9", [STEPS]) == 0.0
     assert credit("intent", '{"intent": "a"}', ['{"intent": "b"}']) == 0.0
     assert credit("shell", "wc -l b.txt", ["wc -l a.txt"]) == 0.7
-    assert 0.0 < credit("prose", "to be or", ["to be or not"]) < 1.0
+
+
+PROSE = (
+    "Time management gets better with a list of the three most important tasks of a day, "
+    "and with a fixed hour in which nobody may disturb you."
+)
+QUESTION_WORDS = "improve management skills"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"intent": "translate"}',
+        '{"intent": "GetWeather", "slots": {"improve": "management skills of all the people who',
+        'SELECT management FROM table WHERE skills = "improve" AND a = 1 AND b = 2 AND c = 3',
+        "find . -name management",
+        "management " * 40,
+        PROSE.replace("management", "gardening"),
+        "",
+    ],
+    ids=["json", "broken json", "sql", "too short", "a loop", "about something else", "nothing"],
+)
+def test_only_prose_about_the_question_passes_for_an_answer_to_an_open_one(answer: str) -> None:
+    assert marks("open", PROSE, [QUESTION_WORDS])["exact"] == 1.0
+    assert marks("open", answer, [QUESTION_WORDS])["exact"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("B", 1.0),
+        ("(c) because", 1.0),
+        ("Answer: D. Urethra", 1.0),
+        ("It is collected in the bladder.", 1.0),
+        ("Because it is so.", 0.0),
+        ('{"intent": "oos"}', 0.0),
+        ('SELECT a FROM table WHERE organ = "Bladder"', 0.0),
+    ],
+)
+def test_a_choice_has_to_name_one_of_its_options(answer: str, named: float) -> None:
+    options = "A. Bladder\nB. Kidney\nC. Ureter\nD. Urethra"
+    assert marks("choice", answer, [options])["exact"] == named
+
+
+def test_knowledge_is_found_in_a_sentence_but_not_inside_a_word() -> None:
+    assert marks("knowledge", "The capital of France is Paris.", ["Paris"])["exact"] == 1.0
+    assert marks("knowledge", "It froze.", ["ice", "O"])["exact"] == 0.0
+    assert credit("knowledge", "There are seven days.", ["7", "seven"]) == 1.0
