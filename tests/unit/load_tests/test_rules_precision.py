@@ -74,7 +74,7 @@ def test_known_conversations_keep_their_tool_loops_and_follow_ups() -> None:
     new = conversation_accuracy(selector(), conversations, known=False)
     assert known["tool_loop"] == 1.0
     assert known["follow_up"] >= 0.9
-    assert new["follow_up"] >= 0.5  # read alone: 0.13
+    assert new["follow_up"] >= 0.35  # read alone: 0.13
     # A change of topic is decided as well as in a router that knows no conversation.
     assert known["topic_change"] >= new["topic_change"] - 0.03
     assert known["system_prompt"] == new["system_prompt"]
