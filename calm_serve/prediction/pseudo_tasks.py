@@ -141,14 +141,16 @@ def _centroids(vectors: sparse.csr_matrix, k: int, random: np.random.Generator) 
     """Spherical k-means (Dhillon and Modha, Machine Learning 42, 2001), seeded by k-means++."""
     count = vectors.shape[0]
     centroids = vectors[[random.integers(count)]].toarray()
-    distance = 1.0 - (vectors @ centroids[0])
+    # A prompt that is like all others in everything has no direction and makes no group.
+    length = np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel()
+    distance = length - (vectors @ centroids[0])
     while len(centroids) < k:
         weights = np.maximum(distance, 0.0)
         if weights.sum() <= MIN_SCALE:
             break  # no further prompt differs from the chosen ones
         drawn = random.choice(count, p=weights / weights.sum())
         centroids = np.vstack([centroids, vectors[[drawn]].toarray()])
-        distance = np.minimum(distance, 1.0 - (vectors @ centroids[-1]))
+        distance = np.minimum(distance, length - (vectors @ centroids[-1]))
     groups = np.full(count, -1)
     for _ in range(ITERATIONS):
         nearest = np.asarray(vectors @ centroids.T).argmax(axis=1)
