@@ -158,7 +158,8 @@ def redecide(
     novelty = decision.novelty
     if predictor is not None:
         novelty = predictor.novelty(logged.outcome.features.bits)
-    if novelty is not None and novelty.unfamiliar and not decision.rule:
+    best = max(c.quality for c in ranked)
+    if novelty is not None and novelty.outweighs(best) and not decision.rule:
         order = unfamiliar_order(ranked, logged.slo, floor, default_slm)
     order = order or above_floor(ranked, floor)
     chosen, _, _ = explore(order, logged.outcome.outcome_id, exploration_ratio, logged.slo)

@@ -364,7 +364,8 @@ class ModelSelector:
             self.goals.default_slm,
             is_prior=self.predictor.version == MetadataPrior.version,
         )
-        is_unfamiliar = novelty is not None and novelty.unfamiliar
+        best = max(c.quality for c in scored)
+        is_unfamiliar = novelty is not None and novelty.outweighs(best)
         if is_unfamiliar:
             found = unfamiliar.choose(scoring.ranked(scored), context, terms)
             if found is not None:
