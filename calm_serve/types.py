@@ -94,9 +94,9 @@ UNKNOWN_LANGUAGE = "und"  # ISO 639-2's code for it
 FIRST_WORD, WORD_BUCKETS = 1024, 4096
 FIRST_PAIR = FIRST_WORD + WORD_BUCKETS
 SEEN_BITS = 1 << 16  # of the bitmap of seen words and pairs of words; 8 KiB
-# Between 1, which takes a fifth of the standard workload from its specialists, and never. In-sample:
-# chosen on that workload (decision 0042).
-DOUBT_POWER = 3
+# The higher, the fewer prompts are taken from the specialists. In-sample: chosen on the standard
+# workload (decision 0042).
+DOUBT_POWER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Novelty:
     def outweighs(self, quality: float) -> bool:
         """Whether the best predicted quality, in [0, 1], is too little for a prompt as new as this.
 
-        Above the threshold every quality is, at half of it one below an eighth: unlikely success at
+        Above the threshold every quality is, at half of it one below a sixteenth: unlikely success at
         a prompt that is not quite like those of training is a guess.
         """
         return self.ratio > 0.0 and (self.ratio / self.threshold) ** DOUBT_POWER > min(quality, 1.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calm_serve.config import SLMSpec
+from calm_serve.config import Goals, SLMSpec
+from calm_serve.prediction import MetadataPrior, Predictor
 from calm_serve.routing import scoring
 from calm_serve.routing.conversations import with_cached_history
 from calm_serve.types import (
@@ -45,6 +46,25 @@ class Terms:
     exploration_ratio: float
     default_slm: str
     is_prior: bool  # nothing was learned yet
+
+
+def floor_of(context: RoutingContext, goals: Goals) -> float:
+    """Return the least quality that the goals and the request ask for."""
+    return max(goals.quality_floor, context.quality_floor)
+
+
+def terms_of(
+    context: RoutingContext, goals: Goals, weights: Weights, predictor: Predictor
+) -> Terms:
+    """Return the terms of a choice among SLMs for a request."""
+    return Terms(
+        weights,
+        floor_of(context, goals),
+        # A tool loop whose SLM is not known goes where its first request went.
+        0.0 if context.tool_loop else goals.exploration_ratio,
+        goals.default_slm,
+        is_prior=predictor.version == MetadataPrior.version,
+    )
 
 
 def score_all(

@@ -27,7 +27,7 @@ from calm_serve.requests import (
 )
 from calm_serve.routing import exclusions, filters, rules, scoring, unfamiliar, without_text
 from calm_serve.routing.baselines import Baseline
-from calm_serve.routing.choice import Choice, Terms, best_of, record, score_all
+from calm_serve.routing.choice import Choice, floor_of, record, score_all, terms_of
 from calm_serve.routing.conversations import MAX_CONVERSATIONS, ConversationMemory
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
@@ -254,7 +254,7 @@ class ModelSelector:
             return ()
         states = {i: self._read_state(self.specs[i]) for i in ids}
         scored = self._scores(decision.context, request, ids, states)
-        order = scoring.above_floor(scoring.ranked(scored), self._floor(decision.context))
+        order = scoring.above_floor(scoring.ranked(scored), floor_of(decision.context, self.goals))
         return tuple(c.slm_id for c in order)
 
     def tick(self) -> None:
@@ -289,9 +289,6 @@ class ModelSelector:
         choice = Choice(DecisionPath.PINNED, reason, (candidate,), (slm_id,))
         return self._record(context, choice, rule=rule, adapter=adapter)
 
-    def _floor(self, context: RoutingContext) -> float:
-        return max(self.goals.quality_floor, context.quality_floor)
-
     def _by_name(
         self,
         context: RoutingContext,
@@ -306,7 +303,7 @@ class ModelSelector:
         """
         if not usable:
             return None
-        floor = 0.0 if named.in_tool_loop else self._floor(context)
+        floor = 0.0 if named.in_tool_loop else floor_of(context, self.goals)
         why = named.path, named.reason
         if self._baseline is not None or (len(usable) == 1 and floor <= 0.0):
             return Choice(*why, (Candidate(slm_id=usable[0], score=1.0),), tuple(usable))
@@ -356,24 +353,8 @@ class ModelSelector:
         novelty: Novelty | None = None,
     ) -> Choice:
         """Choose by score, or by generality for an unfamiliar prompt; a rule gives no `novelty`."""
-        terms = Terms(
-            self.weights,
-            self._floor(context),
-            # A tool loop whose SLM is not known goes where its first request went.
-            0.0 if context.tool_loop else self.goals.exploration_ratio,
-            self.goals.default_slm,
-            is_prior=self.predictor.version == MetadataPrior.version,
-        )
-        best = max(c.quality for c in scored)
-        is_unfamiliar = novelty is not None and novelty.outweighs(best)
-        if is_unfamiliar:
-            found = unfamiliar.choose(scoring.ranked(scored), context, terms)
-            if found is not None:
-                return found
-        choice = best_of(context, scored, self.specs, states, terms)
-        if is_unfamiliar and choice.path is DecisionPath.SCORED:
-            return replace(choice, reason=DecisionReason.UNFAMILIAR_NO_GENERALIST)
-        return choice
+        terms = terms_of(context, self.goals, self.weights, self.predictor)
+        return unfamiliar.choose(context, scored, self.specs, states, terms, novelty)
 
     def _record(
         self,

@@ -9,16 +9,18 @@ only, or when every generalist has failed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from calm_serve.config import SLMSpec
 from calm_serve.prediction import prior_quality
 from calm_serve.routing import scoring
-from calm_serve.routing.choice import Choice, Terms
+from calm_serve.routing.choice import Choice, Terms, best_of
 from calm_serve.types import (
     Candidate,
     DecisionPath,
     DecisionReason,
     GeneralTerms,
+    Novelty,
     RoutingContext,
     ServiceLevel,
     SLMState,
@@ -68,7 +70,29 @@ def unfamiliar_order(
     return sorted(found, key=key) or [c for c in ranked if c.slm_id == default_slm]
 
 
-def choose(ranked: Sequence[Candidate], context: RoutingContext, terms: Terms) -> Choice | None:
+def choose(
+    context: RoutingContext,
+    scored: Sequence[Candidate],
+    specs: Mapping[str, SLMSpec],
+    states: Mapping[str, SLMState],
+    terms: Terms,
+    novelty: Novelty | None,
+) -> Choice:
+    """Choose by generality where the prompt's novelty outweighs every prediction, else by score."""
+    is_unfamiliar = novelty is not None and novelty.outweighs(max(c.quality for c in scored))
+    if is_unfamiliar:
+        found = _by_generality(scoring.ranked(list(scored)), context, terms)
+        if found is not None:
+            return found
+    choice = best_of(context, scored, specs, states, terms)
+    if is_unfamiliar and choice.path is DecisionPath.SCORED:
+        return replace(choice, reason=DecisionReason.UNFAMILIAR_NO_GENERALIST)
+    return choice
+
+
+def _by_generality(
+    ranked: Sequence[Candidate], context: RoutingContext, terms: Terms
+) -> Choice | None:
     """Choose the SLM for an unfamiliar prompt; None without a generalist and a `default_slm`.
 
     `ranked` are the candidates by score. Exploration stays among those that may be chosen. All

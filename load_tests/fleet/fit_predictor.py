@@ -39,6 +39,7 @@ SEED = 23
 SLMS = ("extract", "sql", "shell", "reason", "intent", "general")
 CONCURRENCY = 12
 HOLDOUT_RATIO = 0.2
+GENERALISTS_TASKS = ("open", "choice", "knowledge")
 FAMILIAR_PER_FILE = 600  # prompts that count as familiar
 MAX_TOKENS = 320  # the same for every task: the limit is a feature and must not reveal the task
 NEVER = 1_000_000  # min_outcomes that is not reached, so that the service itself does not train
@@ -87,8 +88,10 @@ def fit(state_dir: Path) -> dict[str, Any]:
     outcomes = [replace(o, timing=replace(o.timing, ttft_s=None)) for o in outcomes]
     training = train(outcomes, SLMS, seed=SEED, holdout_ratio=0.2, clock=time.time)
     artifact = refitted(training, outcomes, seed=SEED, clock=time.time)
-    # Whether a prompt is familiar takes no answers, so every row of the fit side teaches it.
-    texts = (one.messages[-1]["content"] for one in requests(FAMILIAR_PER_FILE))
+    # Whether a prompt is familiar takes no answers, so every row of the fit side teaches it; chat
+    # and knowledge, which are the generalist's, stay unfamiliar.
+    known = (one for one in requests(FAMILIAR_PER_FILE) if one.row.task not in GENERALISTS_TASKS)
+    texts = (one.messages[-1]["content"] for one in known)
     artifact = replace(artifact, seen=fit_seen_prompts(text_bits(text) for text in texts))
     artifact = replace(artifact, version=f"lgbm-{artifact.content_hash()}")
     # A deployment's own outcomes are all new to it, whatever their time.

@@ -165,7 +165,8 @@ def build(seed: int = SEED) -> Iterator[Conversation]:
 
 
 def _easy_rows(task: str, side: str, rng: Random) -> Iterator[Row]:
-    found = [r for r in load(task) if r.side == side and r.difficulty == "easy"]
+    file = "knowledge" if task == GENERALIST else task
+    found = [r for r in load(file) if r.side == side and r.difficulty == "easy"]
     rng.shuffle(found)
     while True:
         yield from found

@@ -43,7 +43,7 @@ def test_the_routers_first_decision_reads_a_fitted_predictor() -> None:
 
 def test_lengths_and_times_of_a_fitted_predictor_are_the_priors() -> None:
     artifact = fit_table(make_table(), created_at=7.0)
-    assert {key.partition(":")[0] for key in artifact.boosters} == {"success"}
+    assert {key.partition(":")[0] for key in artifact.boosters} <= {"success"}
     assert artifact.created_at == 7.0
     assert artifact.trained_on == 240 * 3
 

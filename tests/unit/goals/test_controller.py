@@ -218,7 +218,7 @@ def test_a_record_replays_with_the_weights_that_it_carries() -> None:
             candidate.prediction,
             states[candidate.slm_id],
             decision.weights,
-            candidate.general,
+            general=candidate.general,
         )
         assert again == candidate
 

@@ -20,7 +20,7 @@ def test_the_area_is_the_chance_that_a_foreign_prompt_is_above_a_familiar_one() 
 def test_no_foreign_prompt_is_among_the_fleets_own_rows() -> None:
     own = {row.prompt for name in FILES for row in load(name)}
     foreign = foreign_prompts()
-    assert len(foreign) == 7 and min(map(len, foreign.values())) >= 60
+    assert len(foreign) == 4 and min(map(len, foreign.values())) >= 60
     assert not own & {prompt for prompts in foreign.values() for prompt in prompts}
 
 

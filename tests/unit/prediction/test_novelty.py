@@ -20,7 +20,7 @@ from calm_serve.prediction.novelty import (
     fit_seen_prompts,
 )
 from calm_serve.requests import text_bits
-from calm_serve.types import SEEN_BITS
+from calm_serve.types import SEEN_BITS, Novelty
 from deployments.reference_fleet.paths import PREDICTOR
 
 WORDS = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(300)]
@@ -95,7 +95,7 @@ def test_the_bitmap_never_fills_up() -> None:
 
 
 def artifact(seen: SeenPrompts | None) -> Artifact:
-    return Artifact("v", (), {}, {}, 0, 0.0, seen)
+    return Artifact("v", (), {}, {}, 0, 0.0, seen=seen)
 
 
 def test_an_artifact_keeps_the_bitmap() -> None:
@@ -108,13 +108,11 @@ def test_an_artifact_keeps_the_bitmap() -> None:
     )
 
 
-def test_an_artifact_of_the_format_before_is_read_and_finds_nothing_unfamiliar() -> None:
-    document = json.loads(zlib.decompress(artifact(None).to_bytes()))
-    del document["seen"]
-    document["format"] = 2
-    read = Artifact.from_bytes(zlib.compress(json.dumps(document).encode()))
-    assert read == artifact(None)
-    assert LightGBMPredictor(read, MetadataPrior()).novelty((1, 2, 3)) is None
+def test_a_newer_prompt_needs_a_better_prediction() -> None:
+    assert not Novelty(0.0, 0.4).outweighs(0.0)
+    half = Novelty(0.2, 0.4)
+    assert half.outweighs(0.06) and not half.outweighs(0.07)
+    assert Novelty(0.41, 0.4).outweighs(1.0)
 
 
 @pytest.mark.parametrize("change", [{"bitmap": "AAAA"}, {"bitmap": "?"}, {"threshold": "high"}])

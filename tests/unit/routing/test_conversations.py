@@ -61,6 +61,9 @@ class Oracle:
     def predict(self, context: RoutingContext, specs: Any, states: Any) -> list[Prediction]:
         return [make_prediction(s.id, success_ratio=self.success.get(s.id, 0.5)) for s in specs]
 
+    def novelty(self, bits: Any) -> None:
+        return None
+
 
 class Talk:
     """A client's conversation with a selector; every answer is noted as the SLM's."""

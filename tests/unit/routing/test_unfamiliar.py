@@ -97,7 +97,7 @@ def test_a_chat_model_added_by_metadata_alone_gets_unfamiliar_prompts_at_once() 
     assert decision.ranking == ("chat", "sql", "shell", "intent")
 
 
-@pytest.mark.parametrize("novelty", [None, 0.4, 0.1])
+@pytest.mark.parametrize("novelty", [None, 0.3, 0.1])
 def test_familiar_prompts_go_by_the_score(novelty: float | None) -> None:
     decision = decide(select(fleet_of(CHAT), novelty))
     assert (decision.slm_id, decision.reason) == ("sql", DecisionReason.BEST_SCORE)
