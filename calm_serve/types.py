@@ -123,8 +123,8 @@ class Novelty:
     def outweighs(self, quality: float) -> bool:
         """Whether the best predicted quality, in [0, 1], is too little for a prompt as new as this.
 
-        Above the threshold every quality is, at half of it one below a sixteenth: unlikely success at
-        a prompt that is not quite like those of training is a guess.
+        Above the threshold every quality is, at half of it one below a sixteenth: unlikely success
+        at a prompt that is not quite like those of training is a guess.
         """
         return self.ratio > 0.0 and (self.ratio / self.threshold) ** DOUBT_POWER > min(quality, 1.0)
 
