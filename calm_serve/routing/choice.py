@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from calm_serve.config import Goals, SLMSpec
 from calm_serve.prediction import MetadataPrior, Predictor
@@ -53,7 +54,7 @@ def floor_of(context: RoutingContext, goals: Goals) -> float:
     return max(goals.quality_floor, context.quality_floor)
 
 
-def terms_of(
+def choice_terms(
     context: RoutingContext, goals: Goals, weights: Weights, predictor: Predictor
 ) -> Terms:
     """Return the terms of a choice among SLMs for a request."""
@@ -146,3 +147,10 @@ def record(
         novelty=choice.novelty,
         unscored=unscored,
     )
+
+
+def plain(decision: Decision) -> dict[str, Any]:
+    """Return a decision as plain data for JSON."""
+    found = asdict(decision)
+    found["versions"]["predictor"] = str(decision.versions.predictor)
+    return found

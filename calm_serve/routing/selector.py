@@ -11,7 +11,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -27,7 +27,7 @@ from calm_serve.requests import (
 )
 from calm_serve.routing import exclusions, filters, rules, scoring, unfamiliar, without_text
 from calm_serve.routing.baselines import Baseline
-from calm_serve.routing.choice import Choice, floor_of, record, score_all, terms_of
+from calm_serve.routing.choice import Choice, choice_terms, floor_of, plain, record, score_all
 from calm_serve.routing.conversations import MAX_CONVERSATIONS, ConversationMemory
 from calm_serve.routing.factory import BaselineRegistry, rules_of
 from calm_serve.types import (
@@ -192,9 +192,8 @@ class ModelSelector:
     def _decide(self, context: RoutingContext, request: ParsedRequest | None) -> Decision:
         """Return the decision; without a `request` the context has its features already."""
         if context.generates and context.safety_class in self._pins:
-            pin = self._pins[context.safety_class]
-            reason = DecisionReason.SAFETY_PIN
-            return self._pinned(context, request, pin, reason, context.safety_class)
+            why = DecisionReason.SAFETY_PIN, context.safety_class
+            return self._pinned(context, request, self._pins[context.safety_class], *why)
         if context.slm_id or context.adapter:
             if context.slm_id not in self.specs:
                 raise _unknown(self.fleet, context.requested_model)
@@ -227,9 +226,7 @@ class ModelSelector:
 
     def explain(self, decision: Decision) -> dict[str, Any]:
         """Return the decision as plain data for JSON."""
-        record = asdict(decision)
-        record["versions"]["predictor"] = str(decision.versions.predictor)
-        return record
+        return plain(decision)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         """Pass a finished request to the controller and the baseline, if it generated text."""
@@ -247,15 +244,14 @@ class ModelSelector:
         """Return a decision's `unscored` SLMs, best first by score in their states of now.
 
         For a failover only: a rule decides without predictions. The quality floor holds here too.
-        Without a `request` the decision's context has its features already.
         """
         ids = [i for i in decision.unscored if i in self.specs]
         if not ids:
             return ()
         states = {i: self._read_state(self.specs[i]) for i in ids}
         scored = self._scores(decision.context, request, ids, states)
-        order = scoring.above_floor(scoring.ranked(scored), floor_of(decision.context, self.goals))
-        return tuple(c.slm_id for c in order)
+        floor = floor_of(decision.context, self.goals)
+        return tuple(c.slm_id for c in scoring.above_floor(scoring.ranked(scored), floor))
 
     def tick(self) -> None:
         """Let the controller move the weights; call it a few times a second, between requests."""
@@ -353,7 +349,7 @@ class ModelSelector:
         novelty: Novelty | None = None,
     ) -> Choice:
         """Choose by score, or by generality for an unfamiliar prompt; a rule gives no `novelty`."""
-        terms = terms_of(context, self.goals, self.weights, self.predictor)
+        terms = choice_terms(context, self.goals, self.weights, self.predictor)
         return unfamiliar.choose(context, scored, self.specs, states, terms, novelty)
 
     def _record(
