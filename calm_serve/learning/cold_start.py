@@ -44,6 +44,7 @@ from calm_serve.types import (
     EngineFacts,
     Outcome,
     QualitySignal,
+    Task,
     Timing,
 )
 
@@ -217,7 +218,8 @@ class ColdStartTrainer:
         if self._lock.locked():
             return  # a fit is running; the next batch of outcomes calls this again within seconds
         async with self._lock:
-            specs = (*fleet.slms, *joined)
+            # Nothing is predicted of SLMs that embed or rerank.
+            specs = tuple(s for s in (*fleet.slms, *joined) if s.task is Task.GENERATE)
             ids = frozenset(s.id for s in specs)
             new = ids - known_slms(champion) if champion is not None else frozenset[str]()
             if new != self._new_ids:

@@ -7,6 +7,7 @@ from calm_serve.learning.cold_start import (
     FIRST_LABELS,
     MAX_ANSWERS,
     ColdStartSLMs,
+    ColdStartTrainer,
     example_outcomes,
     fit_cold_start,
 )
@@ -183,3 +184,20 @@ def test_with_examples_the_prompts_of_a_rule_add_nothing() -> None:
         change_outcome(answer_of(fleet, text, n, None), path="rule") for n, text in enumerate(SQL)
     )
     assert new_slms.job() is None
+
+
+async def test_an_slm_that_embeds_is_not_one_to_learn() -> None:
+    fleet = make_fleet(
+        make_spec("sql", examples=tuple(SQL[:16]), priors=PRIORS),
+        make_spec("shell", examples=tuple(SHELL[:16]), priors=PRIORS),
+        make_spec("vectors", task="embed"),
+    )
+    new_slms = ColdStartSLMs()
+    new_slms.follow(fleet, known={"vectors"})
+    job = new_slms.job()
+    assert job is not None
+    champion = fit_cold_start(job, 0.0)
+    assert champion is not None and known_slms(champion) == {"sql", "shell"}
+    published: list[object] = []
+    await ColdStartTrainer(published.append, lambda: 0.0).fit_if_due(fleet, (), champion)
+    assert published == []
