@@ -16,10 +16,11 @@ SPECIALISTS = ("extract", "sql", "shell", "reason", "intent")
 BARE = 40
 FOLLOWED_RATIO = 0.8
 # A router that reads nothing would send a sixth of the prompts to each SLM. Most bare prompts go to
-# an SLM with the skill; the generalist, nearly as good at some, rightly takes a part.
+# an SLM with the skill; the generalist takes those that are unlike the training's.
 SKILLED_RATIO, SPECIALIST_RATIO = 0.7, 0.2
 # `shell` answers too few requests correctly for quality to decide, so it is left out.
 SKILLED = ("extract", "sql", "reason", "intent")
+PATHS = ("scored", "explored", "rule", "unfamiliar")
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_bare_prompts_go_to_their_specialist_by_score(fleet: ServedFleet, kind: 
     assert chosen.count(kind) + chosen.count("general") >= SKILLED_RATIO * BARE
     answer = fleet.chat(asked[0], max_tokens=4)
     assert answer.headers["x-calm-model"] in (*SPECIALISTS, "general")
-    assert answer.headers["x-calm-reason"].partition(":")[0] in ("scored", "explored", "rule")
+    assert answer.headers["x-calm-reason"].partition(":")[0] in PATHS
 
 
 @pytest.mark.usefixtures("by_quality")
