@@ -34,7 +34,7 @@ READY_S = 300.0
 STOP_S = 90.0
 POLL_S = 0.25
 NEVER = 10**9  # labelled outcomes before a training
-TWO_REPLICAS = "shell"
+TWO_REPLICAS = "sql"
 INGRESS_PORTS = frozenset(range(30_000, 32_768))  # where routers listen behind the proxy
 MARK = "CALM_TEST_RUN"  # in the environment of every process that belongs to this run
 
