@@ -7,6 +7,7 @@ are far beyond these models and have the difficulty `beyond`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from random import Random
@@ -106,12 +107,17 @@ def _intent() -> Iterator[Row]:
 def _open() -> Iterator[Row]:
     # No right answer is known, so the words that an answer should be about take its place.
     for name in ("mt_bench", "vicuna_bench"):
-        for question in sources.open_questions(name):
+        for question in filter(_wants_prose, sources.open_questions(name)):
             words = " ".join(sorted(content_words(question)))
             yield _row(Pair(question, words, "hard"), "open", name)
     for question in Random(SEED).sample(sources.mmlu(), MMLU_ROWS):
         options = question.partition("\nA. ")[2].removesuffix("\nAnswer:")
         yield _row(Pair(question, f"A. {options}", "hard"), "choice", "mmlu")
+
+
+def _wants_prose(question: str) -> bool:
+    """Whether prose is an answer at all: some questions ask for a document in a given format."""
+    return not re.search(r"\b(json|csv)\b", question, re.IGNORECASE)
 
 
 def _knowledge() -> Iterator[Row]:

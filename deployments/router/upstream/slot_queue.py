@@ -110,7 +110,7 @@ class SlotQueue:
             while not position.has_turn:
                 if await self._is_due(position):
                     break
-        except BaseException:
+        except BaseException:  # a cancellation too: the turn that it has just got is not lost
             if position.has_turn:
                 self.next()
             raise
